@@ -1,0 +1,1 @@
+"""Few-shot segmentation of organs by location-sensitive local prototypes."""

@@ -1,0 +1,9 @@
+"""The one error that the command line turns into a plain sentence."""
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used.
+
+    The message is one clear sentence or two: which file or argument, what was expected,
+    what was found, and how to mend it. `lslpn` prints it to stderr and exits with code 2.
+    """

@@ -1,0 +1,5 @@
+"""Builds the package. The settings are in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
