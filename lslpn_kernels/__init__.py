@@ -1,0 +1,25 @@
+"""The head of a location-sensitive local prototype network, fast and exact.
+
+Masked average pooling over an overlapping grid of windows, and cosine matching with the best of
+them, at image resolution. Depends on torch alone; works with any encoder.
+"""
+
+from .backends import BackendStatus
+from .backends import status as _status
+from .geometry import GridSpec
+from .head import LocalPrototypeHead
+from .ops import cosine_match, masked_average_pool
+
+__all__ = [
+    "BackendStatus",
+    "GridSpec",
+    "LocalPrototypeHead",
+    "backends",
+    "cosine_match",
+    "masked_average_pool",
+]
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend, whether it is usable on this machine, and one line on why not."""
+    return _status()

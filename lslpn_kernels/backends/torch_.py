@@ -1,0 +1,201 @@
+"""The exact head in plain PyTorch, at image resolution but without features of that size.
+
+Interpolation is linear, so it can be moved from the features (D channels) to what they are
+multiplied with (C masks or scores). The image is cut into tiles, one for each pair of a row
+segment and a column segment of `Axis.segments`: the pixels of a tile all lie in the same windows
+and are interpolated from a small block of feature locations, so that all tiles are handled alike
+by a few batched matrix products. Autograd derives the backward pass.
+
+Letters beyond the usual ones, each for rows (y) and columns (x):
+    S segments;  T pixels of a segment;  R feature locations under it;  L windows over it
+(the largest of each; shorter segments are filled up with weights of zero, and with their last
+window once more).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..geometry import Axis, GridSpec
+from ..reference import EPS, accumulation_dtype, unit
+
+# Tiles are handled in groups of rows whose scores take no more than this many numbers.
+_GROUP = 1 << 23
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """One axis, as tensors."""
+
+    pixel: Tensor  # [S, T] image pixel; fillers repeat the last
+    inside: Tensor  # [S, T] 1, and 0 for fillers
+    cell: Tensor  # [S, R] feature location; fillers repeat the last
+    window: Tensor  # [S, L] window; fillers repeat the last
+    covers: Tensor  # [S, L] 1, and 0 for fillers
+    weight: Tensor  # [S, T, R] interpolation weight of a feature location for a pixel
+    member: Tensor  # [G, S] 1 where the segment lies in the window
+    place: Tensor  # [n] where in the flattened [S, T] a pixel is
+    square: Tensor  # [n, cells] squared weights of the two taps
+    cross: Tensor  # [n, cells] product of the two weights, at the lower tap
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def _tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
+    segments = axis.segments
+    T = max(s.end - s.begin for s in segments)
+    R = max(s.upper - s.lower + 1 for s in segments)
+    L = max(s.last - s.first + 1 for s in segments)
+    S = len(segments)
+    begin, end, first, last, lower, upper = (
+        torch.tensor([getattr(s, name) for s in segments])[:, None]
+        for name in ("begin", "end", "first", "last", "lower", "upper")
+    )
+    pixel = begin + torch.arange(T)
+    inside = pixel < end
+    pixel = torch.minimum(pixel, end - 1)
+    cell = torch.minimum(lower + torch.arange(R), upper)
+    window = first + torch.arange(L)
+    covers = window <= last
+    window = torch.minimum(window, last)
+
+    taps = [axis.taps(x) for x in range(axis.pixels)]
+    low = torch.tensor([i for i, _ in taps])
+    up = torch.tensor([t for _, t in taps], dtype=torch.float64)
+    weight = torch.zeros(S, T, R, dtype=torch.float64)
+    offset = low[pixel] - lower
+    weight.scatter_(2, offset[..., None], (1 - up)[pixel][..., None])
+    weight.scatter_add_(2, (offset + 1).clamp(max=R - 1)[..., None], up[pixel][..., None])
+    weight *= inside[..., None]
+
+    member = (first <= torch.arange(axis.windows)) & (torch.arange(axis.windows) <= last)
+    place = torch.empty(axis.pixels, dtype=torch.long)
+    place[pixel.flatten()[inside.flatten()]] = torch.arange(S * T)[inside.flatten()]
+    square = torch.zeros(axis.pixels, axis.cells, dtype=torch.float64)
+    every = torch.arange(axis.pixels)
+    square[every, low] = (1 - up) ** 2
+    square[every, (low + 1).clamp(max=axis.cells - 1)] += up**2
+    cross = torch.zeros_like(square)
+    cross[every, low] = up * (1 - up)
+    return _Tables(
+        pixel=pixel.to(device),
+        inside=inside.to(device, dtype),
+        cell=cell.to(device),
+        window=window.to(device),
+        covers=covers.to(device, dtype),
+        weight=weight.to(device, dtype),
+        member=member.T.to(device, dtype).contiguous(),
+        place=place.to(device),
+        square=square.to(device, dtype),
+        cross=cross.to(device, dtype),
+    )
+
+
+def masked_average_pool(
+    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float = 0
+) -> Tensor:
+    """See `lslpn_kernels.masked_average_pool`."""
+    B, K, D, h, w = features.shape
+    C, H, W = masks.shape[2:]
+    dtype = accumulation_dtype(features.dtype)
+    y = _tables(grid.axis(H, h), dtype, features.device)
+    x = _tables(grid.axis(W, w), dtype, features.device)
+    (Sy, _, Ry), (Sx, _, Rx) = y.weight.shape, x.weight.shape
+
+    # The masks cut into tiles, then carried down to feature resolution: Up^T (M in the tile).
+    tiles = masks.to(dtype)[..., y.pixel, :][..., x.pixel]  # [B, K, C, Sy, Ty, Sx, Tx]
+    n = torch.einsum("bkcytxu,yt,xu->bkcyx", tiles, y.inside, x.inside)
+    weights = torch.einsum("bkcytxu,ytr->bkcyxur", tiles, y.weight)
+    weights = torch.einsum("bkcyxur,xuq->bkcyxrq", weights, x.weight)
+    # Columns spread out to the full width w, so that all tiles of a row share one product.
+    spread = weights.new_zeros(B, K, C, Sy, Sx, Ry, w)
+    spread.scatter_add_(-1, x.cell[:, None].expand(B, K, C, Sy, Sx, Ry, Rx), weights)
+    rows = features.to(dtype).permute(0, 1, 3, 4, 2)[:, :, y.cell]  # [B, K, Sy, Ry, w, D]
+    total = torch.matmul(
+        spread.transpose(2, 3).reshape(B, K, Sy, C * Sx, Ry * w),
+        rows.reshape(B, K, Sy, Ry * w, D),
+    ).reshape(B, K, Sy, C, Sx, D)
+
+    # Windows are unions of tiles.
+    n = torch.einsum("bkcyx,gy,jx->bkcgj", n, y.member, x.member)
+    total = torch.einsum("bkycxd,gy->bkgcxd", total, y.member)
+    total = torch.einsum("bkgcxd,jx->bkcgjd", total, x.member)
+    enough = n > min_pixels
+    scale = torch.where(enough, 1 / torch.where(enough, n, 1), 0)[..., None] / K
+    return torch.where(enough[..., None], total * scale, 0).sum(1)
+
+
+def cosine_match(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str = "max",
+) -> Tensor:
+    """See `lslpn_kernels.cosine_match`."""
+    B, Q, D, h, w = features.shape
+    C, Gx = prototypes.shape[1], prototypes.shape[3]
+    H, W = size
+    dtype = accumulation_dtype(features.dtype)
+    y = _tables(grid.axis(H, h), dtype, features.device)
+    x = _tables(grid.axis(W, w), dtype, features.device)
+    (Sy, Ly), (Sx, Lx) = y.window.shape, x.window.shape
+    Ty, Ry = y.weight.shape[1:]
+    Tx, Rx = x.weight.shape[1:]
+    features = features.to(dtype)
+    directions = unit(prototypes.to(dtype), -1).transpose(1, 2)  # [B, Gy, C, Gx, D]
+    located = features.permute(0, 1, 3, 4, 2)  # [B, Q, h, w, D]
+
+    group = max(1, _GROUP // max(1, B * Q * C * Ly * Lx * Ty * Sx * Tx))
+    scores = []
+    for first in range(0, Sy, group):
+        of = slice(first, first + group)
+        S = y.cell[of].shape[0]
+        # Inner products of every location of these rows with every prototype of their windows.
+        rows = located[:, :, y.cell[of]].reshape(B, Q, S, Ry * w, D)
+        near = directions[:, y.window[of]].reshape(B, 1, S, Ly * C * Gx, D)
+        dots = torch.matmul(near, rows.transpose(-1, -2))
+        # Of those, the ones where the columns are near as well.
+        dots = dots.reshape(B, Q, S, Ly, C, Gx, Ry, w).transpose(5, 6)
+        dots = dots[..., x.window[:, :, None], x.cell[:, None]]  # [B, Q, S, Ly, C, Ry, Sx, Lx, Rx]
+        # Interpolated over the pixels of a tile.
+        dots = torch.einsum("bqslcrxmp,xup->bqslcrxmu", dots, x.weight)
+        tiles = torch.einsum("bqslcrxmu,str->bqcstxulm", dots, y.weight[of])
+        if reduce == "max":
+            # The first of equal maxima, hence the lowest window; fillers only repeat the last.
+            best = tiles.flatten(-2).max(-1).values
+        else:
+            covers = y.covers[of][:, None, None, None, :, None] * x.covers[:, None, None, :]
+            best = (tiles * covers).sum((-2, -1)) / covers.sum((-2, -1))
+        scores.append(best)  # [B, Q, C, S, Ty, Sx, Tx]
+    image = torch.cat(scores, 3).reshape(B, Q, C, Sy * Ty, Sx * Tx)
+    image = image.index_select(3, y.place).index_select(4, x.place)
+
+    square = _square_norm(features, y, x)
+    gone = square < EPS**2
+    return image * torch.where(gone, 0, torch.where(gone, 1, square).rsqrt())[:, :, None]
+
+
+def _square_norm(features: Tensor, y: _Tables, x: _Tables) -> Tensor:
+    """|Up F|^2, [B, Q, D, h, w] -> [B, Q, H, W], from inner products of neighbouring locations:
+    ``w^T G w`` with the Gram matrix G of the four taps and their weights w."""
+    own = (features * features).sum(2)
+    if features.shape[-2:] == (y.square.shape[0], x.square.shape[0]):
+        return own
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        down, right = own.shape[-2] - a.shape[-2], own.shape[-1] - a.shape[-1]
+        return torch.nn.functional.pad((a * b).sum(2), (0, right, 0, down))
+
+    right = product(features[..., :-1], features[..., 1:])
+    below = product(features[..., :-1, :], features[..., 1:, :])
+    diagonals = product(features[..., :-1, :-1], features[..., 1:, 1:]) + product(
+        features[..., :-1, 1:], features[..., 1:, :-1]
+    )
+    same_row = own @ x.square.T + 2 * right @ x.cross.T
+    next_row = below @ x.square.T + diagonals @ x.cross.T
+    return (y.square @ same_row + 2 * y.cross @ next_row).clamp_min(0)

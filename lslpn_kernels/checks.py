@@ -1,0 +1,118 @@
+"""What is asked of every argument, before any kernel runs."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .geometry import GridSpec
+from .reference import accumulation_dtype
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _tensor(name: str, value: object, axes: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {axes}, got {type(value).__name__}")
+    wanted = axes.count(",") + 1
+    if value.dim() != wanted:
+        raise ValueError(
+            f"{name} must have {wanted} dimensions {axes}, got {value.dim()}: {tuple(value.shape)}"
+        )
+    for letter, length in zip(axes.strip("[]").split(", "), value.shape, strict=True):
+        if length < 1:
+            raise ValueError(
+                f"{name} {axes} must not be empty, got {letter} = {length}: {tuple(value.shape)}"
+            )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}"
+        )
+
+
+def _together(name: str, value: Tensor, features: Tensor) -> None:
+    if value.device != features.device:
+        raise ValueError(
+            f"{name} must be on the device of features, {features.device}, got {value.device}"
+        )
+    if value.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"{name} must hold as many episodes B as features, {features.shape[0]}, "
+            f"got {value.shape[0]}"
+        )
+
+
+def _grid(grid: object) -> None:
+    if not isinstance(grid, GridSpec):
+        raise TypeError(f"grid must be a GridSpec, got {type(grid).__name__}")
+
+
+def masked_average_pool(
+    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float
+) -> None:
+    _tensor("features", features, "[B, K, D, h, w]")
+    _floating("features", features)
+    _tensor("masks", masks, "[B, K, C, H, W]")
+    if masks.dtype not in (torch.bool, torch.uint8, *FLOATING):
+        raise TypeError(f"masks must be bool, uint8 or floating, got {masks.dtype}")
+    if masks.requires_grad:
+        raise ValueError("masks get no gradient: pass masks.detach()")
+    _together("masks", masks, features)
+    if masks.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"masks must hold as many support images K as features, {features.shape[1]}, "
+            f"got {masks.shape[1]}"
+        )
+    _grid(grid)
+    if isinstance(min_pixels, bool) or not isinstance(min_pixels, Real):
+        raise TypeError(f"min_pixels must be a number, got {type(min_pixels).__name__}")
+    if not 0 <= min_pixels < math.inf:
+        raise ValueError(f"min_pixels must be 0 or more, got {min_pixels}")
+
+
+def cosine_match(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+) -> None:
+    _tensor("features", features, "[B, Q, D, h, w]")
+    _floating("features", features)
+    _tensor("prototypes", prototypes, "[B, C, Gy, Gx, D]")
+    _floating("prototypes", prototypes)
+    if prototypes.dtype not in (features.dtype, accumulation_dtype(features.dtype)):
+        raise TypeError(
+            f"prototypes must be {accumulation_dtype(features.dtype)} (or of the features' "
+            f"dtype) for features in {features.dtype}, got {prototypes.dtype}"
+        )
+    _together("prototypes", prototypes, features)
+    if prototypes.shape[4] != features.shape[2]:
+        raise ValueError(
+            f"prototypes must have as many channels D as features, {features.shape[2]}, "
+            f"got {prototypes.shape[4]}"
+        )
+    _grid(grid)
+    if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
+        raise TypeError(f"size must be (H, W), got {size!r}")
+    for letter, length in zip("HW", size, strict=True):
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+            raise TypeError(f"size must hold integers, got {letter} = {length!r}")
+        if length < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {letter} = {length}")
+    expected = grid.shape(*size)
+    if tuple(prototypes.shape[2:4]) != expected:
+        raise ValueError(
+            f"prototypes must have (Gy, Gx) = {expected} windows for {grid} and size "
+            f"{tuple(size)}, got {tuple(prototypes.shape[2:4])}"
+        )
+    if reduce not in ("max", "mean"):
+        raise ValueError(f'reduce must be "max" or "mean", got {reduce!r}')

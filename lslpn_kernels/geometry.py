@@ -1,0 +1,154 @@
+"""The grid of overlapping windows, and what it means along one axis of an image.
+
+Everything that a backend needs to know of the geometry is here: which windows cover a pixel,
+which feature locations a pixel is interpolated from, and how an axis falls apart into segments
+over which both of these stay simple. Both axes are alike, so one axis is all there is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+# So that a scale of 1/5 of 40 pixels is 8 and not 7, whatever the rounding of 0.2 * 40.
+_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """An overlapping grid of local windows (section 3.2 of the paper).
+
+    Along an axis of n pixels a window is ``k = floor(scale * n)`` pixels long and the next one
+    begins ``s = floor(spacing * k)`` pixels further on, each at least 1. Windows start at
+    0, s, 2s, ... while they fit; one more ends at the edge if the last of them does not reach it.
+
+    Args:
+        scale: size of a window over the size of the image, the paper's alpha; in (0, 1].
+            1 is a single window over the whole image: the global prototype.
+        spacing: distance of neighbouring windows over the size of a window; in (0, 1].
+            1/2 is the paper's overlap, 1 is no overlap.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument lies outside (0, 1].
+
+    Example:
+        >>> GridSpec(scale=1 / 8, spacing=1 / 2).shape(512, 512)
+        (15, 15)
+        >>> GridSpec(scale=1 / 8).axis(257, 33).starts[-3:]
+        (208, 224, 225)
+    """
+
+    scale: float = 1 / 8
+    spacing: float = 1 / 2
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "spacing"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"GridSpec: {name} must be a number, got {type(value).__name__}")
+            if not 0 < value <= 1:  # false for NaN too
+                raise ValueError(f"GridSpec: {name} must lie in (0, 1], got {value}")
+            object.__setattr__(self, name, float(value))
+
+    def shape(self, H: int, W: int) -> tuple[int, int]:
+        """(Gy, Gx): the number of windows along the height and the width of an image."""
+        return self.axis(H).windows, self.axis(W).windows
+
+    def axis(self, pixels: int, cells: int | None = None) -> Axis:
+        """The windows along an axis of `pixels` image pixels and `cells` feature locations."""
+        return _axis(self.scale, self.spacing, int(pixels), int(cells or pixels))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of an image under a grid. Build it with `GridSpec.axis`.
+
+    Attributes:
+        pixels: image pixels, n (the paper's w or h at image resolution).
+        cells: feature locations along the axis.
+        window: pixels in a window, k.
+        step: pixels from one window to the next, s; the last window may lie closer.
+        windows: number of windows.
+    """
+
+    pixels: int
+    cells: int
+    window: int
+    step: int
+    windows: int
+
+    def start(self, m: int) -> int:
+        """The first pixel of window m."""
+        return min(m * self.step, self.pixels - self.window)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(self.start(m) for m in range(self.windows))
+
+    def covering(self, pixel: int) -> tuple[int, int]:
+        """First and last window over a pixel; those between them cover it too."""
+        first = min(max((pixel - self.window) // self.step + 1, 0), self.windows - 1)
+        at_edge = pixel >= self.pixels - self.window
+        return first, self.windows - 1 if at_edge else pixel // self.step
+
+    @property
+    def overlap(self) -> int:
+        """The largest number of windows over a pixel."""
+        return max(s.last - s.first + 1 for s in self.segments)
+
+    def taps(self, pixel: int) -> tuple[int, float]:
+        """The lower of the two feature locations that a pixel is interpolated from, and the
+        weight of the upper one, `lower + 1`, as `torch.nn.functional.interpolate` with
+        ``mode="bilinear", align_corners=False`` has it.
+
+        At the far border the weight is 0, not the index clamped: only then do inner products
+        of neighbouring locations give the norm of the interpolated feature.
+        """
+        position = max((pixel + 0.5) * self.cells / self.pixels - 0.5, 0.0)
+        lower = int(position)
+        if lower >= self.cells - 1:
+            return self.cells - 1, 0.0
+        return lower, position - lower
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The axis cut wherever a window starts or ends: in a segment all pixels lie in the
+        same windows."""
+        return _segments(self)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Pixels ``begin <= x < end`` of an axis, all in windows ``first .. last``, interpolated from
+    feature locations ``lower .. upper`` (both ends included)."""
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    lower: int
+    upper: int
+
+
+@lru_cache(maxsize=1024)
+def _axis(scale: float, spacing: float, pixels: int, cells: int) -> Axis:
+    if pixels < 1 or cells < 1:
+        raise ValueError(f"an axis needs at least 1 pixel and 1 cell, got {pixels} and {cells}")
+    window = min(max(1, math.floor(scale * pixels + _SLACK)), pixels)
+    step = max(1, math.floor(spacing * window + _SLACK))
+    windows = -((window - pixels) // step) + 1
+    return Axis(pixels, cells, window, step, windows)
+
+
+@lru_cache(maxsize=1024)
+def _segments(axis: Axis) -> tuple[Segment, ...]:
+    cuts = sorted({0, axis.pixels, *axis.starts, *(s + axis.window for s in axis.starts)})
+    segments = []
+    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        first, last = axis.covering(begin)
+        lower, _ = axis.taps(begin)
+        upper, weight = axis.taps(end - 1)
+        segments.append(Segment(begin, end, first, last, lower, upper + (weight > 0)))
+    return tuple(segments)

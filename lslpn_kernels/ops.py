@@ -1,0 +1,172 @@
+"""The two operators: checks, choice of backend, and the bridge to autograd and `torch.compile`.
+
+The plain backends are called as they are. A kernel backend is called through a pair of operators
+registered with PyTorch, `lslpn_kernels::<name>` and `lslpn_kernels::<name>_backward`, under one
+`torch.autograd.Function` each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .backends import PLAIN, Kernels, choose, load, torch_, winner_dtype
+from .geometry import GridSpec
+from .reference import accumulation_dtype
+
+_PLAIN = {"reference": reference, "torch": torch_}
+
+
+def masked_average_pool(
+    features: Tensor,
+    masks: Tensor,
+    grid: GridSpec,
+    min_pixels: float = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Local prototypes: the mean feature under each class mask in each window, equation (1).
+
+    For class c and window m, ``1/K sum_i (sum_x M_i(x) Up F_i(x)) / (sum_x M_i(x))`` over the
+    pixels x of the window, where Up interpolates the features to the size of the masks. A
+    support image with ``sum_x M_i(x) <= min_pixels`` in the window counts as zero.
+
+    Equivalent to::
+
+        up = F.interpolate(features.flatten(0, 1), (H, W), mode="bilinear").unflatten(0, (B, K))
+        for c, y, x in windows:                                  # y, x: slices
+            M = masks[:, :, None, c, y, x]                       # [B, K, 1, k, k]
+            n = M.sum((-2, -1))
+            mean = (up[..., y, x] * M).sum((-2, -1)) / n         # 0 where n <= min_pixels
+            prototypes[:, c, gy, gx] = mean.mean(1)
+
+    Args:
+        features: support features [B, K, D, h, w]; float64, float32, float16 or bfloat16, in any
+            layout (channels_last is not copied).
+        masks: support masks [B, K, C, H, W] at image resolution, class 0 the background; bool,
+            uint8 or floating (soft masks weigh their pixels).
+        grid: the windows.
+        min_pixels: windows with a mask sum of no more than this give a zero prototype. The paper
+            has 0, the published code 10.
+        backend: "auto" (the fastest that can run on the tensors' device), "reference", "torch",
+            "cpu", "triton" or "cuda".
+
+    Returns:
+        prototypes [B, C, Gy, Gx, D], float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    checks.masked_average_pool(features, masks, grid, min_pixels)
+    backend = choose(backend, features.device, features.dtype)
+    if backend in _PLAIN:
+        return _PLAIN[backend].masked_average_pool(features, masks, grid, min_pixels)
+    if masks.is_floating_point():
+        masks = masks.to(accumulation_dtype(features.dtype))
+    prototypes, _ = _MaskedAveragePool.apply(
+        features, masks.contiguous(), grid.scale, grid.spacing, float(min_pixels), backend
+    )
+    return prototypes
+
+
+def cosine_match(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str = "max",
+    backend: str = "auto",
+) -> Tensor:
+    """The best cosine of each query pixel with the prototypes of the windows over it, eq. (3).
+
+    ``S_c(x) = max over windows m that cover x of cos(Up F(x), p_{c,m})``, where Up interpolates
+    the features to `size`. A zero prototype scores exactly 0, and so does a feature shorter than
+    1e-8, which gets no gradient. Of equal cosines the window of lowest index wins; the winner
+    alone gets the gradient.
+
+    Equivalent to::
+
+        up = F.interpolate(features.flatten(0, 1), size, mode="bilinear").unflatten(0, (B, Q))
+        scores = torch.full((B, Q, C, H, W), -inf)
+        for c, y, x in windows:                                  # y, x: slices
+            p = prototypes[:, None, c, gy, gx, :, None, None]    # [B, 1, D, 1, 1]
+            cosine = F.cosine_similarity(up[..., y, x], p, dim=2)
+            scores[:, :, c, y, x] = torch.maximum(scores[:, :, c, y, x], cosine)
+
+    Args:
+        features: query features [B, Q, D, h, w]; float64, float32, float16 or bfloat16, in any
+            layout (channels_last is not copied).
+        prototypes: [B, C, Gy, Gx, D] as `masked_average_pool` gives them for `grid` and `size`.
+        grid: the windows.
+        size: (H, W), the image resolution to score at.
+        reduce: "max" as in the paper, or "mean" over the windows of a pixel.
+        backend: as in `masked_average_pool`.
+
+    Returns:
+        cosines [B, Q, C, H, W], float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    checks.cosine_match(features, prototypes, grid, size, reduce)
+    backend = choose(backend, features.device, features.dtype)
+    H, W = size
+    if backend in _PLAIN:
+        return _PLAIN[backend].cosine_match(features, prototypes, grid, (H, W), reduce)
+    prototypes = prototypes.to(accumulation_dtype(features.dtype)).contiguous()
+    scores, _ = _CosineMatch.apply(
+        features, prototypes, grid.scale, grid.spacing, H, W, reduce, backend
+    )
+    return scores
+
+
+# The registered operators. Geometry travels as plain numbers, so that graphs can hold it.
+
+_library = torch.library.Library("lslpn_kernels", "DEF")
+_library.define(
+    "masked_average_pool(Tensor features, Tensor masks, float scale, float spacing, "
+    "float min_pixels, str backend) -> (Tensor prototypes, Tensor factor)"
+)
+_library.define(
+    "masked_average_pool_backward(Tensor grad, Tensor masks, Tensor factor, Tensor features, "
+    "float scale, float spacing, str backend) -> Tensor"
+)
+_library.define(
+    "cosine_match(Tensor features, Tensor prototypes, float scale, float spacing, SymInt H, "
+    "SymInt W, str reduce, bool winners, str backend) -> (Tensor scores, Tensor winners)"
+)
+_library.define(
+    "cosine_match_backward(Tensor grad, Tensor features, Tensor prototypes, Tensor scores, "
+    "Tensor winners, float scale, float spacing, str reduce, str backend) -> (Tensor, Tensor)"
+)
+
+
+def _kernels(backend: str) -> Kernels:
+    module, reason = load(backend)
+    if module is None:
+        raise RuntimeError(f'backend="{backend}" is not usable: {reason}')
+    return module  # type: ignore[return-value]  # a module as a Protocol
+
+
+def _pool(
+    features: Tensor, masks: Tensor, scale: float, spacing: float, min_pixels: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    grid = GridSpec(scale, spacing)
+    return _kernels(backend).masked_average_pool(features, masks, grid, min_pixels)
+
+
+def _pool_backward(
+    grad: Tensor,
+    masks: Tensor,
+    factor: Tensor,
+    features: Tensor,
+    scale: float,
+    spacing: float,
+    backend: str,
+) -> Tensor:
+    grid = GridSpec(scale, spacing)
+    return _kernels(backend).masked_average_pool_backward(grad, masks, factor, features, grid)
