@@ -33,9 +33,7 @@ def _tensor(name: str, value: object, axes: str) -> None:
 
 def _floating(name: str, value: Tensor) -> None:
     if value.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}"
-        )
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}")
 
 
 def _together(name: str, value: Tensor, features: Tensor) -> None:
@@ -55,9 +53,7 @@ def _grid(grid: object) -> None:
         raise TypeError(f"grid must be a GridSpec, got {type(grid).__name__}")
 
 
-def masked_average_pool(
-    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float
-) -> None:
+def masked_average_pool(features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float) -> None:
     _tensor("features", features, "[B, K, D, h, w]")
     _floating("features", features)
     _tensor("masks", masks, "[B, K, C, H, W]")

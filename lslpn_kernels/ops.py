@@ -170,3 +170,182 @@ def _pool_backward(
 ) -> Tensor:
     grid = GridSpec(scale, spacing)
     return _kernels(backend).masked_average_pool_backward(grad, masks, factor, features, grid)
+
+
+def _match(
+    features: Tensor,
+    prototypes: Tensor,
+    scale: float,
+    spacing: float,
+    H: int,
+    W: int,
+    reduce: str,
+    winners: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grid = GridSpec(scale, spacing)
+    return _kernels(backend).cosine_match(features, prototypes, grid, (H, W), reduce, winners)
+
+
+def _match_backward(
+    grad: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    scale: float,
+    spacing: float,
+    reduce: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grid = GridSpec(scale, spacing)
+    return _kernels(backend).cosine_match_backward(
+        grad, features, prototypes, scores, winners, grid, reduce
+    )
+
+
+_library.impl("masked_average_pool", _pool, "CompositeExplicitAutograd")
+_library.impl("masked_average_pool_backward", _pool_backward, "CompositeExplicitAutograd")
+_library.impl("cosine_match", _match, "CompositeExplicitAutograd")
+_library.impl("cosine_match_backward", _match_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lslpn_kernels::masked_average_pool", lib=_library)
+def _(
+    features: Tensor, masks: Tensor, scale: float, spacing: float, min_pixels: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    B, K, D = features.shape[:3]
+    C, H, W = masks.shape[2:]
+    Gy, Gx = GridSpec(scale, spacing).shape(H, W)
+    dtype = accumulation_dtype(features.dtype)
+    return (
+        features.new_empty(B, C, Gy, Gx, D, dtype=dtype),
+        features.new_empty(B, K, C, Gy, Gx, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("lslpn_kernels::masked_average_pool_backward", lib=_library)
+def _(
+    grad: Tensor,
+    masks: Tensor,
+    factor: Tensor,
+    features: Tensor,
+    scale: float,
+    spacing: float,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(features)
+
+
+@torch.library.register_fake("lslpn_kernels::cosine_match", lib=_library)
+def _(
+    features: Tensor,
+    prototypes: Tensor,
+    scale: float,
+    spacing: float,
+    H: int,
+    W: int,
+    reduce: str,
+    winners: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    B, Q = features.shape[:2]
+    shape = (B, Q, prototypes.shape[1], H, W)
+    saved = shape if winners and reduce == "max" else (0,)
+    grid = GridSpec(scale, spacing)
+    return (
+        features.new_empty(shape, dtype=accumulation_dtype(features.dtype)),
+        features.new_empty(saved, dtype=winner_dtype(grid, (H, W))),
+    )
+
+
+@torch.library.register_fake("lslpn_kernels::cosine_match_backward", lib=_library)
+def _(
+    grad: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    scale: float,
+    spacing: float,
+    reduce: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features), torch.empty_like(prototypes)
+
+
+class _MaskedAveragePool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        features: Tensor,
+        masks: Tensor,
+        scale: float,
+        spacing: float,
+        min_pixels: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        call = _route(features, _pool, "masked_average_pool")
+        return call(features, masks, scale, spacing, min_pixels, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        features, masks, scale, spacing, _, backend = inputs
+        _, factor = output
+        ctx.mark_non_differentiable(factor)
+        ctx.set_materialize_grads(False)
+        # The pooling is linear in the features: only their shape and layout are of use.
+        ctx.save_for_backward(masks, factor, features)
+        ctx.settings = (scale, spacing, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad is None or not ctx.needs_input_grad[0]:
+            return (None,) * 6
+        masks, factor, features = ctx.saved_tensors
+        call = _route(grad, _pool_backward, "masked_average_pool_backward")
+        grad_features = call(grad.contiguous(), masks, factor, features, *ctx.settings)
+        return grad_features, None, None, None, None, None
+
+
+class _CosineMatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        features: Tensor,
+        prototypes: Tensor,
+        scale: float,
+        spacing: float,
+        H: int,
+        W: int,
+        reduce: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        winners = features.requires_grad or prototypes.requires_grad
+        call = _route(features, _match, "cosine_match")
+        return call(features, prototypes, scale, spacing, H, W, reduce, winners, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        features, prototypes, scale, spacing, _, _, reduce, backend = inputs
+        scores, winners = output
+        ctx.mark_non_differentiable(winners)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(features, prototypes, scores, winners)
+        ctx.settings = (scale, spacing, reduce, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 8
+        call = _route(grad, _match_backward, "cosine_match_backward")
+        grads = call(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        return *grads, None, None, None, None, None, None
+
+
+def _route(tensor: Tensor, eager: Any, name: str) -> Any:
+    """The kernel itself in eager mode; while tracing, the operator that stands for it. Going
+    through the dispatcher costs more than many of the kernels take."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return getattr(torch.ops.lslpn_kernels, name).default
+    return eager

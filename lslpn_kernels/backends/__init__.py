@@ -73,9 +73,8 @@ class Kernels(Protocol):
         winners: Tensor,
         grid: GridSpec,
         reduce: str,
-        needs: tuple[bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of `features` (its dtype and layout) and `prototypes`, as far as needed."""
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `features` (its dtype and layout) and `prototypes`."""
 
 
 @dataclass(frozen=True)
