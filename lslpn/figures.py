@@ -7,14 +7,13 @@ display, leaves no global state behind, and two can be drawn at once in two thre
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from .atomic import replacing
 
 # Okabe and Ito's palette without black (it vanishes on CT) led by the two that stand out most
 # on grey; then four of Paul Tol's for data sets with many organs. People with any of the
@@ -188,26 +187,7 @@ def _write(path: Path, figure: object) -> Path:
     from matplotlib.figure import Figure
 
     assert isinstance(figure, Figure)
-    partial: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
-        )
-        with os.fdopen(handle, "wb") as stream:
-            # No version of matplotlib in the file: the same picture gives the same bytes.
-            figure.savefig(stream, format="png", metadata={"Software": None})
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)  # mkstemp makes it private to its owner
-        os.replace(partial, path)
-        partial = None
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot write the figure ({error.strerror or error}); "
-            "choose a folder you may write to"
-        ) from error
-    finally:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
+    with replacing(path) as aside:
+        # No version of matplotlib in the file: the same picture gives the same bytes.
+        figure.savefig(aside, format="png", metadata={"Software": None})
     return path

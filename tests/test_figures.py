@@ -82,7 +82,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_named_and_the_old_figure_stays(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot write the figure"):
+    with pytest.raises(InputError, match="cannot be written"):
         overlay(tmp_path / "file" / "f.png", [[Panel(np.zeros((4, 4)))]])
 
 
@@ -94,8 +94,8 @@ def test_a_failure_while_writing_leaves_the_old_figure_whole(
     path = overlay(tmp_path / "f.png", [[Panel(disc(16, 5) * 1.0)]])
     before = path.read_bytes()
 
-    def full(self: Figure, stream: object, **_: object) -> None:
-        stream.write(b"half")  # type: ignore[attr-defined]
+    def full(self: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
