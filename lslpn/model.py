@@ -44,13 +44,21 @@ class LSLPN(nn.Module):
         config: of the network; `config.weights` names what the trunk starts from.
         generator: random numbers of the reduction layer; None uses torch's default one.
 
+    Attributes:
+        amp: run the encoder in bfloat16 (autocast), in training and inference; its features come
+            out in float32. False by default. Processors with matrix units gain a factor of 3.
+
     Raises:
         InputError: `config.weights` cannot be loaded.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.amp = False
         own_file = config.weights not in ("imagenet", "random")
         self.encoder = Encoder(
             config.channels,
@@ -61,6 +69,8 @@ class LSLPN(nn.Module):
             batch_norm=config.batch_norm,
             generator=generator,
         )
+        # The same numbers in another order in memory; convolutions run up to twice as fast.
+        self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head = LocalPrototypeHead(
             GridSpec(config.grid_scale, config.grid_spacing),
             scale=config.logit_scale,
@@ -104,8 +114,12 @@ class LSLPN(nn.Module):
         colour = grey.expand(-1, 3, -1, -1)
         if self.config.imagenet_normalisation:
             colour = (colour - self.mean) / self.std
-        features: Tensor = self.encoder(colour)
-        return features
+        if not self.amp:
+            features: Tensor = self.encoder(colour)
+            return features
+        with torch.autocast(grey.device.type, torch.bfloat16):
+            features = self.encoder(colour)
+        return features.float()
 
 
 def untrained(config: str | Config | ModelConfig = "published", *, seed: int = 1234) -> LSLPN:
