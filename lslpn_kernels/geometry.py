@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 # So that a scale of 1/5 of 40 pixels is 8 and not 7, whatever the rounding of 0.2 * 40.
 _SLACK = 1e-6
@@ -146,7 +147,7 @@ def _axis(scale: float, spacing: float, pixels: int, cells: int) -> Axis:
 def _segments(axis: Axis) -> tuple[Segment, ...]:
     cuts = sorted({0, axis.pixels, *axis.starts, *(s + axis.window for s in axis.starts)})
     segments = []
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in pairwise(cuts):
         first, last = axis.covering(begin)
         lower, _ = axis.taps(begin)
         upper, weight = axis.taps(end - 1)

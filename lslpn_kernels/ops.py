@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .backends import PLAIN, Kernels, choose, load, torch_, winner_dtype
+from .backends import Kernels, choose, load, torch_, winner_dtype
 from .geometry import GridSpec
 from .reference import accumulation_dtype
 
@@ -149,7 +149,7 @@ def _kernels(backend: str) -> Kernels:
     module, reason = load(backend)
     if module is None:
         raise RuntimeError(f'backend="{backend}" is not usable: {reason}')
-    return module  # type: ignore[return-value]  # a module as a Protocol
+    return module
 
 
 def _pool(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Protocol
 
@@ -108,7 +108,7 @@ def winner_dtype(grid: GridSpec, size: tuple[int, int]) -> torch.dtype:
     return torch.uint8 if overlap <= 256 else torch.int32
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> tuple[ModuleType | None, str]:
     """The module of a backend, or None and one line on why there is none. Looked up once."""
     try:
@@ -152,7 +152,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-@lru_cache(maxsize=None)
+@cache
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name in PLAIN:
         return None

@@ -145,7 +145,7 @@ def cosine_match(
     x = _tables(grid.axis(W, w), dtype, features.device)
     (Sy, Ly), (Sx, Lx) = y.window.shape, x.window.shape
     Ty, Ry = y.weight.shape[1:]
-    Tx, Rx = x.weight.shape[1:]
+    Tx = x.weight.shape[1]
     features = features.to(dtype)
     directions = unit(prototypes.to(dtype), -1).transpose(1, 2)  # [B, Gy, C, Gx, D]
     located = features.permute(0, 1, 3, 4, 2)  # [B, Q, h, w, D]
