@@ -1,0 +1,247 @@
+"""nnU-Net's raw data set layout.
+
+    DIR/dataset.json
+    DIR/imagesTr/CASE_0000.nii.gz
+    DIR/labelsTr/CASE.nii.gz
+
+Both styles of `labels` in dataset.json are read: {"background": 0, "liver": 1} of nnU-Net v2 and
+{"0": "background", "1": "liver"} of v1 and the Medical Segmentation Decathlon.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lslpn.errors import InputError
+from lslpn.volumes import Volume, check_same_grid, read_image, read_labels
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set on disk; volumes are read when asked for.
+
+    Attributes:
+        root: its folder.
+        name: from dataset.json, else the folder's name.
+        labels: organ name to label value, in the order of the values, without the background.
+        cases: the cases that have an image and labels, sorted.
+        file_ending: ".nii.gz" or ".nii".
+    """
+
+    root: Path
+    name: str
+    labels: dict[str, int]
+    cases: tuple[str, ...]
+    file_ending: str = ".nii.gz"
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str]) -> Dataset:
+        """Read dataset.json and list the cases; no volume is read yet.
+
+        Raises:
+            InputError: the folder or dataset.json is missing or broken, there is more than one
+                channel or a region-based label, an image lacks its labels or the reverse, or
+                there is no case at all.
+        """
+        folder = Path(root)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: there is no such folder, expected a data set in nnU-Net's raw layout "
+                "(dataset.json, imagesTr, labelsTr); check the path"
+            )
+        path = folder / "dataset.json"
+        meta = _load_json(path)
+        ending = _file_ending(path, meta)
+        _check_channels(path, meta)
+        labels = _labels(path, meta)
+        cases = _cases(folder, ending)
+        return cls(folder, str(meta.get("name") or folder.name), labels, cases, ending)
+
+    @property
+    def organs(self) -> tuple[str, ...]:
+        """The organs' names, in the order of their label values."""
+        return tuple(self.labels)
+
+    def label_of(self, organ: str) -> int:
+        """The label value of an organ.
+
+        Raises:
+            InputError: the data set has no such organ; names those it has.
+        """
+        if organ in self.labels:
+            return self.labels[organ]
+        raise InputError(
+            f"organ {organ!r}: not in data set {self.name}{_meant(organ, self.labels)}; "
+            f"known organs: {', '.join(self.labels)}"
+        )
+
+    def check_case(self, case: str) -> str:
+        """Return `case`, or raise an InputError that names the cases there are."""
+        if case in self.cases:
+            return case
+        shown = ", ".join(self.cases[:8]) + (", ..." if len(self.cases) > 8 else "")
+        raise InputError(
+            f"case {case!r}: not in data set {self.name}{_meant(case, self.cases)}; "
+            f"its {len(self.cases)} cases: {shown}"
+        )
+
+    def image_path(self, case: str) -> Path:
+        """Where the image of a case lies; InputError for an unknown case."""
+        return self.root / "imagesTr" / f"{self.check_case(case)}_0000{self.file_ending}"
+
+    def labels_path(self, case: str) -> Path:
+        """Where the labels of a case lie; InputError for an unknown case."""
+        return self.root / "labelsTr" / f"{self.check_case(case)}{self.file_ending}"
+
+    def image(self, case: str) -> Volume:
+        """Read the image of a case: float32 [Z, Y, X]; raises as `read_image`."""
+        return read_image(self.image_path(case))
+
+    def load_labels(self, case: str) -> Volume:
+        """Read the labels of a case: uint8 or int16 [Z, Y, X]; raises as `read_labels`."""
+        return read_labels(self.labels_path(case))
+
+    def load(self, case: str) -> tuple[Volume, Volume]:
+        """Read the image and the labels of a case, and check that they lie on one grid.
+
+        Raises:
+            InputError: as `read_image`, `read_labels` and `check_same_grid`.
+        """
+        image, labels = self.image(case), self.load_labels(case)
+        check_same_grid(image, labels)
+        return image, labels
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: there is no such file; a data set in nnU-Net's raw layout has one, with "
+            '"labels" and "file_ending": write it, or give the folder that holds it'
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"{path}: is not valid JSON ({error}); mend it there") from error
+    if not isinstance(meta, dict):
+        raise InputError(f"{path}: expected a JSON object with labels, got {type(meta).__name__}")
+    return meta
+
+
+def _file_ending(path: Path, meta: dict[str, Any]) -> str:
+    ending = meta.get("file_ending", ".nii.gz")
+    if ending not in (".nii.gz", ".nii"):
+        raise InputError(
+            f'{path}: "file_ending" is {ending!r}, expected ".nii.gz" or ".nii"; '
+            "convert the data set to NIfTI"
+        )
+    return str(ending)
+
+
+def _check_channels(path: Path, meta: dict[str, Any]) -> None:
+    channels = meta.get("channel_names", meta.get("modality", {"0": "image"}))
+    count = len(channels) if isinstance(channels, (dict, list)) else 1
+    if count > 1:
+        raise InputError(
+            f"{path}: names {count} channels, expected one; make a data set of the channel "
+            "that you want to use (its files end in _0000)"
+        )
+
+
+def _labels(path: Path, meta: dict[str, Any]) -> dict[str, int]:
+    """Organ to value, sorted by value, background left out; both styles of nnU-Net."""
+    given = meta.get("labels")
+    if not isinstance(given, dict) or not given:
+        raise InputError(
+            f'{path}: "labels" is missing or no object, expected such as '
+            '{"background": 0, "liver": 1}; write it there'
+        )
+    # v1 has the numbers as keys. JSON keys are strings, so look at the values.
+    v1 = all(isinstance(value, str) for value in given.values())
+    labels: dict[str, int] = {}
+    for key, value in given.items():
+        name, number = (value, key) if v1 else (key, value)
+        if isinstance(number, list):
+            raise InputError(
+                f"{path}: label {name!r} is a region ({number}), which is not supported, expected "
+                "one number per label; list the parts of the region as labels of their own"
+            )
+        try:
+            label = int(number)
+        except (TypeError, ValueError):
+            label = -1
+        if isinstance(number, (bool, float)) or not 0 <= label <= 32767:
+            raise InputError(
+                f"{path}: label {name!r} has the value {number!r}, expected a whole number from "
+                "0 to 32767; mend it there"
+            )
+        if name in labels or label in labels.values():
+            raise InputError(
+                f"{path}: label {name!r} or its value {label} appears twice; each organ needs "
+                "a value of its own"
+            )
+        labels[str(name)] = label
+    organs = dict(sorted(((n, v) for n, v in labels.items() if v), key=lambda item: item[1]))
+    if not organs:
+        raise InputError(f'{path}: "labels" holds the background alone, expected organs; add them')
+    return organs
+
+
+def _cases(folder: Path, ending: str) -> tuple[str, ...]:
+    """Sorted names of the cases; each must have an image of one channel, and labels."""
+    images: set[str] = set()
+    for name in _listing(folder / "imagesTr", ending):
+        case, mark, channel = name[: -len(ending)].rpartition("_")
+        if not mark or len(channel) != 4 or not channel.isdigit():
+            raise InputError(
+                f"{folder / 'imagesTr' / name}: expected a name such as CASE_0000{ending}, where "
+                "_0000 is the channel; rename it"
+            )
+        if channel != "0000":
+            raise InputError(
+                f"{folder / 'imagesTr' / name}: is a second channel, expected one channel (_0000) "
+                "per case; make a data set of the channel that you want to use"
+            )
+        images.add(case)
+    labels = {name[: -len(ending)] for name in _listing(folder / "labelsTr", ending)}
+    if not images:
+        raise InputError(
+            f"{folder / 'imagesTr'}: holds no file that ends in {ending}, expected "
+            f'CASE_0000{ending}; check "file_ending" in dataset.json'
+        )
+    for case in sorted(images ^ labels):
+        if case in images:
+            raise InputError(
+                f"{folder / 'labelsTr' / (case + ending)}: missing, the labels of case {case}; "
+                "add the file or remove the image"
+            )
+        raise InputError(
+            f"{folder / 'imagesTr' / f'{case}_0000{ending}'}: missing, the image of case {case}; "
+            "add the file or remove the labels"
+        )
+    return tuple(sorted(images))
+
+
+def _listing(folder: Path, ending: str) -> list[str]:
+    try:
+        # Names with a leading dot are other tools' leavings (macOS writes ._CASE_0000.nii.gz).
+        return sorted(
+            p.name for p in folder.iterdir() if p.name.endswith(ending) and p.name[0] != "."
+        )
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be listed ({error.strerror or error}), expected the folder of "
+            "nnU-Net's raw layout; check the path of the data set"
+        ) from error
+
+
+def _meant(given: str, known: Sequence[str] | dict[str, int]) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

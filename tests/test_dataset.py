@@ -1,0 +1,165 @@
+"""nnU-Net's raw layout: both styles of labels, and what is said about a broken set."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SYNTHETIC_ORGANS, write_nifti
+
+from lslpn.dataset import Dataset
+from lslpn.errors import InputError
+
+
+def _edit(root: Path, **changes: Any) -> Path:
+    path = root / "dataset.json"
+    meta = json.loads(path.read_text())
+    meta.update(changes)
+    path.write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+    return root
+
+
+def _refused(root: Path, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Dataset.open(root)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_open_and_load(synthetic_dataset: Path) -> None:
+    data = Dataset.open(synthetic_dataset)
+    assert data.name == "synthetic"
+    assert data.labels == SYNTHETIC_ORGANS
+    assert data.organs == ("liver", "spleen", "kidney")
+    assert data.cases == ("syn_00", "syn_01", "syn_02", "syn_03")
+    for case in data.cases:
+        image, labels = data.load(case)
+        assert image.data.shape == labels.data.shape
+        assert set(np.unique(labels.data)) == {0, 1, 2, 3}
+        # Whatever way the file's axes run, the liver lies on the patient's right, shown left.
+        liver, spleen = (np.argwhere(labels.data == v).mean(axis=0) for v in (1, 2))
+        assert liver[2] < spleen[2]
+        assert image.path.name == f"{case}_0000.nii.gz"
+
+
+def test_labels_of_both_styles_and_in_any_order(synthetic_dataset: Path) -> None:
+    style1 = {"0": "background", "10": "kidney", "2": "spleen"}
+    assert Dataset.open(_edit(synthetic_dataset, labels=style1)).labels == {
+        "spleen": 2,
+        "kidney": 10,
+    }
+    style2 = {"kidney": 3, "background": 0, "liver": 1}
+    data = Dataset.open(_edit(synthetic_dataset, labels=style2))
+    assert list(data.labels.items()) == [("liver", 1), ("kidney", 3)]
+
+
+def test_name_and_ending_may_be_left_out(synthetic_dataset: Path) -> None:
+    data = Dataset.open(_edit(synthetic_dataset, name=None, file_ending=None, channel_names=None))
+    assert data.name == synthetic_dataset.name
+    assert len(data.cases) == 4
+
+
+def test_plain_nii(tmp_path: Path) -> None:
+    data = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    write_nifti(tmp_path / "imagesTr" / "a_b_0000.nii", data)
+    write_nifti(tmp_path / "labelsTr" / "a_b.nii", data % 2)
+    meta = {"labels": {"background": 0, "odd": 1}, "file_ending": ".nii"}
+    (tmp_path / "dataset.json").write_text(json.dumps(meta))
+    opened = Dataset.open(tmp_path)
+    assert opened.cases == ("a_b",)
+    np.testing.assert_array_equal(opened.load("a_b")[1].data, data % 2)
+
+
+def test_unknown_organ_and_case(synthetic_dataset: Path) -> None:
+    data = Dataset.open(synthetic_dataset)
+    assert data.label_of("spleen") == 2
+    with pytest.raises(InputError, match=r"'splen'.*did you mean 'spleen'.*liver, spleen, kidney"):
+        data.label_of("splen")
+    with pytest.raises(InputError, match=r"'background': not in"):
+        data.label_of("background")
+    with pytest.raises(InputError, match=r"'syn_9'.*its 4 cases: syn_00, syn_01"):
+        data.load("syn_9")
+
+
+def test_no_folder_no_json_broken_json(tmp_path: Path, synthetic_dataset: Path) -> None:
+    _refused(tmp_path / "none", "no such folder", "nnU-Net")
+    path = synthetic_dataset / "dataset.json"
+    path.write_text('{"labels": ')
+    _refused(synthetic_dataset, "dataset.json", "not valid JSON")
+    path.write_text("[1]")
+    _refused(synthetic_dataset, "expected a JSON object")
+    path.unlink()
+    _refused(synthetic_dataset, str(path), "no such file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": None}, ["labels", "missing"]),
+        ({"labels": {}}, ["labels"]),
+        ({"labels": {"background": 0}}, ["background alone"]),
+        ({"labels": {"background": 0, "all": [1, 2]}}, ["'all'", "region", "not supported"]),
+        ({"labels": {"background": 0, "liver": -1}}, ["'liver'", "whole number"]),
+        ({"labels": {"background": 0, "liver": 1.5}}, ["1.5", "whole number"]),
+        ({"labels": {"0": "background", "one": "liver"}}, ["'one'", "whole number"]),
+        ({"labels": {"background": 0, "liver": 1, "spleen": 1}}, ["'spleen'", "twice"]),
+        ({"labels": {"1": "liver", "2": "liver"}}, ["'liver'", "twice"]),
+        ({"file_ending": ".png"}, [".png", "convert"]),
+        ({"channel_names": {"0": "T1", "1": "T2"}}, ["2 channels", "_0000"]),
+    ],
+)
+def test_broken_dataset_json(
+    synthetic_dataset: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    _refused(_edit(synthetic_dataset, **changes), "dataset.json", *words)
+
+
+def test_files_that_do_not_pair_up(synthetic_dataset: Path) -> None:
+    labels = synthetic_dataset / "labelsTr" / "syn_02.nii.gz"
+    image = synthetic_dataset / "imagesTr" / "syn_02_0000.nii.gz"
+    aside = synthetic_dataset / "aside"
+    labels.rename(aside)
+    _refused(synthetic_dataset, str(labels), "missing", "syn_02")
+    aside.rename(labels)
+    image.rename(aside)
+    _refused(synthetic_dataset, str(image), "missing", "syn_02")
+
+
+def test_stray_files(synthetic_dataset: Path) -> None:
+    images = synthetic_dataset / "imagesTr"
+    (images / "._syn_00_0000.nii.gz").touch()
+    (images / "notes.txt").touch()
+    assert len(Dataset.open(synthetic_dataset).cases) == 4
+    (images / "syn_00.nii.gz").touch()
+    _refused(synthetic_dataset, "syn_00.nii.gz", "CASE_0000")
+    (images / "syn_00.nii.gz").rename(images / "syn_00_0001.nii.gz")
+    _refused(synthetic_dataset, "syn_00_0001", "channel")
+
+
+def test_empty_and_missing_folders(synthetic_dataset: Path) -> None:
+    shutil.rmtree(synthetic_dataset / "imagesTr")
+    _refused(synthetic_dataset, "imagesTr", "cannot be listed")
+    (synthetic_dataset / "imagesTr").mkdir()
+    _refused(synthetic_dataset, "imagesTr", "holds no file")
+
+
+def test_image_and_labels_of_different_grids(synthetic_dataset: Path) -> None:
+    write_nifti(synthetic_dataset / "labelsTr" / "syn_00.nii.gz", np.ones((3, 4, 5)))
+    with pytest.raises(InputError, match=r"syn_00\.nii\.gz: its shape"):
+        Dataset.open(synthetic_dataset).load("syn_00")
+
+
+def test_sabs(shared_path: Callable[[str], Path]) -> None:
+    data = Dataset.open(shared_path("data/Dataset101_SABS"))
+    assert len(data.cases) == 18
+    assert data.label_of("liver") == 6
+    image, labels = data.load(data.cases[0])
+    assert image.data.shape == (147, 257, 257)
+    liver, spleen = (np.argwhere(labels.data == v).mean(axis=0) for v in (6, 1))
+    assert liver[2] < spleen[2]

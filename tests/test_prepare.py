@@ -1,0 +1,218 @@
+"""Window, body box, resizing, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import synthetic_ct, write_nifti
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lslpn.assets import demo_image, demo_labels
+from lslpn.dataset import Dataset
+from lslpn.errors import InputError
+from lslpn.prepare import ABDOMEN_WINDOW, body_box, prepare, resolve_window
+from lslpn.volumes import Volume, read_image, read_labels
+
+
+def _with(volume: Volume, data: np.ndarray) -> Volume:
+    return dataclasses.replace(volume, data=np.ascontiguousarray(data, dtype=np.float32))
+
+
+@pytest.fixture
+def ct(tmp_path: Path) -> Volume:
+    return read_image(write_nifti(tmp_path / "ct.nii.gz", synthetic_ct(0)[0]))
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Volume:
+    data = synthetic_ct(0)[1]
+    return read_labels(write_nifti(tmp_path / "labels.nii.gz", data, dtype=np.uint8))
+
+
+def _bounds(box: tuple[slice, slice]) -> tuple[int, int, int, int]:
+    return box[0].start, box[0].stop, box[1].start, box[1].stop
+
+
+# --- intensities -------------------------------------------------------------------------------
+
+
+def test_auto_window_is_for_ct_in_hu_alone(ct: Volume) -> None:
+    assert resolve_window(ct, "auto") == ABDOMEN_WINDOW == (-125.0, 275.0)
+    windowed = _with(ct, ct.data.clip(-125, 275))
+    assert resolve_window(windowed, "auto") is None
+    assert resolve_window(_with(ct, ct.data + 1024), "auto") is None
+    assert resolve_window(ct, None) is None
+    assert resolve_window(windowed, (-10, 90)) == (-10.0, 90.0)
+    # CT that was limited before comes out as raw CT does.
+    np.testing.assert_array_equal(prepare(ct, size=64).slices, prepare(windowed, size=64).slices)
+
+
+def test_slices_run_from_0_to_1_each(ct: Volume) -> None:
+    dim = ct.data.copy()
+    dim[3] = dim[3].clip(-125, 275) / 2  # one slice of half the contrast
+    dim[5] = 40  # one constant slice
+    slices = prepare(_with(ct, dim), size=64).slices
+    assert slices.dtype == np.float32
+    assert slices.shape == (14, 64, 64)
+    lows, highs = slices.min(axis=(1, 2)), slices.max(axis=(1, 2))
+    assert not slices[5].any()
+    assert not np.delete(lows, 5).any()
+    assert (np.delete(highs, 5) == 1).all()
+
+
+def test_normalise_by_volume_and_by_window(ct: Volume) -> None:
+    same = ct.data.shape[1]
+    square = _with(ct, ct.data[:, :, :same])
+    raw = prepare(square, size=same, window=None, normalise="volume").slices
+    low, high = square.data.min(), square.data.max()
+    np.testing.assert_allclose(raw, (square.data - low) / (high - low), rtol=1e-5, atol=1e-6)
+    window = prepare(square, size=same, window=(-50, 150), normalise="window").slices
+    np.testing.assert_allclose(window, (square.data.clip(-50, 150) + 50) / 200, atol=1e-6)
+    with pytest.raises(InputError, match="needs a window"):
+        prepare(_with(ct, ct.data.clip(-125, 275)), size=64, normalise="window")
+
+
+def test_wrong_options(ct: Volume, labels: Volume) -> None:
+    with pytest.raises(ValueError, match="size"):
+        prepare(ct, size=0)
+    with pytest.raises(ValueError, match="align"):
+        prepare(ct, size=8, align="head")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="normalise"):
+        prepare(ct, size=8, normalise="z")  # type: ignore[arg-type]
+    for window in ((5, 5), "ct"):
+        with pytest.raises(ValueError, match="window"):
+            prepare(ct, size=8, window=window)  # type: ignore[arg-type]
+    grid = dataclasses.replace(labels.grid, shape=(1, 2, 3))
+    with pytest.raises(InputError, match="shape"):
+        prepare(ct, dataclasses.replace(labels, grid=grid), size=8)
+
+
+# --- there and back ----------------------------------------------------------------------------
+
+
+def test_own_size_is_left_alone(ct: Volume, labels: Volume) -> None:
+    image = _with(ct, ct.data[:, :, :56])
+    mask = dataclasses.replace(labels, data=labels.data[:, :, :56])
+    prepared = prepare(image, mask, size=56)
+    assert prepared.labels is not None
+    np.testing.assert_array_equal(prepared.labels, mask.data)
+    np.testing.assert_array_equal(prepared.restore(prepared.labels), mask.data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+    factor=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_labels_survive_enlarging_and_restoring(
+    tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, int, int], factor: int, seed: int
+) -> None:
+    data = np.random.default_rng(seed).integers(0, 300, shape, dtype=np.int16)
+    data.flat[0] = 1000
+    path = write_nifti(tmp_path_factory.mktemp("p") / "a.nii", data)
+    labels = read_labels(path)
+    image = _with(labels, np.pad(data, 0) + np.arange(data.size).reshape(shape) * 1e-3)
+    size = factor * max(shape[1:])
+    prepared = prepare(image, labels, size=size, window=None)
+    assert prepared.slices.shape == (shape[0], size, size)
+    assert prepared.slices.min() >= 0
+    assert prepared.slices.max() <= 1
+    assert prepared.labels is not None
+    assert prepared.labels.dtype == labels.data.dtype
+    np.testing.assert_array_equal(prepared.restore(prepared.labels), data)
+
+
+@pytest.mark.parametrize("size", [32, 65, 256])
+def test_image_and_labels_stay_on_top_of_each_other(ct: Volume, labels: Volume, size: int) -> None:
+    # The labels' own centres, through the image's resizing: both must land at the same place.
+    as_image = _with(ct, (labels.data == 1) * 100.0)
+    prepared = prepare(as_image, labels, size=size, window=None, normalise="volume")
+    assert prepared.labels is not None
+    for z in (6, 8):
+        y, x = (c.mean() for c in np.nonzero(prepared.labels[z] == 1))
+        weight = prepared.slices[z] / prepared.slices[z].sum()
+        rows, columns = np.indices(weight.shape)
+        # Nearest neighbours move an edge by half a pixel of the coarser grid at most.
+        assert abs((weight * rows).sum() - y) < 0.5 * max(1, size / 56)
+        assert abs((weight * columns).sum() - x) < 0.5 * max(1, size / 64)
+
+
+def test_shrinking_averages(ct: Volume) -> None:
+    stripes = np.zeros((1, 64, 64), np.float32)
+    stripes[:, ::2] = 100
+    small = prepare(_with(ct, stripes), size=16, normalise="volume").slices
+    np.testing.assert_allclose(small[:, 1:-1], 0.5, atol=0.02)
+
+
+def test_restore_after_the_body_crop(ct: Volume, labels: Volume) -> None:
+    prepared = prepare(ct, labels, size=128, align="body")
+    assert prepared.labels is not None
+    back = prepared.restore(prepared.labels)
+    assert back.shape == ct.data.shape
+    np.testing.assert_array_equal(back, labels.data)  # the organs lie within, 128 is larger
+    everywhere = prepared.restore(np.ones_like(prepared.labels))
+    y0, y1, x0, x1 = _bounds(prepared.box)
+    assert everywhere.sum() == 14 * (y1 - y0) * (x1 - x0)
+    assert everywhere[:, y0:y1, x0:x1].all()
+    with pytest.raises(ValueError, match="expected shape"):
+        prepared.restore(back)
+
+
+# --- the body ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hu", "windowed", "mr"])
+def test_body_box_leaves_air_and_table_out(ct: Volume, kind: str) -> None:
+    data = ct.data
+    if kind == "windowed":
+        data = data.clip(-125, 275)
+    elif kind == "mr":
+        # Bright fat, dark noisy air, no negative values.
+        rng = np.random.default_rng(1)
+        data = np.where(data > -300, (data + 300).clip(150, 600), rng.rayleigh(8, data.shape))
+    y0, y1, x0, x1 = _bounds(body_box(_with(ct, data)))
+    # The body of synthetic_ct: y from 0.12 to 0.82 of 55, x from 0.1 to 0.9 of 63; the table is
+    # at 0.95. The opening rounds its ends off by a pixel.
+    assert abs(y0 - 0.12 * 55) <= 2
+    assert abs(y1 - 0.82 * 55) <= 2
+    assert abs(x0 - 0.10 * 63) <= 2
+    assert abs(x1 - 0.90 * 63) <= 2
+
+
+def test_whole_slice_where_no_body_stands_out(ct: Volume) -> None:
+    whole = (0, 56, 0, 64)
+    noise = np.random.default_rng(0).normal(100, 10, ct.data.shape)
+    assert _bounds(body_box(_with(ct, noise))) == whole
+    speck = np.full(ct.data.shape, -1000.0)
+    speck[:, 20:24, 20:24] = 50
+    assert _bounds(body_box(_with(ct, speck))) == whole
+    head_close_up = ct.data[:, 25:35, 25:40]  # tissue all over
+    assert _bounds(body_box(_with(ct, head_close_up))) == (0, 10, 0, 15)
+
+
+def test_body_boxes_of_the_demo_scans() -> None:
+    for scan in ("a", "b"):
+        image, labels = read_image(demo_image(scan)), read_labels(demo_labels(scan))  # type: ignore[arg-type]
+        y0, y1, x0, x1 = _bounds(body_box(image))
+        inside = labels.data[:, y0:y1, x0:x1]
+        assert np.count_nonzero(inside) == np.count_nonzero(labels.data)
+        if scan == "b":  # the table starts at row 212, the air above ends at row 80
+            assert 75 <= y0 <= 85
+            assert 200 <= y1 <= 212
+
+
+def test_body_boxes_of_sabs(shared_path: Callable[[str], Path]) -> None:
+    data = Dataset.open(shared_path("data/Dataset101_SABS"))
+    # First row of the body and last before the table, read off the images by eye, +-4 pixels.
+    for case, top, bottom in (("sabs_00", 30, 245), ("sabs_08", 40, 229), ("sabs_16", 22, 223)):
+        image, labels = data.load(case)
+        y0, y1, x0, x1 = _bounds(body_box(image))
+        assert abs(y0 - top) <= 4
+        assert abs(y1 - bottom) <= 4
+        assert (labels.data[:, y0:y1, x0:x1] > 0).sum() == (labels.data > 0).sum()
