@@ -1,0 +1,185 @@
+"""Checkpoints: one file that holds the weights, the whole configuration and how far it got.
+
+Files are written aside and renamed, so a kill at any moment leaves the previous one whole, and
+read with `weights_only`, so that opening a stranger's checkpoint runs none of his code.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .atomic import replacing
+from .errors import InputError
+from .model import LSLPN
+from .presets import Config, ModelConfig
+
+FILE_NAME = "checkpoint.pt"
+METHOD = "lslpn"
+_FORMAT = "lslpn-checkpoint"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        config: the run's configuration.
+        step: gradient steps done.
+        model: the network's state dict.
+        optimizer: the optimizer's state dict, for going on.
+        data: what it was trained on: "dataset", "cases", "organs", "hold_out", "fingerprint".
+        versions: of lslpn's dependencies, for the record.
+    """
+
+    config: Config
+    step: int
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+
+
+def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint, whole or not at all.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "method": METHOD,
+        "config": checkpoint.config.to_dict(),
+        "step": checkpoint.step,
+        "model": checkpoint.model,
+        "optimizer": checkpoint.optimizer,
+        "data": checkpoint.data,
+        "versions": checkpoint.versions,
+    }
+    with replacing(path) as aside:
+        try:
+            torch.save(content, aside)
+        except RuntimeError as error:
+            # torch's writer reports a full disk this way.
+            raise OSError(None, str(error).splitlines()[0]) from error
+
+
+def checkpoint_path(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint file that `path`, a RUN folder or the file itself, stands for.
+
+    Raises:
+        InputError: there is none.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    if not given.exists():
+        raise InputError(
+            f"{given}: there is no such file or folder, expected a checkpoint or the folder of a "
+            "training run; check the path"
+        )
+    if not (given / FILE_NAME).is_file():
+        raise InputError(
+            f"{given}: holds no {FILE_NAME}, expected the folder of a training run; "
+            "check the path, or wait for the run's first checkpoint"
+        )
+    return given / FILE_NAME
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a checkpoint, given the file or the RUN folder, onto the CPU.
+
+    Raises:
+        InputError: it is missing, damaged, of another program, another method or a newer version.
+    """
+    file = checkpoint_path(path)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(
+            f"{file}: cannot be read as a checkpoint ({first}); it is damaged or was not written "
+            "by lslpn train"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise InputError(
+            f"{file}: is no checkpoint of lslpn, expected a file written by lslpn train; for "
+            "weights of a ResNet-50 alone set the option weights"
+        )
+    if content.get("version") != _VERSION or content.get("method") != METHOD:
+        raise InputError(
+            f"{file}: is a checkpoint of method {content.get('method')!r}, version "
+            f"{content.get('version')!r}, expected {METHOD!r}, version {_VERSION}; "
+            "use the lslpn that wrote it"
+        )
+    try:
+        return Checkpoint(
+            config=Config.from_dict(content["config"]),
+            step=int(content["step"]),
+            model=content["model"],
+            optimizer=content["optimizer"],
+            data=content["data"],
+            versions=content["versions"],
+        )
+    except (KeyError, TypeError, ValueError, InputError) as error:
+        raise InputError(
+            f"{file}: its configuration does not fit this version of lslpn ({error}); "
+            "use the lslpn that wrote it"
+        ) from error
+
+
+def load_weights(model: LSLPN, checkpoint: Checkpoint, name: str | os.PathLike[str]) -> None:
+    """Fills `model` from `checkpoint`, strictly; `name` is for the message.
+
+    Raises:
+        InputError: it is of another architecture.
+    """
+    own, given = model.state_dict(), checkpoint.model
+    differ = sorted(set(own) ^ set(given))
+    differ += [k for k in own if k in given and own[k].shape != given[k].shape]
+    if differ:
+        key = differ[0]
+        has = tuple(given[key].shape) if key in given else "nothing"
+        wants = tuple(own[key].shape) if key in own else "nothing"
+        raise InputError(
+            f"{name}: is of another architecture: {len(differ)} tensors differ, the first is "
+            f"{key}: expected {wants}, found {has}; build the model from the checkpoint's own "
+            "configuration"
+        )
+    model.load_state_dict(given)
+
+
+def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> LSLPN:
+    """The trained network, in evaluation mode; `path` is a checkpoint or the folder of a run.
+
+    The network's and its input's configuration come from the checkpoint: `model.config`.
+
+    Raises:
+        InputError: as `load_checkpoint` and `load_weights`.
+    """
+    checkpoint = load_checkpoint(path)
+    model = LSLPN(_without_weights(checkpoint.config.model))
+    load_weights(model, checkpoint, checkpoint_path(path))
+    model.config = checkpoint.config.model
+    return model.to(device).eval()
+
+
+def _without_weights(config: ModelConfig) -> ModelConfig:
+    """The trunk's first weights are overwritten anyway, and their file may be gone."""
+    return ModelConfig(**{**vars(config), "weights": "random"})
