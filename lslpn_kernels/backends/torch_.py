@@ -39,8 +39,11 @@ class _Tables:
     weight: Tensor  # [S, T, R] interpolation weight of a feature location for a pixel
     member: Tensor  # [G, S] 1 where the segment lies in the window
     place: Tensor  # [n] where in the flattened [S, T] a pixel is
-    square: Tensor  # [n, cells] squared weights of the two taps
-    cross: Tensor  # [n, cells] product of the two weights, at the lower tap
+    lower: Tensor  # [n] lower tap of a pixel
+    upper: Tensor  # [n] upper tap
+    lower_square: Tensor  # [n] squared weight of the lower tap
+    upper_square: Tensor  # [n] squared weight of the upper tap
+    cross: Tensor  # [n] product of the two weights
 
 
 @torch.compiler.assume_constant_result
@@ -75,12 +78,6 @@ def _tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
     member = (first <= torch.arange(axis.windows)) & (torch.arange(axis.windows) <= last)
     place = torch.empty(axis.pixels, dtype=torch.long)
     place[pixel.flatten()[inside.flatten()]] = torch.arange(S * T)[inside.flatten()]
-    square = torch.zeros(axis.pixels, axis.cells, dtype=torch.float64)
-    every = torch.arange(axis.pixels)
-    square[every, low] = (1 - up) ** 2
-    square[every, (low + 1).clamp(max=axis.cells - 1)] += up**2
-    cross = torch.zeros_like(square)
-    cross[every, low] = up * (1 - up)
     return _Tables(
         pixel=pixel.to(device),
         inside=inside.to(device, dtype),
@@ -90,8 +87,11 @@ def _tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
         weight=weight.to(device, dtype),
         member=member.T.to(device, dtype).contiguous(),
         place=place.to(device),
-        square=square.to(device, dtype),
-        cross=cross.to(device, dtype),
+        lower=low.to(device),
+        upper=(low + 1).clamp(max=axis.cells - 1).to(device),
+        lower_square=((1 - up) ** 2).to(device, dtype),
+        upper_square=(up**2).to(device, dtype),
+        cross=(up * (1 - up)).to(device, dtype),
     )
 
 
@@ -184,18 +184,25 @@ def _square_norm(features: Tensor, y: _Tables, x: _Tables) -> Tensor:
     """|Up F|^2, [B, Q, D, h, w] -> [B, Q, H, W], from inner products of neighbouring locations:
     ``w^T G w`` with the Gram matrix G of the four taps and their weights w."""
     own = (features * features).sum(2)
-    if features.shape[-2:] == (y.square.shape[0], x.square.shape[0]):
+    if features.shape[-2:] == (y.lower.shape[0], x.lower.shape[0]):
         return own
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         down, right = own.shape[-2] - a.shape[-2], own.shape[-1] - a.shape[-1]
         return torch.nn.functional.pad((a * b).sum(2), (0, right, 0, down))
 
+    def along_row(own: Tensor, cross: Tensor) -> Tensor:
+        ends = own[..., x.lower] * x.lower_square + own[..., x.upper] * x.upper_square
+        return ends + cross[..., x.lower] * x.cross
+
     right = product(features[..., :-1], features[..., 1:])
     below = product(features[..., :-1, :], features[..., 1:, :])
     diagonals = product(features[..., :-1, :-1], features[..., 1:, 1:]) + product(
         features[..., :-1, 1:], features[..., 1:, :-1]
     )
-    same_row = own @ x.square.T + 2 * right @ x.cross.T
-    next_row = below @ x.square.T + diagonals @ x.cross.T
-    return (y.square @ same_row + 2 * y.cross @ next_row).clamp_min(0)
+    same_row = along_row(own, 2 * right)
+    next_row = along_row(below, diagonals)
+    square = same_row[..., y.lower, :] * y.lower_square[:, None]
+    square = square + same_row[..., y.upper, :] * y.upper_square[:, None]
+    square = square + next_row[..., y.lower, :] * (2 * y.cross[:, None])
+    return square.clamp_min(0)
