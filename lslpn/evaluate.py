@@ -473,16 +473,16 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
             ]
             for evaluation, scores in zip(evaluations, dice, strict=True):
                 grid = (
-                    f", {fraction(evaluation.scale)}/{fraction(evaluation.spacing)}"
+                    f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
                     if len(evaluations) > 1
-                    else ""
+                    else "prediction"
                 )
                 prediction = evaluation.examples[index].prediction
                 row.append(
                     Panel(
                         shown.query_image,
                         prediction * label,
-                        f"prediction{grid}, Dice {scores[shown.organ, case]:.2f}",
+                        f"{grid}\n3-D Dice {scores[shown.organ, case]:.2f}",
                         shown.query_aspect,
                     )
                 )

@@ -1,0 +1,752 @@
+"""The command line: `lslpn demo`, `segment`, `train`, `evaluate` and `info`.
+
+Results go to stdout; progress, notes and errors go to stderr. Exit codes: 0 done; 1 a fault of
+ours or of the machine; 2 something given cannot be used, said in one line; 130 interrupted.
+
+torch takes seconds to import, so nothing here imports it before a command needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lslpn_kernels import GridSpec
+
+    from .dataset import Dataset
+    from .model import LSLPN
+
+app = typer.Typer(
+    name="lslpn",
+    help=(
+        "Few-shot segmentation of organs: with one labelled scan, find the organ in another.\n\n"
+        "The method is the location-sensitive local prototype network (Yu et al., 2021). "
+        "[bold]lslpn demo[/bold] shows it on two CT scans that come along; "
+        "[bold]lslpn COMMAND --help[/bold] explains a command."
+    ),
+    epilog="--debug, before or after the command, shows the traceback of an error.",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Align(str, Enum):
+    """How support and query are brought to lie alike."""
+
+    none = "none"
+    body = "body"
+
+
+class ProtocolName(str, Enum):
+    """The evaluation protocols; `lslpn.evaluate.PROTOCOLS` has what they do."""
+
+    published = "published"
+    senet = "senet"
+    alpnet = "alpnet"
+    adnet = "adnet"
+
+
+class Preset(str, Enum):
+    """The bundles of settings in `lslpn.presets`."""
+
+    paper = "paper"
+    published = "published"
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C, in a form that no version of typer turns into something else on its way up."""
+
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+
+def _command(function: _F) -> _F:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            raise _InterruptedError from interrupt
+
+    # Line breaks of the source would otherwise be kept within paragraphs.
+    paragraphs = (function.__doc__ or "").split("\n\n")
+    run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return run  # type: ignore[return-value]
+
+
+# --- options that several commands share ----------------------------------------------------
+
+_Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr.",
+        show_default=False,
+    ),
+]
+_Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="RUN",
+        help="A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
+        show_default=False,
+    ),
+]
+_Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="auto (a GPU if there is one), cpu, or cuda[:N]."
+    ),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Replace results that are already there.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+_Size = Annotated[
+    int | None,
+    typer.Option(
+        "--size",
+        metavar="PIXELS",
+        min=32,
+        help="Side of the square that slices are resized to; default: the model's own.",
+        show_default=False,
+    ),
+]
+_PresetOption = Annotated[
+    Preset,
+    typer.Option(
+        "--preset",
+        help="Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold].",
+    ),
+]
+_Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed", metavar="N", min=0, help="Seed of an untrained model's reduction layer."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"lslpn {version('lslpn')}")
+        except PackageNotFoundError:  # run from the source tree
+            print("lslpn, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    # `main` takes --debug off the line, wherever it stands; it is declared here for the help.
+    pass
+
+
+# --- commands -------------------------------------------------------------------------------
+
+
+@app.command()
+@_command
+def demo(
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where prediction.nii.gz, overlay.png and report.json go; "
+            "those of an earlier demo are replaced.",
+        ),
+    ] = Path("demo"),
+    device: _Device = "auto",
+    quiet: _Quiet = False,
+) -> None:
+    """Segment one CT scan from another; both come with the package.
+
+    Scan A with its labels is the support, scan B the query: another orientation, spacing and
+    field of view. The labels of both are predictions of TotalSegmentator, not a human's. Runs
+    offline, in minutes on two CPU cores.
+    """
+    for name in ("prediction.nii.gz", "overlay.png", "report.json"):
+        _writable(out / name)
+    from .demo import run_demo
+
+    report = run_demo(out, device=_device(device), progress=not quiet)
+    for organ, value in report["dice"].items():
+        print(f"{organ:<16} Dice {value:.3f}")
+    print(f"written: {out / 'prediction.nii.gz'}, overlay.png, report.json")
+
+
+@app.command()
+@_command
+def segment(
+    support_image: Annotated[
+        list[Path],
+        typer.Option(
+            "--support-image",
+            metavar="NIFTI",
+            help="A labelled scan; repeat for more of them.",
+            show_default=False,
+        ),
+    ],
+    support_mask: Annotated[
+        list[Path],
+        typer.Option(
+            "--support-mask",
+            metavar="NIFTI",
+            help="Its labels: 0 is background, each other number an organ; one per "
+            "--support-image, in the same order.",
+            show_default=False,
+        ),
+    ],
+    query: Annotated[
+        Path,
+        typer.Option("--query", metavar="NIFTI", help="The scan to segment.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="NIFTI",
+            help="The labels to write, in the query's own grid, affine and header.",
+            show_default=False,
+        ),
+    ],
+    checkpoint: _Checkpoint = None,
+    align: Annotated[
+        Align,
+        typer.Option("--align", help="body crops the scans to the patient's body first."),
+    ] = Align.body,
+    preset: _PresetOption = Preset.published,
+    size: _Size = None,
+    seed: _Seed = 1234,
+    device: _Device = "auto",
+    force: _Force = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Find the organs of a labelled scan in another scan.
+
+    Without --checkpoint the untrained network is used: ImageNet features and a random reduction
+    layer, which works already.
+
+    [bold]lslpn segment --support-image A.nii.gz --support-mask A_mask.nii.gz --query B.nii.gz
+    --out B_mask.nii.gz[/bold]
+    """
+    if len(support_image) != len(support_mask):
+        raise InputError(
+            f"--support-mask: expected one per --support-image, got {len(support_mask)} for "
+            f"{len(support_image)}; give them in pairs, in the same order"
+        )
+    if not out.name.endswith((".nii.gz", ".nii")):
+        raise InputError(f"--out: expected a name that ends in .nii.gz or .nii, got {out.name}")
+    for name, given in (
+        ("--support-image", support_image),
+        ("--support-mask", support_mask),
+        ("--query", [query]),
+    ):
+        if any(_same_file(out, path) for path in given):
+            raise InputError(f"--out: {out} is also given as {name}; give it another name")
+    _free(out, force)
+    _writable(out)
+
+    import numpy as np
+
+    from .volumes import check_same_grid, read_image, read_labels, write_labels
+
+    supports = []
+    for image_path, mask_path in zip(support_image, support_mask, strict=True):
+        image = read_image(image_path)
+        mask = read_labels(mask_path, require_foreground=True)
+        check_same_grid(image, mask)
+        supports.append((image, mask))
+    volume = read_image(query)
+
+    from .segment import segment as run
+
+    model = _model(checkpoint, preset, size, seed, device)
+    labels = run(model, supports, volume, align=align.value, progress=not quiet)
+    write_labels(out, labels, volume)
+    print(f"written: {out}")
+    z, y, x = volume.spacing
+    for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
+        count = int((labels == label).sum())
+        print(f"label {label}: {count} voxels, {count * z * y * x / 1000:.1f} ml")
+
+
+@app.command()
+@_command
+def train(
+    data: _Data,
+    hold_out: Annotated[
+        list[str],
+        typer.Option(
+            "--hold-out",
+            metavar="ORGAN",
+            help="An organ that training must not see; repeat for more.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="RUN", help="Folder for checkpoint and log.", show_default=False
+        ),
+    ],
+    preset: _PresetOption = Preset.published,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cases",
+            metavar="CASE",
+            help="Cases to train on, repeated or with commas; default: all. Keep some apart "
+            "for `lslpn evaluate`.",
+            show_default=False,
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change one setting of the preset, such as --set size=257 --set steps=400; "
+            "repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")
+    ] = False,
+    device: _Device = "auto",
+    quiet: _Quiet = False,
+) -> None:
+    """Train the network on episodes of all organs but those held out.
+
+    No choice is made on held-out organs or on other cases: the checkpoint is the last one.
+    A run that was stopped goes on with --resume, to the same weights bit for bit.
+
+    [bold]lslpn train --data DIR --hold-out liver --preset published --out RUN[/bold]
+    """
+    from .dataset import Dataset
+
+    dataset = Dataset.open(data)
+    for organ in _split(hold_out):
+        dataset.label_of(organ)
+    cases = _split(case) or list(dataset.cases)
+    for name in cases:
+        dataset.check_case(name)
+    if not resume and (out / "checkpoint.pt").exists():
+        raise InputError(
+            f"{out}: holds a training run already; resume it with --resume, or give another --out"
+        )
+    _writable(out / "checkpoint.pt")
+
+    from .presets import PRESETS, with_overrides
+    from .train import train as run
+
+    config = with_overrides(PRESETS[preset.value], **_settings(setting))
+    run(
+        config,
+        dataset,
+        hold_out=_split(hold_out),
+        cases=cases,
+        out=out,
+        resume=resume,
+        device=_device(device),
+        progress=not quiet,
+    )
+    print(f"written: {out}")
+
+
+@app.command()
+@_command
+def evaluate(
+    data: _Data,
+    support: Annotated[
+        str,
+        typer.Option(
+            "--support",
+            metavar="CASE",
+            help="The case whose labels are given.",
+            show_default=False,
+        ),
+    ],
+    checkpoint: _Checkpoint = None,
+    untrained: Annotated[
+        bool,
+        typer.Option(
+            "--untrained",
+            help="No checkpoint: ImageNet features and a random reduction layer.",
+        ),
+    ] = False,
+    query: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--query",
+            metavar="CASE",
+            help="Cases to segment, repeated or with commas; default: all that neither the "
+            "training saw nor is the support.",
+            show_default=False,
+        ),
+    ] = None,
+    organ: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--organ",
+            metavar="NAME",
+            help="Organs to segment, repeated or with commas; default: those that the "
+            "checkpoint's training held out.",
+            show_default=False,
+        ),
+    ] = None,
+    protocol: Annotated[
+        ProtocolName,
+        typer.Option(
+            "--protocol",
+            metavar="NAME",
+            help="Which support slice segments which query slices. "
+            "[bold]published[/bold]: 12 chunks of the organ's range. [bold]senet[/bold]: 10, "
+            "median over cases. [bold]alpnet[/bold]: 3 parts. [bold]adnet[/bold]: one support "
+            "slice for the whole scan, no knowledge of the query's range.",
+        ),
+    ] = ProtocolName.published,
+    chunks: Annotated[
+        int | None,
+        typer.Option(
+            "--chunks",
+            metavar="N",
+            min=1,
+            help="Parts of the organ's range; default: the protocol's own.",
+            show_default=False,
+        ),
+    ] = None,
+    align: Annotated[
+        Align, typer.Option("--align", help="body crops the scans to the patient's body first.")
+    ] = Align.none,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scale",
+            metavar="FRACTION",
+            help="Size of a window over the image, such as 1/8, or 1/8:1 with a spacing of its "
+            "own; default: the model's. Repeated, every grid is evaluated in one pass.",
+            show_default=False,
+        ),
+    ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            "--spacing",
+            metavar="FRACTION",
+            help="Distance of windows over their size, such as 1/2; 1 is no overlap; default: "
+            "the model's.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="Where evaluation.json and the figures go."),
+    ] = Path("evaluation"),
+    preset: _PresetOption = Preset.published,
+    size: _Size = None,
+    seed: _Seed = 1234,
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", min=1, help="Query slices encoded at once.")
+    ] = 8,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown.")
+    ] = False,
+    device: _Device = "auto",
+    force: _Force = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Score a model: 3-D Dice per organ and case, with mean and median.
+
+    Each organ is segmented in each query case from the one support case. Prints a table, and
+    writes JSON and figures.
+
+    [bold]lslpn evaluate --data DIR --checkpoint RUN --support CASE[/bold]
+    """
+    if (checkpoint is None) != untrained:
+        given = "both" if untrained else "neither"
+        raise InputError(f"expected one of --checkpoint RUN and --untrained, got {given}")
+    result = out / "evaluation.json"
+    _free(result, force)
+    _writable(result)
+
+    from .dataset import Dataset
+
+    dataset = Dataset.open(data)
+    dataset.check_case(support)
+    for name in _split(organ):
+        dataset.label_of(name)
+    for name in _split(query):
+        dataset.check_case(name)
+
+    from .evaluate import evaluate_grids, save, summary
+
+    model = _model(checkpoint, preset, size, seed, device)
+    organs, queries, notes = _choices(checkpoint, dataset, support, _split(organ), _split(query))
+    for note in notes:
+        _say(f"note: {note}")
+    results = evaluate_grids(
+        model,
+        dataset,
+        grids=_grids(scale, spacing, model),
+        support=support,
+        queries=queries,
+        organs=organs,
+        protocol=protocol.value,
+        align=align.value,
+        chunks=chunks,
+        batch=batch,
+        progress=not quiet,
+        name=f"untrained ({preset.value}, seed {seed})" if untrained else str(checkpoint),
+    )
+    written = save(results, out)
+    for one in results:
+        print(one.table(markdown=markdown), end="\n\n")
+    if len(results) > 1:
+        print(summary(results, markdown=markdown), end="\n\n")
+    figures = len(written) - 1
+    print(f"written: {written[0]} and {figures} figure{'s' * (figures != 1)} beside it")
+
+
+@app.command()
+@_command
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, processor, GPUs, and which backends of the head can run here and why not."""
+    from .info import collect, report
+
+    facts = collect()
+    if as_json:
+        import json
+
+        print(json.dumps(facts, indent=2))
+    else:
+        print(report(facts))
+
+
+# --- parts ----------------------------------------------------------------------------------
+
+
+def _split(values: Sequence[str] | None) -> list[str]:
+    """Repeated and comma-separated values as one list, each once."""
+    parts = (part.strip() for value in values or () for part in value.split(","))
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def _settings(values: Sequence[str] | None) -> dict[str, str]:
+    """NAME=VALUE pairs."""
+    settings: dict[str, str] = {}
+    for value in values or ():
+        name, equals, rest = value.partition("=")
+        if not equals or not name.strip():
+            raise InputError(f"--set: expected NAME=VALUE such as steps=400, got {value!r}")
+        settings[name.strip().replace("-", "_")] = rest.strip()
+    return settings
+
+
+def _fraction(text: str, option: str) -> float:
+    """1/8, 0.125 or 1 as a number in (0, 1]."""
+    from fractions import Fraction
+
+    try:
+        value = float(Fraction(text.strip()))
+    except (ValueError, ZeroDivisionError):
+        value = 0.0
+    if not 0 < value <= 1:
+        raise InputError(
+            f"{option}: expected a fraction above 0 and up to 1, such as 1/8, got {text!r}"
+        )
+    return value
+
+
+def _grids(scales: Sequence[str] | None, spacing: str | None, model: LSLPN) -> list[GridSpec]:
+    from lslpn_kernels import GridSpec
+
+    own = model.head.grid
+    common = own.spacing if spacing is None else _fraction(spacing, "--spacing")
+    grids = []
+    for text in _split(scales):
+        first, colon, second = text.partition(":")
+        alone = _fraction(second, "--scale") if colon else common
+        grids.append(GridSpec(_fraction(first, "--scale"), alone))
+    return grids or [GridSpec(own.scale, common)]
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = InputError(f"--device: expected auto, cpu or cuda[:N], got {name!r}")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise wrong from error
+    if device.type not in ("cpu", "cuda"):
+        raise wrong
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(
+                f"--device: {name} is not there, torch finds {count} GPUs; "
+                "take cpu, or see `lslpn info`"
+            )
+    return device
+
+
+def _model(
+    checkpoint: Path | None, preset: Preset, size: int | None, seed: int, device: str
+) -> LSLPN:
+    """The model of a checkpoint, or an untrained one; ready to run."""
+    import dataclasses
+
+    where = _device(device)
+    if checkpoint is not None:
+        from .checkpoint import load_model
+
+        model = load_model(checkpoint)
+    else:
+        from .model import untrained
+        from .presets import PRESETS
+
+        model = untrained(PRESETS[preset.value], seed=seed)
+    if size is not None:
+        # The network takes any size: only what its input is resized to changes.
+        model.config = dataclasses.replace(model.config, size=size)
+    return model.to(where).eval()
+
+
+def _choices(
+    checkpoint: Path | None,
+    dataset: Dataset,
+    support: str,
+    organs: list[str],
+    queries: list[str],
+) -> tuple[list[str], list[str], list[str]]:
+    """Organs and query cases to evaluate on, and what a reader of the result should know."""
+    held_out: list[str] = []
+    trained: list[str] = []
+    if checkpoint is not None:
+        from .checkpoint import load_checkpoint
+
+        record = load_checkpoint(checkpoint).data
+        held_out, trained = list(record["hold_out"]), list(record["cases"])
+    notes = []
+    if not organs:
+        organs = [name for name in held_out if name in dataset.labels]
+        if not organs:
+            raise InputError(
+                "--organ: expected at least one, got none; known organs: "
+                + ", ".join(dataset.labels)
+            )
+    elif checkpoint is not None and (seen := [o for o in organs if o not in held_out]):
+        notes.append(f"the training did not hold out {', '.join(seen)}")
+    if not queries:
+        queries = [c for c in dataset.cases if c != support and c not in trained]
+        if not queries:
+            raise InputError(
+                "--query: the training saw every case but the support; name cases to evaluate on"
+            )
+    elif seen := [c for c in queries if c in trained]:
+        notes.append(f"the training saw {', '.join(seen)} (other organs of them)")
+    return organs, queries, notes
+
+
+def _writable(path: Path) -> None:
+    from .atomic import check_writable
+
+    check_writable(path)
+
+
+def _free(path: Path, force: bool) -> None:
+    """Refuse to replace a result unless told to."""
+    if path.exists() and not path.is_dir() and not force:
+        raise InputError(f"{path}: is there already; give another --out, or --force to replace it")
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return a.absolute() == b.absolute()
+
+
+def _say(line: str) -> None:
+    print(f"lslpn: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
+# --- the way out ----------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the words behind `lslpn`; default: those of the process.
+
+    Returns:
+        the exit code: 0, 1, 2 or 130 as the module's docstring has them.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"] or ["--help"]
+    try:
+        # Not standalone: errors come up to here, and one place decides how they read.
+        code = typer.main.get_command(app).main(words, prog_name="lslpn", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else 1
+    except (KeyboardInterrupt, _InterruptedError, typer.Abort):
+        if debug:
+            traceback.print_exc()
+        _say("interrupted; nothing was left half-written")
+        return 130
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        return 2
+    except Exception as error:
+        # Wrong options: typer has carried two classes of this name, so it is known by its shape.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context is not None else "lslpn"
+            _say(f"error: {error.format_message().rstrip('.')}; see `{path} --help`")
+            return 2
+        if debug:
+            traceback.print_exc()
+            _say(f"error: {type(error).__name__}: {error}")
+        else:
+            _say(f"error: {type(error).__name__}: {error}; --debug shows where it happened")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

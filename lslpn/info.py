@@ -1,0 +1,100 @@
+"""What is installed and what can run: the facts a bug report needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from lslpn_kernels import backends
+
+from .evaluate import versions
+
+
+def collect() -> dict[str, Any]:
+    """Versions, processor, GPUs and backends, ready for JSON.
+
+    Returns:
+        ``versions`` (package to version), ``platform``, ``cpu`` (name, usable cores, torch's
+        threads), ``gpus`` (name, memory in GiB, compute capability; empty without), ``cuda``
+        (the version torch was built with, or None) and ``backends`` (name to usable, devices,
+        and the reason where it is not usable).
+    """
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": {"name": _cpu_name(), "cores": _cores(), "threads": torch.get_num_threads()},
+        "cuda": torch.version.cuda,
+        "gpus": _gpus(),
+        "backends": {
+            name: {"usable": s.usable, "devices": list(s.devices), "reason": s.reason}
+            for name, s in backends().items()
+        },
+    }
+
+
+def report(facts: dict[str, Any]) -> str:
+    """`collect()` as text for people."""
+    cpu = facts["cpu"]
+    gpus = [
+        f"{g['name']}, {g['memory_gib']:.0f} GiB, compute capability {g['capability']}"
+        for g in facts["gpus"]
+    ]
+    if not gpus:
+        gpus = [
+            "none: this torch is built without CUDA"
+            if facts["cuda"] is None
+            else "none: torch finds no usable GPU"
+        ]
+    lines = [*facts["versions"].items(), ("platform", facts["platform"])]
+    lines.append(("cpu", f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']}"))
+    if facts["cuda"] is not None:
+        lines.append(("cuda", facts["cuda"]))
+    lines += [("gpu", gpu) for gpu in gpus]
+    text = _columns(lines)
+    states = [
+        (name, f"usable on {', '.join(s['devices'])}" if s["usable"] else f"no: {s['reason']}")
+        for name, s in facts["backends"].items()
+    ]
+    return f"{text}\n\nbackends of the head\n{_columns(states, indent='  ')}"
+
+
+def _columns(lines: list[tuple[str, str]], indent: str = "") -> str:
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{indent}{name:<{width}}  {value}" for name, value in lines)
+
+
+def _cores() -> int:
+    # What this process may use, which in a container or a job is less than what there is.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            for line in stream:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": device.name,
+                "memory_gib": device.total_memory / 2**30,
+                "capability": f"{device.major}.{device.minor}",
+            }
+        )
+    return found
