@@ -49,7 +49,7 @@ def report(facts: dict[str, Any]) -> str:
             else "none: torch finds no usable GPU"
         ]
     lines = [*facts["versions"].items(), ("platform", facts["platform"])]
-    lines.append(("cpu", f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']}"))
+    lines.append(("processor", f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']}"))
     if facts["cuda"] is not None:
         lines.append(("cuda", facts["cuda"]))
     lines += [("gpu", gpu) for gpu in gpus]

@@ -1,0 +1,530 @@
+"""The command line, on real files: what works, what is refused in one line, what is left behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from lslpn.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("info", ...) -> exit code, stdout, stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def save(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    nib.save(
+        nib.Nifti1Image(data, np.diag([2.0, 2.0, 4.0, 1.0]) if affine is None else affine), path
+    )
+    return path
+
+
+class Scans:
+    """A support with its mask and a query on disk, to be spoilt one at a time."""
+
+    def __init__(self, root: Path) -> None:
+        rng = np.random.default_rng(0)
+        self.root = root
+        self.image = rng.normal(40, 20, (40, 36, 6)).astype(np.float32)
+        self.mask = np.zeros((40, 36, 6), np.uint8)
+        self.mask[10:25, 8:24, 1:5] = 1
+        self.a = save(root / "a.nii.gz", self.image)
+        self.m = save(root / "a_mask.nii.gz", self.mask)
+        self.b = save(root / "b.nii.gz", self.image[::-1].copy())
+        self.out = root / "out" / "b_mask.nii.gz"
+
+    def words(self) -> list[str]:
+        return [
+            "segment",
+            f"--support-image={self.a}",
+            f"--support-mask={self.m}",
+            f"--query={self.b}",
+            f"--out={self.out}",
+            "--size=64",
+            "--quiet",
+        ]
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Scans:
+    return Scans(tmp_path)
+
+
+def files(root: Path) -> set[str]:
+    return {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+
+
+def is_one_line(err: str, *fragments: str) -> None:
+    assert err.startswith("lslpn: error: "), err
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n"), err
+    assert "Traceback" not in err
+    for fragment in fragments:
+        assert fragment in err
+
+
+# --- help, versions, info -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["demo", "segment", "train", "evaluate", "info"])
+def test_help_of_every_command(run: Run, command: str) -> None:
+    code, out, err = run(command, "--help")
+    assert code == 0
+    assert err == ""
+    assert f"lslpn {command} [OPTIONS]" in out
+    assert command in run("--help")[1]
+
+
+def test_no_words_show_the_help(run: Run) -> None:
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert "evaluate" in out
+
+
+def test_help_is_fast_because_torch_is_not_imported() -> None:
+    check = (
+        "import sys; from lslpn.cli import main; code = main(['evaluate', '--help']); "
+        "sys.exit(code or (1 if 'torch' in sys.modules else 0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_info_names_versions_and_every_backend_with_a_reason(run: Run) -> None:
+    import torch
+
+    from lslpn_kernels import backends
+
+    code, out, err = run("info", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert set(facts["backends"]) == set(backends()) >= {"reference", "torch", "cpu", "cuda"}
+    assert facts["backends"]["torch"]["usable"] is True
+    for name, state in facts["backends"].items():
+        assert state["usable"] or state["reason"], name
+    code, text, _ = run("info")
+    assert code == 0
+    _, _, text = text.partition("backends of the head")
+    for name, state in facts["backends"].items():
+        line = next(line for line in text.splitlines() if line.split()[:1] == [name])
+        assert state["reason"] in line
+
+
+# --- bad input to segment -------------------------------------------------------------------
+
+
+def shape_differs(s: Scans) -> None:
+    save(s.m, s.mask[:-1])
+
+
+def affine_differs(s: Scans) -> None:
+    save(s.m, s.mask, np.diag([2.0, 2.0, 5.0, 1.0]))
+
+
+def mask_is_empty(s: Scans) -> None:
+    save(s.m, s.mask * 0)
+
+
+def mask_is_no_whole_number(s: Scans) -> None:
+    save(s.m, s.mask.astype(np.float32) * 0.5)
+
+
+def query_is_truncated(s: Scans) -> None:
+    s.b.write_bytes(s.b.read_bytes()[:-2000])
+
+
+def image_is_truncated(s: Scans) -> None:
+    s.a.write_bytes(s.a.read_bytes()[:3000])
+
+
+def query_is_2d(s: Scans) -> None:
+    save(s.b, s.image[..., 0])
+
+
+def query_is_4d(s: Scans) -> None:
+    save(s.b, np.stack([s.image, s.image], -1))
+
+
+def query_has_nan(s: Scans) -> None:
+    spoilt = s.image.copy()
+    spoilt[3, 3, 3] = np.nan
+    save(s.b, spoilt)
+
+
+def image_is_constant(s: Scans) -> None:
+    save(s.a, np.full_like(s.image, 7.0))
+
+
+def query_is_text(s: Scans) -> None:
+    s.b.write_bytes(gzip.compress(b"not a scan" * 100))
+
+
+def query_is_missing(s: Scans) -> None:
+    s.b.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named", "said"),
+    [
+        (shape_differs, "a_mask.nii.gz", "39 x 36 x 6"),
+        (affine_differs, "a_mask.nii.gz", "affine"),
+        (mask_is_empty, "a_mask.nii.gz", "empty"),
+        (mask_is_no_whole_number, "a_mask.nii.gz", "whole numbers"),
+        (query_is_truncated, "b.nii.gz", "cut short"),
+        (image_is_truncated, "a.nii.gz", "cut short"),
+        (query_is_2d, "b.nii.gz", "2 dimensions"),
+        (query_is_4d, "b.nii.gz", "4 dimensions"),
+        (query_has_nan, "b.nii.gz", "NaN"),
+        (image_is_constant, "a.nii.gz", "every voxel is 7"),
+        (query_is_text, "b.nii.gz", "not a NIfTI"),
+        (query_is_missing, "b.nii.gz", "no such file"),
+    ],
+)
+def test_a_spoilt_file_is_named_in_one_line_and_nothing_is_written(
+    scans: Scans, run: Run, spoil: Callable[[Scans], None], named: str, said: str
+) -> None:
+    spoil(scans)
+    before = files(scans.root)
+    code, out, err = run(*scans.words())
+    assert code == 2
+    assert out == ""
+    is_one_line(err, named, said)
+    assert files(scans.root) == before
+
+
+def test_pairs_of_support_must_match(scans: Scans, run: Run) -> None:
+    code, _, err = run(*scans.words(), f"--support-image={scans.b}")
+    assert code == 2
+    is_one_line(err, "--support-mask", "got 1 for 2")
+
+
+def test_the_output_is_checked_before_any_work(scans: Scans, run: Run, tmp_path: Path) -> None:
+    scans.b.unlink()  # would be the next thing found
+    (tmp_path / "file").write_text("x")
+    scans.out = tmp_path / "file" / "b_mask.nii.gz"
+    code, _, err = run(*scans.words())
+    assert code == 2
+    is_one_line(err, "b_mask.nii.gz", "cannot be written")
+    scans.out = tmp_path / "b_mask.png"
+    code, _, err = run(*scans.words())
+    assert code == 2
+    is_one_line(err, "--out", ".nii.gz")
+
+
+def test_a_read_only_folder_is_refused(scans: Scans, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write to any folder")
+    scans.out = folder / "b_mask.nii.gz"
+    code, _, err = run(*scans.words())
+    assert code == 2
+    is_one_line(err, "b_mask.nii.gz", "cannot be written")
+
+
+def test_inputs_and_results_are_not_overwritten(scans: Scans, run: Run) -> None:
+    before = scans.m.read_bytes()
+    good = scans.out
+    scans.out = scans.m
+    code, _, err = run(*scans.words(), "--force")
+    assert code == 2
+    is_one_line(err, "--support-mask", "another name")
+    assert scans.m.read_bytes() == before
+    good.parent.mkdir()
+    good.write_bytes(b"drawn by hand")
+    scans.out = good
+    code, _, err = run(*scans.words())
+    assert code == 2
+    is_one_line(err, "b_mask.nii.gz", "--force")
+    assert good.read_bytes() == b"drawn by hand"
+
+
+# --- bad input to train and evaluate --------------------------------------------------------
+
+
+def test_a_data_set_without_its_json(run: Run, tmp_path: Path) -> None:
+    for words in (
+        ("evaluate", "--untrained", "--support=a", "--organ=liver"),
+        ("train", "--hold-out=liver"),
+    ):
+        code, _, err = run(*words, f"--data={tmp_path}", f"--out={tmp_path / 'out'}")
+        assert code == 2
+        is_one_line(err, "dataset.json", "no such file")
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--untrained", "--organ=livr"], "did you mean 'liver'"),
+        (["--untrained"], "--organ: expected at least one"),
+        (["--untrained", "--organ=liver", "--query=syn_09"], "case 'syn_09'"),
+        (["--untrained", "--organ=liver", "--query=syn_00"], "syn_00 is the support"),
+        (["--untrained", "--organ=liver", "--scale=8"], "--scale: expected a fraction"),
+        (["--untrained", "--organ=liver", "--spacing=1/0"], "--spacing: expected a fraction"),
+        (["--untrained", "--organ=liver", "--scale=1/8:x"], "--scale: expected a fraction"),
+        (["--untrained", "--organ=liver", "--device=tpu"], "--device: expected auto"),
+        (["--untrained", "--organ=liver", "--device=cuda:99"], "cuda:99 is not there"),
+        (["--untrained", "--organ=liver", "--chunks=3", "--protocol=adnet"], "one support slice"),
+        (["--untrained", "--checkpoint=x"], "got both"),
+        (["--organ=liver"], "got neither"),
+        (["--checkpoint=nowhere"], "nowhere"),
+        (["--untrained", "--protocol=alp"], "--protocol"),
+        (["--untrained", "--chunks=two"], "--chunks"),
+        (["--untrained", "--colour=red"], "--colour"),
+    ],
+)
+def test_wrong_words_to_evaluate(
+    synthetic_dataset: Path, run: Run, tmp_path: Path, words: list[str], said: str
+) -> None:
+    out = tmp_path / "out"
+    code, stdout, err = run(
+        "evaluate", f"--data={synthetic_dataset}", "--support=syn_00", f"--out={out}", "-q", *words
+    )
+    assert (code, stdout) == (2, "")
+    is_one_line(err, said)
+    assert files(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--hold-out=livr"], "did you mean 'liver'"),
+        (["--hold-out=liver", "--cases=syn_00,syn_77"], "case 'syn_77'"),
+        (["--hold-out=liver", "--set=steps"], "--set: expected NAME=VALUE"),
+        (["--hold-out=liver", "--set=stps=3"], "stps"),
+        (["--hold-out=liver", "--set=steps=many"], "steps"),
+        (["--hold-out=liver,spleen,kidney"], "held out"),
+        ([], "--hold-out"),
+    ],
+)
+def test_wrong_words_to_train(
+    synthetic_dataset: Path, run: Run, tmp_path: Path, words: list[str], said: str
+) -> None:
+    code, _, err = run("train", f"--data={synthetic_dataset}", f"--out={tmp_path / 'run'}", *words)
+    assert code == 2
+    is_one_line(err.splitlines(keepends=True)[-1], said)
+    assert "Traceback" not in err
+    assert not any(name.endswith(".pt") for name in files(tmp_path / "run"))
+
+
+def test_a_checkpoint_of_another_architecture(
+    synthetic_dataset: Path, run: Run, tmp_path: Path
+) -> None:
+    import torch
+
+    from lslpn.checkpoint import Checkpoint, save_checkpoint
+    from lslpn.presets import Config
+
+    record = {"dataset": "d", "cases": [], "organs": [], "hold_out": ["liver"], "fingerprint": 0}
+    wrong = {"encoder.conv1.weight": torch.zeros(8, 3, 3, 3)}
+    save_checkpoint(tmp_path / "w.pt", Checkpoint(Config(), 1, wrong, {}, record, {}))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name, said in (
+        ("w.pt", "another architecture"),
+        ("other.pt", "no checkpoint of lslpn"),
+        ("text.pt", "cannot be read"),
+    ):
+        code, _, err = run(
+            "evaluate",
+            f"--data={synthetic_dataset}",
+            "--support=syn_00",
+            f"--checkpoint={tmp_path / name}",
+            f"--out={tmp_path / 'out'}",
+        )
+        assert code == 2
+        is_one_line(err, name, said)
+    assert files(tmp_path / "out") == set()
+
+
+# --- what works -----------------------------------------------------------------------------
+
+
+def test_evaluate_prints_a_table_and_writes_json_and_figures(
+    synthetic_dataset: Path, run: Run, tmp_path: Path
+) -> None:
+    words = [
+        "evaluate",
+        f"--data={synthetic_dataset}",
+        "--untrained",
+        "--support=syn_00",
+        "--query=syn_01,syn_02",
+        "--organ=liver",
+        "--organ=spleen",
+        "--size=64",
+        "--protocol=alpnet",
+        "--scale=1",
+        "--scale=1/8:1",
+        "--spacing=1/2",
+        f"--out={tmp_path / 'out'}",
+    ]
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert "slice" in err  # the bar
+    assert "scale 1, spacing 1/2" in out
+    assert "scale 1/8, spacing 1," in out
+    names = {"evaluation.json", "figures/syn_01.png", "figures/syn_02.png"}
+    assert files(tmp_path / "out") == names
+    read = json.loads((tmp_path / "out" / "evaluation.json").read_text())["evaluations"]
+    assert [(e["scale"], e["spacing"]) for e in read] == [(1.0, 0.5), (0.125, 1.0)]
+    for row in read[0]["rows"]:
+        assert f"{row['dice']:.3f}" in out
+    # Results are not replaced unless asked.
+    code, _, err = run(*words)
+    assert code == 2
+    is_one_line(err, "evaluation.json", "--force")
+    assert run(*words, "--force", "-q")[0] == 0
+
+
+def test_train_then_evaluate_what_was_held_out(
+    synthetic_dataset: Path, run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = [
+        "train",
+        f"--data={synthetic_dataset}",
+        "--hold-out=liver",
+        "--cases=syn_01,syn_02",
+        f"--out={folder}",
+        *(f"--set={s}" for s in ("size=48", "steps=2", "batch=1", "min_organ_pixels=10")),
+        "--device=cpu",
+        "-q",
+    ]
+    code, _, err = run(*words)
+    assert code == 0, err
+    assert "checkpoint.pt" in files(folder)
+    # A second run does not land on top of the first.
+    code, _, err = run(*words)
+    assert code == 2
+    is_one_line(err, "--resume")
+
+    base = [
+        "evaluate",
+        f"--data={synthetic_dataset}",
+        f"--checkpoint={folder}",
+        "--support=syn_00",
+        "-q",
+    ]
+    code, _, err = run(*base, f"--out={tmp_path / 'e'}")
+    assert code == 0, err
+    assert err == ""
+    read = json.loads((tmp_path / "e" / "evaluation.json").read_text())["evaluations"][0]
+    # The defaults: what was held out, on cases that were neither trained on nor the support.
+    assert read["organs"] == ["liver"]
+    assert read["queries"] == ["syn_03"]
+    assert read["size"] == 48
+    # Whoever asks for more is told what it is worth.
+    code, _, err = run(*base, "--organ=liver,spleen", "--query=syn_01", f"--out={tmp_path / 'f'}")
+    assert code == 0, err
+    assert "did not hold out spleen" in err
+    assert "the training saw syn_01" in err
+
+
+def test_segment_writes_into_the_grid_of_the_query(scans: Scans, run: Run) -> None:
+    code, out, err = run(*scans.words())
+    assert code == 0, err
+    assert "label 1: " in out
+    assert files(scans.out.parent) == {"b_mask.nii.gz"}
+    query, found = nib.load(scans.b), nib.load(scans.out)
+    assert found.shape == query.shape
+    np.testing.assert_array_equal(found.affine, query.affine)
+    assert set(np.unique(np.asarray(found.dataobj))) <= {0, 1}
+
+
+# --- exit codes of the process --------------------------------------------------------------
+
+
+def process(*words: object) -> list[str]:
+    return [sys.executable, "-m", "lslpn", *map(str, words)]
+
+
+def test_exit_code_and_stderr_of_the_process(scans: Scans) -> None:
+    scans.b.unlink()
+    for words in (scans.words(), [*scans.words(), "--debug"], ["--debug", *scans.words()]):
+        done = subprocess.run(process(*words), capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert ("Traceback" in done.stderr) == ("--debug" in words)
+        is_one_line(done.stderr.splitlines(keepends=True)[-1], "b.nii.gz")
+
+
+def test_an_unforeseen_error_is_short_and_exits_with_1(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lslpn.info
+
+    def broken() -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(lslpn.info, "collect", broken)
+    code, out, err = run("info")
+    assert (code, out) == (1, "")
+    is_one_line(err, "ZeroDivisionError: boom", "--debug")
+    code, _, err = run("info", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(
+    synthetic_dataset: Path, tmp_path: Path
+) -> None:
+    words = process(
+        "evaluate",
+        f"--data={synthetic_dataset}",
+        "--untrained",
+        "--support=syn_00",
+        "--organ=liver",
+        "--size=512",
+        f"--out={tmp_path / 'out'}",
+    )
+    child = subprocess.Popen(
+        words,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A job started in the background may inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert child.stderr is not None
+        seen = ""
+        deadline = time.monotonic() + 120
+        while "0%" not in seen and time.monotonic() < deadline:
+            piece = child.stderr.read(1)
+            assert piece, f"ended before the bar appeared: {seen}"
+            seen += piece
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=120)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 130
+    assert err.splitlines()[-1].startswith("lslpn: interrupted")
+    assert "Traceback" not in err
+    assert files(tmp_path / "out") == set()
