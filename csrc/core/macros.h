@@ -1,0 +1,23 @@
+// What lets one source serve several compilations.
+#pragma once
+
+// Functions of csrc/core run on the host and, under nvcc, on the device as well.
+#ifdef __CUDACC__
+#define LSLPN_HD __host__ __device__ __forceinline__
+#else
+#define LSLPN_HD inline
+#endif
+
+// The CPU kernels are compiled once per instruction set and linked into one module. An inline
+// function in a common namespace would be emitted by each of these compilations, and the linker
+// would keep any one of them: AVX-512 code could end up on the path of a machine without it.
+// Hence all inline code lives in a namespace named after the instruction set.
+#ifndef LSLPN_ISA
+#define LSLPN_ISA generic
+#endif
+#define LSLPN_BEGIN    \
+  namespace lslpn {    \
+  inline namespace LSLPN_ISA {
+#define LSLPN_END \
+  }               \
+  }

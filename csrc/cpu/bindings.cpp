@@ -1,0 +1,2 @@
+#include "../binding.h"
+namespace lslpn { void register_cpu(py::module_&) {} }

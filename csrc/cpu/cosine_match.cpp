@@ -1,0 +1,3 @@
+#include "../core/arithmetic.h"
+#include "../core/geometry.h"
+#include "../core/dtype.h"
