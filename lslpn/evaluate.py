@@ -134,6 +134,11 @@ def _above(areas: np.ndarray, threshold: float, slice_pixels: int) -> list[int]:
     return [int(z) for z in np.flatnonzero(areas > threshold * slice_pixels / _REFERENCE_PIXELS)]
 
 
+def _nearest(slices: Sequence[int], wanted: int) -> int:
+    """The slice that lies nearest to the wanted one; of two, the lower."""
+    return min(slices, key=lambda z: (abs(z - wanted), z))
+
+
 def _range(slices: Sequence[int], *, drop_last: bool = False) -> list[int]:
     """All slices from the first to the last of some."""
     if not slices:
@@ -163,7 +168,7 @@ class Published(Protocol):
         if not span:
             return []
         middles = [span[m] for m in _middles(len(span), self.chunks)]
-        return [min(shown, key=lambda z, m=m: (abs(z - m), z)) for m in middles]  # type: ignore[misc]
+        return [_nearest(shown, m) for m in middles]
 
     def query_groups(self, areas: np.ndarray, slice_pixels: int) -> list[tuple[int, ...]]:
         span = _range(_above(areas, self.min_pixels, slice_pixels), drop_last=True)
@@ -639,16 +644,21 @@ def evaluate_grids(
 
     started = time.perf_counter()
     runner = _Runner(model, rule, align, list(grids), max(1, batch))
-    with torch.inference_mode():
-        runner.load_support(dataset, support, labels)
-        # All ground truths first: what is wrong with them shows before the long part begins, and
-        # the bar knows its end.
-        plans = [_plan(dataset, case, labels, rule, runner.support_areas) for case in queries]
-        total = sum(len(plan.slices) for plan in plans)
-        with tqdm(total=total, unit="slice", disable=not progress, dynamic_ncols=True) as bar:
-            for plan in plans:
-                bar.set_description(plan.case)
-                runner.run(dataset, plan, labels, bar)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            runner.load_support(dataset, support, labels)
+            # All ground truths first: what is wrong with them shows before the long part begins,
+            # and the bar knows its end.
+            plans = [_plan(dataset, case, labels, rule, runner.support_areas) for case in queries]
+            total = sum(len(plan.slices) for plan in plans)
+            with tqdm(total=total, unit="slice", disable=not progress, dynamic_ncols=True) as bar:
+                for plan in plans:
+                    bar.set_description(plan.case)
+                    runner.run(dataset, plan, labels, bar)
+    finally:
+        model.train(was_training)
     seconds = time.perf_counter() - started
 
     return [
@@ -722,7 +732,7 @@ class _Runner:
         grids: list[GridSpec],
         batch: int,
     ) -> None:
-        self.model = model.eval()
+        self.model = model
         self.rule = rule
         self.align = align
         self.grids = grids

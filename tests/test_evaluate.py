@@ -320,6 +320,25 @@ def test_the_batch_size_changes_nothing(squares: Dataset) -> None:
     assert run(squares, "cd", grid, batch=1).rows == run(squares, "cd", grid, batch=100).rows
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_left_as_it_was(squares: Dataset, training: bool) -> None:
+    model = Bright(SIDE, GridSpec(1, 1)).train(training)
+    modes = []
+    encode = model.encode
+    model.encode = lambda x: (modes.append(model.training), encode(x))[1]  # type: ignore
+    evaluate(
+        model,  # type: ignore[arg-type]
+        squares,
+        support="a",
+        queries=["b"],
+        organs=["square"],
+        progress=False,
+    )
+    assert not any(modes)
+    assert modes
+    assert model.training is training
+
+
 def test_predictions_are_those_of_the_model(synthetic_dataset: Path) -> None:
     """Against the network's own forward pass, pair by pair, through another path."""
     dataset = Dataset.open(synthetic_dataset)
