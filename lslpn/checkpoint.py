@@ -7,7 +7,6 @@ read with `weights_only`, so that opening a stranger's checkpoint runs none of h
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from .atomic import replacing
 from .errors import InputError
 from .model import LSLPN
 from .presets import Config, ModelConfig
+from .tensors import load_tensors
 
 FILE_NAME = "checkpoint.pt"
 METHOD = "lslpn"
@@ -100,23 +100,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         InputError: it is missing, damaged, of another program, another method or a newer version.
     """
     file = checkpoint_path(path)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(
-            f"{file}: cannot be read as a checkpoint ({first}); it is damaged or was not written "
-            "by lslpn train"
-        ) from error
+    content = load_tensors(file, "a checkpoint written by lslpn train")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(
             f"{file}: is no checkpoint of lslpn, expected a file written by lslpn train; for "

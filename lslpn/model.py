@@ -86,9 +86,9 @@ class LSLPN(nn.Module):
     ) -> Tensor:
         if support_images.ndim != 4 or query_images.ndim != 4 or support_masks.ndim != 5:
             raise InputError(
-                "LSLPN expects support_images [B, K, S, S], support_masks [B, K, N, S, S] and "
-                f"query_images [B, Q, S, S]; shapes {tuple(support_images.shape)}, "
-                f"{tuple(support_masks.shape)} and {tuple(query_images.shape)} were given."
+                "LSLPN: expected support_images [B, K, S, S], support_masks [B, K, N, S, S] and "
+                f"query_images [B, Q, S, S], got {tuple(support_images.shape)}, "
+                f"{tuple(support_masks.shape)} and {tuple(query_images.shape)}"
             )
         shots = support_images.shape[1]
         # One batch for both: fewer, larger convolutions, and with live batch norm support and
@@ -129,11 +129,13 @@ def untrained(config: str | Config | ModelConfig = "published", *, seed: int = 1
 
     Args:
         config: a preset's name, or a configuration.
-        seed: of the reduction layer.
+        seed: of the reduction layer, and of the trunk where `weights` is "random".
     """
     if isinstance(config, str):
         config = preset(config)
     if isinstance(config, Config):
         config = config.model
-    generator = torch.Generator().manual_seed(seed)
-    return LSLPN(config, generator=generator).eval()
+    # Modules draw from torch's own generator as they are built; the caller's stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LSLPN(config, generator=torch.Generator().manual_seed(seed)).eval()
