@@ -118,7 +118,7 @@ def cosine_match(
     if backend in _PLAIN:
         return _PLAIN[backend].cosine_match(features, prototypes, grid, (H, W), reduce)
     prototypes = prototypes.to(accumulation_dtype(features.dtype)).contiguous()
-    scores, _ = _CosineMatch.apply(
+    scores, _, _ = _CosineMatch.apply(
         features, prototypes, grid.scale, grid.spacing, H, W, reduce, backend
     )
     return scores
@@ -137,11 +137,13 @@ _library.define(
 )
 _library.define(
     "cosine_match(Tensor features, Tensor prototypes, float scale, float spacing, SymInt H, "
-    "SymInt W, str reduce, bool winners, str backend) -> (Tensor scores, Tensor winners)"
+    "SymInt W, str reduce, bool winners, str backend) "
+    "-> (Tensor scores, Tensor winners, Tensor gram)"
 )
 _library.define(
     "cosine_match_backward(Tensor grad, Tensor features, Tensor prototypes, Tensor scores, "
-    "Tensor winners, float scale, float spacing, str reduce, str backend) -> (Tensor, Tensor)"
+    "Tensor winners, float scale, float spacing, str reduce, str backend, Tensor? gram=None) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -182,9 +184,12 @@ def _match(
     reduce: str,
     winners: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     grid = GridSpec(scale, spacing)
-    return _kernels(backend).cosine_match(features, prototypes, grid, (H, W), reduce, winners)
+    scores, best, *gram = _kernels(backend).cosine_match(
+        features, prototypes, grid, (H, W), reduce, winners
+    )
+    return scores, best, gram[0] if gram else scores.new_empty(0)
 
 
 def _match_backward(
@@ -197,10 +202,12 @@ def _match_backward(
     spacing: float,
     reduce: str,
     backend: str,
+    gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grid = GridSpec(scale, spacing)
+    kept = () if gram is None or not gram.numel() else (gram,)
     return _kernels(backend).cosine_match_backward(
-        grad, features, prototypes, scores, winners, grid, reduce
+        grad, features, prototypes, scores, winners, grid, reduce, *kept
     )
 
 
@@ -248,14 +255,17 @@ def _(
     reduce: str,
     winners: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    B, Q = features.shape[:2]
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, Q, _, h, w = features.shape
     shape = (B, Q, prototypes.shape[1], H, W)
     saved = shape if winners and reduce == "max" else (0,)
     grid = GridSpec(scale, spacing)
+    maps = getattr(_kernels(backend), "GRAM_MAPS", 0) if winners else 0
+    dtype = accumulation_dtype(features.dtype)
     return (
-        features.new_empty(shape, dtype=accumulation_dtype(features.dtype)),
+        features.new_empty(shape, dtype=dtype),
         features.new_empty(saved, dtype=winner_dtype(grid, (H, W))),
+        features.new_empty((B, Q, maps, h, w) if maps else (0,), dtype=dtype),
     )
 
 
@@ -270,6 +280,7 @@ def _(
     spacing: float,
     reduce: str,
     backend: str,
+    gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(features), torch.empty_like(prototypes)
 
@@ -319,27 +330,28 @@ class _CosineMatch(torch.autograd.Function):
         W: int,
         reduce: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         winners = features.requires_grad or prototypes.requires_grad
         call = _route(features, _match, "cosine_match")
         return call(features, prototypes, scale, spacing, H, W, reduce, winners, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         features, prototypes, scale, spacing, _, _, reduce, backend = inputs
-        scores, winners = output
-        ctx.mark_non_differentiable(winners)
+        scores, winners, gram = output
+        ctx.mark_non_differentiable(winners, gram)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(features, prototypes, scores, winners)
+        ctx.save_for_backward(features, prototypes, scores, winners, gram)
         ctx.settings = (scale, spacing, reduce, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 8
         call = _route(grad, _match_backward, "cosine_match_backward")
-        grads = call(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        *saved, gram = ctx.saved_tensors
+        grads = call(grad.contiguous(), *saved, *ctx.settings, gram)
         return *grads, None, None, None, None, None, None
 
 

@@ -56,12 +56,17 @@ class Kernels(Protocol):
         size: tuple[int, int],
         reduce: str,
         winners: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Scores [B, Q, C, H, W], and the winning windows [B, Q, C, H, W] of `reduce="max"`
         (empty for "mean", or where `winners` is false: no gradient is wanted).
 
         A winner is written as its place among the windows over the pixel, row by row:
         ``(my - first_y) * grid.axis(W).overlap + (mx - first_x)``, in `winner_dtype`.
+
+        A backend that has `GRAM_MAPS` (a number, 0 without it) returns a third tensor, the inner
+        products of neighbouring locations [B, Q, GRAM_MAPS, h, w] (empty where `winners` is
+        false), and is given it again as the last argument of `cosine_match_backward`: there it
+        spares one reading of the features.
         """
 
     def cosine_match_backward(
@@ -73,6 +78,7 @@ class Kernels(Protocol):
         winners: Tensor,
         grid: GridSpec,
         reduce: str,
+        *gram: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of `features` (its dtype and layout) and `prototypes`."""
 
