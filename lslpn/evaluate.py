@@ -531,7 +531,7 @@ def _render(title: str, header: Sequence[str], lines: Iterable[Sequence[str]], m
     # Wide enough for any table: a file or a pipe has no width to keep to.
     out = io.StringIO()
     Console(file=out, width=400, color_system=None).print(table)
-    body = "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+    body = "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
     return f"{title}\n\n{body}\n" if md else f"{title}\n{body}"
 
 
