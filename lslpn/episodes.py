@@ -185,9 +185,10 @@ class Episodes:
         absent = [organ for organ in self.labels if organ not in self.organs]
         if not self.organs:
             raise InputError(
-                f"no slice of the {len(self.cases)} training cases shows any of "
-                f"{', '.join(absent)} on more than {train.min_organ_pixels} pixels (at "
-                f"{_REFERENCE_SIDE} x {_REFERENCE_SIDE}); train on other cases or organs, or "
+                f"cases: no slice of the {len(self.cases)} training scans "
+                + ("without a held-out organ (drop_test_slices) " if train.drop_test_slices else "")
+                + f"shows any of {', '.join(absent)} on more than {train.min_organ_pixels} pixels "
+                f"(at {_REFERENCE_SIDE} x {_REFERENCE_SIDE}); train on other cases or organs, or "
                 "lower min_organ_pixels"
             )
         if absent:
