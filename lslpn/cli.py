@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -717,6 +718,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"] or ["--help"]
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(words, debug)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a plain note, without the line of code that gave it."""
+    _say(f"note: {message}")
+
+
+def _run(words: list[str], debug: bool) -> int:
     try:
         # Not standalone: errors come up to here, and one place decides how they read.
         code = typer.main.get_command(app).main(words, prog_name="lslpn", standalone_mode=False)

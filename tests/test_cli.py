@@ -490,6 +490,21 @@ def test_an_unforeseen_error_is_short_and_exits_with_1(
     assert "Traceback" in err
 
 
+def test_warnings_are_notes_of_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    import lslpn.info
+
+    def warns() -> dict[str, str]:
+        warnings.warn("no training slice shows aorta", stacklevel=2)
+        return {}
+
+    monkeypatch.setattr(lslpn.info, "collect", warns)
+    code, out, err = run("info", "--json")
+    assert (code, out) == (0, "{}\n")
+    assert err == "lslpn: note: no training slice shows aorta\n"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(
     synthetic_dataset: Path, tmp_path: Path
