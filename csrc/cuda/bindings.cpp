@@ -1,0 +1,257 @@
+// The Python side of the CUDA kernels: arguments checked, pointers and sizes handed on.
+#include "binding.h"
+
+#include <pybind11/stl.h>
+
+#include "launch.h"
+
+#ifndef LSLPN_EMULATION
+#include <cuda_runtime_api.h>
+#endif
+
+namespace lslpn::cuda {
+namespace {
+
+using AxisNumbers = std::array<std::int64_t, 5>;  // pixels, cells, window, step, windows
+
+Axis axis_of(const AxisNumbers& n) {
+  return axis(n[0], n[1], n[2], n[3], n[4]);
+}
+
+#ifdef LSLPN_EMULATION
+constexpr int kDevice = dlpack::kCpu;
+struct OnDevice {
+  explicit OnDevice(int) {}
+};
+#else
+constexpr int kDevice = dlpack::kCuda;
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// Makes a device the current one for as long as it lives. The CUDA runtime in this module is its
+// own, so torch's idea of the current device is not known to it.
+struct OnDevice {
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before));
+    if (before == device) return;
+    check(cudaSetDevice(device));
+    changed = true;
+  }
+  ~OnDevice() {
+    if (changed) cudaSetDevice(before);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  int before = 0;
+  bool changed = false;
+};
+#endif
+
+DType accumulate(DType dtype) {
+  return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+
+TensorView device_view(const char* name, py::handle capsule, int rank,
+                       const TensorView* like = nullptr) {
+  TensorView v = view(name, capsule, rank);
+  expect_device(v, kDevice, like);
+  return v;
+}
+
+TensorView plain_view(const char* name, py::handle capsule, const TensorView& like, DType dtype,
+                      std::initializer_list<std::int64_t> shape) {
+  TensorView v = device_view(name, capsule, static_cast<int>(shape.size()), &like);
+  expect_dtype(v, dtype);
+  expect_shape(v, shape);
+  expect_contiguous(v);
+  return v;
+}
+
+Features features_of(const TensorView& v) {
+  switch (v.dtype) {
+    case DType::float64:
+    case DType::float32:
+    case DType::float16:
+    case DType::bfloat16:
+      break;
+    default:
+      throw py::type_error(std::string(v.name) + " must be floating");
+  }
+  Features f{v.data, v.dtype, v.shape[0], v.shape[1], v.shape[2], v.shape[3], v.shape[4], {}};
+  for (int i = 0; i < 5; ++i) f.stride[i] = v.stride[i];
+  return f;
+}
+
+void expect_axes(const Features& f, const Axis& y, const Axis& x) {
+  if (f.h != y.cells || f.w != x.cells) refuse("features", "do not have the axes' sizes");
+}
+
+Stream stream_of(std::uintptr_t handle) {
+  return reinterpret_cast<Stream>(handle);
+}
+
+// Memory for a launch, from torch: `allocate(bytes)` gives a DLPack capsule of uint8. The
+// capsule lives until the kernels are queued; torch keeps the memory for this stream after that.
+class Workspace {
+ public:
+  Workspace(const py::function& allocate, std::int64_t bytes, const TensorView& like) {
+    if (bytes == 0) return;
+    capsule_ = allocate(bytes);
+    const TensorView v = plain_view("workspace", capsule_, like, DType::uint8, {bytes});
+    data_ = v.data;
+    if (reinterpret_cast<std::uintptr_t>(data_) % 16) refuse("workspace", "is not aligned");
+  }
+  void* data() const { return data_; }
+
+ private:
+  py::object capsule_;
+  void* data_ = nullptr;
+};
+
+void raise(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error("CUDA: " + error);
+}
+
+Pool pool_call(const TensorView& features, py::handle masks, const AxisNumbers& y,
+               const AxisNumbers& x) {
+  Pool call;
+  call.features = features_of(features);
+  call.y = axis_of(y);
+  call.x = axis_of(x);
+  const Features& f = call.features;
+  expect_axes(f, call.y, call.x);
+  const TensorView m = device_view("masks", masks, 5, &features);
+  call.C = m.shape[2];
+  expect_shape(m, {f.B, f.N, call.C, call.y.pixels, call.x.pixels});
+  expect_contiguous(m);
+  if (m.dtype != DType::boolean && m.dtype != DType::uint8) {
+    expect_dtype(m, accumulate(f.dtype));
+  }
+  call.masks = m.data;
+  call.mask_dtype = m.dtype;
+  return call;
+}
+
+void masked_average_pool(py::handle features, py::handle masks, py::handle prototypes,
+                         py::handle factor, const AxisNumbers& y, const AxisNumbers& x,
+                         double min_pixels, std::uintptr_t stream, const py::function& allocate,
+                         bool plain) {
+  const TensorView v = device_view("features", features, 5);
+  Pool call = pool_call(v, masks, y, x);
+  const Features& f = call.features;
+  const DType a = accumulate(f.dtype);
+  const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
+  call.prototypes = plain_view("prototypes", prototypes, v, a, {f.B, call.C, Gy, Gx, f.D}).data;
+  call.factor = plain_view("factor", factor, v, a, {f.B, f.N, call.C, Gy, Gx}).data;
+  call.min_pixels = min_pixels;
+  const Workspace workspace(allocate, pool_workspace(call, false, plain), v);
+  call.workspace = workspace.data();
+  const OnDevice device(v.device_id);
+  raise(pool_forward(call, stream_of(stream), plain));
+}
+
+void masked_average_pool_backward(py::handle grad, py::handle masks, py::handle factor,
+                                  py::handle grad_features, const AxisNumbers& y,
+                                  const AxisNumbers& x, std::uintptr_t stream,
+                                  const py::function& allocate, bool plain) {
+  const TensorView v = device_view("grad_features", grad_features, 5);
+  Pool call = pool_call(v, masks, y, x);
+  const Features& f = call.features;
+  const DType a = accumulate(f.dtype);
+  const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
+  call.prototypes = plain_view("grad", grad, v, a, {f.B, call.C, Gy, Gx, f.D}).data;
+  call.factor = plain_view("factor", factor, v, a, {f.B, f.N, call.C, Gy, Gx}).data;
+  const Workspace workspace(allocate, pool_workspace(call, true, plain), v);
+  call.workspace = workspace.data();
+  const OnDevice device(v.device_id);
+  raise(pool_backward(call, stream_of(stream), plain));
+}
+
+Match match_call(const TensorView& features, py::handle prototypes, py::handle scores,
+                 const py::object& winners, const AxisNumbers& y, const AxisNumbers& x,
+                 std::int64_t overlap_x, bool mean) {
+  Match call;
+  call.features = features_of(features);
+  call.y = axis_of(y);
+  call.x = axis_of(x);
+  const Features& f = call.features;
+  expect_axes(f, call.y, call.x);
+  const DType a = accumulate(f.dtype);
+  const TensorView p = device_view("prototypes", prototypes, 5, &features);
+  call.C = p.shape[1];
+  expect_dtype(p, a);
+  expect_shape(p, {f.B, call.C, call.y.windows, call.x.windows, f.D});
+  expect_contiguous(p);
+  call.prototypes = p.data;
+  const std::initializer_list<std::int64_t> image{f.B, f.N, call.C, call.y.pixels, call.x.pixels};
+  call.scores = plain_view("scores", scores, features, a, image).data;
+  call.mean = mean;
+  if (overlap_x < 1 || overlap_x > call.x.windows) refuse("overlap_x", "is out of range");
+  call.overlap_x = overlap_x;
+  if (!winners.is_none()) {
+    const TensorView v = device_view("winners", winners, 5, &features);
+    if (v.dtype != DType::uint8) expect_dtype(v, DType::int32);
+    expect_shape(v, image);
+    expect_contiguous(v);
+    call.winners = v.data;
+    call.wide_winners = v.dtype == DType::int32;
+  }
+  return call;
+}
+
+void cosine_match(py::handle features, py::handle prototypes, py::handle scores,
+                  const py::object& winners, const AxisNumbers& y, const AxisNumbers& x,
+                  std::int64_t overlap_x, bool mean, std::uintptr_t stream,
+                  const py::function& allocate, bool plain) {
+  const TensorView v = device_view("features", features, 5);
+  Match call = match_call(v, prototypes, scores, winners, y, x, overlap_x, mean);
+  const Workspace workspace(allocate, match_workspace(call, false, plain), v);
+  call.workspace = workspace.data();
+  const OnDevice device(v.device_id);
+  raise(match_forward(call, stream_of(stream), plain));
+}
+
+void cosine_match_backward(py::handle grad, py::handle features, py::handle prototypes,
+                           py::handle scores, const py::object& winners, py::handle grad_features,
+                           py::handle grad_prototypes, const AxisNumbers& y, const AxisNumbers& x,
+                           std::int64_t overlap_x, bool mean, std::uintptr_t stream,
+                           const py::function& allocate, bool plain) {
+  const TensorView v = device_view("features", features, 5);
+  Match call = match_call(v, prototypes, scores, winners, y, x, overlap_x, mean);
+  const Features& f = call.features;
+  const DType a = accumulate(f.dtype);
+  const std::int64_t H = call.y.pixels, W = call.x.pixels;
+  if (!mean && !call.winners) refuse("winners", "are needed for the gradient of a maximum");
+  call.grad = plain_view("grad", grad, v, a, {f.B, f.N, call.C, H, W}).data;
+  const TensorView g = device_view("grad_features", grad_features, 5, &v);
+  expect_dtype(g, f.dtype);
+  expect_shape(g, {f.B, f.N, f.D, f.h, f.w});
+  call.grad_features = features_of(g);
+  call.grad_prototypes = plain_view("grad_prototypes", grad_prototypes, v, a,
+                                    {f.B, call.C, call.y.windows, call.x.windows, f.D})
+                             .data;
+  const Workspace workspace(allocate, match_workspace(call, true, plain), v);
+  call.workspace = workspace.data();
+  const OnDevice device(v.device_id);
+  raise(match_backward(call, stream_of(stream), plain));
+}
+
+}  // namespace
+}  // namespace lslpn::cuda
+
+namespace lslpn {
+
+void register_cuda(py::module_& m) {
+  m.def("cuda_masked_average_pool", &cuda::masked_average_pool);
+  m.def("cuda_masked_average_pool_backward", &cuda::masked_average_pool_backward);
+  m.def("cuda_cosine_match", &cuda::cosine_match);
+  m.def("cuda_cosine_match_backward", &cuda::cosine_match_backward);
+#ifdef LSLPN_CUDA_ARCHS
+  m.attr("cuda_archs") = LSLPN_CUDA_ARCHS;
+#endif
+}
+
+}  // namespace lslpn

@@ -1,0 +1,68 @@
+// What the bindings ask of the operators: plain data in, launches on a stream, an error out.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/dtype.h"
+#include "core/geometry.h"
+
+namespace lslpn::cuda {
+
+using Stream = void*;  // cudaStream_t, as an integer from Python
+
+// [B, N, D, h, w], N support or query images, in any layout; strides in elements.
+struct Features {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  std::int64_t B = 0, N = 0, D = 0, h = 0, w = 0;
+  std::int64_t stride[5] = {};
+};
+
+// A contiguous float of the accumulation type (A): float64 for float64 features, else float32.
+//
+// All pointers are to memory of the device. `workspace` has as many bytes as the operator's
+// *_workspace function says for the same arguments; it is aligned to 256 bytes.
+
+struct Pool {
+  Features features;  // backward: the gradient, to be written
+  Axis y, x;
+  std::int64_t C = 0;
+  const void* masks = nullptr;        // [B, K, C, H, W]
+  DType mask_dtype = DType::boolean;  // boolean, uint8 or A
+  void* prototypes = nullptr;         // A [B, C, Gy, Gx, D]; backward: their gradient, read only
+  void* factor = nullptr;             // A [B, K, C, Gy, Gx]; backward: read only
+  double min_pixels = 0;
+  void* workspace = nullptr;
+};
+
+struct Match {
+  Features features;
+  Axis y, x;
+  std::int64_t C = 0;
+  const void* prototypes = nullptr;  // A [B, C, Gy, Gx, D]
+  void* scores = nullptr;            // A [B, Q, C, H, W]; backward: read only
+  void* winners = nullptr;           // [B, Q, C, H, W] of uint8 or int32, or null; likewise
+  bool wide_winners = false;         // int32
+  bool mean = false;
+  std::int64_t overlap_x = 1;       // the most windows over a pixel along x
+  const void* grad = nullptr;       // backward: A [B, Q, C, H, W]
+  Features grad_features;           // backward: written
+  void* grad_prototypes = nullptr;  // backward: A, written
+  void* workspace = nullptr;
+};
+
+// Whether the tiled kernels take these arguments. They are for float32 and half precision and for
+// grids in which few windows meet; the plain ones take everything, at their leisure.
+bool pool_is_tiled(const Pool& call);
+bool match_is_tiled(const Match& call);
+
+// `plain` forces the plain kernels. The result is what went wrong, empty if nothing did.
+std::int64_t pool_workspace(const Pool& call, bool backward, bool plain);
+std::string pool_forward(const Pool& call, Stream stream, bool plain);
+std::string pool_backward(const Pool& call, Stream stream, bool plain);
+std::int64_t match_workspace(const Match& call, bool backward, bool plain);
+std::string match_forward(const Match& call, Stream stream, bool plain);
+std::string match_backward(const Match& call, Stream stream, bool plain);
+
+}  // namespace lslpn::cuda

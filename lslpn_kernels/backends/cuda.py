@@ -1,0 +1,214 @@
+"""The head as CUDA kernels (csrc/cuda), compiled into lslpn_kernels._native.
+
+Everything is launched on torch's current stream and allocated with torch, so the calls can be
+captured in a CUDA graph. float32 is calculated in float32, whatever
+`torch.backends.cuda.matmul.allow_tf32` permits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from ..geometry import Axis, GridSpec
+from ..reference import accumulation_dtype
+from . import native, winner_dtype
+
+# True sends every call to the plain kernels, one thread an element, that otherwise take what the
+# tiled ones do not: float64, averages, and grids where very many windows meet. For tests.
+_PLAIN = False
+
+
+def unavailable() -> str | None:
+    module, reason = native.module()
+    if module is None:
+        return reason
+    if not getattr(module, "with_cuda", False):
+        return native.built_without("cuda") or "the module was built without it"
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA (torch.version.cuda is None)"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU can be used here (torch.cuda.is_available() is False)"
+    for index in range(torch.cuda.device_count()):
+        problem = _unsupported(torch.cuda.get_device_capability(index), module.cuda_archs)
+        if problem:
+            return f"{torch.cuda.get_device_name(index)} {problem}"
+    return None
+
+
+def _unsupported(capability: tuple[int, int], archs: str) -> str:
+    """Why code for `archs`, as "80;90;100", does not run on a GPU; empty where it does. There is
+    machine code for each of them, and of the newest also PTX, which newer GPUs translate."""
+    built = sorted(divmod(int(arch.rstrip("af")), 10) for arch in archs.split(";"))
+    same = any(arch[0] == capability[0] and arch[1] <= capability[1] for arch in built)
+    if same or capability >= built[-1]:
+        return ""
+    name = f"sm_{capability[0]}{capability[1]}"
+    return (
+        f"({name}) is not among the GPUs that the kernels were built for "
+        f"({', '.join(f'sm_{major}{minor}' for major, minor in built)}): install again with "
+        f"LSLPN_CUDA_ARCHS including {capability[0]}{capability[1]}"
+    )
+
+
+def device_types() -> tuple[str, ...]:
+    return ("cuda",)
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    return torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+def _module() -> Any:
+    module: ModuleType | None = native.module()[0]
+    return module
+
+
+def _stream(device: torch.device) -> int:
+    """The handle of torch's current stream."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _allocator(device: torch.device) -> Callable[[int], Any]:
+    """Gives the kernels their workspace, of a size that they know."""
+
+    def allocate(size: int) -> Any:
+        return to_dlpack(torch.empty(size, dtype=torch.uint8, device=device))
+
+    return allocate
+
+
+@lru_cache(maxsize=256)
+def _axes(grid: GridSpec, H: int, W: int, h: int, w: int) -> tuple[tuple[int, ...], ...]:
+    """Both axes as plain numbers."""
+
+    def numbers(axis: Axis) -> tuple[int, ...]:
+        return axis.pixels, axis.cells, axis.window, axis.step, axis.windows
+
+    return numbers(grid.axis(H, h)), numbers(grid.axis(W, w))
+
+
+@lru_cache(maxsize=256)
+def _overlap(grid: GridSpec, W: int) -> int:
+    return grid.axis(W).overlap
+
+
+@lru_cache(maxsize=256)
+def _winner_dtype(grid: GridSpec, H: int, W: int) -> torch.dtype:
+    return winner_dtype(grid, (H, W))
+
+
+def masked_average_pool(
+    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float
+) -> tuple[Tensor, Tensor]:
+    B, K, D, h, w = features.shape
+    C, H, W = masks.shape[2:]
+    y, x = _axes(grid, H, W, h, w)
+    dtype, device = accumulation_dtype(features.dtype), features.device
+    prototypes = torch.empty((B, C, y[4], x[4], D), dtype=dtype, device=device)
+    factor = torch.empty((B, K, C, y[4], x[4]), dtype=dtype, device=device)
+    _module().cuda_masked_average_pool(
+        to_dlpack(features),
+        to_dlpack(masks),
+        to_dlpack(prototypes),
+        to_dlpack(factor),
+        y,
+        x,
+        float(min_pixels),
+        _stream(device),
+        _allocator(device),
+        _PLAIN,
+    )
+    return prototypes, factor
+
+
+def masked_average_pool_backward(
+    grad: Tensor, masks: Tensor, factor: Tensor, features: Tensor, grid: GridSpec
+) -> Tensor:
+    H, W = masks.shape[-2:]
+    h, w = features.shape[-2:]
+    y, x = _axes(grid, H, W, h, w)
+    grad_features = torch.empty_like(features)
+    _module().cuda_masked_average_pool_backward(
+        to_dlpack(grad),
+        to_dlpack(masks),
+        to_dlpack(factor),
+        to_dlpack(grad_features),
+        y,
+        x,
+        _stream(features.device),
+        _allocator(features.device),
+        _PLAIN,
+    )
+    return grad_features
+
+
+def cosine_match(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    winners: bool,
+) -> tuple[Tensor, Tensor]:
+    B, Q, _, h, w = features.shape
+    (H, W), C, device = size, prototypes.shape[1], features.device
+    y, x = _axes(grid, H, W, h, w)
+    scores = torch.empty((B, Q, C, H, W), dtype=prototypes.dtype, device=device)
+    wanted = winners and reduce == "max"
+    winner = torch.empty(
+        (B, Q, C, H, W) if wanted else (0,), dtype=_winner_dtype(grid, H, W), device=device
+    )
+    _module().cuda_cosine_match(
+        to_dlpack(features),
+        to_dlpack(prototypes),
+        to_dlpack(scores),
+        to_dlpack(winner) if wanted else None,
+        y,
+        x,
+        _overlap(grid, W),
+        reduce == "mean",
+        _stream(device),
+        _allocator(device),
+        _PLAIN,
+    )
+    return scores, winner
+
+
+def cosine_match_backward(
+    grad: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    grid: GridSpec,
+    reduce: str,
+) -> tuple[Tensor, Tensor]:
+    h, w = features.shape[-2:]
+    H, W = scores.shape[-2:]
+    y, x = _axes(grid, H, W, h, w)
+    grad_features = torch.empty_like(features)
+    grad_prototypes = torch.empty_like(prototypes)
+    _module().cuda_cosine_match_backward(
+        to_dlpack(grad),
+        to_dlpack(features),
+        to_dlpack(prototypes),
+        to_dlpack(scores),
+        to_dlpack(winners) if winners.numel() else None,
+        to_dlpack(grad_features),
+        to_dlpack(grad_prototypes),
+        y,
+        x,
+        _overlap(grid, W),
+        reduce == "mean",
+        _stream(features.device),
+        _allocator(features.device),
+        _PLAIN,
+    )
+    return grad_features, grad_prototypes
