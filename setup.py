@@ -38,6 +38,7 @@ INSTRUCTION_SETS = {
     "avx512": [
         *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
         "-mprefer-vector-width=512",
+        "-Wno-maybe-uninitialized",  # of intrinsics, in gcc 12
     ],
 }
 KERNELS = ("masked_average_pool.cpp", "cosine_match.cpp")  # in csrc/cpu
@@ -130,9 +131,13 @@ def cuda_plan(plan: Plan, cxx: list[str], nvcc: str) -> None:
     sources = ROOT / "csrc" / "cuda"
     if not (sources / "bindings.cpp").exists():
         raise BuildError("its sources are not part of this package")
-    toolkit = Path(nvcc).resolve().parents[1]
+    include, libraries = toolkit(nvcc, plan.folder)
     flags = [*CXX_FLAGS, "-I", str(ROOT / "csrc")]
-    archs = os.environ.get("LSLPN_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
+    known = quiet_run([nvcc, "--list-gpu-arch"]).stdout.split()
+    wanted = os.environ.get("LSLPN_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
+    archs = [a for a in wanted if f"compute_{a}" in known]
+    if not archs:
+        raise BuildError(f"nvcc knows none of the GPUs {', '.join(wanted)}")
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     for source in sorted(sources.glob("*.cu")):
@@ -140,10 +145,21 @@ def cuda_plan(plan: Plan, cxx: list[str], nvcc: str) -> None:
         command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc")]
         plan.compile(source, f"cuda_{source.stem}", command)
     for source in sorted(sources.glob("*.cpp")):
-        include = ["-I", str(toolkit / "include")]
         plan.compile(source, f"cuda_{source.stem}", [*cxx, *flags, *python_flags(), *include])
-    folder = next((f for f in ("lib64", "lib", "lib/x64") if (toolkit / f).is_dir()), "lib64")
-    plan.link += ["-L", str(toolkit / folder), "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+    plan.link += [*libraries, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+
+
+def toolkit(nvcc: str, folder: Path) -> tuple[list[str], list[str]]:
+    """Where nvcc itself takes headers and libraries from, as compiler flags. What stands on the
+    path may be a script that calls an nvcc elsewhere."""
+    source = folder / "try.cu"
+    source.write_text("int main() {}\n")
+    found: dict[str, list[str]] = {"INCLUDES=": [], "LIBRARIES=": []}
+    for line in quiet_run([nvcc, "--dryrun", str(source)]).stdout.splitlines():
+        for name, flags in found.items():
+            if line.startswith(f"#$ {name}"):
+                flags += shlex.split(line.partition("=")[2])
+    return found["INCLUDES="], found["LIBRARIES="]
 
 
 def python_flags() -> list[str]:
@@ -158,7 +174,13 @@ def ninja_file(plan: Plan, link: list[str], target: Path) -> str:
     def escape(path: object) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = ["rule compile", "  command = $command", "  depfile = $out.d", "  deps = gcc"]
+    lines = [
+        f"builddir = {escape(plan.folder)}",
+        "rule compile",
+        "  command = $command",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
     lines += ["  description = $in -> $out", "rule link", "  command = $command"]
     lines += ["  description = $out"]
     objects = []

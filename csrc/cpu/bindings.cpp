@@ -1,2 +1,224 @@
+// The CPU kernels as Python functions of DLPack capsules. Everything that a kernel relies on is
+// checked here, whoever calls.
 #include "../binding.h"
-namespace lslpn { void register_cpu(py::module_&) {} }
+#include "dispatch.h"
+#include "geometry.h"
+
+namespace lslpn {
+namespace {
+
+using Sizes = std::array<std::int64_t, 5>;  // pixels, cells, window, step, windows
+
+Axis axis_of(const Sizes& s) { return axis(s[0], s[1], s[2], s[3], s[4]); }
+
+int thread_count(int threads) { return threads < 1 ? 1 : (threads > 1024 ? 1024 : threads); }
+
+TensorView cpu_view(const char* name, py::handle capsule, int rank) {
+  const TensorView v = view(name, capsule, rank);
+  expect_device(v, dlpack::kCpu);
+  return v;
+}
+
+// [B, N, D, h, w] in a floating dtype, of the geometry's feature size.
+Features features_of(const TensorView& v, const Geometry& geometry) {
+  if (v.dtype == DType::uint8 || v.dtype == DType::boolean || v.dtype == DType::int32) {
+    throw py::type_error(std::string(v.name) + " must be floating");
+  }
+  expect_shape(v, {v.shape[0], v.shape[1], v.shape[2], geometry.y().cells, geometry.x().cells});
+  Features f{v.data, v.dtype, v.shape[0], v.shape[1], v.shape[2], v.shape[3], v.shape[4], {}};
+  for (int i = 0; i < 5; ++i) f.stride[i] = v.stride[i];
+  return f;
+}
+
+// The same, to be written: no two elements may share memory.
+void expect_apart(const TensorView& v) {
+  std::array<int, 5> order = {0, 1, 2, 3, 4};
+  std::int64_t reach = 0;
+  // Walk from the smallest stride: each must step over all that lies below it.
+  for (int k = 0; k < 5; ++k) {
+    for (int i = k + 1; i < 5; ++i) {
+      if (v.stride[order[i]] < v.stride[order[k]]) std::swap(order[i], order[k]);
+    }
+    const int i = order[k];
+    if (v.shape[i] == 1) continue;
+    if (v.stride[i] <= reach) refuse(v.name, "must not overlap itself");
+    reach += (v.shape[i] - 1) * v.stride[i];
+  }
+}
+
+DType accumulation(DType dtype) {
+  return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+
+TensorView dense(const char* name, py::handle capsule, DType dtype,
+                 std::initializer_list<std::int64_t> shape) {
+  const TensorView v = cpu_view(name, capsule, 5);
+  expect_dtype(v, dtype);
+  expect_shape(v, shape);
+  expect_contiguous(v);
+  return v;
+}
+
+bool mask_bytes(const TensorView& masks, DType floating) {
+  const bool bytes = masks.dtype == DType::uint8 || masks.dtype == DType::boolean;
+  if (!bytes) expect_dtype(masks, floating);
+  return bytes;
+}
+
+bool winner_bytes(const TensorView& winners, const Geometry& geometry) {
+  const auto& tables = geometry.tables<float>();
+  if (winners.dtype == DType::int32) return false;
+  expect_dtype(winners, DType::uint8);
+  if (static_cast<std::int64_t>(tables.y.overlap) * tables.x.overlap > 256) {
+    refuse(winners.name, "must be int32 where so many windows overlap");
+  }
+  return true;
+}
+
+// Runs `call` with the accumulation type of a dtype, without Python's lock.
+template <class F>
+void without_lock(DType dtype, F call) {
+  const py::gil_scoped_release released;
+  if (dtype == DType::float64) {
+    call(double());
+  } else {
+    call(float());
+  }
+}
+
+void pool(const Geometry& geometry, py::handle features, py::handle masks, double min_pixels,
+          py::handle prototypes, py::handle factor, int threads) {
+  const Features f = features_of(cpu_view("features", features, 5), geometry);
+  const Axis &y = geometry.y(), &x = geometry.x();
+  const DType dtype = accumulation(f.dtype);
+  const TensorView m = cpu_view("masks", masks, 5);
+  const std::int64_t C = m.shape[2];
+  const bool bytes = mask_bytes(m, dtype);
+  expect_shape(m, {f.B, f.N, C, y.pixels, x.pixels});
+  expect_contiguous(m);
+  const TensorView out =
+      dense("prototypes", prototypes, dtype, {f.B, C, y.windows, x.windows, f.D});
+  const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
+  without_lock(dtype, [&](auto number) {
+    using A = decltype(number);
+    masked_average_pool(Pool<A>{geometry.tables<A>(), f, m.data, bytes, static_cast<int>(C),
+                                static_cast<A>(min_pixels), out.as<A>(), scale.as<A>(),
+                                thread_count(threads)});
+  });
+}
+
+void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, py::handle factor,
+                   py::handle grad_features, int threads) {
+  const TensorView written = cpu_view("grad_features", grad_features, 5);
+  const Features f = features_of(written, geometry);
+  expect_apart(written);
+  const Axis &y = geometry.y(), &x = geometry.x();
+  const DType dtype = accumulation(f.dtype);
+  const TensorView m = cpu_view("masks", masks, 5);
+  const std::int64_t C = m.shape[2];
+  const bool bytes = mask_bytes(m, dtype);
+  expect_shape(m, {f.B, f.N, C, y.pixels, x.pixels});
+  expect_contiguous(m);
+  const TensorView g = dense("grad", grad, dtype, {f.B, C, y.windows, x.windows, f.D});
+  const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
+  without_lock(dtype, [&](auto number) {
+    using A = decltype(number);
+    masked_average_pool(PoolBackward<A>{geometry.tables<A>(), f, m.data, bytes,
+                                        static_cast<int>(C), scale.as<const A>(), g.as<const A>(),
+                                        thread_count(threads)});
+  });
+}
+
+void match(const Geometry& geometry, py::handle features, py::handle prototypes, bool mean,
+           py::handle scores, const py::object& winners, int threads) {
+  const Features f = features_of(cpu_view("features", features, 5), geometry);
+  const Axis &y = geometry.y(), &x = geometry.x();
+  const DType dtype = accumulation(f.dtype);
+  const TensorView p = cpu_view("prototypes", prototypes, 5);
+  const std::int64_t C = p.shape[1];
+  expect_dtype(p, dtype);
+  expect_shape(p, {f.B, C, y.windows, x.windows, f.D});
+  expect_contiguous(p);
+  const TensorView out = dense("scores", scores, dtype, {f.B, f.N, C, y.pixels, x.pixels});
+  void* winner_data = nullptr;
+  bool bytes = true;
+  if (!winners.is_none()) {
+    const TensorView v = cpu_view("winners", winners, 5);
+    bytes = winner_bytes(v, geometry);
+    expect_shape(v, {f.B, f.N, C, y.pixels, x.pixels});
+    expect_contiguous(v);
+    winner_data = v.data;
+  }
+  without_lock(dtype, [&](auto number) {
+    using A = decltype(number);
+    cosine_match(Match<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C), mean,
+                          out.as<A>(), winner_data, bytes, thread_count(threads)});
+  });
+}
+
+void match_backward(const Geometry& geometry, py::handle grad, py::handle features,
+                    py::handle prototypes, py::handle scores, const py::object& winners, bool mean,
+                    const py::object& grad_features, const py::object& grad_prototypes,
+                    int threads) {
+  const Features f = features_of(cpu_view("features", features, 5), geometry);
+  const Axis &y = geometry.y(), &x = geometry.x();
+  const DType dtype = accumulation(f.dtype);
+  const TensorView p = cpu_view("prototypes", prototypes, 5);
+  const std::int64_t C = p.shape[1];
+  expect_dtype(p, dtype);
+  expect_shape(p, {f.B, C, y.windows, x.windows, f.D});
+  expect_contiguous(p);
+  const TensorView g = dense("grad", grad, dtype, {f.B, f.N, C, y.pixels, x.pixels});
+  const TensorView s = dense("scores", scores, dtype, {f.B, f.N, C, y.pixels, x.pixels});
+  const void* winner_data = nullptr;
+  bool bytes = true;
+  if (!mean) {
+    const TensorView v = cpu_view("winners", winners, 5);
+    bytes = winner_bytes(v, geometry);
+    expect_shape(v, {f.B, f.N, C, y.pixels, x.pixels});
+    expect_contiguous(v);
+    winner_data = v.data;
+  }
+  Features df = f;
+  df.data = nullptr;
+  if (!grad_features.is_none()) {
+    const TensorView v = cpu_view("grad_features", grad_features, 5);
+    expect_dtype(v, f.dtype);
+    expect_shape(v, {f.B, f.N, f.D, f.h, f.w});
+    expect_apart(v);
+    df = features_of(v, geometry);
+  }
+  void* dp = nullptr;
+  if (!grad_prototypes.is_none()) {
+    dp = dense("grad_prototypes", grad_prototypes, dtype, {f.B, C, y.windows, x.windows, f.D}).data;
+  }
+  without_lock(dtype, [&](auto number) {
+    using A = decltype(number);
+    cosine_match(MatchBackward<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C),
+                                  mean, s.as<const A>(), winner_data, bytes, g.as<const A>(), df,
+                                  static_cast<A*>(dp), thread_count(threads)});
+  });
+}
+
+}  // namespace
+
+void register_cpu(py::module_& m) {
+  py::class_<Geometry>(m, "Geometry", "The tables of a grid over an image.")
+      .def(py::init([](const Sizes& y, const Sizes& x) {
+             return std::make_unique<Geometry>(axis_of(y), axis_of(x));
+           }),
+           py::arg("y"), py::arg("x"));
+  m.def("cpu_masked_average_pool", &pool);
+  m.def("cpu_masked_average_pool_backward", &pool_backward);
+  m.def("cpu_cosine_match", &match);
+  m.def("cpu_cosine_match_backward", &match_backward);
+  m.def("cpu_instruction_sets", [] {
+    py::list names;
+    for (const std::string& name : instruction_sets()) names.append(name);
+    return names;
+  });
+  m.def("cpu_instruction_set", &instruction_set);
+  m.def("cpu_use_instruction_set", &use_instruction_set);
+}
+
+}  // namespace lslpn

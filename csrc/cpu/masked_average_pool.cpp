@@ -1,3 +1,503 @@
-#include "../core/arithmetic.h"
-#include "../core/geometry.h"
-#include "../core/dtype.h"
+// Masked average pooling over the windows of a grid, equation (1), and its gradient.
+//
+//   p_{c,m} = 1/K sum over i of (sum over x in m of M_{i,c}(x) Up F_i(x)) / n,   n = sum of M over m
+//
+// Up is linear, so masks are carried down to the feature locations l of a tile instead,
+//
+//   W_c(l) = sum over x in the tile of w_l(x) M_c(x),       t_c = sum over l of W_c(l) F(l),
+//
+// and a window is the union of its tiles: p += factor_{c,m} t_c with factor = 1 / (K n), or 0 for a
+// window of too few pixels. Backward, with u_c = sum over the windows of the tile of factor dp:
+//
+//   dF(l) = sum over tiles and c of W_c(l) u_c
+#include "parallel.h"
+#include "rows.h"
+#include "tile.h"
+
+LSLPN_BEGIN
+namespace cpu {
+namespace {
+
+// This many classes of a tile are handled together.
+constexpr int kClasses = 16;
+// Images whose shared rows wait for each other, and episodes whose parts of prototypes do.
+constexpr std::int64_t kImages = 16, kEpisodes = 8;
+
+template <class A>
+struct Problem {
+  const Tables<A>& tables;
+  const Features& features;
+  const void* masks;
+  bool bytes;
+  std::int64_t C, D, width;  // width: channels of a packed location
+  std::int64_t windows;      // Gy * Gx
+  bool backward;
+
+  Problem(const Tables<A>& t, const Features& f, const void* m, bool b, int classes, bool back)
+      : tables(t),
+        features(f),
+        masks(m),
+        bytes(b),
+        C(classes),
+        D(f.D),
+        width(padded(f.D)),
+        windows(static_cast<std::int64_t>(t.y.windows) * t.x.windows),
+        backward(back) {}
+
+  int threads(int wanted) const {
+    const double pixels = double(tables.y.pixels) * tables.x.pixels;
+    const double locations = double(features.h) * features.w;
+    const double work = double(features.B) * features.N * C * (pixels + 2 * locations * D);
+    return work < kWorthThreads ? 1 : wanted;
+  }
+
+  // The mask of class c of image n, from pixel (y, x) on: bytes or A.
+  const char* mask(std::int64_t b, std::int64_t n, std::int64_t c, int y, int x) const {
+    const std::int64_t H = tables.y.pixels, W = tables.x.pixels;
+    const std::int64_t at = (((b * features.N + n) * C + c) * H + y) * W + x;
+    return static_cast<const char*>(masks) + at * (bytes ? 1 : static_cast<int>(sizeof(A)));
+  }
+  std::int64_t mask_pitch() const {
+    return tables.x.pixels * static_cast<std::int64_t>(bytes ? 1 : sizeof(A));
+  }
+};
+
+// Reads n <= kLanes pixels of a mask.
+template <class A>
+inline Vec<A> load_mask(const char* p, bool bytes, int n) {
+  if (!bytes) return load(reinterpret_cast<const A*>(p), n);
+  return __builtin_convertvector(load_index<A>(p, true, n), Vec<A>);
+}
+
+// ---- the size of the masks --------------------------------------------------------------------
+
+// Sums of the masks over each tile of one row of segments.
+template <class A>
+void count_tiles(const Problem<A>& p, std::int64_t b, std::int64_t n, std::int64_t c, int sy,
+                 double* counts) {
+  const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
+  const Segment& rows = y.segment[sy];
+  for (int sx = 0; sx < x.segments; ++sx) {
+    const Segment& columns = x.segment[sx];
+    const int width = columns.end - columns.begin;
+    const char* mask = p.mask(b, n, c, rows.begin, columns.begin);
+    double total = 0;
+    for (int i = rows.begin; i < rows.end; ++i, mask += p.mask_pitch()) {
+      if (p.bytes) {
+        int sum = 0;
+        for (int j = 0; j < width; ++j) sum += static_cast<unsigned char>(mask[j]);
+        total += sum;
+      } else {
+        for (int j = 0; j < width; ++j) total += reinterpret_cast<const A*>(mask)[j];
+      }
+    }
+    counts[sx] = total;
+  }
+}
+
+// factor = 1 / (K n), or 0 for a window of too few pixels, from the sums over tiles.
+template <class A>
+void window_factors(const Problem<A>& p, const double* counts, double* columns, A min_pixels,
+                    A* factor) {
+  const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
+  const std::int64_t Sx = x.segments;
+  int sy = 0;
+  for (int my = 0; my < y.windows; ++my) {
+    // The segments of a window are those with first <= my <= last: a run that only moves on.
+    while (y.segment[sy].last < my) ++sy;
+    for (int sx = 0; sx < Sx; ++sx) columns[sx] = 0;
+    for (int s = sy; s < y.segments && y.segment[s].first <= my; ++s) {
+      for (int sx = 0; sx < Sx; ++sx) columns[sx] += counts[s * Sx + sx];
+    }
+    int first = 0;
+    for (int mx = 0; mx < x.windows; ++mx) {
+      while (x.segment[first].last < mx) ++first;
+      double n = 0;
+      for (int s = first; s < Sx && x.segment[s].first <= mx; ++s) n += columns[s];
+      const A size = static_cast<A>(n);
+      factor[static_cast<std::int64_t>(my) * x.windows + mx] =
+          size > min_pixels ? A(1) / (size * static_cast<A>(p.features.N)) : A(0);
+    }
+  }
+}
+
+// ---- tiles ------------------------------------------------------------------------------------
+
+template <class A>
+struct TileScratch {
+  A* columns = nullptr;  // [R rows, T] a mask carried to the rows of locations
+  A* weights = nullptr;  // [kClasses, locations] W
+  A* sums = nullptr;     // [kClasses, width] t, or u
+
+  TileScratch(Arena& arena, const Problem<A>& p) {
+    const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
+    columns = arena.take<A>(y.reach * x.length);
+    weights = arena.take<A>(static_cast<std::int64_t>(kClasses) * y.reach * x.reach);
+    sums = arena.take<A>(kClasses * p.width);
+  }
+
+  // W of one class. False where the mask is empty: then all of it is 0, and is not written.
+  bool weigh(const Problem<A>& p, const Side<A>& y, const Side<A>& x, std::int64_t b,
+             std::int64_t n, std::int64_t c, A* out) const {
+    const int T = p.tables.x.length;
+    const std::int64_t pitch = p.mask_pitch();
+    const char* const mask = p.mask(b, n, c, y.begin, x.begin);
+    std::memset(columns, 0, sizeof(A) * y.cells * T);
+    Index<A> any{};
+    for (int t = 0; t < x.pixels; t += kLanes<A>) {
+      const char* at = mask + t * static_cast<int>(p.bytes ? 1 : sizeof(A));
+      Vec<A> low{}, high{};
+      walk(
+          p.tables.y, y, [&](int, int) { low = high = Vec<A>{}; },
+          [&](int, A down) {
+            const Vec<A> M = load_mask<A>(at, p.bytes, x.pixels - t);
+            at += pitch;
+            any |= M != Vec<A>{};
+            low += (A(1) - down) * M;
+            high += down * M;
+          },
+          [&](int lower, int upper) {
+            store(columns + lower * T + t, load(columns + lower * T + t) + low);
+            store(columns + upper * T + t, load(columns + upper * T + t) + high);
+          });
+    }
+    Whole<A> found = 0;
+    for (int i = 0; i < kLanes<A>; ++i) found |= any[i];
+    if (!found) return false;
+    narrow_rows(columns, y.cells, x.weight, x.cells, T, out, x.cells);
+    return true;
+  }
+};
+
+// Whether some window over a tile takes part for class c.
+template <class A>
+bool takes_part(const Problem<A>& p, const Side<A>& y, const Side<A>& x, const A* factor) {
+  for (int i = 0; i < y.windows; ++i) {
+    for (int j = 0; j < x.windows; ++j) {
+      if (factor[static_cast<std::int64_t>(y.first + i) * p.tables.x.windows + x.first + j] !=
+          A(0)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// ---- forward ----------------------------------------------------------------------------------
+
+template <class A>
+struct ForwardShared {
+  double* counts = nullptr;  // [B, K, C, Sy, Sx]
+  A* parts = nullptr;        // [episodes, chunks, windows of the chunk's rows, C, Gx, width]
+  std::int64_t part_size = 0;
+
+  ForwardShared() = default;
+  ForwardShared(Arena& arena, const Problem<A>& p) {
+    const Features& f = p.features;
+    counts = arena.take<double>(f.B * f.N * p.C * p.tables.y.segments * p.tables.x.segments);
+    part_size = offset(p, p.tables.y.chunks);
+    parts = arena.take<A>((f.B < kEpisodes ? f.B : kEpisodes) * part_size);
+  }
+  static Covering window_rows(const Problem<A>& p, const Chunk& chunk) {
+    return {p.tables.y.segment[chunk.first].first, p.tables.y.segment[chunk.last - 1].last};
+  }
+  static std::int64_t offset(const Problem<A>& p, int k) {
+    std::int64_t rows = 0;
+    for (int i = 0; i < k; ++i) {
+      const Covering c = window_rows(p, chunk_of(p.tables.y, i));
+      rows += c.last - c.first + 1;
+    }
+    return rows * p.C * p.tables.x.windows * p.width;
+  }
+};
+
+template <class A>
+struct ForwardScratch {
+  Ring<A> features;
+  TileScratch<A> tile;
+  double* columns;
+  A* sum;
+
+  ForwardScratch(Arena& arena, const Problem<A>& p)
+      : features(ring(arena, p)), tile(arena, p) {
+    columns = arena.take<double>(p.tables.x.segments);
+    sum = arena.take<A>(p.width);
+  }
+  static Ring<A> ring(Arena& arena, const Problem<A>& p) {
+    const int slots = p.tables.y.reach + 1;
+    const std::int64_t size = p.features.w * p.width;
+    return {arena.take<A>(slots * size), slots, size};
+  }
+};
+
+template <class A>
+void pool_tile(const Pool<A>& args, const Problem<A>& p, const ForwardScratch<A>& s,
+               const Side<A>& y, const Side<A>& x, std::int64_t b, std::int64_t n, A* part,
+               int first_row) {
+  const A* location[kTileCells * kTileCells];
+  const int L = y.cells * x.cells;
+  bool located = false;
+  for (std::int64_t c0 = 0; c0 < p.C; c0 += kClasses) {
+    std::int64_t present[kClasses];
+    int found = 0;
+    for (std::int64_t c = c0; c < p.C && c < c0 + kClasses; ++c) {
+      const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
+      if (takes_part(p, y, x, factor) && s.tile.weigh(p, y, x, b, n, c, s.tile.weights + found * L)) {
+        present[found++] = c;
+      }
+    }
+    if (!found) continue;
+    if (!located) {
+      for (int i = 0, l = 0; i < y.cells; ++i) {
+        const A* row = s.features.row(y.lower + i) + x.lower * p.width;
+        for (int j = 0; j < x.cells; ++j) location[l++] = row + j * p.width;
+      }
+      located = true;
+    }
+    A* sums[kClasses];
+    for (int m = 0; m < found; ++m) sums[m] = s.tile.sums + m * p.width;
+    std::memset(s.tile.sums, 0, sizeof(A) * found * p.width);
+    mix<A>(sums, found, location, L, s.tile.weights, L, 1, p.width);
+    for (int m = 0; m < found; ++m) {
+      const std::int64_t c = present[m], Gx = p.tables.x.windows;
+      const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
+      for (int i = 0; i < y.windows; ++i) {
+        for (int j = 0; j < x.windows; ++j) {
+          const std::int64_t my = y.first + i, mx = x.first + j;
+          const A weight = factor[my * Gx + mx];
+          if (weight == A(0)) continue;
+          A* to = part + (((my - first_row) * p.C + c) * Gx + mx) * p.width;
+          for (std::int64_t d = 0; d < p.width; d += kLanes<A>) {
+            store(to + d, load(to + d) + weight * load(sums[m] + d));
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class A>
+void forward(const Pool<A>& args) {
+  const Problem<A> p(args.tables, args.features, args.masks, args.masks_are_bytes, args.C, false);
+  const int threads = p.threads(args.threads);
+  const Memory<ForwardShared<A>, ForwardScratch<A>> memory(p, threads);
+  const ForwardShared<A>& shared = memory.shared();
+  const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
+  const std::int64_t B = p.features.B, K = p.features.N;
+  const std::int64_t tiles = static_cast<std::int64_t>(y.segments) * x.segments;
+
+  parallel(B * K * p.C * y.segments, threads, [&](std::int64_t unit, int) {
+    const std::int64_t plane = unit / y.segments, c = plane % p.C, image = plane / p.C;
+    const int sy = static_cast<int>(unit % y.segments);
+    count_tiles(p, image / K, image % K, c, sy,
+                shared.counts + plane * tiles + static_cast<std::int64_t>(sy) * x.segments);
+  });
+  parallel(B * K * p.C, threads, [&](std::int64_t plane, int thread) {
+    const ForwardScratch<A> s = memory.scratch(p, thread);
+    window_factors(p, shared.counts + plane * tiles, s.columns, args.min_pixels,
+                   args.factor + plane * p.windows);
+  });
+  for (std::int64_t b0 = 0; b0 < B; b0 += kEpisodes) {
+    const std::int64_t episodes = B - b0 < kEpisodes ? B - b0 : kEpisodes;
+    parallel(episodes * y.chunks, threads, [&](std::int64_t unit, int thread) {
+      const ForwardScratch<A> s = memory.scratch(p, thread);
+      const std::int64_t e = unit / y.chunks, b = b0 + e;
+      const int k = static_cast<int>(unit % y.chunks);
+      const Chunk chunk = chunk_of(y, k);
+      const std::int64_t begin = shared.offset(p, k), end = shared.offset(p, k + 1);
+      A* part = shared.parts + e * shared.part_size + begin;
+      std::memset(part, 0, sizeof(A) * (end - begin));
+      const int first_row = shared.window_rows(p, chunk).first;
+      for (std::int64_t n = 0; n < K; ++n) {
+        int loaded = -1;
+        for (int sy = chunk.first; sy < chunk.last; ++sy) {
+          const int lower = y.segment[sy].lower;
+          for (int i = loaded < lower ? lower : loaded + 1; i <= y.segment[sy].upper; ++i) {
+            pack_row(p.features, b, n, i, s.features.row(i), p.width);
+            loaded = i;
+          }
+          for (int sx = 0; sx < x.segments; ++sx) {
+            pool_tile(args, p, s, side(y, sy), side(x, sx), b, n, part, first_row);
+          }
+        }
+      }
+    });
+    // The parts of each window, in the order of the chunks.
+    parallel(episodes * p.C * y.windows, threads, [&](std::int64_t unit, int thread) {
+      const ForwardScratch<A> s = memory.scratch(p, thread);
+      const std::int64_t e = unit / (p.C * y.windows), c = unit / y.windows % p.C;
+      const std::int64_t my = unit % y.windows;
+      for (std::int64_t mx = 0; mx < x.windows; ++mx) {
+        std::memset(s.sum, 0, sizeof(A) * p.width);
+        for (int k = 0; k < y.chunks; ++k) {
+          const Covering rows = shared.window_rows(p, chunk_of(y, k));
+          if (my < rows.first || my > rows.last) continue;
+          const A* part = shared.parts + e * shared.part_size + shared.offset(p, k) +
+                          (((my - rows.first) * p.C + c) * x.windows + mx) * p.width;
+          for (std::int64_t d = 0; d < p.width; d += kLanes<A>) {
+            store(s.sum + d, load(s.sum + d) + load(part + d));
+          }
+        }
+        const std::int64_t v = ((b0 + e) * p.C + c) * p.windows + my * x.windows + mx;
+        std::memcpy(args.prototypes + v * p.D, s.sum, sizeof(A) * p.D);
+      }
+    });
+  }
+}
+
+// ---- backward ---------------------------------------------------------------------------------
+
+template <class A>
+struct BackwardShared {
+  A* parts = nullptr;  // [images, chunks, shared rows, w, width]
+  std::int64_t part_size = 0;
+
+  BackwardShared() = default;
+  BackwardShared(Arena& arena, const Problem<A>& p) {
+    const std::int64_t images = p.features.B * p.features.N;
+    part_size = offset(p, p.tables.y.chunks);
+    parts = arena.take<A>((images < kImages ? images : kImages) * part_size);
+  }
+  static std::int64_t offset(const Problem<A>& p, int k) {
+    std::int64_t rows = 0;
+    for (int i = 0; i < k; ++i) rows += chunk_of(p.tables.y, i).shared();
+    return rows * p.features.w * p.width;
+  }
+};
+
+template <class A>
+struct BackwardScratch {
+  Ring<A> features;
+  TileScratch<A> tile;
+  A* grad;  // [windows of a class at a time, width] rows of dp, filled up
+  A* zero;
+
+  BackwardScratch(Arena& arena, const Problem<A>& p)
+      : features(ForwardScratch<A>::ring(arena, p)), tile(arena, p) {
+    grad = arena.take<A>(p.width);
+    zero = arena.take<A>(p.width);
+  }
+};
+
+template <class A>
+void unpool_tile(const PoolBackward<A>& args, const Problem<A>& p, const BackwardScratch<A>& s,
+                 const Side<A>& y, const Side<A>& x, std::int64_t b, std::int64_t n) {
+  A* location[kTileCells * kTileCells];
+  const int L = y.cells * x.cells;
+  const std::int64_t Gx = p.tables.x.windows;
+  for (std::int64_t c0 = 0; c0 < p.C; c0 += kClasses) {
+    int found = 0;
+    for (std::int64_t c = c0; c < p.C && c < c0 + kClasses; ++c) {
+      const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
+      if (!takes_part(p, y, x, factor) ||
+          !s.tile.weigh(p, y, x, b, n, c, s.tile.weights + found * L)) {
+        continue;
+      }
+      A* sum = s.tile.sums + found * p.width;
+      std::memset(sum, 0, sizeof(A) * p.width);
+      for (int i = 0; i < y.windows; ++i) {
+        for (int j = 0; j < x.windows; ++j) {
+          const std::int64_t window = (y.first + i) * Gx + x.first + j;
+          const A weight = factor[window];
+          if (weight == A(0)) continue;
+          const A* grad = args.grad + ((b * p.C + c) * p.windows + window) * p.D;
+          std::int64_t d = 0;
+          for (; d + kLanes<A> <= p.D; d += kLanes<A>) {
+            store(sum + d, load(sum + d) + weight * load(grad + d));
+          }
+          for (; d < p.D; ++d) sum[d] += weight * grad[d];
+        }
+      }
+      ++found;
+    }
+    if (!found) continue;
+    for (int i = 0, l = 0; i < y.cells; ++i) {
+      A* row = s.features.row(y.lower + i) + x.lower * p.width;
+      for (int j = 0; j < x.cells; ++j) location[l++] = row + j * p.width;
+    }
+    const A* sums[kClasses];
+    for (int m = 0; m < found; ++m) sums[m] = s.tile.sums + m * p.width;
+    mix<A>(location, L, sums, found, s.tile.weights, 1, L, p.width);
+  }
+}
+
+template <class A>
+void backward(const PoolBackward<A>& args) {
+  const Problem<A> p(args.tables, args.features, args.masks, args.masks_are_bytes, args.C, true);
+  const int threads = p.threads(args.threads);
+  const Memory<BackwardShared<A>, BackwardScratch<A>> memory(p, threads);
+  const BackwardShared<A>& shared = memory.shared();
+  const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
+  const std::int64_t K = p.features.N, all = p.features.B * K, h = p.features.h;
+  const std::int64_t row_size = p.features.w * p.width;
+
+  for (std::int64_t first = 0; first < all; first += kImages) {
+    const std::int64_t images = all - first < kImages ? all - first : kImages;
+    parallel(images * y.chunks, threads, [&](std::int64_t unit, int thread) {
+      const BackwardScratch<A> s = memory.scratch(p, thread);
+      std::memset(s.zero, 0, sizeof(A) * p.width);
+      const std::int64_t slot = unit / y.chunks, b = (first + slot) / K, n = (first + slot) % K;
+      const int k = static_cast<int>(unit % y.chunks);
+      const Chunk chunk = chunk_of(y, k);
+      A* parts = shared.parts + slot * shared.part_size + shared.offset(p, k);
+      int written = chunk.begin < chunk.lower ? chunk.begin : chunk.lower;
+      int opened = chunk.lower - 1, run = chunk.lower;
+      const auto write = [&](int end) {
+        for (; written < end; ++written) {
+          const int i = written;
+          if (i < run || i > opened) {
+            unpack_row(s.zero, 0, p.features, b, n, i);
+          } else if (chunk.shares(i)) {
+            std::memcpy(parts + chunk.place(i) * row_size, s.features.row(i),
+                        sizeof(A) * row_size);
+          } else {
+            unpack_row(s.features.row(i), p.width, p.features, b, n, i);
+          }
+        }
+      };
+      for (int sy = chunk.first; sy < chunk.last; ++sy) {
+        const int lower = y.segment[sy].lower, upper = y.segment[sy].upper;
+        write(lower);
+        if (lower > opened + 1) run = lower;
+        for (int i = opened + 1 < lower ? lower : opened + 1; i <= upper; ++i) {
+          std::memset(s.features.row(i), 0, sizeof(A) * row_size);
+          opened = i;
+        }
+        for (int sx = 0; sx < x.segments; ++sx) {
+          unpool_tile(args, p, s, side(y, sy), side(x, sx), b, n);
+        }
+      }
+      write(chunk.upper + 1 > chunk.end ? chunk.upper + 1 : chunk.end);
+    });
+    // Rows that lie under several chunks: the sum of their parts, in order.
+    parallel(images * h, threads, [&](std::int64_t unit, int thread) {
+      const BackwardScratch<A> s = memory.scratch(p, thread);
+      const std::int64_t slot = unit / h, b = (first + slot) / K, n = (first + slot) % K;
+      const int i = static_cast<int>(unit % h);
+      A* sum = s.features.data;
+      int found = 0;
+      for (int k = 0; k < y.chunks; ++k) {
+        const Chunk chunk = chunk_of(y, k);
+        if (i < chunk.lower || i > chunk.upper || !chunk.shares(i)) continue;
+        const A* part = shared.parts + slot * shared.part_size + shared.offset(p, k) +
+                        chunk.place(i) * row_size;
+        if (found++ == 0) {
+          std::memcpy(sum, part, sizeof(A) * row_size);
+        } else {
+          for (std::int64_t d = 0; d < row_size; ++d) sum[d] += part[d];
+        }
+      }
+      if (found) unpack_row(sum, p.width, p.features, b, n, i);
+    });
+  }
+}
+
+}  // namespace
+
+void masked_average_pool(const Pool<float>& args) { forward(args); }
+void masked_average_pool(const Pool<double>& args) { forward(args); }
+void masked_average_pool(const PoolBackward<float>& args) { backward(args); }
+void masked_average_pool(const PoolBackward<double>& args) { backward(args); }
+
+}  // namespace cpu
+LSLPN_END

@@ -1,0 +1,117 @@
+// What goes into and comes out of the CPU kernels: plain data, the same for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/dtype.h"
+
+namespace lslpn {
+
+// A stretch of pixels begin <= x < end of an axis that all lie in the windows first .. last and
+// are interpolated from the feature locations lower .. upper (both included).
+struct Segment {
+  int begin, end;
+  int first, last;
+  int lower, upper;
+};
+
+// Segments are cut so that none is longer than this, in pixels or in feature locations: then all
+// that belongs to one tile stays in the first cache.
+constexpr int kTilePixels = 32;
+constexpr int kTileCells = 16;
+
+// One axis, with tables in the accumulation type A.
+//
+// T `length` and R `reach` are the most pixels and feature locations of a segment; T is rounded up
+// to whole vectors and what is too much is filled with weights of zero.
+template <class A>
+struct AxisTables {
+  int pixels, cells, windows;
+  int segments;
+  const Segment* segment;
+  int length, reach, overlap;
+  bool identity;     // pixels and feature locations are the same
+  const int* lower;  // [pixels] the lower tap
+  const A* upper;    // [pixels] the weight of the tap above it
+  const A* weight;   // [segments, R, T] weight of feature location r for pixel t
+  const A* square;   // [segments, R, T] its square
+  const A* cross;    // [segments, R, T] its product with that of location r + 1
+  int chunks;        // the units of parallel work; see rows.h
+  const int* chunk;  // [chunks + 1] their first segments
+};
+
+template <class A>
+struct Tables {
+  AxisTables<A> y, x;
+};
+
+// [B, N, D, h, w], N support or query images, in any layout; strides in elements.
+struct Features {
+  char* data;
+  DType dtype;
+  std::int64_t B, N, D, h, w;
+  std::int64_t stride[5];
+};
+
+// Prototypes [B, C, Gy, Gx, D] and factor [B, K, C, Gy, Gx] in A; masks [B, K, C, H, W].
+template <class A>
+struct Pool {
+  Tables<A> tables;
+  Features features;
+  const void* masks;
+  bool masks_are_bytes;  // bool or uint8; else A
+  int C;
+  A min_pixels;
+  A* prototypes;
+  A* factor;
+  int threads;
+};
+
+// As above, backward: features.data is the gradient to write; grad [B, C, Gy, Gx, D].
+template <class A>
+struct PoolBackward {
+  Tables<A> tables;
+  Features features;
+  const void* masks;
+  bool masks_are_bytes;
+  int C;
+  const A* factor;
+  const A* grad;
+  int threads;
+};
+
+// Scores and winners [B, Q, C, H, W]; winners may be null, else uint8 or int32.
+template <class A>
+struct Match {
+  Tables<A> tables;
+  Features features;
+  const A* prototypes;
+  int C;
+  bool mean;
+  A* scores;
+  void* winners;
+  bool winners_are_bytes;
+  int threads;
+};
+
+template <class A>
+struct MatchBackward {
+  Tables<A> tables;
+  Features features;
+  const A* prototypes;
+  int C;
+  bool mean;
+  const A* scores;
+  const void* winners;
+  bool winners_are_bytes;
+  const A* grad;
+  Features grad_features;  // shapes as features; null data where not wanted
+  A* grad_prototypes;      // null where not wanted
+  int threads;
+};
+
+// Memory for the length of a call, aligned to 64 bytes and not cleared. Throws std::bad_alloc.
+void* take_memory(std::int64_t bytes);
+void give_back_memory(void* memory);
+
+}  // namespace lslpn

@@ -1,0 +1,231 @@
+// Vectors of the instruction set that this file is compiled for, through the vector types that gcc
+// and clang have in common.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../core/arithmetic.h"
+#include "../core/dtype.h"
+
+LSLPN_BEGIN
+namespace cpu {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef float memory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef std::int32_t whole;
+  typedef whole index __attribute__((vector_size(kVectorBytes)));
+  typedef whole index_memory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef std::uint8_t bytes __attribute__((vector_size(kVectorBytes / 4)));
+  typedef std::int32_t ints __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef double memory __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef std::int64_t whole;
+  typedef whole index __attribute__((vector_size(kVectorBytes)));
+  typedef whole index_memory __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef std::uint8_t bytes __attribute__((vector_size(kVectorBytes / 8)));
+  typedef std::int32_t ints __attribute__((vector_size(kVectorBytes / 2)));
+};
+
+// A vector of A; one of integers as wide; such an integer; and the number of lanes.
+template <class A>
+using Vec = typename VectorOf<A>::type;
+template <class A>
+using Index = typename VectorOf<A>::index;
+template <class A>
+using Whole = typename VectorOf<A>::whole;
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+// Rows of numbers are filled up to a multiple of this.
+constexpr int kPadding = 16;
+constexpr std::int64_t padded(std::int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+
+template <class A>
+inline Vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename VectorOf<A>::memory*>(p);
+}
+
+template <class A>
+inline void store(A* p, Vec<A> v) {
+  *reinterpret_cast<typename VectorOf<A>::memory*>(p) = v;
+}
+
+template <class A>
+inline Index<A> load_index(const Whole<A>* p) {
+  return *reinterpret_cast<const typename VectorOf<A>::index_memory*>(p);
+}
+
+template <class A>
+inline void store_index(Whole<A>* p, Index<A> v) {
+  *reinterpret_cast<typename VectorOf<A>::index_memory*>(p) = v;
+}
+
+// The first n lanes only; the others are 0.
+template <class A>
+inline Vec<A> load(const A* p, int n) {
+  if (n >= kLanes<A>) return load(p);
+  Vec<A> v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class A>
+inline void store(A* p, Vec<A> v, int n) {
+  if (n >= kLanes<A>) return store(p, v);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+
+// Integers in memory as wide as T, uint8 or int32, the first n lanes.
+template <class A>
+inline Index<A> load_index(const void* p, bool bytes, int n) {
+  if (n < kLanes<A>) {
+    Index<A> v{};
+    for (int i = 0; i < n; ++i) {
+      v[i] = bytes ? static_cast<const std::uint8_t*>(p)[i] : static_cast<const std::int32_t*>(p)[i];
+    }
+    return v;
+  }
+  if (bytes) {
+    typename VectorOf<A>::bytes v;
+    std::memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, Index<A>);
+  }
+  typename VectorOf<A>::ints v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Index<A>);
+}
+
+template <class A>
+inline void store_index(void* p, bool bytes, Index<A> v, int n) {
+  if (n < kLanes<A>) {
+    for (int i = 0; i < n; ++i) {
+      if (bytes) {
+        static_cast<std::uint8_t*>(p)[i] = static_cast<std::uint8_t>(v[i]);
+      } else {
+        static_cast<std::int32_t*>(p)[i] = static_cast<std::int32_t>(v[i]);
+      }
+    }
+  } else if (bytes) {
+    const auto narrow = __builtin_convertvector(v, typename VectorOf<A>::bytes);
+    std::memcpy(p, &narrow, sizeof narrow);
+  } else {
+    const auto narrow = __builtin_convertvector(v, typename VectorOf<A>::ints);
+    std::memcpy(p, &narrow, sizeof narrow);
+  }
+}
+
+template <class A>
+inline Vec<A> splat(A value) {
+  return Vec<A>{} + value;
+}
+
+#if defined(__clang__)
+#define LSLPN_SHUFFLE(A, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LSLPN_SHUFFLE(A, a, b, ...) __builtin_shuffle(a, b, Index<A>{__VA_ARGS__})
+#endif
+
+// Interleaves groups of `half` lanes: the lower (Upper = 0) or upper (1) group of each pair of
+// groups of a, then of b.
+template <class A, int half, int upper, int... lane>
+inline Vec<A> pick_groups(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...>) {
+  return LSLPN_SHUFFLE(A, a, b,
+                       (lane / (2 * half) * (2 * half) + upper * half + lane % half +
+                        (lane / half % 2) * kLanes<A>)...);
+}
+
+// Sums over the lanes of many vectors at once: lane j of the result holds that of v[j]. Every sum
+// is formed in the same order wherever it stands, so that equal vectors have equal sums.
+template <class A, int n = kLanes<A>>
+inline Vec<A> lane_sums(const Vec<A>* v) {
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    const Vec<A> a = lane_sums<A, n / 2>(v);
+    const Vec<A> b = lane_sums<A, n / 2>(v + n / 2);
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<A>>{};
+    return pick_groups<A, n / 2, 0>(a, b, lanes) + pick_groups<A, n / 2, 1>(a, b, lanes);
+  }
+}
+
+// Exchanges rows and columns of a square of as many vectors as there are lanes.
+template <class A, int half = kLanes<A> / 2>
+inline void transpose(Vec<A>* v) {
+  if constexpr (half >= 1) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<A>>{};
+    for (int i = 0; i < kLanes<A>; ++i) {
+      if (i & half) continue;
+      const Vec<A> a = v[i];
+      const Vec<A> b = v[i + half];
+      v[i] = pick_groups<A, half, 0>(a, b, lanes);
+      v[i + half] = pick_groups<A, half, 1>(a, b, lanes);
+    }
+    transpose<A, half / 2>(v);
+  }
+}
+
+// Features of any dtype, read as and rounded from a vector of A.
+inline Vec<double> load_as(const double* p, double) { return load(p); }
+inline Vec<float> load_as(const float* p, float) { return load(p); }
+inline Vec<float> load_as(const BFloat16* p, float) {
+  typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2)));
+  typedef std::uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  const Wide wide = __builtin_convertvector(bits, Wide) << 16;
+  Vec<float> v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+inline Vec<float> load_as(const Half* p, float) {
+  Vec<float> v;
+#if defined(__AVX512F__)
+  v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
+#endif
+  return v;
+}
+
+inline void store_as(double* p, Vec<double> v) { store(p, v); }
+inline void store_as(float* p, Vec<float> v) { store(p, v); }
+inline void store_as(Half* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) narrow(v[i], p[i]);
+#endif
+}
+inline void store_as(BFloat16* p, Vec<float> v) {
+  BFloat16 narrowed[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) narrow(v[i], narrowed[i]);
+  std::memcpy(p, narrowed, sizeof narrowed);
+}
+
+}  // namespace cpu
+LSLPN_END
