@@ -47,6 +47,14 @@ inline std::int64_t round_up(std::int64_t a, std::int64_t b) {
   return divide_up(a, b) * b;
 }
 
+// Whether eight neighbouring channels are always aligned, and can be moved 16 bytes at a time.
+inline bool eights(const Features& f) {
+  const int size = f.dtype == DType::float32 ? 4 : 2;
+  bool whole = f.stride[2] == 1 && f.D % 8 == 0;
+  for (const int i : {0, 1, 3, 4}) whole = whole && f.stride[i] * size % 16 == 0;
+  return whole && reinterpret_cast<std::uintptr_t>(f.data) % 16 == 0;
+}
+
 // A mask's value at an element.
 template <class A>
 LSLPN_DEVICE A mask_at(const void* masks, bool bytes, std::int64_t i) {

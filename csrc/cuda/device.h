@@ -22,6 +22,7 @@
 // A kernel of at most `threads` threads a block, at least `blocks` of them on a multiprocessor.
 #define LSLPN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define LSLPN_DEVICE __device__ __forceinline__
+#define LSLPN_UNROLL _Pragma("unroll")
 // Kernel parameters stay in constant memory, also where they are indexed at run time.
 #define LSLPN_PARAMETERS const __grid_constant__
 
@@ -126,6 +127,20 @@ LSLPN_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// What the launches need to know of the current device.
+struct Device {
+  int multiprocessors;
+  int shared_memory;  // bytes that a block can have
+};
+inline Device this_device() {
+  int index = 0;
+  Device device{1, 48 * 1024};
+  if (cudaGetDevice(&index) != cudaSuccess) return device;
+  cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  return device;
+}
+
 // The error of the last CUDA call, in words; empty for none.
 inline std::string error_text(cudaError_t error) {
   return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
@@ -142,8 +157,9 @@ std::string launch(void (*kernel)(P), std::int64_t blocks, std::int64_t blocks_y
     if (error != cudaSuccess) return error_text(error);
   }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
-  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)> > >(parameters);
-  return error_text(cudaGetLastError());
+  void* arguments[] = {const_cast<P*>(&parameters)};
+  return error_text(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads),
+                                     arguments, shared, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace lslpn::cuda

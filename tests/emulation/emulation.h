@@ -24,6 +24,26 @@
 #define LSLPN_KERNEL(threads, blocks) void
 #define LSLPN_DEVICE inline
 #define LSLPN_PARAMETERS const
+#define LSLPN_UNROLL
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
 
 namespace lslpn::cuda {
 
@@ -72,6 +92,14 @@ inline void warp_barrier() {
 inline float shuffle_xor(float value, int mask) {
   const int lane = thread_index() % 32;
   return emulation::meet(emulation::Collective::shuffle, {value, {}, {}})[lane ^ mask].value;
+}
+
+struct Device {
+  int multiprocessors;
+  int shared_memory;
+};
+inline Device this_device() {
+  return {132, 227 * 1024};
 }
 
 inline float inverse_sqrt(float x) {

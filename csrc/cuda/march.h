@@ -1,0 +1,873 @@
+// From feature locations to windows and back, over D channels.
+//
+// The weights (or gradients) of the tiles tie feature locations to windows:
+//   e(c, m, i, j) = sum over tiles of map(tile, c, m, i, j) * scale(c, m)
+// and three passes need little else. A block takes a slice of kSlice channels and a part of the
+// image, and marches down its rows of feature locations, image by image:
+//   sums     out(c, m, d)    = sum over images and (i, j) of e F(i, j, d)
+//   spread   grad F(i, j, d) = sum over c, m of e v(c, m, d)
+//   stencil  grad F(i, j, d) += gradient of the Gram maps times F at the neighbours of (i, j)
+// Each number is summed by one thread in a fixed order, which no launch configuration changes.
+//
+// While row i is worked on, the features of row i + 2 and the maps of row i + 2 are on their way,
+// and the maps of row i + 1 are put together: one barrier a row.
+#pragma once
+
+#include "columns.h"
+
+namespace lslpn::cuda {
+
+constexpr int kSlice = 64;  // channels of a block: two a lane
+constexpr int kMarchWarps = 8;
+constexpr int kMarchThreads = kWarp * kMarchWarps;
+constexpr int kOctets = kSlice / 8;
+constexpr int kFetches = 3;                                        // octets of a thread and row
+constexpr int kMarchColumns = kFetches * kMarchThreads / kOctets;  // 96
+constexpr int kFeaturePitch = kSlice + 4;  // a row of shared memory: no two lanes in one bank
+constexpr int kOutputPitch = kSlice + 2;
+constexpr int kRun = 8;  // neighbouring feature locations that a warp computes together
+constexpr int kMaxParts = 24;
+
+enum class Pass { pool, pool_backward, match_backward };
+
+// A part of an axis. `own` feature locations get their gradients from this part, and `windows`
+// their sums; for that `visit` must be walked over, which `tiles` and windows `touch` belong to.
+struct Part {
+  short windows_begin, windows_end;
+  short own_begin, own_end;
+  short visit_begin, visit_end;
+  short touch_begin, touch_end;
+  short tiles_begin, tiles_end;
+};
+
+struct Parts {
+  int count;
+  int windows, own, visit, touch, tiles;  // the most of a part
+  int cell_tiles;                         // the most stretches over a feature location
+  int cell_windows;                       // the most windows over one
+  int near_windows;                       // over one and the next
+  Part part[kMaxParts];
+};
+
+// Where things lie in shared memory, in bytes.
+struct MarchMemory {
+  int features, output, weights, stencil, raw, vectors, sums, scale, dots;
+  int cells_y, cells_x, tiles_y, tiles_x, spans_y, spans_x;
+  int total;
+};
+
+struct March {
+  const void* features;
+  void* grad_features;
+  DType dtype;
+  std::int64_t stride[5], grad_stride[5];
+  bool channels_inner, grad_channels_inner;  // neighbouring channels are neighbours in memory
+  bool vectors_of_8, grad_vectors_of_8;      // and eight of them are aligned
+  std::int64_t B, N;                         // N images an episode
+  std::int64_t first_b, first_n, images;     // of this launch: images of each episode
+  int C, D;
+  Axis y, x;
+  Tiles tiles_y, tiles_x;
+  Parts parts_y, parts_x;
+  MapLayout layout;
+  int tile_windows_x;      // windows of a tile's row in the maps; match only
+  int tile_windows;        // windows of a tile in the maps, 1 for pooling
+  const float* maps;       // [images of the launch, tiles] of layout
+  const float* tile_sums;  // [images of the launch, tiles, C, tile_windows]
+  const float* scale;      // pool_backward: factor [B, N, C, G]; match: 1 / |p| [B, C, G]
+  float* factor;           // pool: [B, N, C, G]
+  float min_pixels;
+  const float* vectors;  // [B, C, G, D] gradients of the windows, or prototypes
+  bool vectors_aligned;  // to 16 bytes, each of them
+  float* out;            // [B, C, G, D]
+  bool accumulate;       // onto what is in `out`
+  int ring_windows;      // rows of windows in the ring of vectors
+  int slots_y4;          // slots along y, rounded up to 4
+  MarchMemory memory;
+};
+
+// ---- in the kernel ----
+
+LSLPN_DEVICE void load_octet(const void* base, DType dtype, std::int64_t at, std::int64_t stride,
+                             int count, bool vector, float (&value)[8]) {
+  if (dtype == DType::float32) {
+    const float* p = static_cast<const float*>(base) + at;
+    if (vector) {
+      for (int k = 0; k < 8; k += 4) {
+        const float4 v = *reinterpret_cast<const float4*>(p + k);
+        value[k] = v.x;
+        value[k + 1] = v.y;
+        value[k + 2] = v.z;
+        value[k + 3] = v.w;
+      }
+    } else {
+      LSLPN_UNROLL
+      for (int k = 0; k < 8; ++k) value[k] = k < count ? p[k * stride] : 0;
+    }
+    return;
+  }
+  const std::uint16_t* p = static_cast<const std::uint16_t*>(base) + at;
+  std::uint16_t bits[8];
+  if (vector) {
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
+    const unsigned word[4] = {v.x, v.y, v.z, v.w};
+    for (int k = 0; k < 8; ++k) bits[k] = static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2)));
+  } else {
+    for (int k = 0; k < 8; ++k) bits[k] = k < count ? p[k * stride] : std::uint16_t{0};
+  }
+  if (dtype == DType::float16) {
+    for (int k = 0; k < 8; ++k) value[k] = to_float(Half{bits[k]});
+  } else {
+    for (int k = 0; k < 8; ++k) value[k] = to_float(BFloat16{bits[k]});
+  }
+}
+
+LSLPN_DEVICE void store_octet(void* base, DType dtype, std::int64_t at, std::int64_t stride,
+                              int count, bool vector, const float (&value)[8]) {
+  if (dtype == DType::float32) {
+    float* p = static_cast<float*>(base) + at;
+    if (vector) {
+      for (int k = 0; k < 8; k += 4) {
+        *reinterpret_cast<float4*>(p + k) =
+            make_float4(value[k], value[k + 1], value[k + 2], value[k + 3]);
+      }
+    } else {
+      for (int k = 0; k < 8; ++k) {
+        if (k < count) p[k * stride] = value[k];
+      }
+    }
+    return;
+  }
+  std::uint16_t bits[8];
+  for (int k = 0; k < 8; ++k) {
+    if (dtype == DType::float16) {
+      Half half;
+      from_float(value[k], half);
+      bits[k] = half.bits;
+    } else {
+      BFloat16 half;
+      from_float(value[k], half);
+      bits[k] = half.bits;
+    }
+  }
+  std::uint16_t* p = static_cast<std::uint16_t*>(base) + at;
+  if (vector) {
+    unsigned word[4];
+    for (int k = 0; k < 4; ++k)
+      word[k] = bits[2 * k] | static_cast<unsigned>(bits[2 * k + 1]) << 16;
+    *reinterpret_cast<uint4*>(p) = make_uint4(word[0], word[1], word[2], word[3]);
+  } else {
+    for (int k = 0; k < 8; ++k) {
+      if (k < count) p[k * stride] = bits[k];
+    }
+  }
+}
+
+// What a stretch has to say to feature locations.
+struct StretchInfo {
+  short first, last;  // windows
+  short lower, upper;
+};
+
+// The feature locations of a window.
+struct Span {
+  short first, last;
+};
+
+template <Pass kPass>
+struct Marcher {
+  static constexpr bool kSums = kPass != Pass::pool_backward;
+  static constexpr bool kSpread = kPass != Pass::pool;
+  static constexpr bool kStencil = kPass == Pass::match_backward;
+
+  const March& p;
+  Part py, px;
+  std::int64_t b;
+  int d0;  // first channel
+  int lane, warp;
+  // Shared memory.
+  float *features, *output, *weights, *raw, *vectors, *sums, *scale, *dots;
+  float4* stencil;
+  Cell *cells_y, *cells_x;
+  StretchInfo *info_y, *info_x;
+  Span *spans_y, *spans_x;
+
+  LSLPN_DEVICE explicit Marcher(const March& parameters) : p(parameters) {
+    lane = thread_index() % kWarp;
+    warp = thread_index() / kWarp;
+    const int slices = (p.D + kSlice - 1) / kSlice;
+    std::int64_t index = block_index();
+    d0 = static_cast<int>(index % slices) * kSlice;
+    index /= slices;
+    px = p.parts_x.part[index % p.parts_x.count];
+    index /= p.parts_x.count;
+    py = p.parts_y.part[index % p.parts_y.count];
+    b = p.first_b + index / p.parts_y.count;
+    char* memory = shared_memory();
+    features = reinterpret_cast<float*>(memory + p.memory.features);
+    output = reinterpret_cast<float*>(memory + p.memory.output);
+    weights = reinterpret_cast<float*>(memory + p.memory.weights);
+    stencil = reinterpret_cast<float4*>(memory + p.memory.stencil);
+    raw = reinterpret_cast<float*>(memory + p.memory.raw);
+    vectors = reinterpret_cast<float*>(memory + p.memory.vectors);
+    sums = reinterpret_cast<float*>(memory + p.memory.sums);
+    scale = reinterpret_cast<float*>(memory + p.memory.scale);
+    dots = reinterpret_cast<float*>(memory + p.memory.dots);
+    cells_y = reinterpret_cast<Cell*>(memory + p.memory.cells_y);
+    cells_x = reinterpret_cast<Cell*>(memory + p.memory.cells_x);
+    info_y = reinterpret_cast<StretchInfo*>(memory + p.memory.tiles_y);
+    info_x = reinterpret_cast<StretchInfo*>(memory + p.memory.tiles_x);
+    spans_y = reinterpret_cast<Span*>(memory + p.memory.spans_y);
+    spans_x = reinterpret_cast<Span*>(memory + p.memory.spans_x);
+  }
+
+  LSLPN_DEVICE const Cell& row_cell(int i) const { return cells_y[i - py.visit_begin]; }
+  LSLPN_DEVICE const Cell& column_cell(int j) const { return cells_x[j - px.visit_begin]; }
+
+  LSLPN_DEVICE void axis_tables(const Axis& axis, const Tiles& tiles, const Part& part, Cell* cells,
+                                StretchInfo* info, Span* spans) {
+    for (int i = part.visit_begin + thread_index(); i < part.visit_end; i += kMarchThreads) {
+      cells[i - part.visit_begin] = cell_of(axis, tiles, i);
+    }
+    for (int t = part.tiles_begin + thread_index(); t < part.tiles_end; t += kMarchThreads) {
+      const Stretch s = stretch(axis, tiles, t);
+      info[t - part.tiles_begin] = {static_cast<short>(s.first), static_cast<short>(s.last),
+                                    static_cast<short>(s.lower), static_cast<short>(s.upper)};
+    }
+    for (int m = part.windows_begin + thread_index(); m < part.windows_end; m += kMarchThreads) {
+      spans[m - part.windows_begin] = {
+          static_cast<short>(short_taps(axis, axis.start(m)).lower),
+          static_cast<short>(upper_tap(axis, axis.start(m) + axis.window - 1))};
+    }
+  }
+
+  // scale(c, m), and the tiles' sums over the windows: of pixels, or of dS S.
+  LSLPN_DEVICE void find_scales(std::int64_t n, std::int64_t image) {
+    const int height = py.touch_end - py.touch_begin, width = px.touch_end - px.touch_begin;
+    for (int e = thread_index(); e < p.C * height * width; e += kMarchThreads) {
+      const int c = e / (height * width);
+      const int wy = py.touch_begin + e / width % height, wx = px.touch_begin + e % width;
+      const std::int64_t window =
+          ((b * p.C + c) * p.y.windows + wy) * p.x.windows + wx;  // of the episode
+      const std::int64_t of_image =
+          (((b * p.N + n) * p.C + c) * p.y.windows + wy) * p.x.windows + wx;
+      if (kPass == Pass::pool_backward) {
+        scale[e] = p.scale[of_image];
+        continue;
+      }
+      const int y = p.y.start(wy), x = p.x.start(wx);
+      const int ty0 = stretch_at(p.tiles_y, y), ty1 = stretch_at(p.tiles_y, y + p.y.window - 1);
+      const int tx0 = stretch_at(p.tiles_x, x), tx1 = stretch_at(p.tiles_x, x + p.x.window - 1);
+      float sum = 0;
+      for (int ty = ty0; ty <= ty1; ++ty) {
+        const int first_y = kStencil ? p.y.covering(p.tiles_y.begin[ty]).first : 0;
+        for (int tx = tx0; tx <= tx1; ++tx) {
+          const std::int64_t tile =
+              (image * p.tiles_y.count + ty) * static_cast<std::int64_t>(p.tiles_x.count) + tx;
+          int local = 0;
+          if constexpr (kStencil) {
+            const int first_x = p.x.covering(p.tiles_x.begin[tx]).first;
+            local = (wy - first_y) * p.tile_windows_x + wx - first_x;
+          }
+          sum += p.tile_sums[(tile * p.C + c) * p.tile_windows + local];
+        }
+      }
+      if (kPass == Pass::pool) {
+        const float factor = sum > p.min_pixels ? 1 / (sum * static_cast<float>(p.N)) : 0.0f;
+        scale[e] = factor;
+        const bool own = wy >= py.windows_begin && wy < py.windows_end && wx >= px.windows_begin &&
+                         wx < px.windows_end;
+        if (own && d0 == 0) p.factor[of_image] = factor;
+      } else {
+        scale[e] = p.scale[window];
+        dots[e] = sum;
+      }
+    }
+  }
+
+  LSLPN_DEVICE int scale_index(int c, int wy, int wx) const {
+    const int height = py.touch_end - py.touch_begin, width = px.touch_end - px.touch_begin;
+    return (c * height + wy - py.touch_begin) * width + wx - px.touch_begin;
+  }
+
+  // ---- features ----
+
+  // Columns that are loaded: with the neighbours, for the stencil.
+  static constexpr int kHalo = kStencil ? 1 : 0;
+  LSLPN_DEVICE int loaded_columns() const { return px.visit_end - px.visit_begin + 2 * kHalo; }
+
+  // Which octet of which column the k-th fetch of a thread is; none if column < 0.
+  LSLPN_DEVICE void fetch_place(int k, int& column, int& octet) const {
+    const int e = thread_index() + k * kMarchThreads;
+    const int columns = loaded_columns();
+    if (p.channels_inner) {
+      column = e / kOctets;
+      octet = e % kOctets;
+    } else {
+      octet = e / columns;
+      column = e - octet * columns;
+    }
+    if (e >= columns * kOctets) column = -1;
+  }
+
+  LSLPN_DEVICE void fetch_row(std::int64_t n, int i, float (&value)[kFetches][8]) const {
+    for (int k = 0; k < kFetches; ++k) {
+      int column, octet;
+      fetch_place(k, column, octet);
+      if (column < 0) continue;
+      const int j = px.visit_begin - kHalo + column, d = d0 + 8 * octet;
+      if (i < 0 || i >= p.y.cells || j < 0 || j >= p.x.cells || d >= p.D) {
+        for (int m = 0; m < 8; ++m) value[k][m] = 0;
+        continue;
+      }
+      const std::int64_t at =
+          b * p.stride[0] + n * p.stride[1] + d * p.stride[2] + i * p.stride[3] + j * p.stride[4];
+      load_octet(p.features, p.dtype, at, p.stride[2], p.D - d, p.vectors_of_8, value[k]);
+    }
+  }
+
+  LSLPN_DEVICE float* feature(int i, int column) const {
+    return features + ((i & 3) * (p.parts_x.visit + 2 * kHalo) + column) * kFeaturePitch;
+  }
+
+  LSLPN_DEVICE void keep_row(int i, const float (&value)[kFetches][8]) const {
+    for (int k = 0; k < kFetches; ++k) {
+      int column, octet;
+      fetch_place(k, column, octet);
+      if (column < 0) continue;
+      float4* target = reinterpret_cast<float4*>(feature(i, column) + 8 * octet);
+      target[0] = make_float4(value[k][0], value[k][1], value[k][2], value[k][3]);
+      target[1] = make_float4(value[k][4], value[k][5], value[k][6], value[k][7]);
+    }
+  }
+
+  // The two channels of this lane.
+  LSLPN_DEVICE float2 feature_at(int i, int j) const {
+    return *reinterpret_cast<const float2*>(feature(i, j - px.visit_begin + kHalo) + 2 * lane);
+  }
+
+  // ---- vectors of windows ----
+
+  LSLPN_DEVICE float* vector(int wy, int wx, int c) const {
+    const int width = px.touch_end - px.touch_begin;
+    return vectors + ((wy % p.ring_windows * width + wx - px.touch_begin) * p.C + c) * kSlice;
+  }
+
+  LSLPN_DEVICE void load_vectors(int wy) const {
+    const int width = px.touch_end - px.touch_begin;
+    for (int e = thread_index(); e < width * p.C * (kSlice / 4); e += kMarchThreads) {
+      const int quad = e % (kSlice / 4), c = e / (kSlice / 4) % p.C;
+      const int wx = px.touch_begin + e / (kSlice / 4) / p.C;
+      const int d = d0 + 4 * quad;
+      float* target = vector(wy, wx, c) + 4 * quad;
+      const std::int64_t window = ((b * p.C + c) * p.y.windows + wy) * p.x.windows + wx;
+      const float* source = p.vectors + window * p.D + d;
+      if (p.vectors_aligned && d < p.D) {
+        copy_async(target, source);
+      } else {
+        for (int k = 0; k < 4; ++k) target[k] = d + k < p.D ? source[k] : 0.0f;
+      }
+    }
+  }
+
+  // ---- weights ----
+
+  LSLPN_DEVICE float* raw_tile(int i, int ty, int tx) const {
+    const int row = ty - row_cell(i).first_stretch;
+    const int tiles = px.tiles_end - px.tiles_begin;
+    const int buffer = (i & 1) * p.parts_y.cell_tiles * p.parts_x.tiles;
+    return raw + (buffer + row * tiles + tx - px.tiles_begin) * p.layout.row;
+  }
+
+  // Sends for the rows of the maps that belong to row i.
+  LSLPN_DEVICE void fetch_maps(std::int64_t image, int i) const {
+    const Cell row = row_cell(i);
+    const int tiles = px.tiles_end - px.tiles_begin, chunks = p.layout.row / 4;
+    const int total = (row.last_stretch - row.first_stretch + 1) * tiles * chunks;
+    for (int e = thread_index(); e < total; e += kMarchThreads) {
+      const int chunk = e % chunks;
+      const int tx = px.tiles_begin + e / chunks % tiles;
+      const int ty = row.first_stretch + e / chunks / tiles;
+      const int r = i - info_y[ty - py.tiles_begin].lower;
+      const std::int64_t tile =
+          (image * p.tiles_y.count + ty) * static_cast<std::int64_t>(p.tiles_x.count) + tx;
+      copy_async(raw_tile(i, ty, tx) + 4 * chunk,
+                 p.maps + tile * p.layout.tile + r * p.layout.row + 4 * chunk);
+    }
+  }
+
+  // [slots_y4] weights of one feature location, class and column of windows.
+  LSLPN_DEVICE float* weight(int i, int j, int c, int sx) const {
+    const int slots_x = p.parts_x.cell_windows;
+    const int buffer = (i & 1) * p.parts_x.visit;
+    return weights + (((buffer + j - px.visit_begin) * p.C + c) * slots_x + sx) * p.slots_y4;
+  }
+
+  LSLPN_DEVICE float4* stencil_at(int i, int j) const {
+    return stencil + (i & 3) * (p.parts_x.visit + 1) + j - px.visit_begin + 1;
+  }
+
+  // Puts the tiles' maps together at row i.
+  LSLPN_DEVICE void gather_weights(int i) const {
+    const Cell row = row_cell(i);
+    const int columns = px.visit_end - px.visit_begin, slots_x = p.parts_x.cell_windows;
+    const int stride = p.layout.columns;
+    for (int e = thread_index(); e < columns * p.C * slots_x; e += kMarchThreads) {
+      const int j = px.visit_begin + e / (p.C * slots_x);
+      const int c = e / slots_x % p.C, sx = e % slots_x;
+      const Cell column = column_cell(j);
+      const int wx = column.first_window + sx;
+      float* target = weight(i, j, c, sx);
+      for (int sy = 0; sy < p.slots_y4; ++sy) {
+        const int wy = row.first_window + sy;
+        float sum = 0;
+        if (wx <= column.last_window && wy <= row.last_window) {
+          for (int ty = row.first_stretch; ty <= row.last_stretch; ++ty) {
+            const StretchInfo y = info_y[ty - py.tiles_begin];
+            if (wy < y.first || wy > y.last) continue;
+            for (int tx = column.first_stretch; tx <= column.last_stretch; ++tx) {
+              const StretchInfo x = info_x[tx - px.tiles_begin];
+              if (wx < x.first || wx > x.last) continue;
+              int slot = c;
+              if constexpr (kStencil) {
+                slot = c * p.tile_windows + (wy - y.first) * p.tile_windows_x + wx - x.first;
+              }
+              sum += raw_tile(i, ty, tx)[slot * stride + j - x.lower];
+            }
+          }
+          sum *= scale[scale_index(c, wy, wx)];
+        }
+        target[sy] = sum;
+      }
+    }
+    if constexpr (kStencil) {
+      for (int j = px.visit_begin - 1 + thread_index(); j < px.visit_end; j += kMarchThreads) {
+        float4 sum = make_float4(0, 0, 0, 0);
+        if (j >= px.visit_begin) {
+          const Cell column = column_cell(j);
+          for (int ty = row.first_stretch; ty <= row.last_stretch; ++ty) {
+            for (int tx = column.first_stretch; tx <= column.last_stretch; ++tx) {
+              const float* tile = raw_tile(i, ty, tx) + p.C * p.tile_windows * stride + j -
+                                  info_x[tx - px.tiles_begin].lower;
+              sum.x += tile[0];
+              sum.y += tile[stride];
+              sum.z += tile[2 * stride];
+              sum.w += tile[3 * stride];
+            }
+          }
+        }
+        *stencil_at(i, j) = sum;
+      }
+    }
+  }
+
+  // ---- the work on a row ----
+
+  LSLPN_DEVICE float2 read4(const float* w, const float (&v)[4][2], float2 sum) const {
+    const float4 e = *reinterpret_cast<const float4*>(w);
+    sum.x += e.x * v[0][0] + e.y * v[1][0] + e.z * v[2][0] + e.w * v[3][0];
+    sum.y += e.x * v[0][1] + e.y * v[1][1] + e.z * v[2][1] + e.w * v[3][1];
+    return sum;
+  }
+
+  LSLPN_DEVICE float* output_at(int i, int j) const {
+    return output + ((i & 1) * p.parts_x.own + j - px.own_begin) * kOutputPitch;
+  }
+
+  LSLPN_DEVICE void spread_row(int i) const {
+    const Cell row = row_cell(i);
+    const int slots_x = p.parts_x.cell_windows;
+    for (int j0 = px.own_begin + warp * kRun; j0 < px.own_end; j0 += kMarchWarps * kRun) {
+      const int count = minimum(kRun, px.own_end - j0);
+      float2 sum[kRun];
+      int first[kRun];  // windows
+      int begin = p.x.windows, end = 0;
+      LSLPN_UNROLL
+      for (int k = 0; k < kRun; ++k) {
+        sum[k] = make_float2(0, 0);
+        const Cell column = column_cell(j0 + minimum(k, count - 1));
+        first[k] = column.first_window;
+        if (column.last_window < column.first_window || k >= count) {
+          first[k] = p.x.windows;  // so that no window is its
+        } else {
+          begin = minimum(begin, column.first_window);
+          end = maximum(end, column.last_window + 1);
+        }
+      }
+      for (int c = 0; c < p.C; ++c) {
+        for (int s = 0; s < p.slots_y4; s += 4) {
+          for (int wx = begin; wx < end; ++wx) {
+            float v[4][2];
+            LSLPN_UNROLL
+            for (int k = 0; k < 4; ++k) {
+              const int wy = row.first_window + s + k;
+              float2 two = make_float2(0, 0);
+              if (wy <= row.last_window) {
+                two = *reinterpret_cast<const float2*>(vector(wy, wx, c) + 2 * lane);
+              }
+              v[k][0] = two.x;
+              v[k][1] = two.y;
+            }
+            LSLPN_UNROLL
+            for (int k = 0; k < kRun; ++k) {
+              const unsigned sx = static_cast<unsigned>(wx - first[k]);
+              if (sx >= static_cast<unsigned>(slots_x)) continue;
+              sum[k] = read4(weight(i, j0 + k, c, static_cast<int>(sx)) + s, v, sum[k]);
+            }
+          }
+        }
+      }
+      if constexpr (kStencil) add_stencil(i, j0, count, sum);
+      LSLPN_UNROLL
+      for (int k = 0; k < kRun; ++k) {
+        if (k < count) *reinterpret_cast<float2*>(output_at(i, j0 + k) + 2 * lane) = sum[k];
+      }
+    }
+  }
+
+  // The Gram maps' gradients: own, right, below and cross of (i, j) weigh <F, F>, the product with
+  // the right neighbour, with the lower one, and both diagonals of the square they span.
+  LSLPN_DEVICE void add_stencil(int i, int j0, int count, float2 (&sum)[kRun]) const {
+    float2 f[3][3];  // rows i - 1, i, i + 1; columns by turns
+    LSLPN_UNROLL
+    for (int r = 0; r < 3; ++r) {
+      f[r][0] = feature_at(i - 1 + r, j0 - 1);
+      f[r][1] = feature_at(i - 1 + r, j0);
+    }
+    float4 left = *stencil_at(i, j0 - 1), above_left = *stencil_at(i - 1, j0 - 1);
+    LSLPN_UNROLL
+    for (int k = 0; k < kRun; ++k) {
+      if (k >= count) break;
+      const int l = k % 3, m = (k + 1) % 3, n = (k + 2) % 3;  // left, middle, right
+      LSLPN_UNROLL
+      for (int r = 0; r < 3; ++r) f[r][n] = feature_at(i - 1 + r, j0 + k + 1);
+      const float4 here = *stencil_at(i, j0 + k), above = *stencil_at(i - 1, j0 + k);
+      const auto add = [&](float weight, const float2& value) {
+        sum[k].x += weight * value.x;
+        sum[k].y += weight * value.y;
+      };
+      add(2 * here.x, f[1][m]);
+      add(here.y, f[1][n]);
+      add(left.y, f[1][l]);
+      add(here.z, f[2][m]);
+      add(above.z, f[0][m]);
+      add(here.w, f[2][n]);
+      add(above_left.w, f[0][l]);
+      add(left.w, f[2][l]);
+      add(above.w, f[0][n]);
+      left = here;
+      above_left = above;
+    }
+  }
+
+  LSLPN_DEVICE void write_row(std::int64_t n, int i) const {
+    const int columns = px.own_end - px.own_begin;
+    for (int e = thread_index(); e < columns * kOctets; e += kMarchThreads) {
+      int column, octet;
+      if (p.grad_channels_inner) {
+        column = e / kOctets;
+        octet = e % kOctets;
+      } else {
+        octet = e / columns;
+        column = e - octet * columns;
+      }
+      const int d = d0 + 8 * octet, j = px.own_begin + column;
+      if (d >= p.D) continue;
+      const float* source = output_at(i, j) + 8 * octet;
+      float value[8];
+      LSLPN_UNROLL
+      for (int k = 0; k < 8; ++k) value[k] = source[k];
+      const std::int64_t at = b * p.grad_stride[0] + n * p.grad_stride[1] + d * p.grad_stride[2] +
+                              i * p.grad_stride[3] + j * p.grad_stride[4];
+      store_octet(p.grad_features, p.dtype, at, p.grad_stride[2], p.D - d, p.grad_vectors_of_8,
+                  value);
+    }
+  }
+
+  LSLPN_DEVICE void emit(int wy, int wx, int c, float2 sum, bool more) const {
+    const std::int64_t window = ((b * p.C + c) * p.y.windows + wy) * p.x.windows + wx;
+    const int d = d0 + 2 * lane;
+    float pair[2] = {sum.x, sum.y};
+    LSLPN_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      if (d + k >= p.D) continue;
+      const std::int64_t at = window * p.D + d + k;
+      float value = pair[k];
+      if constexpr (kStencil) {
+        // dp = (dq - <q, dq> q) / |p|, the first term being scaled already.
+        const int e = scale_index(c, wy, wx);
+        value -= dots[e] * scale[e] * scale[e] * p.vectors[at];
+      }
+      p.out[at] = more ? p.out[at] + value : value;
+    }
+  }
+
+  LSLPN_DEVICE void sum_row(int i, bool more) const {
+    const Cell row = row_cell(i);
+    const int width = px.windows_end - px.windows_begin, ring = p.parts_y.cell_windows;
+    for (int e = warp; e < width * p.C; e += kMarchWarps) {
+      const int column = e % width, c = e / width, wx = px.windows_begin + column;
+      const Span span = spans_x[column];
+      for (int s = 0; s < p.slots_y4; s += 4) {
+        float2 sum[4] = {};
+        for (int j = span.first; j <= span.last; ++j) {
+          const unsigned sx = static_cast<unsigned>(wx - column_cell(j).first_window);
+          if (sx >= static_cast<unsigned>(p.parts_x.cell_windows)) continue;
+          const float4 w =
+              *reinterpret_cast<const float4*>(weight(i, j, c, static_cast<int>(sx)) + s);
+          const float2 f = feature_at(i, j);
+          sum[0].x += w.x * f.x;
+          sum[0].y += w.x * f.y;
+          sum[1].x += w.y * f.x;
+          sum[1].y += w.y * f.y;
+          sum[2].x += w.z * f.x;
+          sum[2].y += w.z * f.y;
+          sum[3].x += w.w * f.x;
+          sum[3].y += w.w * f.y;
+        }
+        LSLPN_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const int wy = row.first_window + s + k;
+          if (wy > row.last_window || wy < py.windows_begin || wy >= py.windows_end) continue;
+          const Span rows = spans_y[wy - py.windows_begin];
+          float2* kept = reinterpret_cast<float2*>(
+              sums + ((wy % ring * width + column) * p.C + c) * kSlice + 2 * lane);
+          if (i > rows.first) {
+            sum[k].x += kept->x;
+            sum[k].y += kept->y;
+          }
+          if (i == rows.last) {
+            emit(wy, wx, c, sum[k], more);
+          } else {
+            *kept = sum[k];
+          }
+        }
+      }
+    }
+  }
+
+  LSLPN_DEVICE void run() {
+    axis_tables(p.y, p.tiles_y, py, cells_y, info_y, spans_y);
+    axis_tables(p.x, p.tiles_x, px, cells_x, info_x, spans_x);
+    block_barrier();
+    for (std::int64_t k = 0; k < p.images; ++k) {
+      const std::int64_t n = p.first_n + k;
+      march(n, (b - p.first_b) * p.images + k, k > 0 || p.accumulate);
+    }
+  }
+
+  LSLPN_DEVICE void march(std::int64_t n, std::int64_t image, bool more) {
+    const int begin = py.visit_begin, end = py.visit_end;
+    constexpr bool kFeatures = kSums || kStencil;
+    float fetched[kFetches][8];
+    find_scales(n, image);
+    if constexpr (kFeatures) {
+      for (int i = begin - kHalo; i <= begin + 1 && i < end + kHalo; ++i) {
+        fetch_row(n, i, fetched);
+        keep_row(i, fetched);
+      }
+    }
+    fetch_maps(image, begin);
+    if (begin + 1 < end) fetch_maps(image, begin + 1);
+    int loaded = row_cell(begin).first_window;  // windows below this are in the ring
+    if constexpr (kSpread) {
+      for (; loaded <= row_cell(begin).last_window; ++loaded) load_vectors(loaded);
+    }
+    if constexpr (kStencil) {
+      for (int j = px.visit_begin - 1 + thread_index(); j < px.visit_end; j += kMarchThreads) {
+        *stencil_at(begin - 1, j) = make_float4(0, 0, 0, 0);
+      }
+    }
+    copy_wait();
+    block_barrier();
+    gather_weights(begin);
+    block_barrier();
+    for (int i = begin; i < end; ++i) {
+      if (kFeatures && i + 2 < end + kHalo) fetch_row(n, i + 2, fetched);
+      if (i + 2 < end) fetch_maps(image, i + 2);
+      if (kSpread && i + 1 < end) {
+        const Cell below = row_cell(i + 1);
+        loaded = maximum(loaded, below.first_window);
+        for (; loaded <= below.last_window; ++loaded) load_vectors(loaded);
+      }
+      if (i + 1 < end) gather_weights(i + 1);
+      if constexpr (kSpread) {
+        if (i >= py.own_begin && i < py.own_end) spread_row(i);
+        if (i - 1 >= py.own_begin && i - 1 < py.own_end && i > begin) write_row(n, i - 1);
+      }
+      if constexpr (kSums) sum_row(i, more);
+      if (kFeatures && i + 2 < end + kHalo) keep_row(i + 2, fetched);
+      copy_wait();
+      block_barrier();
+    }
+    if (kSpread && end - 1 >= py.own_begin && end - 1 < py.own_end) write_row(n, end - 1);
+    block_barrier();  // before the next image takes the memory over
+  }
+};
+
+template <Pass kPass>
+LSLPN_KERNEL(kMarchThreads, 2)
+march(LSLPN_PARAMETERS March p) {
+  Marcher<kPass>(p).run();
+}
+
+// ---- on the host ----
+
+// Cuts an axis into `count` parts. `sums` and `spread` as in the pass; `halo` for the stencil.
+inline void cut_parts(const Axis& axis, const Tiles& tiles, int count, bool sums, bool spread,
+                      bool halo, Parts& parts) {
+  parts = {};
+  parts.count = count;
+  for (int g = 0; g < count; ++g) {
+    Part& part = parts.part[g];
+    int begin = axis.cells, end = 0;
+    if (sums) {
+      part.windows_begin = static_cast<short>(std::int64_t{axis.windows} * g / count);
+      part.windows_end = static_cast<short>(std::int64_t{axis.windows} * (g + 1) / count);
+      begin = short_taps(axis, axis.start(part.windows_begin)).lower;
+      end = upper_tap(axis, axis.start(part.windows_end - 1) + axis.window - 1) + 1;
+    }
+    if (spread) {
+      part.own_begin = static_cast<short>(std::int64_t{axis.cells} * g / count);
+      part.own_end = static_cast<short>(std::int64_t{axis.cells} * (g + 1) / count);
+      begin = std::min(begin, std::max(0, part.own_begin - (halo ? 1 : 0)));
+      end = std::max<int>(end, part.own_end);
+    }
+    part.visit_begin = static_cast<short>(begin);
+    part.visit_end = static_cast<short>(end);
+    int touch_begin = axis.windows, touch_end = 0, tiles_begin = tiles.count, tiles_end = 0;
+    int before = 0;  // first window of the location before, where it has one
+    bool has_before = false;
+    for (int i = begin; i < end; ++i) {
+      const Cell cell = cell_of(axis, tiles, i);
+      if (cell.last_stretch < cell.first_stretch) {
+        has_before = false;
+        continue;
+      }
+      touch_begin = std::min<int>(touch_begin, cell.first_window);
+      touch_end = std::max(touch_end, cell.last_window + 1);
+      tiles_begin = std::min<int>(tiles_begin, cell.first_stretch);
+      tiles_end = std::max(tiles_end, cell.last_stretch + 1);
+      parts.cell_tiles = std::max(parts.cell_tiles, cell.last_stretch - cell.first_stretch + 1);
+      parts.cell_windows = std::max(parts.cell_windows, cell.last_window - cell.first_window + 1);
+      const int from = has_before ? before : cell.first_window;
+      parts.near_windows = std::max(parts.near_windows, cell.last_window - from + 1);
+      before = cell.first_window;
+      has_before = true;
+    }
+    if (touch_end == 0) touch_begin = tiles_begin = 0;
+    part.touch_begin = static_cast<short>(touch_begin);
+    part.touch_end = static_cast<short>(touch_end);
+    part.tiles_begin = static_cast<short>(tiles_begin);
+    part.tiles_end = static_cast<short>(tiles_end);
+    parts.windows = std::max(parts.windows, part.windows_end - part.windows_begin);
+    parts.own = std::max(parts.own, part.own_end - part.own_begin);
+    parts.visit = std::max(parts.visit, end - begin);
+    parts.touch = std::max(parts.touch, touch_end - touch_begin);
+    parts.tiles = std::max(parts.tiles, tiles_end - tiles_begin);
+  }
+}
+
+// Lays out shared memory.
+inline void lay_out(March& p, Pass pass) {
+  const bool sums = pass != Pass::pool_backward, spread = pass != Pass::pool;
+  const bool stencil = pass == Pass::match_backward;
+  const Parts& y = p.parts_y;
+  const Parts& x = p.parts_x;
+  p.slots_y4 = static_cast<int>(round_up(std::max(1, y.cell_windows), 4));
+  p.ring_windows = std::max(1, y.near_windows);
+  std::int64_t bytes = 0;
+  const auto take = [&](std::int64_t size) {
+    const std::int64_t at = bytes;
+    bytes += round_up(size, 16);
+    return static_cast<int>(std::min<std::int64_t>(at, 1 << 30));
+  };
+  const std::int64_t C = p.C, halo = stencil ? 2 : 0;
+  MarchMemory& m = p.memory;
+  m.features = take(sums ? 4 * 4 * (x.visit + halo) * kFeaturePitch : 0);
+  m.output = take(spread ? 4 * 2 * x.own * kOutputPitch : 0);
+  m.weights = take(4 * 2 * x.visit * C * x.cell_windows * p.slots_y4);
+  m.stencil = take(stencil ? 16 * 4 * (x.visit + 1) : 0);
+  m.raw = take(4 * 2 * static_cast<std::int64_t>(y.cell_tiles) * x.tiles * p.layout.row);
+  m.vectors = take(spread ? 4 * p.ring_windows * x.touch * C * kSlice : 0);
+  m.sums = take(sums ? 4 * std::int64_t{y.cell_windows} * x.windows * C * kSlice : 0);
+  m.scale = take(4 * C * y.touch * x.touch);
+  m.dots = take(stencil ? 4 * C * y.touch * x.touch : 0);
+  m.cells_y = take(sizeof(Cell) * y.visit);
+  m.cells_x = take(sizeof(Cell) * x.visit);
+  m.tiles_y = take(sizeof(StretchInfo) * y.tiles);
+  m.tiles_x = take(sizeof(StretchInfo) * x.tiles);
+  m.spans_y = take(sizeof(Span) * y.windows);
+  m.spans_x = take(sizeof(Span) * x.windows);
+  m.total = static_cast<int>(std::min<std::int64_t>(bytes, 1 << 30));
+}
+
+// Cuts the image into parts, for p.B episodes: as few as fit into shared memory, preferably two
+// blocks at a time on a multiprocessor, and as many as keep the multiprocessors busy. Returns
+// whether they fit at all.
+inline bool plan_march(March& p, Pass pass) {
+  const bool sums = pass != Pass::pool_backward, spread = pass != Pass::pool;
+  const bool halo = pass == Pass::match_backward;
+  const auto most = [&](const Axis& axis) {
+    int parts = kMaxParts;
+    if (sums) parts = std::min(parts, axis.windows);
+    if (spread) parts = std::min(parts, axis.cells);
+    return parts;
+  };
+  const auto cut = [&](int y, int x) {
+    cut_parts(p.y, p.tiles_y, y, sums, spread, halo, p.parts_y);
+    cut_parts(p.x, p.tiles_x, x, sums, spread, halo, p.parts_x);
+    lay_out(p, pass);
+    return p.parts_x.visit + 2 <= kMarchColumns;
+  };
+  const Device device = this_device();
+  const int most_y = most(p.y), most_x = most(p.x);
+  int x = 0;
+  for (const int limit : {device.shared_memory / 2 - 1024, device.shared_memory}) {
+    for (int parts = 1; parts <= most_x && x == 0; ++parts) {
+      if (cut(1, parts) && p.memory.total <= limit) x = parts;
+    }
+  }
+  if (x == 0) return false;
+  // Parts overlap by a window or so; too many of them do the same work many times.
+  const std::int64_t slices = divide_up(p.D, kSlice) * p.B;
+  int y = 1;
+  const auto worth = [&](const Axis& axis, int parts, int limit) {
+    return parts <= limit && (!sums || axis.windows >= 2 * parts) && axis.cells >= 8 * parts;
+  };
+  while (slices * x * y < 2 * device.multiprocessors) {
+    if (worth(p.y, y + 1, most_y)) {
+      ++y;
+    } else if (worth(p.x, x + 1, most_x)) {
+      ++x;
+    } else {
+      break;
+    }
+  }
+  return cut(y, x) && p.memory.total <= device.shared_memory;
+}
+
+// The features' side of the parameters.
+inline void set_features(March& p, const Features& f) {
+  p.features = f.data;
+  p.dtype = f.dtype;
+  for (int i = 0; i < 5; ++i) p.stride[i] = f.stride[i];
+  p.channels_inner = f.stride[2] == 1;
+  p.vectors_of_8 = eights(f);
+}
+inline void set_grad_features(March& p, const Features& f) {
+  p.grad_features = f.data;
+  p.dtype = f.dtype;
+  for (int i = 0; i < 5; ++i) p.grad_stride[i] = f.stride[i];
+  p.grad_channels_inner = f.stride[2] == 1;
+  p.grad_vectors_of_8 = eights(f);
+}
+
+template <Pass kPass>
+std::string launch_march(const March& p, std::int64_t episodes, Stream stream) {
+  const std::int64_t blocks = divide_up(p.D, kSlice) * p.parts_x.count * p.parts_y.count * episodes;
+  return launch(march<kPass>, blocks, 1, kMarchThreads, static_cast<std::size_t>(p.memory.total),
+                stream, p);
+}
+
+}  // namespace lslpn::cuda
