@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lslpn.assets import demo_image, demo_labels
 from lslpn.dataset import Dataset
 from lslpn.errors import InputError
-from lslpn.prepare import ABDOMEN_WINDOW, body_box, prepare, resolve_window
+from lslpn.prepare import ABDOMEN_WINDOW, body_box, body_boxes, prepare, resolve_window
 from lslpn.volumes import Volume, read_image, read_labels
 
 
@@ -157,9 +157,10 @@ def test_restore_after_the_body_crop(ct: Volume, labels: Volume) -> None:
     assert back.shape == ct.data.shape
     np.testing.assert_array_equal(back, labels.data)  # the organs lie within, 128 is larger
     everywhere = prepared.restore(np.ones_like(prepared.labels))
-    y0, y1, x0, x1 = _bounds(prepared.box)
-    assert everywhere.sum() == 14 * (y1 - y0) * (x1 - x0)
-    assert everywhere[:, y0:y1, x0:x1].all()
+    assert prepared.boxes.shape == (14, 4)
+    for plane, (y0, y1, x0, x1) in zip(everywhere, prepared.boxes, strict=True):
+        assert plane.sum() == (y1 - y0) * (x1 - x0)
+        assert plane[y0:y1, x0:x1].all()
     with pytest.raises(ValueError, match="expected shape"):
         prepared.restore(back)
 
@@ -178,17 +179,45 @@ def test_body_box_leaves_air_and_table_out(ct: Volume, kind: str) -> None:
         data = np.where(data > -300, (data + 300).clip(150, 600), rng.rayleigh(8, data.shape))
     y0, y1, x0, x1 = _bounds(body_box(_with(ct, data)))
     # The body of synthetic_ct: y from 0.12 to 0.82 of 55, x from 0.1 to 0.9 of 63; the table is
-    # at 0.95. The opening rounds its ends off by a pixel.
+    # at 0.95.
     assert abs(y0 - 0.12 * 55) <= 2
     assert abs(y1 - 0.82 * 55) <= 2
     assert abs(x0 - 0.10 * 63) <= 2
     assert abs(x1 - 0.90 * 63) <= 2
 
 
+def test_arms_are_left_out_even_where_they_touch(ct: Volume) -> None:
+    with_arms = ct.data.copy()
+    y, x = np.indices(ct.data.shape[1:])
+    for column in (4, 59):  # the body runs from column 6 to 57
+        with_arms[:, (y - 27) ** 2 + (x - column) ** 2 <= 20] = 40
+    assert (with_arms[:, 27, :9] > 0).all()  # they do touch
+    assert np.abs(body_boxes(_with(ct, with_arms)) - body_boxes(ct)).max() <= 1
+
+
+def test_each_slice_has_its_own_box(ct: Volume) -> None:
+    tall = np.concatenate([ct.data, ct.data[:, :, ::-1]])
+    tall[: len(ct.data)] = np.roll(ct.data, 6, axis=2)  # the lower half lies further right
+    boxes = body_boxes(_with(ct, tall))
+    assert boxes.shape == (28, 4)
+    np.testing.assert_allclose(boxes[0, 2:] - boxes[-1, 2:], 6, atol=1)
+    # Slices of air above the head take the box of the last slice with a body.
+    air = np.full((5, *ct.data.shape[1:]), -1000.0)
+    capped = body_boxes(_with(ct, np.concatenate([ct.data, air])))
+    assert np.abs(capped[-1] - body_boxes(ct)[-1]).max() <= 1
+
+
+def test_large_slices_are_thinned_out_without_losing_the_place(ct: Volume) -> None:
+    large = ct.data.repeat(9, axis=1).repeat(9, axis=2)  # 504 x 576
+    volume = dataclasses.replace(_with(ct, large), spacing=(4.0, 3 / 9, 3 / 9))
+    assert np.abs(body_boxes(volume) - 9 * body_boxes(ct)).max() <= 9
+
+
 def test_whole_slice_where_no_body_stands_out(ct: Volume) -> None:
     whole = (0, 56, 0, 64)
     noise = np.random.default_rng(0).normal(100, 10, ct.data.shape)
-    assert _bounds(body_box(_with(ct, noise))) == whole
+    y0, y1, x0, x1 = _bounds(body_box(_with(ct, noise)))
+    assert (y1 - y0) * (x1 - x0) > 0.85 * 56 * 64  # ragged at the edges, no more
     speck = np.full(ct.data.shape, -1000.0)
     speck[:, 20:24, 20:24] = 50
     assert _bounds(body_box(_with(ct, speck))) == whole
@@ -196,23 +225,33 @@ def test_whole_slice_where_no_body_stands_out(ct: Volume) -> None:
     assert _bounds(body_box(_with(ct, head_close_up))) == (0, 10, 0, 15)
 
 
+def _share_inside(labels: Volume, boxes: np.ndarray) -> float:
+    inside = sum(
+        np.count_nonzero(plane[y0:y1, x0:x1])
+        for plane, (y0, y1, x0, x1) in zip(labels.data, boxes, strict=True)
+    )
+    return inside / np.count_nonzero(labels.data)
+
+
 def test_body_boxes_of_the_demo_scans() -> None:
+    boxes = {}
     for scan in ("a", "b"):
         image, labels = read_image(demo_image(scan)), read_labels(demo_labels(scan))  # type: ignore[arg-type]
-        y0, y1, x0, x1 = _bounds(body_box(image))
-        inside = labels.data[:, y0:y1, x0:x1]
-        assert np.count_nonzero(inside) == np.count_nonzero(labels.data)
-        if scan == "b":  # the table starts at row 212, the air above ends at row 80
-            assert 75 <= y0 <= 85
-            assert 200 <= y1 <= 212
+        boxes[scan] = body_boxes(image)
+        assert _share_inside(labels, boxes[scan]) == 1
+    # Read off the images by eye. The table of b begins at row 212, its arms reach to column 40
+    # and from column 215 on; the one on the left touches the body.
+    np.testing.assert_allclose(boxes["b"], np.tile([80, 210, 38, 212], (20, 1)), atol=4)
+    # a: the liver's slices, and the hips far below, which are wider.
+    np.testing.assert_allclose(boxes["a"][104], [8, 94, 9, 119], atol=4)
 
 
 def test_body_boxes_of_sabs(shared_path: Callable[[str], Path]) -> None:
     data = Dataset.open(shared_path("data/Dataset101_SABS"))
-    # First row of the body and last before the table, read off the images by eye, +-4 pixels.
-    for case, top, bottom in (("sabs_00", 30, 245), ("sabs_08", 40, 229), ("sabs_16", 22, 223)):
+    # A slice, the first row of the body and the last before the table, read off by eye.
+    for case, z, top, bottom in (("sabs_00", 84, 40, 226), ("sabs_15", 64, 35, 207)):
         image, labels = data.load(case)
-        y0, y1, x0, x1 = _bounds(body_box(image))
-        assert abs(y0 - top) <= 4
-        assert abs(y1 - bottom) <= 4
-        assert (labels.data[:, y0:y1, x0:x1] > 0).sum() == (labels.data > 0).sum()
+        boxes = body_boxes(image)
+        assert abs(boxes[z, 0] - top) <= 6
+        assert abs(boxes[z, 1] - bottom) <= 6
+        assert _share_inside(labels, boxes) > 0.9999
