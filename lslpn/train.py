@@ -8,7 +8,7 @@ A run is a folder:
 
 Every random number is a function of the seed and the step (see episodes.py; dropout is seeded
 anew each step), so that a run that was stopped and resumed ends with the same weights, bit for
-bit, as one that was not.
+bit, as one that was not: on the same machine, with the same torch, kernels and threads.
 """
 
 from __future__ import annotations
