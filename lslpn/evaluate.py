@@ -84,23 +84,21 @@ class Protocol(ABC):
         if self.chunks < 1:
             raise InputError(f"chunks: expected 1 or more, got {self.chunks}")
 
-    def pairs(
-        self, support_areas: np.ndarray, query_areas: np.ndarray, slice_pixels: int
-    ) -> list[Pair]:
+    def pairs(self, support_areas: np.ndarray, query_areas: np.ndarray) -> list[Pair]:
         """The pairs of support and query slices for one organ.
 
+        Areas are in pixels of a slice of 512 x 512, as the protocols' thresholds are; see `areas`.
+
         Args:
-            support_areas: [Zs] pixels of the organ on each slice of the support.
-            query_areas: [Zq] pixels of the organ on each slice of the query.
-            slice_pixels: pixels of a whole slice. The protocols' thresholds are of 512 x 512
-                slices and scale with it, so that they mean the same share of the image.
+            support_areas: [Zs] area of the organ on each slice of the support.
+            query_areas: [Zq] area of the organ on each slice of the query.
 
         Returns:
             pairs whose query slices do not overlap, in rising order; empty where the protocol
             finds the organ in the support or in the query on no slice.
         """
-        supports = self.support_slices(np.asarray(support_areas), slice_pixels)
-        groups = self.query_groups(np.asarray(query_areas), slice_pixels)
+        supports = self.support_slices(np.asarray(support_areas))
+        groups = self.query_groups(np.asarray(query_areas))
         if not supports:
             return []
         return [
@@ -108,11 +106,11 @@ class Protocol(ABC):
         ]
 
     @abstractmethod
-    def support_slices(self, areas: np.ndarray, slice_pixels: int) -> list[int]:
+    def support_slices(self, areas: np.ndarray) -> list[int]:
         """The support slice of each chunk; empty where the organ is on no slice."""
 
     @abstractmethod
-    def query_groups(self, areas: np.ndarray, slice_pixels: int) -> list[tuple[int, ...]]:
+    def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
         """The query slices of each chunk; chunks of a short organ may be empty."""
 
 
@@ -129,9 +127,9 @@ def _cut(slices: Sequence[int], chunks: int) -> list[tuple[int, ...]]:
     return [tuple(part) for part in parts]
 
 
-def _above(areas: np.ndarray, threshold: float, slice_pixels: int) -> list[int]:
-    """Slices with more than `threshold` pixels of 512 x 512."""
-    return [int(z) for z in np.flatnonzero(areas > threshold * slice_pixels / _REFERENCE_PIXELS)]
+def _above(areas: np.ndarray, threshold: float) -> list[int]:
+    """Slices with an area above the threshold."""
+    return [int(z) for z in np.flatnonzero(areas > threshold)]
 
 
 def _nearest(slices: Sequence[int], wanted: int) -> int:
@@ -162,16 +160,16 @@ class Published(Protocol):
     min_pixels: float = 200
     name = "published"
 
-    def support_slices(self, areas: np.ndarray, slice_pixels: int) -> list[int]:
-        shown = _above(areas, self.min_pixels, slice_pixels)
+    def support_slices(self, areas: np.ndarray) -> list[int]:
+        shown = _above(areas, self.min_pixels)
         span = _range(shown, drop_last=True)
         if not span:
             return []
         middles = [span[m] for m in _middles(len(span), self.chunks)]
         return [_nearest(shown, m) for m in middles]
 
-    def query_groups(self, areas: np.ndarray, slice_pixels: int) -> list[tuple[int, ...]]:
-        span = _range(_above(areas, self.min_pixels, slice_pixels), drop_last=True)
+    def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
+        span = _range(_above(areas, self.min_pixels), drop_last=True)
         return _cut(span, self.chunks)
 
 
@@ -192,12 +190,12 @@ class SENet(Protocol):
     average = "median"
     normalise = "volume"
 
-    def support_slices(self, areas: np.ndarray, slice_pixels: int) -> list[int]:
-        shown = _above(areas, self.min_pixels, slice_pixels)
+    def support_slices(self, areas: np.ndarray) -> list[int]:
+        shown = _above(areas, self.min_pixels)
         return [shown[m] for m in _middles(len(shown), self.chunks)] if shown else []
 
-    def query_groups(self, areas: np.ndarray, slice_pixels: int) -> list[tuple[int, ...]]:
-        span = _range(_above(areas, 0, slice_pixels))
+    def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
+        span = _range(_above(areas, 0))
         if not span:
             return [()] * self.chunks
         starts = np.round(np.linspace(0, len(span) - 1, self.chunks)).astype(int)
@@ -217,12 +215,12 @@ class ALPNet(Protocol):
     chunks: int = 3
     name = "alpnet"
 
-    def support_slices(self, areas: np.ndarray, slice_pixels: int) -> list[int]:
-        shown = _above(areas, 0, slice_pixels)
+    def support_slices(self, areas: np.ndarray) -> list[int]:
+        shown = _above(areas, 0)
         return [shown[m] for m in _middles(len(shown), self.chunks)] if shown else []
 
-    def query_groups(self, areas: np.ndarray, slice_pixels: int) -> list[tuple[int, ...]]:
-        return _cut(_range(_above(areas, 0, slice_pixels)), self.chunks)
+    def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
+        return _cut(_range(_above(areas, 0)), self.chunks)
 
 
 @dataclass(frozen=True)
@@ -244,11 +242,11 @@ class ADNet(Protocol):
                 f"{self.chunks}; leave the option out or take another protocol"
             )
 
-    def support_slices(self, areas: np.ndarray, slice_pixels: int) -> list[int]:
-        shown = _above(areas, 0, slice_pixels)
+    def support_slices(self, areas: np.ndarray) -> list[int]:
+        shown = _above(areas, 0)
         return [shown[len(shown) // 2]] if shown else []
 
-    def query_groups(self, areas: np.ndarray, slice_pixels: int) -> list[tuple[int, ...]]:
+    def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
         return [tuple(range(len(areas)))]
 
 
@@ -265,6 +263,22 @@ def protocol_of(name: str, chunks: int | None = None) -> Protocol:
         raise InputError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {name!r}")
     found = PROTOCOLS[name]
     return found if chunks is None else dataclasses.replace(found, chunks=chunks)
+
+
+def areas(labels: np.ndarray, label: int) -> np.ndarray:
+    """The area of a label on each slice, in pixels of a slice of 512 x 512.
+
+    The published thresholds count pixels of such slices. Scaled so, they mean the same share of
+    the image at any size: 200 pixels are 50 of a slice of 257 x 257.
+
+    Args:
+        labels: [Z, Y, X] whole numbers.
+
+    Returns:
+        float64 [Z].
+    """
+    counts = (labels == label).sum(axis=(1, 2))
+    return np.asarray(counts * (_REFERENCE_PIXELS / (labels.shape[1] * labels.shape[2])))
 
 
 # --- results --------------------------------------------------------------------------------
@@ -708,9 +722,9 @@ def _plan(
     truth = dataset.load_labels(case).data
     plan = _Plan(case, {}, [])
     for organ, label in labels.items():
-        areas = _areas(truth, label)
-        pairs = rule.pairs(support_areas[organ], areas, _slice_pixels(truth))
-        if not areas.any():
+        shown = areas(truth, label)
+        pairs = rule.pairs(support_areas[organ], shown)
+        if not shown.any():
             plan.skipped.append(Skipped(organ, case, "its labels do not show the organ"))
         elif not pairs:
             plan.skipped.append(
@@ -770,16 +784,16 @@ class _Runner:
         self.support_aspect = _aspect(ready)
         wanted: dict[str, list[int]] = {}
         for organ, label in labels.items():
-            areas = _areas(truth.data, label)
-            slices = self.rule.support_slices(areas, _slice_pixels(truth.data))
+            shown = areas(truth.data, label)
+            slices = self.rule.support_slices(shown)
             if not slices:
-                found = "none" if not areas.any() else f"at most {areas.max()} pixels on a slice"
+                found = f"at most {shown.max():.0f} pixels of 512 x 512 on a slice"
                 raise InputError(
                     f"{truth.path}: the support {case} does not show enough of {organ} for "
                     f"protocol {self.rule.name} (found {found}); "
                     "choose another support case or leave the organ out"
                 )
-            self.support_areas[organ] = areas
+            self.support_areas[organ] = shown
             wanted[organ] = sorted(set(slices))
         union = sorted({z for slices in wanted.values() for z in slices})
         where = {z: i for i, z in enumerate(union)}
@@ -879,15 +893,6 @@ class _Runner:
                         query_aspect=_aspect(ready),
                     )
                 )
-
-
-def _areas(labels: np.ndarray, label: int) -> np.ndarray:
-    """[Z] pixels of a label on each slice."""
-    return np.asarray((labels == label).sum(axis=(1, 2)))
-
-
-def _slice_pixels(labels: np.ndarray) -> int:
-    return int(labels.shape[1] * labels.shape[2])
 
 
 def _aspect(ready: Prepared) -> float:

@@ -24,6 +24,7 @@ from lslpn.evaluate import (
     Pair,
     Row,
     Skipped,
+    areas,
     dice,
     evaluate,
     evaluate_grids,
@@ -36,11 +37,9 @@ from lslpn.model import LSLPN, untrained
 from lslpn.presets import ModelConfig
 from lslpn_kernels import GridSpec, LocalPrototypeHead
 
-FULL = 512 * 512
 
-
-def areas(length: int, **runs: int) -> np.ndarray:
-    """Areas per slice: areas(30, _3_27=300) has 300 pixels on slices 3 to 27."""
+def organ_on(length: int, **runs: int) -> np.ndarray:
+    """Areas per slice: organ_on(30, _3_27=300) has 300 pixels on slices 3 to 27."""
     found = np.zeros(length, int)
     for name, value in runs.items():
         first, last = (int(part) for part in name.strip("_").split("_"))
@@ -53,48 +52,52 @@ def areas(length: int, **runs: int) -> np.ndarray:
 
 def test_published_cuts_both_ranges_into_twelve_and_takes_the_middle_slices() -> None:
     # Over 200 pixels on 3..27; 27 is dropped, so 24 slices, 12 chunks of 2: the upper middle.
-    support = areas(30, _1_29=150, _3_27=300)
+    support = organ_on(30, _1_29=150, _3_27=300)
     # Over 200 pixels on 40..76; 76 is dropped, so 36 slices, 12 chunks of 3.
-    query = areas(100, _35_80=200, _40_76=201)
-    pairs = PROTOCOLS["published"].pairs(support, query, FULL)
+    query = organ_on(100, _35_80=200, _40_76=201)
+    pairs = PROTOCOLS["published"].pairs(support, query)
     assert [p.support for p in pairs] == [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26]
     assert pairs[0] == Pair(4, (40, 41, 42))
     assert pairs[11] == Pair(26, (73, 74, 75))
 
 
 def test_published_with_three_chunks() -> None:
-    pairs = protocol_of("published", 3).pairs(areas(10, _0_9=999), areas(7, _0_6=999), FULL)
+    pairs = protocol_of("published", 3).pairs(organ_on(10, _0_9=999), organ_on(7, _0_6=999))
     # Support: 9 slices 0..8, thirds of 3, middles 1, 4, 7. Query: 6 slices, halves of 2.
     assert pairs == [Pair(1, (0, 1)), Pair(4, (2, 3)), Pair(7, (4, 5))]
 
 
 def test_an_organ_of_fewer_slices_than_chunks_uses_each_slice_once() -> None:
-    pairs = PROTOCOLS["published"].pairs(areas(30, _0_24=999), areas(9, _2_5=999), FULL)
+    pairs = PROTOCOLS["published"].pairs(organ_on(30, _0_24=999), organ_on(9, _2_5=999))
     # Three slices 2, 3, 4; their centres lie at 2/12, 6/12 and 10/12: chunks 2, 6 and 10.
     assert pairs == [Pair(5, (2,)), Pair(13, (3,)), Pair(21, (4,))]
 
 
 def test_a_single_slice_is_not_dropped() -> None:
-    pairs = protocol_of("published", 1).pairs(areas(9, _4_4=999), areas(9, _7_7=999), FULL)
+    pairs = protocol_of("published", 1).pairs(organ_on(9, _4_4=999), organ_on(9, _7_7=999))
     assert pairs == [Pair(4, (7,))]
 
 
 def test_published_steps_over_a_gap_in_the_support_organ() -> None:
     # 12 slices from 0 to 11 without the last; the middle is 6, and 8 is nearer than 3.
-    support = areas(20, _0_3=999, _8_12=999)
-    assert protocol_of("published", 1).support_slices(support, FULL) == [8]
+    support = organ_on(20, _0_3=999, _8_12=999)
+    assert protocol_of("published", 1).support_slices(support) == [8]
 
 
-def test_the_thresholds_are_shares_of_the_slice() -> None:
+def test_areas_are_counted_in_pixels_of_512_by_512() -> None:
+    labels = np.zeros((2, 512, 512), np.uint8)
+    labels[0, 0, :200] = 3
+    labels[1, 0, :9] = 2
+    assert areas(labels, 3).tolist() == [200, 0]
     # 200 pixels of 512 x 512 are 50.4 of 257 x 257.
-    small = 257 * 257
-    shown = areas(12, _0_11=50, _4_8=51)
-    assert protocol_of("published", 1).query_groups(shown, small) == [(4, 5, 6, 7)]
-    assert protocol_of("published", 1).query_groups(shown, FULL) == [()]
+    small = np.zeros((12, 257, 257), np.uint8)
+    small[:, 0, :50] = 1
+    small[4:9, 0, 50] = 1
+    assert protocol_of("published", 1).query_groups(areas(small, 1)) == [(4, 5, 6, 7)]
 
 
 def test_senet_has_nine_groups_and_a_single_last_slice() -> None:
-    pairs = PROTOCOLS["senet"].pairs(areas(60, _0_50=10, _20_39=11), areas(20, _0_19=1), FULL)
+    pairs = PROTOCOLS["senet"].pairs(organ_on(60, _0_50=10, _20_39=11), organ_on(20, _0_19=1))
     # round(linspace(0, 19, 10)) = 0 2 4 6 8 11 13 15 17 19
     assert [p.queries for p in pairs] == [
         (0, 1),
@@ -113,13 +116,13 @@ def test_senet_has_nine_groups_and_a_single_last_slice() -> None:
 
 
 def test_alpnet_takes_a_sixth_a_half_and_five_sixths() -> None:
-    pairs = PROTOCOLS["alpnet"].pairs(areas(30, _10_21=1), areas(30, _5_13=1), FULL)
+    pairs = PROTOCOLS["alpnet"].pairs(organ_on(30, _10_21=1), organ_on(30, _5_13=1))
     # 12 support slices: positions 2, 6 and 10. 9 query slices: parts of 3.
     assert pairs == [Pair(12, (5, 6, 7)), Pair(16, (8, 9, 10)), Pair(20, (11, 12, 13))]
 
 
 def test_adnet_segments_the_whole_query_with_one_slice() -> None:
-    pairs = PROTOCOLS["adnet"].pairs(areas(30, _10_20=1), areas(6, _2_3=5), FULL)
+    pairs = PROTOCOLS["adnet"].pairs(organ_on(30, _10_20=1), organ_on(6, _2_3=5))
     assert pairs == [Pair(15, (0, 1, 2, 3, 4, 5))]
     assert not PROTOCOLS["adnet"].needs_query_range
 
@@ -150,7 +153,7 @@ def test_every_slice_of_the_range_is_segmented_once(
     name: str, chunks: int, support: list[int], query: list[int]
 ) -> None:
     rule = protocol_of(name, chunks)
-    pairs = rule.pairs(np.array(support), np.array(query), FULL)
+    pairs = rule.pairs(np.array(support), np.array(query))
     threshold = 200 if name == "published" else 0
     shown = [z for z, a in enumerate(query) if a > threshold]
     least = {"published": 200, "senet": 10, "alpnet": 0}[name]
@@ -295,6 +298,26 @@ def test_a_query_without_the_organ_is_skipped_and_said(squares: Dataset) -> None
     assert found.to_dict()["skipped"][0]["case"] == "e"
 
 
+def test_support_and_query_of_different_sizes(squares: Dataset) -> None:
+    # A pixel of the support's 32 x 32 is above the threshold of 200 in 512 x 512, one of the
+    # query's 64 x 64 is not: each counts in its own size.
+    support = box(range(6, 12), 8, 8)
+    support[:6, 8, 8] = True
+    query = support.repeat(2, axis=1).repeat(2, axis=2)
+    query[:, 0, 0] = True
+    query[:2] = False
+    query[:2, 0, 0] = True
+    for name, bright in (("a", support), ("b", query)):
+        image = bright.astype(float)
+        image[:, -1, -1] = 1
+        volume(squares.root / "imagesTr" / f"{name}_0000.nii.gz", image, np.float32)
+        volume(squares.root / "labelsTr" / f"{name}.nii.gz", bright, np.uint8)
+    rows = run(squares, "b", GridSpec(1, 1)).rows
+    # Slices 2 to 11 show 4 pixels and more besides the corner; the last one is dropped.
+    assert rows[0].slices == 9
+    assert rows[0].truth_voxels == 4 * 5 + 5 * (256 + 1)
+
+
 def test_grids_share_the_encoder_and_agree_with_one_at_a_time(squares: Dataset) -> None:
     grids = [GridSpec(1, 1), GridSpec(1 / 4, 1), GridSpec(1 / 4, 1 / 2)]
     model = Bright(SIDE, grids[0])
@@ -365,9 +388,7 @@ def by_forward(model: LSLPN, dataset: Dataset) -> float:
         sets.append((prepare(image, labels, size=64, window=None), labels.data == 1))
     (support, support_truth), (query, query_truth) = sets
     assert support.labels is not None
-    pairs = PROTOCOLS["alpnet"].pairs(
-        support_truth.sum((1, 2)), query_truth.sum((1, 2)), query_truth[0].size
-    )
+    pairs = PROTOCOLS["alpnet"].pairs(support_truth.sum((1, 2)), query_truth.sum((1, 2)))
     predicted = np.zeros(query.slices.shape, np.uint8)
     covered = []
     for pair in pairs:
