@@ -1,0 +1,321 @@
+"""Segment a scan that nobody has looked at yet, with one or a few labelled scans.
+
+The protocols of the literature tell the method where in the query the organ begins and ends.
+Here nobody knows. So every slice of the query finds its own slices in the supports, in order
+along z, or lies beyond them; what is not in its support slices is not in it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from lslpn.errors import InputError
+from lslpn.model import LSLPN
+from lslpn.prepare import Prepared, prepare
+from lslpn.volumes import Volume
+
+BEYOND = -1  # in a match: the query slice lies outside of what the support covers
+
+# Slices are compared at this size: it takes a quarter of the time of 256 and finds slices as
+# well, and only slices with an organ in them are encoded in full.
+_MATCH_SIZE = 128
+_CELLS = 4  # features are averaged over 4 x 4 parts of the slice: coarse enough for other patients
+# Settled on all 12 ordered pairs of four SABS cases, supports whole and cut short at either end.
+# 1 mm that the support goes on more or less than the query costs as much as ...
+_STRETCH_COST = 0.06  # ... so much cosine over 1 mm of the query
+_BEYOND_COSINE = 0.05  # what lies beyond the support fits less well than this
+_KEPT_SUPPORT_SLICES = 32
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What `segment_matched` found.
+
+    Attributes:
+        labels: uint8 or int16 [Z, Y, X] in the frame of the query's data.
+        matches: int [supports, Z], the slice of each support that each query slice was matched
+            with, or BEYOND.
+    """
+
+    labels: np.ndarray
+    matches: np.ndarray
+
+
+def segment(
+    model: LSLPN,
+    supports: Sequence[tuple[Volume, Volume]],
+    query: Volume,
+    *,
+    align: Literal["none", "body"] = "body",
+    batch: int = 8,
+    progress: bool = False,
+) -> np.ndarray:
+    """Segment a scan by one or more labelled scans.
+
+    Every slice of the query finds its own slice in each support (see `match_slices`); those are
+    its shots. Memory grows with `batch` and not with the length of the scans, the volumes
+    themselves aside.
+
+    Args:
+        model: decides the size, window and grid; see `lslpn.model`. Runs where its parameters
+            are, in evaluation mode.
+        supports: pairs of an image and its labels. Labels mean the same in all of them, may lack
+            in some, and come out with the same values.
+        query: the scan to segment.
+        align: "body" cuts every slice to the patient's trunk first, which the method needs where
+            scans differ in field of view; "none" takes the whole slices.
+        batch: query slices that are encoded at once.
+        progress: show bars with rate and time left on stderr.
+
+    Returns:
+        [Z, Y, X] labels in the frame of `query.data`, uint8 or, if a label exceeds 255, int16.
+
+    Raises:
+        InputError: no support, a support's labels are empty or on another grid than its image.
+    """
+    return segment_matched(
+        model, supports, query, align=align, batch=batch, progress=progress
+    ).labels
+
+
+def segment_matched(
+    model: LSLPN,
+    supports: Sequence[tuple[Volume, Volume]],
+    query: Volume,
+    *,
+    align: Literal["none", "body"] = "body",
+    batch: int = 8,
+    progress: bool = False,
+) -> Segmentation:
+    """As `segment`, and tell which slices were matched."""
+    if not supports:
+        raise InputError("supports: expected at least one labelled scan, got none")
+    for _, labels in supports:
+        if not labels.data.any():
+            raise InputError(
+                f"{labels.path}: the mask is empty (every voxel is 0), expected at least one "
+                "labelled voxel; give the mask in which the organ is drawn"
+            )
+    ready = [_prepare(model, image, labels, align) for image, labels in supports]
+    target = _prepare(model, query, None, align)
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            matches = _match(model, ready, target, batch, progress)
+            found = _segment(model, ready, target, matches, batch, progress)
+    finally:
+        model.train(training)
+    return Segmentation(target.restore(found), matches)
+
+
+def _prepare(
+    model: LSLPN, image: Volume, labels: Volume | None, align: Literal["none", "body"]
+) -> Prepared:
+    config = model.config
+    return prepare(
+        image,
+        labels,
+        size=config.size,
+        align=align,
+        window=config.window,
+        normalise=config.normalise,
+    )
+
+
+# --- which slice goes with which ---------------------------------------------------------------
+
+
+def _match(
+    model: LSLPN, supports: Sequence[Prepared], query: Prepared, batch: int, progress: bool
+) -> np.ndarray:
+    """The slice of each support for each slice of the query: int [supports, Z]."""
+    total = len(query.slices) + sum(len(support.slices) for support in supports)
+    with tqdm(total=total, desc="Matching slices", unit="slice", disable=not progress) as bar:
+        described = [_describe(model, scan.slices, batch, bar) for scan in (query, *supports)]
+    step = query.source.spacing[0]
+    matches = []
+    for support, descriptors in zip(supports, described[1:], strict=True):
+        support_step = support.source.spacing[0]
+        similarity = slice_similarity(described[0], descriptors, step, support_step)
+        matches.append(match_slices(similarity, step, support_step))
+    return np.stack(matches)
+
+
+def _describe(model: LSLPN, slices: np.ndarray, batch: int, bar: tqdm) -> Tensor:
+    """Features averaged over parts of each slice: [Z, D, cells, cells], on the CPU."""
+    device = next(model.parameters()).device
+    out = []
+    for start in range(0, len(slices), batch):
+        images = torch.from_numpy(slices[start : start + batch]).to(device)
+        side = min(_MATCH_SIZE, images.shape[-1])
+        small = F.interpolate(
+            images[:, None], size=(side, side), mode="bilinear", align_corners=False, antialias=True
+        )
+        features = model.encode(small[:, 0])
+        out.append(F.adaptive_avg_pool2d(features, _CELLS).float().cpu())
+        bar.update(len(images))
+    return torch.cat(out)
+
+
+def slice_similarity(
+    query: Tensor, support: Tensor, query_step: float, support_step: float
+) -> np.ndarray:
+    """How alike the slices of two scans are, from -1 to 1.
+
+    What all slices have in common is taken off first, so that 0 is no more alike than any two.
+
+    Args:
+        query: [Zq, D, cells, cells] averaged features.
+        support: [Zs, D, cells, cells].
+        query_step: mm between the query's slices.
+        support_step: mm between the support's.
+
+    Returns:
+        float32 [Zq, Zs], the cosine of the descriptors, averaged over the cells.
+    """
+    length = len(query) * query_step + len(support) * support_step
+    common = (query.sum(0) * query_step + support.sum(0) * support_step) / length
+    a, b = (F.normalize(scan - common, dim=1).flatten(1) for scan in (query, support))
+    return np.asarray((a @ b.T / query.shape[-1] ** 2).numpy())
+
+
+def match_slices(similarity: np.ndarray, query_step: float, support_step: float) -> np.ndarray:
+    """Match every query slice with a support slice, in order along z.
+
+    The match with the greatest sum of similarities, less a price on every millimetre by which the
+    support moves on more or less than the query does. A query that reaches beyond the
+    support runs off its end, above or below: slices there are matched with none. All of it can
+    not: where nothing is alike, the best of the bad matches is taken.
+
+    Args:
+        similarity: [Zq, Zs], see `slice_similarity`.
+        query_step: mm between the query's slices.
+        support_step: mm between the support's.
+
+    Returns:
+        int [Zq]: support slices that never fall, with BEYOND before, behind, or on both sides.
+    """
+    match = _best_path(similarity, query_step, support_step, _BEYOND_COSINE)
+    if (match == BEYOND).all():
+        match = _best_path(similarity, query_step, support_step, -np.inf)
+    return match
+
+
+def _best_path(
+    similarity: np.ndarray, query_step: float, support_step: float, beyond: float
+) -> np.ndarray:
+    """`match_slices` by dynamic programming, with what a slice beyond the support earns."""
+    count, slices = similarity.shape
+    earned = similarity.astype(np.float64) * query_step
+    beyond *= query_step
+    # Cost of going from support slice i (row) to j (column) within one step of the query.
+    ahead = (np.arange(slices)[None, :] - np.arange(slices)[:, None]) * support_step
+    price = np.where(ahead >= 0, _STRETCH_COST * np.abs(ahead - query_step), np.inf)
+    # Coming from below the support at slice j leaves out all before it; going above likewise.
+    left_out = _STRETCH_COST * support_step * np.arange(slices)
+    entry, leave = left_out, left_out[::-1]
+
+    below_state, above_state = slices, slices + 1
+    score = np.concatenate([earned[0], [beyond, beyond]])
+    came_from = np.empty((count, slices + 2), np.int64)
+    for z in range(1, count):
+        steps = score[:slices, None] - price
+        origin = steps.argmax(axis=0)
+        best = steps[origin, np.arange(slices)]
+        enter = score[below_state] - entry
+        origin = np.where(enter > best, below_state, origin)
+        best = np.maximum(best, enter) + earned[z]
+        last = int((score[:slices] - leave).argmax())
+        leaving = score[last] - leave[last]
+        stays = score[above_state] >= leaving
+        came_from[z, :slices] = origin
+        came_from[z, below_state] = below_state
+        came_from[z, above_state] = above_state if stays else last
+        above = max(score[above_state], leaving) + beyond
+        score = np.concatenate([best, [score[below_state] + beyond, above]])
+
+    path = np.empty(count, np.int64)
+    path[-1] = int(score.argmax())
+    for z in range(count - 1, 0, -1):
+        path[z - 1] = came_from[z, path[z]]
+    return np.where(path < slices, path, BEYOND)
+
+
+# --- segmenting --------------------------------------------------------------------------------
+
+
+def _segment(
+    model: LSLPN,
+    supports: Sequence[Prepared],
+    query: Prepared,
+    matches: np.ndarray,
+    batch: int,
+    progress: bool,
+) -> np.ndarray:
+    """Labels [Z, S, S] of the query's prepared slices."""
+    device = next(model.parameters()).device
+    kinds = [support.labels.dtype for support in supports if support.labels is not None]
+    out = np.zeros(query.slices.shape, np.result_type(*kinds))
+    groups = list(_groups(supports, matches, batch))
+    total = sum(len(queries) for queries, _, _ in groups)
+    # Matches never fall, so a support slice that dropped out of this does not come back.
+    kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+    with tqdm(total=total, desc="Segmenting", unit="slice", disable=not progress) as bar:
+        for queries, shots, values in groups:
+            new = [shot for shot in shots if shot not in kept]
+            images = [supports[i].slices[z] for i, z in new] + [query.slices[z] for z in queries]
+            features = model.encode(torch.from_numpy(np.stack(images)).to(device))
+            kept.update(zip(new, features, strict=False))
+            # All organs of the slices at once, n-way, rather than one by one: the same for large
+            # organs, a little better for small ones (the others are then no background to each),
+            # and one pass.
+            masks = np.stack([[_labels(supports[i])[z] == v for v in values] for i, z in shots])
+            logits = model.head(
+                torch.stack([kept[shot] for shot in shots])[None],
+                torch.from_numpy(masks)[None].to(device),
+                features[None, len(new) :],
+            )
+            winner = logits[0].argmax(1).cpu().numpy()
+            out[queries] = np.array([0, *values], out.dtype)[winner]
+            while len(kept) > _KEPT_SUPPORT_SLICES:
+                kept.popitem(last=False)
+            bar.update(len(queries))
+    return out
+
+
+def _groups(
+    supports: Sequence[Prepared], matches: np.ndarray, batch: int
+) -> Iterator[tuple[list[int], list[tuple[int, int]], list[int]]]:
+    """Runs of query slices with the same shots: (query slices, (support, slice), label values).
+
+    Slices whose shots show no organ are left out: nothing is in them.
+    """
+    start = 0
+    count = matches.shape[1]
+    while start < count:
+        stop = start + 1
+        while (
+            stop < count and stop - start < batch and (matches[:, stop] == matches[:, start]).all()
+        ):
+            stop += 1
+        shots = [(i, int(z)) for i, z in enumerate(matches[:, start]) if z != BEYOND]
+        shown = {int(v) for i, z in shots for v in np.unique(_labels(supports[i])[z])} - {0}
+        if shown:
+            yield list(range(start, stop)), shots, sorted(shown)
+        start = stop
+
+
+def _labels(support: Prepared) -> np.ndarray:
+    assert support.labels is not None
+    return support.labels
