@@ -196,9 +196,11 @@ def demo(
     from .demo import run_demo
 
     report = run_demo(out, device=_device(device), progress=not quiet)
+    width = max(map(len, report["dice"]))
     for organ, value in report["dice"].items():
-        print(f"{organ:<16} Dice {value:.3f}")
-    print(f"written: {out / 'prediction.nii.gz'}, overlay.png, report.json")
+        print(f"{organ:<{width}}  Dice {value:.3f}")
+    print(report["note"])
+    print(f"written to {out}: prediction.nii.gz, overlay.png, report.json")
 
 
 @app.command()

@@ -755,8 +755,8 @@ class _Runner:
         self.support_areas: dict[str, np.ndarray] = {}
         # organ, support slice, grid -> [1, 2, Gy, Gx, D]
         self.prototypes: dict[tuple[str, int, int], Tensor] = {}
-        self.support_pictures: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
-        self.support_aspect = 1.0
+        # organ, support slice -> image, mask, aspect
+        self.support_pictures: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, float]] = {}
         self.rows: list[list[Row]] = [[] for _ in grids]
         self.examples: list[list[Example]] = [[] for _ in grids]
 
@@ -781,7 +781,6 @@ class _Runner:
         image, truth = dataset.load(case)
         ready = self.prepare(image, truth)
         assert ready.labels is not None
-        self.support_aspect = _aspect(ready)
         wanted: dict[str, list[int]] = {}
         for organ, label in labels.items():
             shown = areas(truth.data, label)
@@ -806,7 +805,8 @@ class _Runner:
         for organ, slices in wanted.items():
             for z in slices:
                 mask = ready.labels[z] == labels[organ]
-                self.support_pictures[organ, z] = (ready.slices[z], mask.astype(np.uint8))
+                picture = (ready.slices[z], mask.astype(np.uint8), _aspect(ready, z))
+                self.support_pictures[organ, z] = picture
                 masks = torch.from_numpy(np.stack([~mask, mask])).to(self.device)
                 for g, grid in enumerate(self.grids):
                     self.prototypes[organ, z, g] = masked_average_pool(
@@ -877,7 +877,7 @@ class _Runner:
                         predicted_voxels=int(found.sum()),
                     )
                 )
-                picture, mask = self.support_pictures[organ, supports[shown]]
+                picture, mask, aspect = self.support_pictures[organ, supports[shown]]
                 self.examples[g].append(
                     Example(
                         organ=organ,
@@ -889,20 +889,17 @@ class _Runner:
                         query_image=ready.slices[shown],
                         truth=(ready.labels[shown] == labels[organ]).astype(np.uint8),
                         prediction=full[shown],
-                        support_aspect=self.support_aspect,
-                        query_aspect=_aspect(ready),
+                        support_aspect=aspect,
+                        query_aspect=_aspect(ready, shown),
                     )
                 )
 
 
-def _aspect(ready: Prepared) -> float:
-    """Height over width, in millimetres, of a pixel of the network's square."""
-    _, y, x = ready.source.spacing
-    box_y, box_x = ready.box
-    _, height, width = ready.source.data.shape
-    rows = len(range(*box_y.indices(height)))
-    columns = len(range(*box_x.indices(width)))
-    return (rows * y) / (columns * x)
+def _aspect(ready: Prepared, z: int) -> float:
+    """Height over width, in millimetres, of a pixel of a slice in the network's square."""
+    _, height, width = ready.source.spacing
+    y0, y1, x0, x1 = (int(v) for v in ready.boxes[z])
+    return ((y1 - y0) * height) / ((x1 - x0) * width)
 
 
 def _shown_slice(mask: np.ndarray, zs: Sequence[int]) -> int:
