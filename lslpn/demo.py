@@ -1,0 +1,157 @@
+"""The demo: an organ found in one real CT scan from the labels of another.
+
+Both scans ship with the package. They differ in orientation, spacing and field of view, and one
+covers a fifth of what the other does; the network has seen no medical image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lslpn.assets import LABELS_NOTE, demo_image, demo_labels, demo_organs
+from lslpn.atomic import check_writable, write_text
+from lslpn.evaluate import versions
+from lslpn.figures import Panel, overlay
+from lslpn.model import untrained
+from lslpn.prepare import ABDOMEN_WINDOW, body_boxes
+from lslpn.presets import preset
+from lslpn.segment import BEYOND, segment_matched
+from lslpn.volumes import Volume, read_image, read_labels, write_labels
+
+# Half of the preset's 512: finer than both scans, whose trunks are 110 and 175 pixels wide, and
+# four times as fast.
+_SIZE = 256
+_SHOWN = (0.15, 0.5, 0.85)  # which slices the figure shows, as parts of the query's height
+
+
+def run_demo(
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 1234,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Segment demo scan B by demo scan A and write what came out.
+
+    Writes into the folder `out`, each file whole or not at all:
+
+    - prediction.nii.gz: the labels, in B's own grid;
+    - overlay.png: support, ground truth and prediction side by side;
+    - report.json: what this function returns.
+
+    Args:
+        out: a folder, made if need be.
+        seed: of the untrained reduction layer.
+        device: where the network runs.
+        progress: show bars with rate and time left on stderr.
+
+    Returns:
+        dice: organ to its 3-D Dice, for the organs that B's labels hold, the largest first;
+        volumes_ml: organ to {"prediction", "truth"}, for all organs of A;
+        seconds, versions, settings, matched_slices (for each slice of B the one of A, or -1), and
+        note: that the labels are TotalSegmentator's predictions, not a human's.
+
+    Raises:
+        InputError: `out` cannot be written to, or the installation lacks a file.
+    """
+    start = time.perf_counter()
+    folder = Path(out)
+    names = ("prediction.nii.gz", "overlay.png", "report.json")
+    for name in names:
+        check_writable(folder / name)
+    organs = demo_organs()
+    image, labels = read_image(demo_image("a")), read_labels(demo_labels("a"))
+    query, truth = read_image(demo_image("b")), read_labels(demo_labels("b"))
+
+    config = dataclasses.replace(preset("published").model, size=_SIZE)
+    model = untrained(config, seed=seed).to(device)
+    found = segment_matched(model, [(image, labels)], query, progress=progress)
+    match = found.matches[0]
+
+    write_labels(folder / names[0], found.labels, query)
+    _draw(folder / names[1], (image, labels), (query, truth), found.labels, match, organs)
+    present = {o: v for o, v in organs.items() if (truth.data == v).any()}
+    largest_first = sorted(present, key=lambda o: -np.count_nonzero(truth.data == organs[o]))
+    report: dict[str, Any] = {
+        "dice": {o: round(_dice(found.labels, truth.data, organs[o]), 4) for o in largest_first},
+        "volumes_ml": {
+            o: {
+                "prediction": _millilitres(found.labels == v, query),
+                "truth": _millilitres(truth.data == v, query),
+            }
+            for o, v in organs.items()
+        },
+        "seconds": round(time.perf_counter() - start, 1),
+        "settings": {
+            "preset": "published",
+            "size": _SIZE,
+            "seed": seed,
+            "align": "body",
+            "support": image.path.name,
+            "query": query.path.name,
+        },
+        "matched_slices": match.tolist(),
+        "versions": versions(),
+        "note": LABELS_NOTE,
+    }
+    write_text(folder / names[2], json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _dice(prediction: np.ndarray, truth: np.ndarray, label: int) -> float:
+    a, b = prediction == label, truth == label
+    return float(2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b)))
+
+
+def _millilitres(mask: np.ndarray, volume: Volume) -> float:
+    return round(float(np.count_nonzero(mask) * np.prod(volume.spacing) / 1000), 1)
+
+
+def _draw(
+    path: Path,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    prediction: np.ndarray,
+    match: np.ndarray,
+    organs: dict[str, int],
+) -> None:
+    """Rows of support, ground truth and prediction, each cut to the patient's trunk."""
+    boxes_a, boxes_b = body_boxes(support[0]), body_boxes(query[0])
+    rows = []
+    for part in _SHOWN:
+        z = round(part * (len(match) - 1))
+        truth = _panel(query[0], query[1].data, z, boxes_b, f"query, slice {z}: given labels")
+        result = _panel(query[0], prediction, z, boxes_b, f"query, slice {z}: found")
+        s = int(match[z])
+        if s == BEYOND:  # nothing to show beside it
+            rows.append([truth, result])
+            continue
+        given = _panel(support[0], support[1].data, s, boxes_a, f"support, slice {s}")
+        rows.append([given, truth, result])
+    overlay(
+        path,
+        rows,
+        {value: organ for organ, value in organs.items()},
+        title="Untrained network; all given labels are TotalSegmentator's predictions",
+        panel_size=3.2,
+    )
+
+
+def _panel(scan: Volume, labels: np.ndarray, z: int, boxes: np.ndarray, title: str) -> Panel:
+    y0, y1, x0, x1 = boxes[z].tolist()
+    _, height, width = scan.spacing
+    return Panel(
+        scan.data[z, y0:y1, x0:x1],
+        labels[z, y0:y1, x0:x1],
+        title=title,
+        aspect=height / width,
+        limits=ABDOMEN_WINDOW,
+    )
