@@ -68,8 +68,9 @@ def segment(
     Args:
         model: decides the size, window and grid; see `lslpn.model`. Runs where its parameters
             are, in evaluation mode.
-        supports: pairs of an image and its labels. Labels mean the same in all of them, may lack
-            in some, and come out with the same values.
+        supports: pairs of an image and its labels. Labels mean the same in all of them and come
+            out with the same values. A label that a support lacks altogether is taken for not
+            drawn there: that support is no shot for it, neither for nor against.
         query: the scan to segment.
         align: "body" cuts every slice to the patient's trunk first, which the method needs where
             scans differ in field of view; "none" takes the whole slices.
@@ -267,37 +268,64 @@ def _segment(
     device = next(model.parameters()).device
     kinds = [support.labels.dtype for support in supports if support.labels is not None]
     out = np.zeros(query.slices.shape, np.result_type(*kinds))
+    parts = _parts(supports)
     groups = list(_groups(supports, matches, batch))
-    total = sum(len(queries) for queries, _, _ in groups)
+    total = sum(len(queries) for queries, _ in groups)
     # Matches never fall, so a support slice that dropped out of this does not come back.
     kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
     with tqdm(total=total, desc="Segmenting", unit="slice", disable=not progress) as bar:
-        for queries, shots, values in groups:
+        for queries, shots in groups:
             new = [shot for shot in shots if shot not in kept]
             images = [supports[i].slices[z] for i, z in new] + [query.slices[z] for z in queries]
             features = model.encode(torch.from_numpy(np.stack(images)).to(device))
             kept.update(zip(new, features, strict=False))
-            # All organs of the slices at once, n-way, rather than one by one: the same for large
-            # organs, a little better for small ones (the others are then no background to each),
-            # and one pass.
-            masks = np.stack([[_labels(supports[i])[z] == v for v in values] for i, z in shots])
-            logits = model.head(
-                torch.stack([kept[shot] for shot in shots])[None],
-                torch.from_numpy(masks)[None].to(device),
-                features[None, len(new) :],
-            )
-            winner = logits[0].argmax(1).cpu().numpy()
-            out[queries] = np.array([0, *values], out.dtype)[winner]
+            best = torch.zeros((len(queries), *query.slices.shape[1:]), device=device)
+            found = torch.zeros(best.shape, dtype=torch.int64, device=device)
+            for drawn_in, values in parts:
+                own = [shot for shot in shots if shot[0] in drawn_in]
+                shown = [v for v in values if any((_slice(supports, s) == v).any() for s in own)]
+                if not shown:
+                    continue
+                masks = np.stack([[_slice(supports, shot) == v for v in shown] for shot in own])
+                logits = model.head(
+                    torch.stack([kept[shot] for shot in own])[None],
+                    torch.from_numpy(masks)[None].to(device),
+                    features[None, len(new) :],
+                )[0]
+                organ, winner = logits[:, 1:].max(1)
+                lead = organ - logits[:, 0]
+                better = lead > best
+                best = torch.where(better, lead, best)
+                found = torch.where(better, torch.tensor(shown, device=device)[winner], found)
+            out[queries] = found.cpu().numpy()
             while len(kept) > _KEPT_SUPPORT_SLICES:
                 kept.popitem(last=False)
             bar.update(len(queries))
     return out
 
 
+def _parts(supports: Sequence[Prepared]) -> list[tuple[frozenset[int], list[int]]]:
+    """Label values by the supports that they are drawn in: (supports, values).
+
+    Values that are drawn in the same supports are segmented at once, n-way, rather than one by
+    one: the same for large organs, a little better for small ones, and one pass. Where an organ
+    is drawn in some supports alone, the others would teach that it is background.
+    """
+    drawn: dict[int, set[int]] = {}
+    for i, support in enumerate(supports):
+        for value in np.unique(_labels(support)).tolist():
+            if value:
+                drawn.setdefault(value, set()).add(i)
+    parts: dict[frozenset[int], list[int]] = {}
+    for value in sorted(drawn):
+        parts.setdefault(frozenset(drawn[value]), []).append(value)
+    return list(parts.items())
+
+
 def _groups(
     supports: Sequence[Prepared], matches: np.ndarray, batch: int
-) -> Iterator[tuple[list[int], list[tuple[int, int]], list[int]]]:
-    """Runs of query slices with the same shots: (query slices, (support, slice), label values).
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Runs of query slices with the same shots: (query slices, (support, slice) of each shot).
 
     Slices whose shots show no organ are left out: nothing is in them.
     """
@@ -310,10 +338,14 @@ def _groups(
         ):
             stop += 1
         shots = [(i, int(z)) for i, z in enumerate(matches[:, start]) if z != BEYOND]
-        shown = {int(v) for i, z in shots for v in np.unique(_labels(supports[i])[z])} - {0}
-        if shown:
-            yield list(range(start, stop)), shots, sorted(shown)
+        if any(_slice(supports, shot).any() for shot in shots):
+            yield list(range(start, stop)), shots
         start = stop
+
+
+def _slice(supports: Sequence[Prepared], shot: tuple[int, int]) -> np.ndarray:
+    """Labels [S, S] of a shot."""
+    return np.asarray(_labels(supports[shot[0]])[shot[1]])
 
 
 def _labels(support: Prepared) -> np.ndarray:

@@ -1,0 +1,326 @@
+"""Matching slices along z, and segmenting a scan of which nothing is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import synthetic_ct, write_nifti
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lslpn.errors import InputError
+from lslpn.model import LSLPN, untrained
+from lslpn.presets import preset
+from lslpn.segment import (
+    _BEYOND_COSINE,
+    _STRETCH_COST,
+    BEYOND,
+    match_slices,
+    segment,
+    segment_matched,
+    slice_similarity,
+)
+from lslpn.volumes import Volume, read_image, read_labels, write_labels
+
+
+@pytest.fixture(scope="module")
+def model() -> LSLPN:
+    return untrained(dataclasses.replace(preset("published").model, size=64, min_pixels=0))
+
+
+def _scan(
+    folder: Path,
+    seed: int,
+    *,
+    shift: float = 0.0,
+    axes: str = "RAS",
+    shape: tuple[int, int, int] = (14, 56, 64),
+) -> tuple[Volume, Volume]:
+    image, labels = synthetic_ct(seed, shape=shape, shift=shift)
+    name = f"{seed}{axes}"
+    return (
+        read_image(write_nifti(folder / f"{name}.nii.gz", image, axes=axes)),
+        read_labels(write_nifti(folder / f"{name}_l.nii.gz", labels, axes=axes, dtype=np.uint8)),
+    )
+
+
+@pytest.fixture
+def support(tmp_path: Path) -> tuple[Volume, Volume]:
+    return _scan(tmp_path, 0)
+
+
+@pytest.fixture
+def query(tmp_path: Path) -> tuple[Volume, Volume]:
+    return _scan(tmp_path, 1, shift=0.04, axes="LPI")
+
+
+def _dice(a: np.ndarray, b: np.ndarray, label: int) -> float:
+    x, y = a == label, b == label
+    return float(2 * (x & y).sum() / (x.sum() + y.sum()))
+
+
+def _part(volume: Volume, start: int, stop: int) -> Volume:
+    grid = dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], stop - start))
+    return dataclasses.replace(volume, data=volume.data[start:stop], grid=grid)
+
+
+# --- matching slices ---------------------------------------------------------------------------
+
+
+def _worth(similarity: np.ndarray, path: tuple[int, ...], dq: float, ds: float) -> float:
+    """What match_slices maximises, said once more; `path` has -1 below and S above the support."""
+    count = similarity.shape[1]
+    total = 0.0
+    for z, s in enumerate(path):
+        total += dq * (similarity[z, s] if 0 <= s < count else _BEYOND_COSINE)
+        if not z:
+            continue
+        before = path[z - 1]
+        if before < 0 <= s < count:
+            total -= _STRETCH_COST * ds * s
+        elif 0 <= before < count <= s:
+            total -= _STRETCH_COST * ds * (count - 1 - before)
+        elif before >= 0 and s < count:
+            total -= _STRETCH_COST * abs((s - before) * ds - dq)
+    return total
+
+
+def _allowed(path: tuple[int, ...], count: int) -> bool:
+    steps = list(itertools.pairwise(path))
+    return all(a <= b for a, b in steps) and (-1, count) not in steps
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    dq=st.sampled_from([1.0, 2.5]),
+    ds=st.sampled_from([1.0, 4.0]),
+    seed=st.integers(0, 9999),
+)
+def test_no_path_is_worth_more(shape: tuple[int, int], dq: float, ds: float, seed: int) -> None:
+    similarity = np.random.default_rng(seed).uniform(-0.3, 0.5, shape)
+    queries, count = shape
+    paths = [
+        p for p in itertools.product(range(-1, count + 1), repeat=queries) if _allowed(p, count)
+    ]
+    best = max(paths, key=lambda p: _worth(similarity, p, dq, ds))
+    if all(s in (-1, count) for s in best):  # all beyond is not for choice
+        inside = [p for p in paths if all(0 <= s < count for s in p)]
+        best = max(inside, key=lambda p: _worth(similarity, p, dq, ds))
+    expected = [BEYOND if s in (-1, count) else s for s in best]
+    assert match_slices(similarity, dq, ds).tolist() == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=st.tuples(st.integers(1, 30), st.integers(1, 30)), seed=st.integers(0, 9999))
+def test_order_is_kept_and_beyond_is_at_the_ends(shape: tuple[int, int], seed: int) -> None:
+    similarity = np.random.default_rng(seed).uniform(-1, 1, shape)
+    match = match_slices(similarity, 3.0, 2.0)
+    assert match.shape == (shape[0],)
+    inside = np.flatnonzero(match != BEYOND)
+    assert len(inside)
+    assert (np.diff(inside) == 1).all()
+    assert (np.diff(match[inside]) >= 0).all()
+    assert match.max() < shape[1]
+
+
+def _bumps(query_mm: np.ndarray, support_mm: np.ndarray) -> np.ndarray:
+    """Alike where the millimetres agree, slightly unlike far away."""
+    return np.exp(-(((query_mm[:, None] - support_mm[None, :]) / 12) ** 2)) - 0.1
+
+
+def test_spacings_are_told_apart() -> None:
+    support = np.arange(0, 90, 3.0)
+    query = np.arange(6, 60, 1.5)
+    match = match_slices(_bumps(query, support), 1.5, 3.0)
+    assert np.abs(support[match] - query).max() <= 3
+
+
+def test_a_query_that_reaches_beyond_runs_off_both_ends() -> None:
+    support = np.arange(60, 120, 3.0)
+    query = np.arange(0, 200, 4.0)
+    match = match_slices(_bumps(query, support), 4.0, 3.0)
+    assert (match[query < 40] == BEYOND).all()
+    assert (match[query > 140] == BEYOND).all()
+    inside = (query >= 60) & (query <= 117)
+    assert np.abs(support[match[inside]] - query[inside]).max() <= 4
+
+
+def test_a_support_that_reaches_beyond_is_no_trouble() -> None:
+    support = np.arange(0, 300, 3.0)
+    query = np.arange(90, 130, 2.0)
+    match = match_slices(_bumps(query, support), 2.0, 3.0)
+    assert np.abs(support[match] - query).max() <= 3
+
+
+def test_nothing_alike_is_matched_all_the_same() -> None:
+    assert (match_slices(np.full((5, 3), -1.0), 3.0, 3.0) != BEYOND).all()
+    assert match_slices(np.array([[-1.0]]), 3.0, 3.0).tolist() == [0]
+
+
+def test_similarity_of_slices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scan = torch.rand(6, 32, 4, 4, generator=generator) + 5  # a large part is common to all
+    same = slice_similarity(scan, scan, 3.0, 3.0)
+    np.testing.assert_allclose(np.diag(same), 1, atol=1e-5)
+    off = same[~np.eye(6, dtype=bool)]
+    assert off.max() < 0.3
+    # Twice the slices at half the distance are the same scan, as far as the common part goes.
+    dense = slice_similarity(scan.repeat_interleave(2, dim=0), scan, 1.5, 3.0)
+    np.testing.assert_allclose(dense[::2], same, atol=1e-5)
+
+
+# --- segmenting --------------------------------------------------------------------------------
+
+
+def test_organs_are_found_in_another_scan(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    found = segment(model, [support], query[0])
+    assert found.shape == query[0].data.shape
+    assert found.dtype == np.uint8
+    for label in (1, 2, 3):
+        assert _dice(found, query[1].data, label) > 0.6
+    # A slice far from every organ comes out empty: the first and last of the phantom have none.
+    assert not query[1].data[0].any()
+    assert not found[0].any()
+
+
+def test_field_of_view_does_not_matter_after_the_body_crop(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
+) -> None:
+    image, labels = synthetic_ct(1, shift=0.04)
+    wide = np.full((14, 112, 120), -1000.0)
+    wide[:, 40:94, 8:72] = image[:, :54]  # the table is cut off
+    truth = np.zeros(wide.shape, np.uint8)
+    truth[:, 40:94, 8:72] = labels[:, :54]
+    volume = read_image(write_nifti(tmp_path / "wide.nii.gz", wide))
+    aligned = segment(model, [support], volume)
+    plain = segment(model, [support], volume, align="none")
+    for label in (1, 2, 3):
+        assert _dice(aligned, truth, label) > 0.6
+    assert _dice(plain, truth, 1) < _dice(aligned, truth, 1) - 0.2
+
+
+def test_the_files_own_orientation_does_not_matter(
+    model: LSLPN, support: tuple[Volume, Volume], tmp_path: Path
+) -> None:
+    scans = [_scan(tmp_path, 1, axes=axes)[0] for axes in ("RAS", "LPI", "SRP")]
+    first, *others = [segment(model, [support], scan) for scan in scans]
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+def test_result_goes_back_into_the_querys_file(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
+) -> None:
+    found = segment(model, [support], query[0])
+    write_labels(tmp_path / "p.nii.gz", found, query[0])
+    back = read_labels(tmp_path / "p.nii.gz")
+    np.testing.assert_array_equal(back.data, found)
+    np.testing.assert_array_equal(back.grid.affine, query[0].grid.affine)
+
+
+def test_labels_come_out_as_they_went_in(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    image, labels = support
+    renamed = np.array([0, 300, 7, 0], np.int16)[labels.data]
+    found = segment(model, [(image, dataclasses.replace(labels, data=renamed))], query[0])
+    assert found.dtype == np.int16
+    assert set(np.unique(found)) == {0, 7, 300}
+    assert _dice(found, np.array([0, 300, 7, 0])[query[1].data], 300) > 0.6
+
+
+def test_several_supports_and_labels_that_some_lack(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
+) -> None:
+    other = _scan(tmp_path, 2, shift=0.08, axes="SRP", shape=(18, 50, 60))
+    both = segment_matched(model, [support, other], query[0])
+    assert both.matches.shape == (2, 14)
+    for label in (1, 2, 3):
+        assert _dice(both.labels, query[1].data, label) > 0.6
+    # The liver is drawn in the one support, the spleen in the other.
+    liver, spleen = (
+        (image, dataclasses.replace(labels, data=np.where(labels.data == v, v, 0).astype("u1")))
+        for (image, labels), v in ((support, 1), (other, 2))
+    )
+    found = segment(model, [liver, spleen], query[0])
+    assert _dice(found, query[1].data, 1) > 0.5
+    assert _dice(found, query[1].data, 2) > 0.5
+    assert not (found == 3).any()
+
+
+def test_a_query_slice_beyond_the_support_is_empty(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    """The support ends in the middle of the liver; above, nothing is known, so nothing is said."""
+    image, labels = (_part(volume, 0, 9) for volume in support)
+    assert labels.data[8].any()
+    result = segment_matched(model, [(image, labels)], query[0])
+    outside = result.matches[0] == BEYOND
+    assert not result.labels[outside].any()
+    assert _dice(result.labels[:8], query[1].data[:8], 1) > 0.5
+
+
+def test_size_of_the_batch_does_not_matter(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    one, many = (segment(model, [support], query[0], batch=batch) for batch in (1, 64))
+    # Convolutions of another batch round otherwise, which may turn a tie.
+    assert (one == many).mean() > 0.9999
+
+
+def test_single_slices(model: LSLPN, support: tuple[Volume, Volume]) -> None:
+    image, labels = (_part(volume, 7, 8) for volume in support)
+    found = segment(model, [(image, labels)], image)
+    assert found.shape == (1, 56, 64)
+    assert _dice(found, labels.data, 1) > 0.7
+
+
+def test_model_is_left_as_it_was(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    evaluated = segment(model, [support], query[0])
+    model.train()
+    try:
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        again = segment(model, [support], query[0])
+        assert model.training
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    finally:
+        model.eval()
+    np.testing.assert_array_equal(again, evaluated)  # without dropout, with stored statistics
+
+
+def test_progress_is_shown_only_on_request(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    segment(model, [support], query[0])
+    assert capsys.readouterr() == ("", "")
+    segment(model, [support], query[0], progress=True)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Matching slices: 100%" in err
+    assert "Segmenting: 100%" in err
+
+
+def test_bad_supports(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="at least one labelled scan"):
+        segment(model, [], query[0])
+    image, labels = support
+    empty = dataclasses.replace(labels, data=np.zeros_like(labels.data))
+    with pytest.raises(InputError, match=r"0RAS_l\.nii\.gz: the mask is empty"):
+        segment(model, [support, (image, empty)], query[0])
+    with pytest.raises(InputError, match="affine differs"):
+        segment(model, [(image, query[1])], query[0])
