@@ -55,6 +55,17 @@ inline bool eights(const Features& f) {
   return whole && reinterpret_cast<std::uintptr_t>(f.data) % 16 == 0;
 }
 
+// Whether every element of an image can be reached from its first by an int.
+inline bool small_images(const Features& f) {
+  const std::int64_t size[3] = {f.D, f.h, f.w};
+  std::int64_t last = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (f.stride[2 + i] < 0 || f.stride[2 + i] > 0x7fffffff) return false;
+    last += (size[i] - 1) * f.stride[2 + i];
+  }
+  return last <= 0x7fffffff;
+}
+
 // A mask's value at an element.
 template <class A>
 LSLPN_DEVICE A mask_at(const void* masks, bool bytes, std::int64_t i) {
