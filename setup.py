@@ -88,7 +88,8 @@ def compiles(command: list[str], folder: Path, *flags: str) -> bool:
 
 
 def find_nvcc() -> str:
-    """The CUDA compiler: of CUDA_HOME, on the path, or where the toolkit installs itself."""
+    """The CUDA compiler: of CUDA_HOME, on the path, where the toolkit installs itself, or of the
+    package nvidia-cuda-nvcc (also where pip builds in isolation from it)."""
     if os.environ.get("LSLPN_BUILD_CUDA", "1") == "0":
         raise BuildError("LSLPN_BUILD_CUDA=0 was set when it was installed")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -96,6 +97,7 @@ def find_nvcc() -> str:
         str(Path(home) / "bin" / "nvcc") if home else None,
         "nvcc",
         "/usr/local/cuda/bin/nvcc",
+        *map(str, sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvcc"))),
     ):
         found = shutil.which(candidate) if candidate else None
         if found:
@@ -135,7 +137,7 @@ def cuda_plan(plan: Plan, cxx: list[str], nvcc: str) -> None:
     flags = [*CXX_FLAGS, "-I", str(ROOT / "csrc")]
     known = quiet_run([nvcc, "--list-gpu-arch"]).stdout.split()
     wanted = os.environ.get("LSLPN_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
-    archs = [a for a in wanted if f"compute_{a}" in known]
+    archs = sorted((a for a in wanted if f"compute_{a}" in known), key=int)
     if not archs:
         raise BuildError(f"nvcc knows none of the GPUs {', '.join(wanted)}")
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -145,7 +147,9 @@ def cuda_plan(plan: Plan, cxx: list[str], nvcc: str) -> None:
         command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc")]
         plan.compile(source, f"cuda_{source.stem}", command)
     for source in sorted(sources.glob("*.cpp")):
-        plan.compile(source, f"cuda_{source.stem}", [*cxx, *flags, *python_flags(), *include])
+        command = [*cxx, *flags, *python_flags(), *include]
+        command.append(f'-DLSLPN_CUDA_ARCHS="{";".join(archs)}"')
+        plan.compile(source, f"cuda_{source.stem}", command)
     plan.link += [*libraries, "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
 
 
