@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from lslpn.errors import InputError
+from .errors import InputError
 
 LABELS_NOTE = (
     "The labels of both demo scans are predictions of TotalSegmentator, not drawings by a human: "

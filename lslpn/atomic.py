@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lslpn.errors import InputError
+from .errors import InputError
 
 
 def _refusal(path: Path, error: OSError) -> InputError:

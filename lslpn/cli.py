@@ -53,7 +53,7 @@ class Align(str, Enum):
 
 
 class ProtocolName(str, Enum):
-    """The evaluation protocols; `lslpn.evaluate.PROTOCOLS` has what they do."""
+    """The evaluation protocols; `lslpn.protocols.PROTOCOLS` has what they do."""
 
     published = "published"
     senet = "senet"
@@ -508,7 +508,8 @@ def evaluate(
     for name in _split(query):
         dataset.check_case(name)
 
-    from .evaluate import evaluate_grids, save, summary
+    from .evaluate import evaluate_grids
+    from .results import save, summary
 
     model = _model(checkpoint, preset, size, seed, device)
     organs, queries, notes = _choices(checkpoint, dataset, support, _split(organ), _split(query))

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lslpn.errors import InputError
-from lslpn.volumes import Volume, check_same_grid, read_image, read_labels
+from .errors import InputError
+from .volumes import Volume, check_same_grid, read_image, read_labels
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lslpn.assets import LABELS_NOTE, demo_image, demo_labels, demo_organs
-from lslpn.atomic import check_writable, write_text
-from lslpn.evaluate import versions
-from lslpn.figures import Panel, overlay
-from lslpn.model import untrained
-from lslpn.prepare import ABDOMEN_WINDOW, body_boxes
-from lslpn.presets import preset
-from lslpn.segment import BEYOND, segment_matched
-from lslpn.volumes import Volume, read_image, read_labels, write_labels
+from .assets import LABELS_NOTE, demo_image, demo_labels, demo_organs
+from .atomic import check_writable, write_text
+from .figures import Panel, overlay
+from .info import versions
+from .model import untrained
+from .prepare import ABDOMEN_WINDOW, body_boxes
+from .presets import preset
+from .segment import BEYOND, segment_matched
+from .volumes import Volume, read_image, read_labels, write_labels
 
 # Half of the preset's 512: finer than both scans, whose trunks are 110 and 175 pixels wide, and
 # four times as fast.

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from lslpn_kernels import backends
 
-from .evaluate import versions
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("lslpn", "numpy", "nibabel"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def collect() -> dict[str, Any]:

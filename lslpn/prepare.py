@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from lslpn.errors import InputError
-from lslpn.volumes import Volume, check_same_grid
+from .errors import InputError
+from .volumes import Volume, check_same_grid
 
 # What the few-shot papers on abdominal CT use (ALPNet and all after it), in HU.
 ABDOMEN_WINDOW = (-125.0, 275.0)

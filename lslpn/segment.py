@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from lslpn.errors import InputError
-from lslpn.model import LSLPN
-from lslpn.prepare import Prepared, prepare
-from lslpn.volumes import Volume
+from .errors import InputError
+from .model import LSLPN
+from .prepare import Prepared, prepare
+from .volumes import Volume
 
 BEYOND = -1  # in a match: the query slice lies outside of what the support covers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ def load_tensors(path: str | os.PathLike[str], expected: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file makes the unpickler fail in every way there is
-        first = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+        # torch's message goes on for a page, in terminal colours; its first sentence will do.
+        first = re.split(r"\. |[\n\x1b]", str(error))[0][:120] or type(error).__name__
         raise InputError(
             f"{path}: cannot be read ({first}); it is damaged or something else, expected "
             f"{expected}"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from .checkpoint import FILE_NAME, Checkpoint, load_checkpoint, load_weights, sa
 from .dataset import Dataset
 from .episodes import Batch, Episodes
 from .errors import InputError
+from .info import versions
 from .model import LSLPN, untrained
 from .presets import Config, TrainConfig
 
@@ -100,14 +100,14 @@ def train(
         optimizer.load_state_dict(before.optimizer)
         first = before.step
     log = _Log(folder / "log.csv", first)
-    record = {"config": config.to_dict(), "data": data, "versions": _versions()}
+    record = {"config": config.to_dict(), "data": data, "versions": versions()}
     write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
     def save(step: int) -> None:
         _check_weights(model, step)
         save_checkpoint(
             file,
-            Checkpoint(config, step, model.state_dict(), optimizer.state_dict(), data, _versions()),
+            Checkpoint(config, step, model.state_dict(), optimizer.state_dict(), data, versions()),
         )
 
     bar = tqdm(
@@ -301,11 +301,3 @@ class _Log:
     def write(self, step: int, loss: float, lr: float, seconds: float) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"{step},{loss:.6f},{lr:.3g},{seconds:.3f}\n")
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": str(np.__version__),
-    }

@@ -27,8 +27,8 @@ from nibabel.orientations import (
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from lslpn.atomic import write_bytes
-from lslpn.errors import InputError
+from .atomic import write_bytes
+from .errors import InputError
 
 # x grows towards the patient's left, y towards the back, z towards the head.
 _DISPLAY = axcodes2ornt(("L", "P", "S"))

@@ -18,23 +18,11 @@ from torch import Tensor, nn
 
 from lslpn.dataset import Dataset
 from lslpn.errors import InputError
-from lslpn.evaluate import (
-    PROTOCOLS,
-    Evaluation,
-    Pair,
-    Row,
-    Skipped,
-    areas,
-    dice,
-    evaluate,
-    evaluate_grids,
-    fraction,
-    protocol_of,
-    save,
-    summary,
-)
+from lslpn.evaluate import dice, evaluate, evaluate_grids
 from lslpn.model import LSLPN, untrained
 from lslpn.presets import ModelConfig
+from lslpn.protocols import PROTOCOLS, Pair, areas, protocol_of
+from lslpn.results import Evaluation, Row, Skipped, fraction, save, summary
 from lslpn_kernels import GridSpec, LocalPrototypeHead
 
 
