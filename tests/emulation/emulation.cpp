@@ -2,7 +2,9 @@
 // goes on in here is no business of the kernels.
 #include "emulation.h"
 
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cstdio>
@@ -14,15 +16,72 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
+#ifdef __x86_64__
+// Keeps what a called function must, changes stacks, and goes on where the other one left off.
+// The C library's swapcontext does the same with two system calls.
+extern "C" void lslpn_change_stack(void** leave, void* enter);
+asm(R"(
+.text
+.type lslpn_change_stack, @function
+lslpn_change_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size lslpn_change_stack, .-lslpn_change_stack
+)");
+#endif
+
 namespace lslpn::cuda {
 namespace emulation {
 namespace {
+
+#ifdef __x86_64__
+// Where a fiber, or the scheduler, left off.
+struct Context {
+  void* stack = nullptr;
+
+  void prepare(char* memory, std::size_t size, void (*entry)()) {
+    auto top = reinterpret_cast<std::uintptr_t>(memory + size) & ~std::uintptr_t{15};
+    void** word = reinterpret_cast<void**>(top);
+    *--word = nullptr;  // nothing to return to
+    *--word = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--word = nullptr;
+    stack = word;
+  }
+  void change_to(Context& other) { lslpn_change_stack(&stack, other.stack); }
+};
+#else
+struct Context {
+  ucontext_t context;
+
+  void prepare(char* memory, std::size_t size, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = memory;
+    context.uc_stack.ss_size = size;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+  void change_to(Context& other) { swapcontext(&context, &other.context); }
+};
+#endif
 
 constexpr std::size_t kStack = 256 * 1024;
 constexpr int kWarp = 32;
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack;
   void* sanitizer = nullptr;
   Collective waits = Collective::none;
@@ -38,7 +97,7 @@ struct Warp {
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
-  ucontext_t scheduler;
+  Context scheduler;
   void* sanitizer = nullptr;
   int current = 0;
   int threads = 0;
@@ -81,7 +140,7 @@ void* this_fiber() {
 void to_scheduler() {
   Fiber& fiber = *machine.fibers[machine.current];
   enter(machine.sanitizer);
-  swapcontext(&fiber.context, &machine.scheduler);
+  fiber.context.change_to(machine.scheduler);
 }
 
 // A fiber lives on from block to block and launch to launch.
@@ -104,7 +163,7 @@ void resume(int thread) {
   machine.current = thread;
   Fiber& fiber = *machine.fibers[thread];
   enter(fiber.sanitizer);
-  swapcontext(&machine.scheduler, &fiber.context);
+  machine.scheduler.change_to(fiber.context);
 }
 
 const char* name_of(Collective kind) {
@@ -208,11 +267,7 @@ std::string run(void (*body)(const void*), const void* parameters, std::int64_t 
     auto fiber = std::make_unique<Fiber>();
     fiber->stack = std::make_unique<char[]>(kStack);
     fiber->sanitizer = new_fiber();
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack.get();
-    fiber->context.uc_stack.ss_size = kStack;
-    fiber->context.uc_link = nullptr;
-    makecontext(&fiber->context, live, 0);
+    fiber->context.prepare(fiber->stack.get(), kStack, live);
     machine.fibers.push_back(std::move(fiber));
   }
   // Each block has shared memory of its own, of just the size asked for, kept to the end: no
