@@ -93,13 +93,13 @@ inline TensorView view(const char* name, py::handle capsule, int rank) {
   if (!PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
     throw py::type_error(std::string(name) + " must be a DLPack capsule that was not used before");
   }
-  const auto& t = *static_cast<const dlpack::Tensor*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  const auto& t =
+      *static_cast<const dlpack::Tensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   TensorView v;
   v.name = name;
   if (t.ndim != rank) {
-    refuse(name, "must have " + std::to_string(rank) + " dimensions, got " +
-                     std::to_string(t.ndim));
+    refuse(name,
+           "must have " + std::to_string(rank) + " dimensions, got " + std::to_string(t.ndim));
   }
   v.dtype = dtype_of(name, t);
   v.device_type = t.device_type;

@@ -44,9 +44,15 @@ LSLPN_HD std::uint32_t float_to_bits(float value) {
   return bits;
 }
 
-LSLPN_HD double widen(double value) { return value; }
-LSLPN_HD float widen(float value) { return value; }
-LSLPN_HD float widen(BFloat16 value) { return bits_to_float(std::uint32_t{value.bits} << 16); }
+LSLPN_HD double widen(double value) {
+  return value;
+}
+LSLPN_HD float widen(float value) {
+  return value;
+}
+LSLPN_HD float widen(BFloat16 value) {
+  return bits_to_float(std::uint32_t{value.bits} << 16);
+}
 LSLPN_HD float widen(Half value) {
   const std::uint32_t sign = std::uint32_t{value.bits & 0x8000u} << 16;
   const std::uint32_t rest = value.bits & 0x7fffu;
@@ -57,8 +63,12 @@ LSLPN_HD float widen(Half value) {
 }
 
 // Round to nearest, ties to even.
-LSLPN_HD void narrow(double value, double& out) { out = value; }
-LSLPN_HD void narrow(float value, float& out) { out = value; }
+LSLPN_HD void narrow(double value, double& out) {
+  out = value;
+}
+LSLPN_HD void narrow(float value, float& out) {
+  out = value;
+}
 LSLPN_HD void narrow(float value, BFloat16& out) {
   const std::uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {

@@ -15,8 +15,8 @@
 #ifndef LSLPN_ISA
 #define LSLPN_ISA generic
 #endif
-#define LSLPN_BEGIN    \
-  namespace lslpn {    \
+#define LSLPN_BEGIN \
+  namespace lslpn { \
   inline namespace LSLPN_ISA {
 #define LSLPN_END \
   }               \

@@ -9,9 +9,13 @@ namespace {
 
 using Sizes = std::array<std::int64_t, 5>;  // pixels, cells, window, step, windows
 
-Axis axis_of(const Sizes& s) { return axis(s[0], s[1], s[2], s[3], s[4]); }
+Axis axis_of(const Sizes& s) {
+  return axis(s[0], s[1], s[2], s[3], s[4]);
+}
 
-int thread_count(int threads) { return threads < 1 ? 1 : (threads > 1024 ? 1024 : threads); }
+int thread_count(int threads) {
+  return threads < 1 ? 1 : (threads > kMostThreads ? kMostThreads : threads);
+}
 
 TensorView cpu_view(const char* name, py::handle capsule, int rank) {
   const TensorView v = view(name, capsule, rank);
@@ -123,8 +127,8 @@ void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, 
   const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
-    masked_average_pool(PoolBackward<A>{geometry.tables<A>(), f, m.data, bytes,
-                                        static_cast<int>(C), scale.as<const A>(), g.as<const A>(),
+    masked_average_pool(PoolBackward<A>{geometry.tables<A>(), f, m.data, bytes, static_cast<int>(C),
+                                        scale.as<const A>(), g.as<const A>(),
                                         thread_count(threads)});
   });
 }

@@ -34,7 +34,8 @@ struct Problem {
   const Tables<A>& tables;
   const Features& features;
   const A* prototypes;
-  std::int64_t C, D, width;  // width: channels of a packed location
+  std::int64_t C, D, width;  // width: channels of a packed location, filled up
+  std::int64_t pitch;        // from one packed location to the next
   std::int64_t windows;      // Gy * Gx
 
   Problem(const Tables<A>& t, const Features& f, const A* p, int classes)
@@ -44,6 +45,7 @@ struct Problem {
         C(classes),
         D(f.D),
         width(padded(f.D)),
+        pitch(pitch_of<A>(width)),
         windows(static_cast<std::int64_t>(t.y.windows) * t.x.windows) {}
 
   int threads(int wanted) const {
@@ -70,7 +72,8 @@ struct Directions {
 
   void fill(const Problem<A>& p, int threads) const {
     const std::int64_t block = 64;
-    parallel((p.vectors() + block - 1) / block, threads, [&](std::int64_t unit, int) {
+    const auto nothing = [](int thread) { return thread; };
+    parallel((p.vectors() + block - 1) / block, threads, nothing, [&](std::int64_t unit, int) {
       const std::int64_t end = (unit + 1) * block < p.vectors() ? (unit + 1) * block : p.vectors();
       for (std::int64_t v = unit * block; v < end; ++v) fill_one(p, v);
     });
@@ -107,27 +110,32 @@ struct Rows {
   Ring<A> own, right, below, across;  // across: diagonal + other of core/arithmetic.h
   A* zero = nullptr;                  // a location of zeros, beyond the end of a row
   int loaded = -1;                    // the last row that was loaded, -1 for none
+  std::int64_t image = -1;            // and its image
 
   Rows(Arena& arena, const Problem<A>& p) {
     const int slots = p.tables.y.reach + 2;
     const std::int64_t w = p.features.w;
-    features = {arena.take<A>(slots * w * p.width), slots, w * p.width};
+    features = {arena.take<A>(slots * w * p.pitch), slots, w * p.pitch};
     for (Ring<A>* map : {&own, &right, &below, &across}) {
       *map = {arena.take<A>(slots * padded(w)), slots, padded(w)};
     }
     zero = arena.take<A>(p.width);
   }
 
-  void start(const Problem<A>& p) {
-    loaded = -1;
+  // Begins chunk k of an image. After the chunk before it, its last rows are still there.
+  void start(const Problem<A>& p, std::int64_t b, std::int64_t n, const Chunk& chunk) {
+    const std::int64_t next = b * p.features.N + n;
+    if (next != image || loaded != chunk.before) loaded = -1;
+    image = next;
     for (std::int64_t d = 0; d < p.width; ++d) zero[d] = A(0);
   }
 
   // Makes rows lower .. upper available, and keeps row lower - 1 if it was.
   void load(const Problem<A>& p, std::int64_t b, std::int64_t n, int lower, int upper) {
-    int i = loaded + 1 < lower ? lower : loaded + 1;
-    for (; i <= upper; ++i) {
-      pack_row(p.features, b, n, i, features.row(i), p.width);
+    const int first = loaded + 1 < lower ? lower : loaded + 1;
+    if (first > upper) return;
+    pack(p.features, b, n, first, upper + 1, features, p.width);
+    for (int i = first; i <= upper; ++i) {
       products(p, i, loaded == i - 1 && i > 0);
       loaded = i;
     }
@@ -144,8 +152,8 @@ struct Rows {
     for (std::int64_t j = 0; j < w; j += n) {
       const A *x[n + 1], *y[n + 1];
       for (int k = 0; k <= n; ++k) {
-        x[k] = j + k < w ? row + (j + k) * p.width : zero;
-        y[k] = last && j + k < w ? last + (j + k) * p.width : zero;
+        x[k] = j + k < w ? row + (j + k) * p.pitch : zero;
+        y[k] = last && j + k < w ? last + (j + k) * p.pitch : zero;
       }
       Vec<A> sum[4 * n] = {};
       for (std::int64_t d = 0; d < p.width; d += lanes) {
@@ -196,8 +204,8 @@ struct Tile {
 
   void locate(const Problem<A>& p, const Ring<A>& ring) {
     for (int i = 0, l = 0; i < y.cells; ++i) {
-      const A* row = ring.row(y.lower + i) + x.lower * p.width;
-      for (int j = 0; j < x.cells; ++j) location[l++] = row + j * p.width;
+      const A* row = ring.row(y.lower + i) + x.lower * p.pitch;
+      for (int j = 0; j < x.cells; ++j) location[l++] = row + j * p.pitch;
     }
   }
 
@@ -449,7 +457,7 @@ void match_not_finite(const Problem<A>& p, const Tile<A>& tile, const MatchScrat
         A value = A(0);
         for (int u = 0; u < height; ++u) {
           for (int v = 0; v < breadth; ++v) {
-            const A* F = rows.features.row(low + u) + (left + v) * p.width;
+            const A* F = rows.features.row(low + u) + (left + v) * p.pitch;
             A a = A(0);
             for (std::int64_t d = 0; d < p.D; ++d) a += F[d] * q[d];
             value += wy[u] * wx[v] * a;
@@ -549,19 +557,20 @@ void forward(const Match<A>& args) {
 
   const AxisTables<A>& y = p.tables.y;
   const std::int64_t N = p.features.N;
-  parallel(p.features.B * N * y.chunks, threads, [&](std::int64_t unit, int thread) {
-    MatchScratch<A> s = memory.scratch(p, thread);
-    const std::int64_t image = unit / y.chunks, b = image / N, n = image % N;
-    const Chunk chunk = chunk_of(y, static_cast<int>(unit % y.chunks));
-    s.rows.start(p);
-    for (int sy = chunk.first; sy < chunk.last; ++sy) {
-      s.rows.load(p, b, n, y.segment[sy].lower, y.segment[sy].upper);
-      for (int sx = 0; sx < p.tables.x.segments; ++sx) {
-        Tile<A> tile(p, sy, sx);
-        match_tile(args, p, directions, s, b, n, tile);
-      }
-    }
-  });
+  using Scratch = MatchScratch<A>;
+  parallel(p.features.B * N * y.chunks, threads, memory.scratch(p),
+           [&](std::int64_t unit, Scratch& s) {
+             const std::int64_t image = unit / y.chunks, b = image / N, n = image % N;
+             const Chunk chunk = chunk_of(y, static_cast<int>(unit % y.chunks));
+             s.rows.start(p, b, n, chunk);
+             for (int sy = chunk.first; sy < chunk.last; ++sy) {
+               s.rows.load(p, b, n, y.segment[sy].lower, y.segment[sy].upper);
+               for (int sx = 0; sx < p.tables.x.segments; ++sx) {
+                 Tile<A> tile(p, sy, sx);
+                 match_tile(args, p, directions, s, b, n, tile);
+               }
+             }
+           });
 }
 
 // ---- backward ---------------------------------------------------------------------------------
@@ -576,62 +585,41 @@ struct BackwardProblem : Problem<A> {
 
 // The gradient of the feature rows of one band of tiles, and of their inner products.
 template <class A>
-struct GradientRows {
-  Ring<A> features;
+struct QueryGradient {
+  GradientRows<A> features;
   Ring<A> own, right, below, across;
-  int run = 0;      // the first of the rows that are open without a gap, up to ...
-  int opened = -1;  // ... the last one
-  int written = 0;  // rows below this have been written
 
-  GradientRows(Arena& arena, const Problem<A>& p) {
+  QueryGradient(Arena& arena, const Problem<A>& p) {
     const int slots = p.tables.y.reach + 2;
     const std::int64_t w = p.features.w;
-    features = {arena.take<A>(slots * w * p.width), slots, w * p.width};
+    features.ring = {arena.take<A>(slots * w * p.pitch), slots, w * p.pitch};
     for (Ring<A>* map : {&own, &right, &below, &across}) {
       *map = {arena.take<A>(slots * padded(w)), slots, padded(w)};
     }
   }
 
-  void start(const Chunk& chunk) {
-    written = chunk.begin < chunk.lower ? chunk.begin : chunk.lower;
-    run = chunk.lower;
-    opened = chunk.lower - 1;
-  }
-
   void open(int lower, int upper) {
-    if (lower > opened + 1) run = lower;
-    for (int i = opened + 1 < lower ? lower : opened + 1; i <= upper; ++i) {
-      std::memset(features.row(i), 0, sizeof(A) * features.size);
+    features.open(lower, upper);
+    for (int i = features.fresh; i <= upper; ++i) {
       for (const Ring<A>* map : {&own, &right, &below, &across}) {
         std::memset(map->row(i), 0, sizeof(A) * map->size);
       }
-      opened = i;
     }
   }
 
-  // Writes the rows below `end`: no tile to come touches them. Shared rows go to `parts`.
-  void write(const BackwardProblem<A>& p, const Rows<A>& rows, const Chunk& chunk, std::int64_t b,
-             std::int64_t n, int end, A* parts) {
-    for (; written < end; ++written) {
-      const int i = written;
-      if (i < run || i > opened) {
-        unpack_row(rows.zero, 0, p.args.grad_features, b, n, i);
-        continue;
-      }
-      products(p, rows, i);
-      if (chunk.shares(i)) {
-        std::memcpy(parts + chunk.place(i) * features.size, features.row(i),
-                    sizeof(A) * features.size);
-      } else {
-        unpack_row(features.row(i), p.width, p.args.grad_features, b, n, i);
-      }
+  // Writes the rows below `end`: no tile to come touches them.
+  void write(const BackwardProblem<A>& p, const Rows<A>& rows, std::int64_t b, std::int64_t n,
+             int end) {
+    for (int i = features.written; i < end; ++i) {
+      if (features.is_open(i)) products(p, rows, i);
     }
+    features.write(p.args.grad_features, p.pitch, b, n, end);
   }
 
  private:
   // What the inner products of row i hand on: dF += their gradients times the other factor.
   void products(const Problem<A>& p, const Rows<A>& rows, int i) const {
-    const bool has_above = i > run, has_below = i < opened;
+    const bool has_above = i > features.run, has_below = i < features.opened;
     const std::int64_t w = p.features.w;
     const A* const F[3] = {has_above ? rows.features.row(i - 1) : nullptr, rows.features.row(i),
                            has_below ? rows.features.row(i + 1) : nullptr};
@@ -641,7 +629,7 @@ struct GradientRows {
       for (int y = 0; y < 3; ++y) {
         for (int x = 0; x < 3; ++x) {
           const bool there = F[y] && j + x >= 1 && j + x <= w;
-          in[3 * y + x] = there ? F[y] + (j + x - 1) * p.width : rows.zero;
+          in[3 * y + x] = there ? F[y] + (j + x - 1) * p.pitch : rows.zero;
         }
       }
       const bool has_left = j > 0, has_right = j + 1 < w;
@@ -658,8 +646,10 @@ struct GradientRows {
         if (has_left) factor[0] = across.row(i - 1)[j - 1];
         if (has_right) factor[2] = across.row(i - 1)[j];
       }
-      A* out = features.row(i) + j * p.width;
+      A* out = features.row(i) + j * p.pitch;
       for (std::int64_t d = 0; d < p.width; d += kLanes<A>) {
+        for (int y = 0; y < 3; ++y) __builtin_prefetch(in[3 * y + 2] + d + p.pitch);
+        __builtin_prefetch(out + d + p.pitch);
         Vec<A> sum = load(out + d);
         for (int k = 0; k < 9; ++k) sum += factor[k] * load(in[k] + d);
         store(out + d, sum);
@@ -708,14 +698,14 @@ struct BackwardShared {
   static std::int64_t part_offset(const Problem<A>& p, int k) {
     std::int64_t rows = 0;
     for (int i = 0; i < k; ++i) rows += chunk_of(p.tables.y, i).shared();
-    return rows * p.features.w * p.width;
+    return rows * p.features.w * p.pitch;
   }
 };
 
 template <class A>
 struct BackwardScratch {
   Rows<A> rows;
-  GradientRows<A> gradient;
+  QueryGradient<A> gradient;
   TileScratch<A> tile;
   A* slope;          // [T rows, T] g of a class
   A* energy;         // [T rows, T] sum over c of dS S
@@ -741,7 +731,16 @@ void read_class(const BackwardProblem<A>& p, const Tile<A>& tile, const Backward
       (((b * p.features.N + n) * p.C + c) * H + tile.y.begin) * W + tile.x.begin;
   const bool bytes = p.args.winners_are_bytes;
   const char* winners = static_cast<const char*>(p.args.winners);
+  const bool more = tile.x.begin + tile.x.pixels < W;
   for (int i = 0; i < tile.y.pixels; ++i) {
+    if (more) {  // ask for the same row of the next tile: the processor does not foresee the jump
+      const std::int64_t next = at + i * W + tile.x.pixels;
+      for (std::int64_t t = 0; t < tile.x.pixels; t += 64 / sizeof(A)) {
+        __builtin_prefetch(p.args.grad + next + t);
+        __builtin_prefetch(p.args.scores + next + t);
+      }
+      if (winners) __builtin_prefetch(winners + next * (bytes ? 1 : 4));
+    }
     for (int t = 0; t < tile.T; t += kLanes<A>) {
       const std::int64_t here = i * tile.T + t, pixel = at + i * W + t;
       const int valid = tile.x.pixels - t;
@@ -807,8 +806,7 @@ void gather(int n, const BackwardProblem<A>& p, const Tile<A>& tile, const Backw
 
 // The gradient of |u|^2 of the pixels of a tile, handed on to the inner products of its locations.
 template <class A>
-void gather_lengths(const BackwardProblem<A>& p, const Tile<A>& tile,
-                    const BackwardScratch<A>& s) {
+void gather_lengths(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s) {
   const int T = tile.T, rows = tile.y.cells, cells = tile.x.cells;
   std::memset(s.tile.row, 0, sizeof(A) * rows * T);
   std::memset(s.tile.between, 0, sizeof(A) * rows * T);
@@ -853,8 +851,8 @@ void gather_lengths(const BackwardProblem<A>& p, const Tile<A>& tile,
 // Hands da of the windows of a piece on to the features and the directions.
 template <class A>
 void hand_on(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
-             const Directions<A>& directions, std::int64_t b, Piece piece, A* grad_directions,
-             int first_row) {
+             const Directions<A>& directions, std::int64_t b, int sx, Piece piece,
+             A* grad_directions, int first_row) {
   const A* near[kWindows];
   A* grad_near[kWindows];
   int active = 0;
@@ -871,18 +869,17 @@ void hand_on(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScr
     // [rows of windows, C, Gx, width] from row first_row on.
     const std::int64_t Gx = p.tables.x.windows;
     const std::int64_t my = window / Gx, mx = window % Gx;
-    grad_near[active] =
-        grad_directions ? grad_directions + (((my - first_row) * p.C + c) * Gx + mx) * p.width
-                        : nullptr;
+    grad_near[active] = grad_directions
+                            ? grad_directions + (((my - first_row) * p.C + c) * Gx + mx) * p.width
+                            : nullptr;
     ++active;
   }
   if (p.args.grad_features.data) {
     A* location[kTileCells * kTileCells];
-    for (int i = 0, l = 0; i < tile.y.cells; ++i) {
-      A* row = s.gradient.features.row(tile.y.lower + i) + tile.x.lower * p.width;
-      for (int j = 0; j < tile.x.cells; ++j) location[l++] = row + j * p.width;
-    }
-    mix<A>(location, L, near, active, s.tile.dots, 1, L, p.width);
+    bool fresh[kTileCells * kTileCells];
+    s.gradient.features.touch(tile.y.lower, tile.y.cells, p.tables.x, sx, p.pitch, location, fresh);
+    mix<A>(location, L, near, active, s.tile.dots, 1, L, p.width,
+           piece.from == 0 ? fresh : nullptr);
   }
   if (grad_directions) {
     mix<A>(grad_near, active, tile.location, L, s.tile.dots, L, 1, p.width);
@@ -891,7 +888,7 @@ void hand_on(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScr
 
 template <class A>
 void unmatch_tile(const BackwardProblem<A>& p, const Directions<A>& directions,
-                  BackwardScratch<A>& s, std::int64_t b, std::int64_t n, Tile<A>& tile,
+                  BackwardScratch<A>& s, std::int64_t b, std::int64_t n, Tile<A>& tile, int sx,
                   A* grad_directions, int first_row) {
   tile.locate(p, s.rows.features);
   s.tile.lengths(p, tile, s.rows);
@@ -925,7 +922,7 @@ void unmatch_tile(const BackwardProblem<A>& p, const Directions<A>& directions,
       }
       k += count;
     }
-    hand_on(p, tile, s, directions, b, piece, grad_directions, first_row);
+    hand_on(p, tile, s, directions, b, sx, piece, grad_directions, first_row);
   }
   if (p.args.grad_features.data) gather_lengths(p, tile, s);
 }
@@ -940,7 +937,8 @@ void unmatch_chunk(const BackwardProblem<A>& p, const BackwardShared<A>& shared,
   const Covering window_rows = shared.window_rows(p, chunk);
   A* grad_directions = nullptr;
   if (shared.grad_directions) {
-    const std::int64_t begin = shared.direction_offset(p, k), end = shared.direction_offset(p, k + 1);
+    const std::int64_t begin = shared.direction_offset(p, k),
+                       end = shared.direction_offset(p, k + 1);
     grad_directions = shared.grad_directions + episode * shared.direction_size + begin;
     if (first_image == 0) std::memset(grad_directions, 0, sizeof(A) * (end - begin));
   }
@@ -952,23 +950,23 @@ void unmatch_chunk(const BackwardProblem<A>& p, const BackwardShared<A>& shared,
       parts = shared.parts + (episode * shared.images + image) * shared.part_size +
               shared.part_offset(p, k);
     }
-    s.rows.start(p);
-    s.gradient.start(chunk);
+    s.rows.start(p, b, n, chunk);
+    s.gradient.features.start(p.tables.x, chunk, parts);
     for (int sy = chunk.first; sy < chunk.last; ++sy) {
       const int lower = y.segment[sy].lower, upper = y.segment[sy].upper;
       if (wants_features) {
-        s.gradient.write(p, s.rows, chunk, b, n, lower, parts);
+        s.gradient.write(p, s.rows, b, n, lower);
         s.gradient.open(lower, upper);
       }
       s.rows.load(p, b, n, lower, upper);
       for (int sx = 0; sx < p.tables.x.segments; ++sx) {
         Tile<A> tile(p, sy, sx);
-        unmatch_tile(p, shared.directions, s, b, n, tile, grad_directions, window_rows.first);
+        unmatch_tile(p, shared.directions, s, b, n, tile, sx, grad_directions, window_rows.first);
       }
     }
     if (wants_features) {
       const int end = chunk.upper + 1 > chunk.end ? chunk.upper + 1 : chunk.end;
-      s.gradient.write(p, s.rows, chunk, b, n, end, parts);
+      s.gradient.write(p, s.rows, b, n, end);
     }
   }
 }
@@ -977,20 +975,21 @@ void unmatch_chunk(const BackwardProblem<A>& p, const BackwardShared<A>& shared,
 template <class A>
 void add_parts(const BackwardProblem<A>& p, const BackwardShared<A>& shared, A* sum, int i,
                std::int64_t b, std::int64_t n, std::int64_t slot) {
-  const std::int64_t size = p.features.w * p.width;
+  const std::int64_t size = p.features.w * p.pitch;
   int found = 0;
   for (int k = 0; k < p.tables.y.chunks; ++k) {
     const Chunk chunk = chunk_of(p.tables.y, k);
     if (i < chunk.lower || i > chunk.upper || !chunk.shares(i)) continue;
-    const A* part = shared.parts + slot * shared.part_size + shared.part_offset(p, k) +
-                    chunk.place(i) * size;
+    const A* part =
+        shared.parts + slot * shared.part_size + shared.part_offset(p, k) + chunk.place(i) * size;
     if (found++ == 0) {
       std::memcpy(sum, part, sizeof(A) * size);
     } else {
       for (std::int64_t d = 0; d < size; ++d) sum[d] += part[d];
     }
   }
-  if (found) unpack_row(sum, p.width, p.args.grad_features, b, n, i);
+  if (!found) return;
+  unpack<A>([sum](std::int64_t) { return sum; }, p.pitch, p.args.grad_features, b, n, i, i + 1);
 }
 
 // dp = (dq - <q, dq> q) / |p|, of the sum of the chunks' parts of dq.
@@ -1013,7 +1012,8 @@ void finish_direction(const BackwardProblem<A>& p, const BackwardShared<A>& shar
     const A* part = shared.grad_directions + episode * shared.direction_size +
                     shared.direction_offset(p, k) +
                     (((my - rows.first) * p.C + c) * Gx + mx) * p.width;
-    for (std::int64_t d = 0; d < p.width; d += lanes) store(sum + d, load(sum + d) + load(part + d));
+    for (std::int64_t d = 0; d < p.width; d += lanes)
+      store(sum + d, load(sum + d) + load(part + d));
   }
   const A* q = shared.directions.q + v * p.width;
   Vec<A> products{};
@@ -1031,20 +1031,20 @@ void backward(const MatchBackward<A>& args) {
   const BackwardShared<A>& shared = memory.shared();
   shared.directions.fill(p, threads);
 
+  using Scratch = BackwardScratch<A>;
+  const auto scratch = memory.scratch(p);
   const int chunks = p.tables.y.chunks;
   const std::int64_t B = p.features.B, N = p.features.N, h = p.features.h;
   for (std::int64_t b0 = 0; b0 < B; b0 += kEpisodes) {
     const std::int64_t episodes = B - b0 < kEpisodes ? B - b0 : kEpisodes;
     for (std::int64_t n0 = 0; n0 < N; n0 += kImages) {
       const std::int64_t images = N - n0 < kImages ? N - n0 : kImages;
-      parallel(episodes * chunks, threads, [&](std::int64_t unit, int thread) {
-        BackwardScratch<A> s = memory.scratch(p, thread);
+      parallel(episodes * chunks, threads, scratch, [&](std::int64_t unit, Scratch& s) {
         const std::int64_t e = unit / chunks;
         unmatch_chunk(p, shared, s, static_cast<int>(unit % chunks), e, b0 + e, n0, images);
       });
       if (!args.grad_features.data) continue;
-      parallel(episodes * images * h, threads, [&](std::int64_t unit, int thread) {
-        BackwardScratch<A> s = memory.scratch(p, thread);
+      parallel(episodes * images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
         const std::int64_t e = unit / (images * h), image = unit / h % images;
         add_parts(p, shared, s.rows.features.data, static_cast<int>(unit % h), b0 + e, n0 + image,
                   e * shared.images + image);
@@ -1052,12 +1052,11 @@ void backward(const MatchBackward<A>& args) {
     }
     if (!args.grad_prototypes) continue;
     const int Gy = p.tables.y.windows, Gx = p.tables.x.windows;
-    parallel(episodes * p.C * Gy, threads, [&](std::int64_t unit, int thread) {
-      BackwardScratch<A> s = memory.scratch(p, thread);
+    parallel(episodes * p.C * Gy, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t e = unit / (p.C * Gy), c = unit / Gy % p.C;
+      const int my = static_cast<int>(unit % Gy);
       for (int mx = 0; mx < Gx; ++mx) {
-        finish_direction(p, shared, s.rows.features.data, e, b0 + e, c, static_cast<int>(unit % Gy),
-                         mx);
+        finish_direction(p, shared, s.rows.features.data, e, b0 + e, c, my, mx);
       }
     });
   }
@@ -1065,10 +1064,18 @@ void backward(const MatchBackward<A>& args) {
 
 }  // namespace
 
-void cosine_match(const Match<float>& args) { forward(args); }
-void cosine_match(const Match<double>& args) { forward(args); }
-void cosine_match(const MatchBackward<float>& args) { backward(args); }
-void cosine_match(const MatchBackward<double>& args) { backward(args); }
+void cosine_match(const Match<float>& args) {
+  forward(args);
+}
+void cosine_match(const Match<double>& args) {
+  forward(args);
+}
+void cosine_match(const MatchBackward<float>& args) {
+  backward(args);
+}
+void cosine_match(const MatchBackward<double>& args) {
+  backward(args);
+}
 
 }  // namespace cpu
 LSLPN_END

@@ -57,7 +57,9 @@ std::vector<std::string> instruction_sets() {
   return std::vector<std::string>(kNames, kNames + kBest + 1);
 }
 
-std::string instruction_set() { return kNames[current]; }
+std::string instruction_set() {
+  return kNames[current];
+}
 
 void use_instruction_set(const std::string& name) {
   for (int level = kPlain; level <= kBest; ++level) {
@@ -70,14 +72,14 @@ void use_instruction_set(const std::string& name) {
 }
 
 #if defined(LSLPN_X86)
-#define LSLPN_DISPATCH(operation)                               \
-  switch (current.load(std::memory_order_relaxed)) {            \
-    case kAvx512:                                               \
-      return avx512::cpu::operation(args);                      \
-    case kAvx2:                                                 \
-      return avx2::cpu::operation(args);                        \
-    default:                                                    \
-      return plain::cpu::operation(args);                       \
+#define LSLPN_DISPATCH(operation)                    \
+  switch (current.load(std::memory_order_relaxed)) { \
+    case kAvx512:                                    \
+      return avx512::cpu::operation(args);           \
+    case kAvx2:                                      \
+      return avx2::cpu::operation(args);             \
+    default:                                         \
+      return plain::cpu::operation(args);            \
   }
 #else
 #define LSLPN_DISPATCH(operation) return plain::cpu::operation(args);

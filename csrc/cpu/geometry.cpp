@@ -84,7 +84,10 @@ AxisTables<A> tabulate(AxisStorage& s) {
     t.overlap = std::max(t.overlap, g.last - g.first + 1);
   }
   t.length = (t.length + 15) / 16 * 16;
-  t.identity = axis.pixels == axis.cells;
+  for (int k = 1; k < t.segments; ++k) {
+    t.gaps |= s.segments[k].lower > s.segments[k - 1].upper + 1;
+  }
+  t.gaps |= s.segments[0].lower > 0 || s.segments.back().upper < axis.cells - 1;
   t.lower = s.lower.data();
   t.chunks = static_cast<int>(s.chunk.size()) - 1;
   t.chunk = s.chunk.data();
@@ -138,8 +141,12 @@ Geometry::Geometry(const Axis& y, const Axis& x) : storage_(new Storage) {
 
 Geometry::~Geometry() = default;
 
-const Axis& Geometry::y() const { return storage_->y.axis; }
-const Axis& Geometry::x() const { return storage_->x.axis; }
+const Axis& Geometry::y() const {
+  return storage_->y.axis;
+}
+const Axis& Geometry::x() const {
+  return storage_->x.axis;
+}
 
 template <>
 const Tables<float>& Geometry::tables<float>() const {

@@ -30,7 +30,7 @@ struct AxisTables {
   int segments;
   const Segment* segment;
   int length, reach, overlap;
-  bool identity;     // pixels and feature locations are the same
+  bool gaps;         // between segments there are feature locations that no pixel needs
   const int* lower;  // [pixels] the lower tap
   const A* upper;    // [pixels] the weight of the tap above it
   const A* weight;   // [segments, R, T] weight of feature location r for pixel t
@@ -109,6 +109,9 @@ struct MatchBackward {
   A* grad_prototypes;      // null where not wanted
   int threads;
 };
+
+// No call takes more threads than this.
+constexpr int kMostThreads = 256;
 
 // Memory for the length of a call, aligned to 64 bytes and not cleared. Throws std::bad_alloc.
 void* take_memory(std::int64_t bytes);

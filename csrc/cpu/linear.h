@@ -50,10 +50,11 @@ inline void dots(const A* const* a, int rows, const A* const* b, int columns, st
 }
 
 // out[l] += sum over m < terms of factor[l * row + m * term] * in[m], for l < rows: vectors of
-// `length` numbers, a multiple of kPadding.
+// `length` numbers, a multiple of kPadding. Where fresh[l], what out[l] holds is overwritten.
 template <class A>
 inline void mix(A* const* out, int rows, const A* const* in, int terms, const A* factor,
-                std::int64_t row, std::int64_t term, std::int64_t length) {
+                std::int64_t row, std::int64_t term, std::int64_t length,
+                const bool* fresh = nullptr) {
   constexpr int lanes = kLanes<A>;
   constexpr int R = kMixRows, C = kMixColumns;
   static_assert(kPadding % lanes == 0, "rows are made of whole vectors");
@@ -64,7 +65,10 @@ inline void mix(A* const* out, int rows, const A* const* in, int terms, const A*
     for (; d + C * lanes <= length; d += C * lanes) {
       Vec<A> sum[R][C];
       for (int i = 0; i < R; ++i) {
-        for (int j = 0; j < C; ++j) sum[i][j] = load(out[l + i] + d + j * lanes);
+        const bool empty = fresh && fresh[l + i];
+        for (int j = 0; j < C; ++j) {
+          sum[i][j] = empty ? Vec<A>{} : load(out[l + i] + d + j * lanes);
+        }
       }
       for (int m = 0; m < terms; ++m) {
         Vec<A> x[C];
@@ -80,7 +84,7 @@ inline void mix(A* const* out, int rows, const A* const* in, int terms, const A*
     }
     for (; d < length; d += lanes) {
       for (int i = 0; i < R; ++i) {
-        Vec<A> sum = load(out[l + i] + d);
+        Vec<A> sum = fresh && fresh[l + i] ? Vec<A>{} : load(out[l + i] + d);
         for (int m = 0; m < terms; ++m) sum += splat(f[i * row + m * term]) * load(in[m] + d);
         store(out[l + i] + d, sum);
       }
@@ -89,7 +93,7 @@ inline void mix(A* const* out, int rows, const A* const* in, int terms, const A*
   for (; l < rows; ++l) {
     const A* f = factor + l * row;
     for (std::int64_t d = 0; d < length; d += lanes) {
-      Vec<A> sum = load(out[l] + d);
+      Vec<A> sum = fresh && fresh[l] ? Vec<A>{} : load(out[l] + d);
       for (int m = 0; m < terms; ++m) sum += splat(f[m * term]) * load(in[m] + d);
       store(out[l] + d, sum);
     }

@@ -1,6 +1,7 @@
 // Masked average pooling over the windows of a grid, equation (1), and its gradient.
 //
-//   p_{c,m} = 1/K sum over i of (sum over x in m of M_{i,c}(x) Up F_i(x)) / n,   n = sum of M over m
+//   p_{c,m} = 1/K sum over i of (sum over x in m of M_{i,c}(x) Up F_i(x)) / n,   n = sum of M over
+//   m
 //
 // Up is linear, so masks are carried down to the feature locations l of a tile instead,
 //
@@ -29,7 +30,8 @@ struct Problem {
   const Features& features;
   const void* masks;
   bool bytes;
-  std::int64_t C, D, width;  // width: channels of a packed location
+  std::int64_t C, D, width;  // width: channels of a packed location, filled up
+  std::int64_t pitch;        // from one packed location to the next
   std::int64_t windows;      // Gy * Gx
   bool backward;
 
@@ -41,6 +43,7 @@ struct Problem {
         C(classes),
         D(f.D),
         width(padded(f.D)),
+        pitch(pitch_of<A>(width)),
         windows(static_cast<std::int64_t>(t.y.windows) * t.x.windows),
         backward(back) {}
 
@@ -66,7 +69,8 @@ struct Problem {
 template <class A>
 inline Vec<A> load_mask(const char* p, bool bytes, int n) {
   if (!bytes) return load(reinterpret_cast<const A*>(p), n);
-  return __builtin_convertvector(load_index<A>(p, true, n), Vec<A>);
+  const Index<A> whole = load_index<A>(p, true, n);
+  return __builtin_convertvector(whole, Vec<A>);
 }
 
 // ---- the size of the masks --------------------------------------------------------------------
@@ -151,6 +155,7 @@ struct TileScratch {
           p.tables.y, y, [&](int, int) { low = high = Vec<A>{}; },
           [&](int, A down) {
             const Vec<A> M = load_mask<A>(at, p.bytes, x.pixels - t);
+            __builtin_prefetch(at + 64);  // of the next tile
             at += pitch;
             any |= M != Vec<A>{};
             low += (A(1) - down) * M;
@@ -217,15 +222,16 @@ struct ForwardScratch {
   TileScratch<A> tile;
   double* columns;
   A* sum;
+  std::int64_t image = -1;  // the last image and row that were packed, -1 for none
+  int loaded = -1;
 
-  ForwardScratch(Arena& arena, const Problem<A>& p)
-      : features(ring(arena, p)), tile(arena, p) {
+  ForwardScratch(Arena& arena, const Problem<A>& p) : features(ring(arena, p)), tile(arena, p) {
     columns = arena.take<double>(p.tables.x.segments);
     sum = arena.take<A>(p.width);
   }
   static Ring<A> ring(Arena& arena, const Problem<A>& p) {
     const int slots = p.tables.y.reach + 1;
-    const std::int64_t size = p.features.w * p.width;
+    const std::int64_t size = p.features.w * p.pitch;
     return {arena.take<A>(slots * size), slots, size};
   }
 };
@@ -242,15 +248,16 @@ void pool_tile(const Pool<A>& args, const Problem<A>& p, const ForwardScratch<A>
     int found = 0;
     for (std::int64_t c = c0; c < p.C && c < c0 + kClasses; ++c) {
       const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
-      if (takes_part(p, y, x, factor) && s.tile.weigh(p, y, x, b, n, c, s.tile.weights + found * L)) {
+      if (takes_part(p, y, x, factor) &&
+          s.tile.weigh(p, y, x, b, n, c, s.tile.weights + found * L)) {
         present[found++] = c;
       }
     }
     if (!found) continue;
     if (!located) {
       for (int i = 0, l = 0; i < y.cells; ++i) {
-        const A* row = s.features.row(y.lower + i) + x.lower * p.width;
-        for (int j = 0; j < x.cells; ++j) location[l++] = row + j * p.width;
+        const A* row = s.features.row(y.lower + i) + x.lower * p.pitch;
+        for (int j = 0; j < x.cells; ++j) location[l++] = row + j * p.pitch;
       }
       located = true;
     }
@@ -286,21 +293,21 @@ void forward(const Pool<A>& args) {
   const std::int64_t B = p.features.B, K = p.features.N;
   const std::int64_t tiles = static_cast<std::int64_t>(y.segments) * x.segments;
 
-  parallel(B * K * p.C * y.segments, threads, [&](std::int64_t unit, int) {
+  using Scratch = ForwardScratch<A>;
+  const auto scratch = memory.scratch(p);
+  parallel(B * K * p.C * y.segments, threads, scratch, [&](std::int64_t unit, Scratch&) {
     const std::int64_t plane = unit / y.segments, c = plane % p.C, image = plane / p.C;
     const int sy = static_cast<int>(unit % y.segments);
     count_tiles(p, image / K, image % K, c, sy,
                 shared.counts + plane * tiles + static_cast<std::int64_t>(sy) * x.segments);
   });
-  parallel(B * K * p.C, threads, [&](std::int64_t plane, int thread) {
-    const ForwardScratch<A> s = memory.scratch(p, thread);
+  parallel(B * K * p.C, threads, scratch, [&](std::int64_t plane, Scratch& s) {
     window_factors(p, shared.counts + plane * tiles, s.columns, args.min_pixels,
                    args.factor + plane * p.windows);
   });
   for (std::int64_t b0 = 0; b0 < B; b0 += kEpisodes) {
     const std::int64_t episodes = B - b0 < kEpisodes ? B - b0 : kEpisodes;
-    parallel(episodes * y.chunks, threads, [&](std::int64_t unit, int thread) {
-      const ForwardScratch<A> s = memory.scratch(p, thread);
+    parallel(episodes * y.chunks, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t e = unit / y.chunks, b = b0 + e;
       const int k = static_cast<int>(unit % y.chunks);
       const Chunk chunk = chunk_of(y, k);
@@ -309,12 +316,15 @@ void forward(const Pool<A>& args) {
       std::memset(part, 0, sizeof(A) * (end - begin));
       const int first_row = shared.window_rows(p, chunk).first;
       for (std::int64_t n = 0; n < K; ++n) {
-        int loaded = -1;
+        // After the chunk before this one, its last rows are still there.
+        if (s.image != b * K + n || s.loaded != chunk.before) s.loaded = -1;
+        s.image = b * K + n;
         for (int sy = chunk.first; sy < chunk.last; ++sy) {
           const int lower = y.segment[sy].lower;
-          for (int i = loaded < lower ? lower : loaded + 1; i <= y.segment[sy].upper; ++i) {
-            pack_row(p.features, b, n, i, s.features.row(i), p.width);
-            loaded = i;
+          const int upper = y.segment[sy].upper, next = s.loaded < lower ? lower : s.loaded + 1;
+          if (next <= upper) {
+            pack(p.features, b, n, next, upper + 1, s.features, p.width);
+            s.loaded = upper;
           }
           for (int sx = 0; sx < x.segments; ++sx) {
             pool_tile(args, p, s, side(y, sy), side(x, sx), b, n, part, first_row);
@@ -323,8 +333,7 @@ void forward(const Pool<A>& args) {
       }
     });
     // The parts of each window, in the order of the chunks.
-    parallel(episodes * p.C * y.windows, threads, [&](std::int64_t unit, int thread) {
-      const ForwardScratch<A> s = memory.scratch(p, thread);
+    parallel(episodes * p.C * y.windows, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t e = unit / (p.C * y.windows), c = unit / y.windows % p.C;
       const std::int64_t my = unit % y.windows;
       for (std::int64_t mx = 0; mx < x.windows; ++mx) {
@@ -361,28 +370,25 @@ struct BackwardShared {
   static std::int64_t offset(const Problem<A>& p, int k) {
     std::int64_t rows = 0;
     for (int i = 0; i < k; ++i) rows += chunk_of(p.tables.y, i).shared();
-    return rows * p.features.w * p.width;
+    return rows * p.features.w * p.pitch;
   }
 };
 
 template <class A>
 struct BackwardScratch {
-  Ring<A> features;
+  GradientRows<A> features;
   TileScratch<A> tile;
-  A* grad;  // [windows of a class at a time, width] rows of dp, filled up
-  A* zero;
-
   BackwardScratch(Arena& arena, const Problem<A>& p)
-      : features(ForwardScratch<A>::ring(arena, p)), tile(arena, p) {
-    grad = arena.take<A>(p.width);
-    zero = arena.take<A>(p.width);
-  }
+      : features{ForwardScratch<A>::ring(arena, p)}, tile(arena, p) {}
 };
 
 template <class A>
 void unpool_tile(const PoolBackward<A>& args, const Problem<A>& p, const BackwardScratch<A>& s,
-                 const Side<A>& y, const Side<A>& x, std::int64_t b, std::int64_t n) {
+                 const Side<A>& y, int sx, std::int64_t b, std::int64_t n) {
+  const Side<A> x = side(p.tables.x, sx);
   A* location[kTileCells * kTileCells];
+  bool fresh[kTileCells * kTileCells];
+  s.features.touch(y.lower, y.cells, p.tables.x, sx, p.pitch, location, fresh);
   const int L = y.cells * x.cells;
   const std::int64_t Gx = p.tables.x.windows;
   for (std::int64_t c0 = 0; c0 < p.C; c0 += kClasses) {
@@ -410,14 +416,11 @@ void unpool_tile(const PoolBackward<A>& args, const Problem<A>& p, const Backwar
       }
       ++found;
     }
-    if (!found) continue;
-    for (int i = 0, l = 0; i < y.cells; ++i) {
-      A* row = s.features.row(y.lower + i) + x.lower * p.width;
-      for (int j = 0; j < x.cells; ++j) location[l++] = row + j * p.width;
-    }
     const A* sums[kClasses];
     for (int m = 0; m < found; ++m) sums[m] = s.tile.sums + m * p.width;
-    mix<A>(location, L, sums, found, s.tile.weights, 1, L, p.width);
+    if (found || c0 == 0) {
+      mix<A>(location, L, sums, found, s.tile.weights, 1, L, p.width, c0 == 0 ? fresh : nullptr);
+    }
   }
 }
 
@@ -429,52 +432,32 @@ void backward(const PoolBackward<A>& args) {
   const BackwardShared<A>& shared = memory.shared();
   const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
   const std::int64_t K = p.features.N, all = p.features.B * K, h = p.features.h;
-  const std::int64_t row_size = p.features.w * p.width;
+  const std::int64_t row_size = p.features.w * p.pitch;
+  using Scratch = BackwardScratch<A>;
+  const auto scratch = memory.scratch(p);
 
   for (std::int64_t first = 0; first < all; first += kImages) {
     const std::int64_t images = all - first < kImages ? all - first : kImages;
-    parallel(images * y.chunks, threads, [&](std::int64_t unit, int thread) {
-      const BackwardScratch<A> s = memory.scratch(p, thread);
-      std::memset(s.zero, 0, sizeof(A) * p.width);
+    parallel(images * y.chunks, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t slot = unit / y.chunks, b = (first + slot) / K, n = (first + slot) % K;
       const int k = static_cast<int>(unit % y.chunks);
       const Chunk chunk = chunk_of(y, k);
       A* parts = shared.parts + slot * shared.part_size + shared.offset(p, k);
-      int written = chunk.begin < chunk.lower ? chunk.begin : chunk.lower;
-      int opened = chunk.lower - 1, run = chunk.lower;
-      const auto write = [&](int end) {
-        for (; written < end; ++written) {
-          const int i = written;
-          if (i < run || i > opened) {
-            unpack_row(s.zero, 0, p.features, b, n, i);
-          } else if (chunk.shares(i)) {
-            std::memcpy(parts + chunk.place(i) * row_size, s.features.row(i),
-                        sizeof(A) * row_size);
-          } else {
-            unpack_row(s.features.row(i), p.width, p.features, b, n, i);
-          }
-        }
-      };
+      s.features.start(x, chunk, parts);
       for (int sy = chunk.first; sy < chunk.last; ++sy) {
         const int lower = y.segment[sy].lower, upper = y.segment[sy].upper;
-        write(lower);
-        if (lower > opened + 1) run = lower;
-        for (int i = opened + 1 < lower ? lower : opened + 1; i <= upper; ++i) {
-          std::memset(s.features.row(i), 0, sizeof(A) * row_size);
-          opened = i;
-        }
-        for (int sx = 0; sx < x.segments; ++sx) {
-          unpool_tile(args, p, s, side(y, sy), side(x, sx), b, n);
-        }
+        s.features.write(p.features, p.pitch, b, n, lower);
+        s.features.open(lower, upper);
+        for (int sx = 0; sx < x.segments; ++sx) unpool_tile(args, p, s, side(y, sy), sx, b, n);
       }
-      write(chunk.upper + 1 > chunk.end ? chunk.upper + 1 : chunk.end);
+      const int end = chunk.upper + 1 > chunk.end ? chunk.upper + 1 : chunk.end;
+      s.features.write(p.features, p.pitch, b, n, end);
     });
     // Rows that lie under several chunks: the sum of their parts, in order.
-    parallel(images * h, threads, [&](std::int64_t unit, int thread) {
-      const BackwardScratch<A> s = memory.scratch(p, thread);
+    parallel(images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t slot = unit / h, b = (first + slot) / K, n = (first + slot) % K;
       const int i = static_cast<int>(unit % h);
-      A* sum = s.features.data;
+      A* sum = s.features.ring.data;
       int found = 0;
       for (int k = 0; k < y.chunks; ++k) {
         const Chunk chunk = chunk_of(y, k);
@@ -487,17 +470,26 @@ void backward(const PoolBackward<A>& args) {
           for (std::int64_t d = 0; d < row_size; ++d) sum[d] += part[d];
         }
       }
-      if (found) unpack_row(sum, p.width, p.features, b, n, i);
+      if (!found) return;
+      unpack<A>([sum](std::int64_t) { return sum; }, p.pitch, p.features, b, n, i, i + 1);
     });
   }
 }
 
 }  // namespace
 
-void masked_average_pool(const Pool<float>& args) { forward(args); }
-void masked_average_pool(const Pool<double>& args) { forward(args); }
-void masked_average_pool(const PoolBackward<float>& args) { backward(args); }
-void masked_average_pool(const PoolBackward<double>& args) { backward(args); }
+void masked_average_pool(const Pool<float>& args) {
+  forward(args);
+}
+void masked_average_pool(const Pool<double>& args) {
+  forward(args);
+}
+void masked_average_pool(const PoolBackward<float>& args) {
+  backward(args);
+}
+void masked_average_pool(const PoolBackward<double>& args) {
+  backward(args);
+}
 
 }  // namespace cpu
 LSLPN_END

@@ -13,19 +13,39 @@
 LSLPN_BEGIN
 namespace cpu {
 
-// Calls f(unit, thread) for every unit. Which thread gets a unit is left to chance: no result may
-// depend on it.
-template <class F>
-inline void parallel(std::int64_t units, int threads, F f) {
+// Calls f(unit, state) for every unit, with a state that each thread gets from start(thread).
+//
+// Each thread has a run of consecutive units, so that it can go on with what it has at hand; when
+// it is done it helps out with the runs of the others. Which thread gets a unit is thus left to
+// chance, and no result may depend on it.
+template <class Start, class F>
+inline void parallel(std::int64_t units, int threads, Start start, F f) {
   if (threads > units) threads = static_cast<int>(units);
 #if defined(_OPENMP)
   if (threads > 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (std::int64_t unit = 0; unit < units; ++unit) f(unit, omp_get_thread_num());
+    struct alignas(64) Run {
+      std::int64_t next, end;
+    };
+    Run runs[kMostThreads];
+    for (int t = 0; t < threads; ++t) runs[t] = {units * t / threads, units * (t + 1) / threads};
+#pragma omp parallel num_threads(threads)
+    {
+      const int me = omp_get_thread_num();
+      auto state = start(me);
+      for (int k = 0; k < threads; ++k) {
+        Run& run = runs[(me + k) % threads];
+        for (;;) {
+          const std::int64_t unit = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED);
+          if (unit >= run.end) break;
+          f(unit, state);
+        }
+      }
+    }
     return;
   }
 #endif
-  for (std::int64_t unit = 0; unit < units; ++unit) f(unit, 0);
+  auto state = start(0);
+  for (std::int64_t unit = 0; unit < units; ++unit) f(unit, state);
 }
 
 // Not worth a second thread below this many multiplications.
@@ -66,10 +86,14 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
 
   const Shared& shared() const { return shared_; }
+
+  // What parallel() starts a thread with.
   template <class Problem>
-  Scratch scratch(const Problem& problem, int thread) const {
-    Arena arena{scratch_ + thread * per_thread_};
-    return Scratch(arena, problem);
+  auto scratch(const Problem& problem) const {
+    return [this, &problem](int thread) {
+      Arena arena{scratch_ + thread * per_thread_};
+      return Scratch(arena, problem);
+    };
   }
 
  private:

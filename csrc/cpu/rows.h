@@ -2,8 +2,8 @@
 //
 // Kernels want the D channels of one location side by side, in the accumulation type, filled up
 // with zeros to whole vectors. Features come with D outermost or innermost and in four dtypes. So
-// they are packed a row of locations at a time, into a ring of as many rows as one band of tiles
-// needs: each row is read once, and what is packed stays in the second cache.
+// they are packed, a few rows of locations at a time, into a ring of as many rows as one band of
+// tiles needs: each row is read once, and what is packed stays in the second cache.
 #pragma once
 
 #include "kernels.h"
@@ -11,109 +11,6 @@
 
 LSLPN_BEGIN
 namespace cpu {
-
-// Row i of image (b, n): w locations of D channels, `to[j * width + d]`, width >= D.
-template <class T, class A>
-inline void pack_row(const Features& f, std::int64_t b, std::int64_t n, std::int64_t i, A* to,
-                     std::int64_t width) {
-  constexpr int lanes = kLanes<A>;
-  const std::int64_t sd = f.stride[2], sw = f.stride[4];
-  const T* from =
-      reinterpret_cast<const T*>(f.data) + b * f.stride[0] + n * f.stride[1] + i * f.stride[3];
-  std::int64_t packed_channels = 0;
-  if (sd == 1) {
-    packed_channels = f.D / lanes * lanes;
-    for (std::int64_t j = 0; j < f.w; ++j) {
-      const T* p = from + j * sw;
-      A* q = to + j * width;
-      for (std::int64_t d = 0; d < packed_channels; d += lanes) store(q + d, load_as(p + d, A()));
-    }
-  } else if (sw == 1 && f.w >= lanes) {
-    packed_channels = f.D / lanes * lanes;
-    for (std::int64_t d = 0; d < packed_channels; d += lanes) {
-      const T* p = from + d * sd;
-      // The last block of locations is moved back so that it ends with the row.
-      for (std::int64_t j = 0; j < f.w; j += lanes) {
-        const std::int64_t first = j + lanes <= f.w ? j : f.w - lanes;
-        Vec<A> v[lanes];
-        for (int k = 0; k < lanes; ++k) v[k] = load_as(p + k * sd + first, A());
-        transpose<A>(v);
-        for (int k = 0; k < lanes; ++k) store(to + (first + k) * width + d, v[k]);
-      }
-    }
-  }
-  for (std::int64_t j = 0; j < f.w; ++j) {
-    const T* p = from + j * sw;
-    A* q = to + j * width;
-    for (std::int64_t d = packed_channels; d < f.D; ++d) q[d] = widen(p[d * sd]);
-    for (std::int64_t d = f.D; d < width; ++d) q[d] = A(0);
-  }
-}
-
-// The way back: rounds to T.
-template <class T, class A>
-inline void unpack_row(const A* from, std::int64_t width, const Features& f, std::int64_t b,
-                       std::int64_t n, std::int64_t i) {
-  constexpr int lanes = kLanes<A>;
-  const std::int64_t sd = f.stride[2], sw = f.stride[4];
-  T* to = reinterpret_cast<T*>(f.data) + b * f.stride[0] + n * f.stride[1] + i * f.stride[3];
-  std::int64_t done = 0;
-  if (sd == 1) {
-    done = f.D / lanes * lanes;
-    for (std::int64_t j = 0; j < f.w; ++j) {
-      for (std::int64_t d = 0; d < done; d += lanes) {
-        store_as(to + j * sw + d, load(from + j * width + d));
-      }
-    }
-  } else if (sw == 1 && f.w >= lanes) {
-    done = f.D / lanes * lanes;
-    for (std::int64_t d = 0; d < done; d += lanes) {
-      for (std::int64_t j = 0; j < f.w; j += lanes) {
-        const std::int64_t first = j + lanes <= f.w ? j : f.w - lanes;
-        Vec<A> v[lanes];
-        for (int k = 0; k < lanes; ++k) v[k] = load(from + (first + k) * width + d);
-        transpose<A>(v);
-        for (int k = 0; k < lanes; ++k) store_as(to + (d + k) * sd + first, v[k]);
-      }
-    }
-  }
-  for (std::int64_t j = 0; j < f.w; ++j) {
-    for (std::int64_t d = done; d < f.D; ++d) {
-      narrow(from[j * width + d], to[j * sw + d * sd]);
-    }
-  }
-}
-
-inline void pack_row(const Features& f, std::int64_t b, std::int64_t n, std::int64_t i, double* to,
-                     std::int64_t width) {
-  pack_row<double>(f, b, n, i, to, width);
-}
-inline void pack_row(const Features& f, std::int64_t b, std::int64_t n, std::int64_t i, float* to,
-                     std::int64_t width) {
-  switch (f.dtype) {
-    case DType::float16:
-      return pack_row<Half>(f, b, n, i, to, width);
-    case DType::bfloat16:
-      return pack_row<BFloat16>(f, b, n, i, to, width);
-    default:
-      return pack_row<float>(f, b, n, i, to, width);
-  }
-}
-inline void unpack_row(const double* from, std::int64_t width, const Features& f, std::int64_t b,
-                       std::int64_t n, std::int64_t i) {
-  unpack_row<double>(from, width, f, b, n, i);
-}
-inline void unpack_row(const float* from, std::int64_t width, const Features& f, std::int64_t b,
-                       std::int64_t n, std::int64_t i) {
-  switch (f.dtype) {
-    case DType::float16:
-      return unpack_row<Half>(from, width, f, b, n, i);
-    case DType::bfloat16:
-      return unpack_row<BFloat16>(from, width, f, b, n, i);
-    default:
-      return unpack_row<float>(from, width, f, b, n, i);
-  }
-}
 
 // A ring of rows: row i lies in slot i mod slots.
 template <class A>
@@ -123,10 +20,150 @@ struct Ring {
   std::int64_t size;  // of a row
 
   A* row(std::int64_t i) const { return data + i % slots * size; }
-  static std::int64_t bytes(int slots, std::int64_t size) {
-    return slots * size * static_cast<std::int64_t>(sizeof(A));
-  }
 };
+
+template <class T>
+inline T* image_of(const Features& f, std::int64_t b, std::int64_t n) {
+  return reinterpret_cast<T*>(f.data) + b * f.stride[0] + n * f.stride[1];
+}
+
+// Rows first <= i < last of image (b, n) into a ring: `row(i)[j * pitch + d]`, filled up to
+// `width`.
+//
+// Where D is outermost, squares of channels by locations are exchanged in registers. All rows of a
+// channel are read before the next ones: a row alone is a few cache lines out of a page. Those of
+// the channels to come are asked for ahead, since the processor does not foresee the jump.
+template <class T, class A>
+inline void pack_as(const Features& f, std::int64_t b, std::int64_t n, std::int64_t first,
+                    std::int64_t last, const Ring<A>& to, std::int64_t width) {
+  const std::int64_t pitch = pitch_of<A>(width);
+  constexpr int lanes = kLanes<A>;
+  const std::int64_t sd = f.stride[2], sh = f.stride[3], sw = f.stride[4];
+  const T* const image = image_of<const T>(f, b, n);
+  std::int64_t packed_channels = 0;
+  if (sd == 1) {
+    packed_channels = f.D / lanes * lanes;
+    for (std::int64_t i = first; i < last; ++i) {
+      for (std::int64_t j = 0; j < f.w; ++j) {
+        const T* p = image + i * sh + j * sw;
+        A* q = to.row(i) + j * pitch;
+        for (std::int64_t d = 0; d < packed_channels; d += lanes) store(q + d, load_as(p + d, A()));
+      }
+    }
+  } else if (sw == 1 && f.w >= lanes) {
+    packed_channels = f.D / lanes * lanes;
+    for (std::int64_t d = 0; d < packed_channels; d += lanes) {
+      const std::int64_t ahead = d + lanes < packed_channels ? lanes * sd : 0;
+      for (std::int64_t i = first; i < last; ++i) {
+        const T* p = image + i * sh + d * sd;
+        A* q = to.row(i) + d;
+        // The last square is moved back so that it ends with the row.
+        for (std::int64_t j = 0; j < f.w; j += lanes) {
+          const std::int64_t at = j + lanes <= f.w ? j : f.w - lanes;
+          Vec<A> v[lanes];
+          for (int k = 0; k < lanes; ++k) {
+            v[k] = load_as(p + k * sd + at, A());
+            __builtin_prefetch(p + k * sd + at + ahead);
+          }
+          transpose<A>(v);
+          for (int k = 0; k < lanes; ++k) store(q + (at + k) * pitch, v[k]);
+        }
+      }
+    }
+  }
+  for (std::int64_t i = first; i < last; ++i) {
+    for (std::int64_t j = 0; j < f.w; ++j) {
+      const T* p = image + i * sh + j * sw;
+      A* q = to.row(i) + j * pitch;
+      for (std::int64_t d = packed_channels; d < f.D; ++d) q[d] = widen(p[d * sd]);
+      for (std::int64_t d = f.D; d < width; ++d) q[d] = A(0);
+    }
+  }
+}
+
+// The way back, rounded to T: locations `row(i)[j * pitch + d]`, zeros where row(i) is null.
+template <class T, class A, class Row>
+inline void unpack_as(Row row, std::int64_t pitch, const Features& f, std::int64_t b,
+                      std::int64_t n, std::int64_t first, std::int64_t last) {
+  constexpr int lanes = kLanes<A>;
+  const std::int64_t sd = f.stride[2], sh = f.stride[3], sw = f.stride[4];
+  T* const image = image_of<T>(f, b, n);
+  std::int64_t done = 0;
+  if (sd == 1) {
+    done = f.D / lanes * lanes;
+    for (std::int64_t i = first; i < last; ++i) {
+      const A* from = row(i);
+      for (std::int64_t j = 0; j < f.w; ++j) {
+        T* p = image + i * sh + j * sw;
+        for (std::int64_t d = 0; d < done; d += lanes) {
+          store_as(p + d, from ? load(from + j * pitch + d) : Vec<A>{});
+        }
+      }
+    }
+  } else if (sw == 1 && f.w >= lanes) {
+    done = f.D / lanes * lanes;
+    for (std::int64_t d = 0; d < done; d += lanes) {
+      const std::int64_t ahead = d + lanes < done ? lanes * sd : 0;
+      for (std::int64_t i = first; i < last; ++i) {
+        const A* from = row(i);
+        T* p = image + i * sh + d * sd;
+        for (std::int64_t j = 0; j < f.w; j += lanes) {
+          const std::int64_t at = j + lanes <= f.w ? j : f.w - lanes;
+          Vec<A> v[lanes] = {};
+          if (from) {
+            for (int k = 0; k < lanes; ++k) v[k] = load(from + (at + k) * pitch + d);
+            transpose<A>(v);
+          }
+          for (int k = 0; k < lanes; ++k) {
+            store_as(p + k * sd + at, v[k]);
+            __builtin_prefetch(p + k * sd + at + ahead, 1);
+          }
+        }
+      }
+    }
+  }
+  for (std::int64_t i = first; i < last; ++i) {
+    const A* from = row(i);
+    for (std::int64_t j = 0; j < f.w; ++j) {
+      for (std::int64_t d = done; d < f.D; ++d) {
+        narrow(from ? from[j * pitch + d] : A(0), image[i * sh + j * sw + d * sd]);
+      }
+    }
+  }
+}
+
+inline void pack(const Features& f, std::int64_t b, std::int64_t n, std::int64_t first,
+                 std::int64_t last, const Ring<double>& to, std::int64_t width) {
+  pack_as<double>(f, b, n, first, last, to, width);
+}
+inline void pack(const Features& f, std::int64_t b, std::int64_t n, std::int64_t first,
+                 std::int64_t last, const Ring<float>& to, std::int64_t width) {
+  switch (f.dtype) {
+    case DType::float16:
+      return pack_as<Half>(f, b, n, first, last, to, width);
+    case DType::bfloat16:
+      return pack_as<BFloat16>(f, b, n, first, last, to, width);
+    default:
+      return pack_as<float>(f, b, n, first, last, to, width);
+  }
+}
+
+template <class A, class Row>
+inline void unpack(Row row, std::int64_t pitch, const Features& f, std::int64_t b, std::int64_t n,
+                   std::int64_t first, std::int64_t last) {
+  if constexpr (sizeof(A) == 8) {
+    unpack_as<double, A>(row, pitch, f, b, n, first, last);
+  } else {
+    switch (f.dtype) {
+      case DType::float16:
+        return unpack_as<Half, A>(row, pitch, f, b, n, first, last);
+      case DType::bfloat16:
+        return unpack_as<BFloat16, A>(row, pitch, f, b, n, first, last);
+      default:
+        return unpack_as<float, A>(row, pitch, f, b, n, first, last);
+    }
+  }
+}
 
 // Chunks. The segments of the rows are dealt into chunks, the units of parallel work; how many
 // there are depends on the geometry alone, so that every sum has the same order whatever the number
@@ -165,6 +202,67 @@ inline Chunk chunk_of(const AxisTables<A>& y, int k) {
   c.end = final ? y.cells : (c.after < c.upper + 1 ? c.after : c.upper + 1);
   return c;
 }
+
+// The rows of a gradient as they are summed up over one chunk. Rows of its own lie in a ring until
+// they are written, shared ones stay in `parts`, [shared rows, w, pitch], for the end.
+template <class A>
+struct GradientRows {
+  Ring<A> ring;
+  A* parts = nullptr;
+  Chunk chunk{};
+  bool gaps = false;  // columns that no tile touches
+  int run = 0;        // the first of the rows that are open without a gap, up to ...
+  int opened = -1;    // ... the last one
+  int fresh = 0;      // rows from here on have not been touched by the band before
+  int written = 0;    // rows below this are done with
+
+  void start(const AxisTables<A>& x, const Chunk& c, A* shared) {
+    parts = shared;
+    chunk = c;
+    gaps = x.gaps;
+    written = c.begin < c.lower ? c.begin : c.lower;
+    run = c.lower;
+    opened = c.lower - 1;
+  }
+
+  A* row(std::int64_t i) const {
+    const int k = static_cast<int>(i);
+    return chunk.shares(k) ? parts + chunk.place(k) * ring.size : ring.row(i);
+  }
+  bool is_open(std::int64_t i) const { return run <= i && i <= opened; }
+
+  // Makes room for the rows lower .. upper of a band; not cleared, see touch().
+  void open(int lower, int upper) {
+    if (lower > opened + 1) run = lower;
+    fresh = opened + 1 > lower ? opened + 1 : lower;
+    for (int i = fresh; gaps && i <= upper; ++i) std::memset(row(i), 0, sizeof(A) * ring.size);
+    if (upper > opened) opened = upper;
+  }
+
+  // The locations of a tile, and which of them hold nothing yet: no tile of an earlier band or
+  // further to the left has touched them.
+  void touch(int lower, int rows, const AxisTables<A>& x, int sx, std::int64_t pitch, A** location,
+             bool* is_fresh) const {
+    const Segment& columns = x.segment[sx];
+    const int first_fresh = sx > 0 ? x.segment[sx - 1].upper + 1 : 0;
+    for (int i = lower, l = 0; i < lower + rows; ++i) {
+      for (int j = columns.lower; j <= columns.upper; ++j, ++l) {
+        location[l] = row(i) + j * pitch;
+        is_fresh[l] = !gaps && i >= fresh && j >= first_fresh;
+      }
+    }
+  }
+
+  // Writes the rows below `end` to f: no tile to come touches them.
+  void write(const Features& f, std::int64_t pitch, std::int64_t b, std::int64_t n, int end) {
+    while (written < end && chunk.shares(written)) ++written;
+    int own = written;
+    while (own < end && !chunk.shares(own)) ++own;
+    unpack<A>([this](std::int64_t i) { return is_open(i) ? ring.row(i) : nullptr; }, pitch, f, b, n,
+              written, own);
+    written = end;
+  }
+};
 
 }  // namespace cpu
 LSLPN_END

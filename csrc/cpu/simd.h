@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -59,7 +59,16 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 
 // Rows of numbers are filled up to a multiple of this.
 constexpr int kPadding = 16;
-constexpr std::int64_t padded(std::int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+constexpr std::int64_t padded(std::int64_t n) {
+  return (n + kPadding - 1) / kPadding * kPadding;
+}
+
+// From one location of a ring of rows to the next: `width` and a cache line more. Else D = 256
+// would put all locations into the same few sets of the first cache.
+template <class A>
+constexpr std::int64_t pitch_of(std::int64_t width) {
+  return width + 64 / static_cast<std::int64_t>(sizeof(A));
+}
 
 template <class A>
 inline Vec<A> load(const A* p) {
@@ -79,6 +88,81 @@ inline Index<A> load_index(const Whole<A>* p) {
 template <class A>
 inline void store_index(Whole<A>* p, Index<A> v) {
   *reinterpret_cast<typename VectorOf<A>::index_memory*>(p) = v;
+}
+
+// Lanes of 32 bits from and to memory of 8 or 16 bits an element; what is narrowed must fit. gcc
+// takes __builtin_convertvector apart element by element here.
+typedef VectorOf<float>::index Ints;
+
+inline Ints widen_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+#elif defined(__SSE2__)
+  std::int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  const __m128i zero = _mm_setzero_si128();
+  const __m128i shorts = _mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero);
+  return reinterpret_cast<Ints>(_mm_unpacklo_epi16(shorts, zero));
+#else
+  Ints v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<const std::uint8_t*>(p)[i];
+  return v;
+#endif
+}
+
+inline void narrow_bytes(void* p, Ints v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i x = reinterpret_cast<__m256i>(v);
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(shorts, shorts));
+#elif defined(__SSE2__)
+  const __m128i x = reinterpret_cast<__m128i>(v);
+  const __m128i shorts = _mm_packs_epi32(x, x);
+  const std::int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(shorts, shorts));
+  std::memcpy(p, &four, sizeof four);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) {
+    static_cast<std::uint8_t*>(p)[i] = static_cast<std::uint8_t>(v[i]);
+  }
+#endif
+}
+
+inline Ints widen_shorts(const void* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#elif defined(__SSE2__)
+  const __m128i shorts = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+  return reinterpret_cast<Ints>(_mm_unpacklo_epi16(shorts, _mm_setzero_si128()));
+#else
+  Ints v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<const std::uint16_t*>(p)[i];
+  return v;
+#endif
+}
+
+inline void narrow_shorts(void* p, Ints v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i x = reinterpret_cast<__m256i>(v);
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) {
+    static_cast<std::uint16_t*>(p)[i] = static_cast<std::uint16_t>(v[i]);
+  }
+#endif
 }
 
 // The first n lanes only; the others are 0.
@@ -102,9 +186,13 @@ inline Index<A> load_index(const void* p, bool bytes, int n) {
   if (n < kLanes<A>) {
     Index<A> v{};
     for (int i = 0; i < n; ++i) {
-      v[i] = bytes ? static_cast<const std::uint8_t*>(p)[i] : static_cast<const std::int32_t*>(p)[i];
+      v[i] =
+          bytes ? static_cast<const std::uint8_t*>(p)[i] : static_cast<const std::int32_t*>(p)[i];
     }
     return v;
+  }
+  if constexpr (sizeof(A) == 4) {
+    return bytes ? widen_bytes(p) : load_index<A>(static_cast<const Whole<A>*>(p));
   }
   if (bytes) {
     typename VectorOf<A>::bytes v;
@@ -125,6 +213,12 @@ inline void store_index(void* p, bool bytes, Index<A> v, int n) {
       } else {
         static_cast<std::int32_t*>(p)[i] = static_cast<std::int32_t>(v[i]);
       }
+    }
+  } else if constexpr (sizeof(A) == 4) {
+    if (bytes) {
+      narrow_bytes(p, v);
+    } else {
+      store_index<A>(static_cast<Whole<A>*>(p), v);
     }
   } else if (bytes) {
     const auto narrow = __builtin_convertvector(v, typename VectorOf<A>::bytes);
@@ -186,17 +280,14 @@ inline void transpose(Vec<A>* v) {
 }
 
 // Features of any dtype, read as and rounded from a vector of A.
-inline Vec<double> load_as(const double* p, double) { return load(p); }
-inline Vec<float> load_as(const float* p, float) { return load(p); }
+inline Vec<double> load_as(const double* p, double) {
+  return load(p);
+}
+inline Vec<float> load_as(const float* p, float) {
+  return load(p);
+}
 inline Vec<float> load_as(const BFloat16* p, float) {
-  typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2)));
-  typedef std::uint32_t Wide __attribute__((vector_size(kVectorBytes)));
-  Bits bits;
-  std::memcpy(&bits, p, sizeof bits);
-  const Wide wide = __builtin_convertvector(bits, Wide) << 16;
-  Vec<float> v;
-  std::memcpy(&v, &wide, sizeof v);
-  return v;
+  return reinterpret_cast<Vec<float>>(widen_shorts(p) << 16);
 }
 inline Vec<float> load_as(const Half* p, float) {
   Vec<float> v;
@@ -210,8 +301,12 @@ inline Vec<float> load_as(const Half* p, float) {
   return v;
 }
 
-inline void store_as(double* p, Vec<double> v) { store(p, v); }
-inline void store_as(float* p, Vec<float> v) { store(p, v); }
+inline void store_as(double* p, Vec<double> v) {
+  store(p, v);
+}
+inline void store_as(float* p, Vec<float> v) {
+  store(p, v);
+}
 inline void store_as(Half* p, Vec<float> v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -222,9 +317,11 @@ inline void store_as(Half* p, Vec<float> v) {
 #endif
 }
 inline void store_as(BFloat16* p, Vec<float> v) {
-  BFloat16 narrowed[kLanes<float>];
-  for (int i = 0; i < kLanes<float>; ++i) narrow(v[i], narrowed[i]);
-  std::memcpy(p, narrowed, sizeof narrowed);
+  // See narrow(float, BFloat16&) in core/dtype.h; v != v where it is NaN.
+  const Ints bits = reinterpret_cast<Ints>(v);
+  const Ints rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff;
+  const Ints quiet = (bits >> 16 & 0xffff) | 0x40;
+  narrow_shorts(p, v != v ? quiet : rounded);
 }
 
 }  // namespace cpu
