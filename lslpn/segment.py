@@ -1,13 +1,12 @@
 """Segment a scan that nobody has looked at yet, with one or a few labelled scans.
 
 The protocols of the literature tell the method where in the query the organ begins and ends.
-Here nobody knows. So every slice of the query finds its own slices in the supports, in order
-along z, or lies beyond them; what is not in its support slices is not in it.
+Here nobody knows. So every slice of the query is matched with a slice of each support, in order
+along z, or lies beyond them; an organ that its match does not show is not in it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +22,8 @@ from .model import LSLPN
 from .prepare import Prepared, prepare
 from .volumes import Volume
 
+Shot = tuple[int, int]  # index of the support, slice
+
 BEYOND = -1  # in a match: the query slice lies outside of what the support covers
 
 # Slices are compared at this size: it takes a quarter of the time of 256 and finds slices as
@@ -33,7 +34,11 @@ _CELLS = 4  # features are averaged over 4 x 4 parts of the slice: coarse enough
 # 1 mm that the support goes on more or less than the query costs as much as ...
 _STRETCH_COST = 0.06  # ... so much cosine over 1 mm of the query
 _BEYOND_COSINE = 0.05  # what lies beyond the support fits less well than this
-_KEPT_SUPPORT_SLICES = 32
+# Shots are taken from the matched slice and from slices that lie so many mm below and above it:
+# matches are off by a slice or two, and organs lie higher in one patient than in another. Mean
+# Dice of liver, spleen and kidneys over those pairs: 0.556 without, 0.585 with them. Out to 18 mm
+# it is 0.609 there, but the demo's spleen falls from 0.74 to 0.69.
+_SHOTS_MM = (-9.0, -3.0, 0.0, 3.0, 9.0)
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ def segment(
 ) -> np.ndarray:
     """Segment a scan by one or more labelled scans.
 
-    Every slice of the query finds its own slice in each support (see `match_slices`); those are
-    its shots. Memory grows with `batch` and not with the length of the scans, the volumes
-    themselves aside.
+    Every slice of the query is matched with a slice of each support (see `match_slices`). The
+    matched slices say which organs it may hold; they and their neighbours are its shots. Memory
+    grows with `batch` and not with the length of the scans, the volumes themselves aside.
 
     Args:
         model: decides the size, window and grid; see `lslpn.model`. Runs where its parameters
@@ -271,10 +276,13 @@ def _segment(
     parts = _parts(supports)
     groups = list(_groups(supports, matches, batch))
     total = sum(len(queries) for queries, _ in groups)
-    # Matches never fall, so a support slice that dropped out of this does not come back.
-    kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+    kept: dict[Shot, Tensor] = {}  # features of support slices
     with tqdm(total=total, desc="Segmenting", unit="slice", disable=not progress) as bar:
-        for queries, shots in groups:
+        for queries, matched in groups:
+            shots = [shot for match in matched for shot in _neighbours(supports, match)]
+            # Matches never fall: what lies below these shots is not needed again.
+            lowest = dict(reversed(shots))
+            kept = {s: f for s, f in kept.items() if s[1] >= lowest.get(s[0], s[1] + 1)}
             new = [shot for shot in shots if shot not in kept]
             images = [supports[i].slices[z] for i, z in new] + [query.slices[z] for z in queries]
             features = model.encode(torch.from_numpy(np.stack(images)).to(device))
@@ -283,7 +291,8 @@ def _segment(
             found = torch.zeros(best.shape, dtype=torch.int64, device=device)
             for drawn_in, values in parts:
                 own = [shot for shot in shots if shot[0] in drawn_in]
-                shown = [v for v in values if any((_slice(supports, s) == v).any() for s in own)]
+                in_match = [_slice(supports, match) for match in matched if match[0] in drawn_in]
+                shown = [v for v in values if any((labels == v).any() for labels in in_match)]
                 if not shown:
                     continue
                 masks = np.stack([[_slice(supports, shot) == v for v in shown] for shot in own])
@@ -298,8 +307,6 @@ def _segment(
                 best = torch.where(better, lead, best)
                 found = torch.where(better, torch.tensor(shown, device=device)[winner], found)
             out[queries] = found.cpu().numpy()
-            while len(kept) > _KEPT_SUPPORT_SLICES:
-                kept.popitem(last=False)
             bar.update(len(queries))
     return out
 
@@ -307,9 +314,10 @@ def _segment(
 def _parts(supports: Sequence[Prepared]) -> list[tuple[frozenset[int], list[int]]]:
     """Label values by the supports that they are drawn in: (supports, values).
 
-    Values that are drawn in the same supports are segmented at once, n-way, rather than one by
-    one: the same for large organs, a little better for small ones, and one pass. Where an organ
-    is drawn in some supports alone, the others would teach that it is background.
+    Values that are drawn in the same supports are segmented at once, n-way, rather than each
+    against all the rest: on four pairs of SABS and eight organs the mean Dice is the same (0.373),
+    no organ differs by more than 0.005, and it takes one pass. Where an organ is drawn in some
+    supports alone, the others would teach that it is background, so those values go apart.
     """
     drawn: dict[int, set[int]] = {}
     for i, support in enumerate(supports):
@@ -324,10 +332,10 @@ def _parts(supports: Sequence[Prepared]) -> list[tuple[frozenset[int], list[int]
 
 def _groups(
     supports: Sequence[Prepared], matches: np.ndarray, batch: int
-) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Runs of query slices with the same shots: (query slices, (support, slice) of each shot).
+) -> Iterator[tuple[list[int], list[Shot]]]:
+    """Runs of query slices with the same matches: (query slices, their matches).
 
-    Slices whose shots show no organ are left out: nothing is in them.
+    Slices whose matches show no organ are left out: nothing is in them.
     """
     start = 0
     count = matches.shape[1]
@@ -337,13 +345,23 @@ def _groups(
             stop < count and stop - start < batch and (matches[:, stop] == matches[:, start]).all()
         ):
             stop += 1
-        shots = [(i, int(z)) for i, z in enumerate(matches[:, start]) if z != BEYOND]
-        if any(_slice(supports, shot).any() for shot in shots):
-            yield list(range(start, stop)), shots
+        matched = [(i, int(z)) for i, z in enumerate(matches[:, start]) if z != BEYOND]
+        if any(_slice(supports, match).any() for match in matched):
+            yield list(range(start, stop)), matched
         start = stop
 
 
-def _slice(supports: Sequence[Prepared], shot: tuple[int, int]) -> np.ndarray:
+def _neighbours(supports: Sequence[Prepared], match: Shot) -> list[Shot]:
+    """The shots that a match stands for, from below to above, each once."""
+    i, centre = match
+    step = supports[i].source.spacing[0]
+    last = len(supports[i].slices) - 1
+    return [
+        (i, z) for z in sorted({min(max(centre + round(d / step), 0), last) for d in _SHOTS_MM})
+    ]
+
+
+def _slice(supports: Sequence[Prepared], shot: Shot) -> np.ndarray:
     """Labels [S, S] of a shot."""
     return np.asarray(_labels(supports[shot[0]])[shot[1]])
 
