@@ -1,0 +1,121 @@
+"""BTCV, "Beyond the Cranial Vault", the abdomens: 30 labelled CT scans, 13 organs.
+
+As distributed (Abdomen/RawData.zip):
+
+    RawData/Training/img/img0001.nii.gz
+    RawData/Training/label/label0001.nii.gz
+
+with the numbers 0001 to 0010 and 0021 to 0040. The same project also holds the folders
+averaged-training-images and averaged-training-labels with files such as DET0000101_avg.nii.gz,
+which are other images with other labels: their label 1 is no spleen. Folders of that name are
+taken only if the names in them are those of the abdomens.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+from ..errors import InputError
+from . import common
+from .common import Corpus, Problem, Survey
+
+CORPUS = Corpus(
+    name="BTCV",
+    description="Abdominal CT in the portal venous phase, 13 organs drawn by hand "
+    "(Multi-Atlas Labeling Beyond the Cranial Vault, training cases).",
+    reference="https://www.synapse.org/Synapse:syn3193805",
+    licence="see the terms on Synapse",
+    channel="CT",
+)
+
+# In the order of the organisers' values, which are kept.
+ORGANS = (
+    "spleen",
+    "kidney_right",
+    "kidney_left",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "inferior_vena_cava",
+    "portal_and_splenic_vein",
+    "pancreas",
+    "adrenal_right",
+    "adrenal_left",
+)
+CASES = (*range(1, 11), *range(21, 41))
+
+_FOLDERS = (("img", "label"), ("averaged-training-images", "averaged-training-labels"))
+_WITHIN = (".", "RawData/Training", "Training", "Abdomen/RawData/Training", "RawData", "Abdomen")
+
+
+def survey(source: Path) -> Survey:
+    """Find the 30 cases; raises InputError where the folders of the corpus are not there."""
+    images, labels = _folders(source)
+    result = Survey({organ: value for value, organ in enumerate(ORGANS, 1)})
+    found = {
+        "img": _numbered(images, "img", source, result),
+        "label": _numbered(labels, "label", source, result),
+    }
+    # The corpus should have the 30; a number beyond them is taken as well.
+    for number in sorted({*CASES, *found["img"], *found["label"]}):
+        case = f"btcv_{number:04d}"
+        paths_of: dict[str, Path | None] = {}
+        for kind, folder, what in (("img", images, "image"), ("label", labels, "labels")):
+            paths = found[kind].get(number, [])
+            paths_of[kind] = paths[0] if paths else None
+            if not paths:
+                path = folder / f"{kind}{number:04d}.nii.gz"
+                text, mend = f"the {what} of case {case}", "unpack RawData.zip again"
+                result.problems.append(common.missing(path, source, text, case, mend))
+            elif len(paths) > 1:
+                text = f"the {what} of {case}"
+                result.problems.append(common.doubled(paths, source, text, case))
+        result.cases[case] = functools.partial(
+            common.read_both, case, paths_of["img"], paths_of["label"], source, len(ORGANS)
+        )
+    return result
+
+
+def _folders(source: Path) -> tuple[Path, Path]:
+    for within in _WITHIN:
+        for images, labels in _FOLDERS:
+            folder = source / within
+            if not (folder / images).is_dir() or not (folder / labels).is_dir():
+                continue
+            files = common.files_below(folder / images)
+            if images != "img" and any(re.match(r"DET\d+_avg", p.name) for p in files):
+                continue
+            return folder / images, folder / labels
+    if any((source / within / "averaged-training-images").is_dir() for within in _WITHIN):
+        raise InputError(
+            f"{source}: averaged-training-images holds DET..._avg.nii.gz, which are not the "
+            "abdomens; unpack Abdomen/RawData.zip of the same project and give its folder RawData"
+        )
+    raise InputError(
+        f"{source}: expected the folders img and label with img0001.nii.gz and "
+        "label0001.nii.gz, here or in RawData/Training; unpack RawData.zip and give its folder"
+    )
+
+
+def _numbered(folder: Path, kind: str, source: Path, result: Survey) -> dict[int, list[Path]]:
+    found: dict[int, list[Path]] = {}
+    for path in common.files_below(folder):
+        match = re.match(rf"{kind}(\d{{4}})(?!\d)", path.name)
+        case = f"btcv_{match[1]}" if match else None
+        if common.is_unfinished(path):
+            result.problems.append(common.unfinished(path, source, case))
+        elif (name := common.stem(path)) is None:
+            result.ignore("not NIfTI")
+        elif match and name == match[0]:
+            found.setdefault(int(match[1]), []).append(path)
+        else:
+            result.problems.append(_wrong(path, source, kind, case))
+    return found
+
+
+def _wrong(path: Path, source: Path, kind: str, case: str | None) -> Problem:
+    return common.misnamed(path, source, f"{kind}0001.nii.gz", case)

@@ -1,0 +1,153 @@
+"""TotalSegmentator's CT data set, versions 1 and 2: one folder a case, one organ a file.
+
+    s0001/ct.nii.gz
+    s0001/segmentations/liver.nii.gz
+    meta.csv
+
+The organs keep the names of their files. A case that shows none of the chosen organs (a scan of
+a leg, say) is left out, which is no fault.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import InputError
+from . import common
+from .common import Corpus, LeftOutError, Loaded, Problem, Survey
+
+CORPUS = Corpus(
+    name="TotalSegmentator",
+    description="CT of all body regions; labels drawn by an iteratively trained nnU-Net and "
+    "corrected by hand.",
+    reference="Wasserthal et al., Radiology: Artificial Intelligence 2023",
+    licence="CC BY 4.0",
+    channel="CT",
+)
+
+# The 13 organs of BTCV, in TotalSegmentator's names; both versions have them.
+ABDOMEN = (
+    "spleen",
+    "kidney_right",
+    "kidney_left",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "inferior_vena_cava",
+    "portal_vein_and_splenic_vein",
+    "pancreas",
+    "adrenal_gland_right",
+    "adrenal_gland_left",
+)
+
+_CASE = re.compile(r"s\d{4,}")
+
+
+def survey(source: Path, organs: Sequence[str] = (), allow_missing: bool = False) -> Survey:
+    """Find the cases.
+
+    Args:
+        source: the folder of the cases, or one above it.
+        organs: names of masks, in the order of their label values; default: `ABDOMEN`.
+        allow_missing: take a case though an organ has no file in it.
+
+    Raises:
+        InputError: no case at all, or no case has a mask of one of the organs.
+    """
+    chosen = tuple(dict.fromkeys(organs)) or ABDOMEN
+    root = _root(source)
+    result = Survey({organ: value for value, organ in enumerate(chosen, 1)})
+    known: set[str] = set()
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if common.is_unfinished(entry):
+            result.problems.append(common.unfinished(entry, source, None))
+        elif not entry.is_dir():
+            result.ignore("beside the cases (meta.csv and the like)")
+        elif _CASE.fullmatch(entry.name):
+            known |= _case(entry, source, chosen, allow_missing, result)
+        elif (entry / "segmentations").is_dir() or any(entry.glob("ct*")):
+            result.problems.append(common.misnamed(entry, source, "s0001 for a case's folder"))
+        else:
+            result.ignore("folders that are no case")
+    common.check_organs(chosen, known or chosen)
+    return result
+
+
+def _root(source: Path) -> Path:
+    for folder in (source, *sorted(p for p in source.iterdir() if p.is_dir())):
+        if any(_CASE.fullmatch(p.name) for p in folder.iterdir() if p.is_dir()):
+            return folder
+    raise InputError(
+        f"{source}: holds no case, expected folders such as s0001 with ct.nii.gz and "
+        "segmentations in them; unpack the data set and give its folder"
+    )
+
+
+def _case(
+    folder: Path, source: Path, chosen: Sequence[str], allow_missing: bool, result: Survey
+) -> set[str]:
+    """Enter a case into the survey; returns the organs that have a mask."""
+    case = folder.name
+    problems: list[Problem] = []
+    images: list[Path] = []
+    masks: dict[str, list[Path]] = {}
+    for path in common.files_below(folder):
+        inside = path.parent.name == "segmentations"
+        name = common.stem(path)
+        if common.is_unfinished(path):
+            problems.append(common.unfinished(path, source, case))
+        elif name is None:
+            result.ignore("not NIfTI")
+        elif inside and re.fullmatch(r"\w+", name):
+            masks.setdefault(name, []).append(path)
+        elif not inside and name == "ct":
+            images.append(path)
+        else:
+            expected = "liver.nii.gz" if inside else "ct.nii.gz"
+            problems.append(common.misnamed(path, source, expected, case))
+    again = "unpack or download this case again"
+    if not images:
+        path = folder / "ct.nii.gz"
+        problems.append(common.missing(path, source, f"the image of {case}", case, again))
+    elif len(images) > 1:
+        problems.append(common.doubled(images, source, f"the image of {case}", case))
+    absent = [organ for organ in chosen if organ not in masks]
+    for organ in () if allow_missing else absent:
+        path = folder / "segmentations" / f"{organ}.nii.gz"
+        mend = f"{again}, or say --allow-missing to take the case without this organ"
+        problems.append(common.missing(path, source, f"the mask of {organ}", case, mend))
+    for organ in chosen:
+        if len(masks.get(organ, ())) > 1:
+            problems.append(common.doubled(masks[organ], source, f"{organ} of {case}", case))
+    result.problems.extend(problems)
+    found = {organ: masks[organ][0] for organ in chosen if organ in masks}
+    result.cases[case] = functools.partial(_load, case, images, found, result, source, absent)
+    return set(masks)
+
+
+def _load(
+    case: str,
+    images: list[Path],
+    masks: dict[str, Path],
+    result: Survey,
+    source: Path,
+    absent: list[str],
+) -> Loaded:
+    if not masks:
+        raise LeftOutError("none of the chosen organs has a file")
+    return common.merge_case(
+        case,
+        images[0] if images else None,
+        masks,
+        result.labels,
+        source,
+        {"missing": absent} if absent else {},
+        empty_is=LeftOutError,
+    )

@@ -1,0 +1,254 @@
+"""VISCERAL's contrast CT: the gold corpus (20 cases, by hand) and the silver one (65, fused).
+
+    Anatomy3-trainingset/Volumes/10000100_1_CTce_ThAb.nii.gz
+    Anatomy3-trainingset/Segmentations/10000100_1_CTce_ThAb_58_6.nii.gz   RadLex id, annotator
+    SilverCorpus/Volumes/10000101_1_CTce_ThAb.nii.gz
+    SilverCorpus/Segmentations/10000101_1_58_FUSION.nii.gz                RadLex id, fusion
+
+The annotator may be empty (10000100_1_CTce_ThAb_480_.nii.gz), so the RadLex id is found by the
+pattern of the whole name and never counted from its end. Both folders hold other modalities and
+other volumes of the same patients, and landmarks, which are passed over.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from . import common
+from .common import Corpus, FaultsError, Loaded, Problem, Survey
+
+CORPUS = Corpus(
+    name="VISCERAL",
+    description="Contrast-enhanced CT of thorax and abdomen, Anatomy3: gold corpus drawn by hand, "
+    "silver corpus fused from the participants' results.",
+    reference="Jimenez-del-Toro et al., IEEE Transactions on Medical Imaging 2016",
+    licence="VISCERAL's participation agreement; not to be redistributed",
+    channel="CT",
+)
+
+# The organisers' own table. Several repositories have the sides of these pairs swapped.
+RADLEX = {
+    58: "liver",
+    86: "spleen",
+    29662: "kidney_right",
+    29663: "kidney_left",
+    32248: "psoas_right",
+    32249: "psoas_left",
+    170: "pancreas",
+    187: "gallbladder",
+    237: "urinary_bladder",
+    480: "aorta",
+    1247: "trachea",
+    1302: "lung_right",
+    1326: "lung_left",
+    2473: "sternum",
+    7578: "thyroid",
+    29193: "first_lumbar_vertebra",
+    30324: "adrenal_right",
+    30325: "adrenal_left",
+    40357: "rectus_abdominis_right",
+    40358: "rectus_abdominis_left",
+}
+GOLD = tuple(str(10000000 + n) for n in (100, 104, 105, 106, *range(108, 114), *range(127, 137)))
+SILVER = tuple(
+    str(10000000 + n)
+    for n in (
+        *(101, 107, *range(114, 123), *range(124, 127), *range(150, 176), *range(177, 182)),
+        *(*range(183, 195), 196, *range(198, 202), *range(203, 206)),
+    )
+)
+CORPORA = {"gold": ("Anatomy3-trainingset", GOLD), "silver": ("SilverCorpus", SILVER)}
+
+_VOLUME = re.compile(r"(\d{8})_(\d+)_([A-Za-z][A-Za-z0-9]*)_([A-Za-z][A-Za-z0-9]*)")
+_MASK = re.compile(
+    r"(?P<patient>\d{8})_(?P<volume>\d+)"
+    r"(?:_(?P<modality>[A-Za-z][A-Za-z0-9]*)_(?P<region>[A-Za-z][A-Za-z0-9]*))?"
+    r"_(?P<radlex>\d+)(?:_(?P<by>[\w.+-]*))?"
+)
+
+
+def survey(
+    source: Path,
+    corpus: str = "both",
+    organs: Sequence[str] = (),
+    annotator: str | None = None,
+    allow_missing: bool = False,
+) -> Survey:
+    """Find the cases of one corpus or both.
+
+    Args:
+        source: the folder of Anatomy3-trainingset and SilverCorpus, or, for one of them, itself.
+        corpus: gold, silver or both.
+        organs: those to take, in the order of their label values; default: all 20.
+        annotator: whose drawing (gold) or fusion (silver) to take where an organ has several and
+            this is one of them; else the lowest number, then words, then the one without a name.
+        allow_missing: take a case though an organ has no file in it.
+
+    Raises:
+        InputError: a corpus is not in `source`, or an organ is not one of the 20.
+    """
+    if corpus not in (*CORPORA, "both"):
+        raise InputError(f"--corpus: expected gold, silver or both, got {corpus!r}")
+    common.check_organs(organs, RADLEX.values())
+    chosen = tuple(dict.fromkeys(organs)) or tuple(RADLEX.values())
+    result = Survey({organ: value for value, organ in enumerate(chosen, 1)})
+    result.settings = {"corpus": corpus, "annotator": annotator}
+    for name in CORPORA if corpus == "both" else (corpus,):
+        _corpus(name, source, corpus == "both", annotator, allow_missing, result)
+    return result
+
+
+def _corpus(
+    name: str,
+    source: Path,
+    both: bool,
+    annotator: str | None,
+    allow_missing: bool,
+    result: Survey,
+) -> None:
+    title, cases = CORPORA[name]
+    candidates = (title, f"visceral-dataset/{title}", *(() if both else (".",)))
+    folder = common.first_folder(source, candidates, ("Volumes", "Segmentations"))
+    if folder is None:
+        raise InputError(
+            f"{source}: holds no {title} with Volumes and Segmentations, expected the {name} "
+            f"corpus; check the path, or choose with --corpus"
+        )
+    volumes = _volumes(folder / "Volumes", source, cases, result)
+    masks = _masks(folder / "Segmentations", source, cases, result)
+    for case in cases:
+        _case(
+            case, name, folder, source, volumes.get(case, []), masks.get(case, {}), annotator,
+            allow_missing, result,
+        )  # fmt: skip
+
+
+def _volumes(
+    folder: Path, source: Path, cases: Sequence[str], result: Survey
+) -> dict[str, list[Path]]:
+    """The images of the cases: volume 1, contrast CT of thorax and abdomen."""
+    found: dict[str, list[Path]] = {}
+    for path in common.files_below(folder):
+        stem = common.stem(path)
+        match = _VOLUME.match(stem if stem is not None else path.name)
+        case = match[1] if match and match[1] in cases else None
+        if common.is_unfinished(path):
+            result.problems.append(common.unfinished(path, source, case))
+        elif stem is None:
+            result.ignore("not NIfTI")
+        elif match is None or match[0] != stem:
+            expected = "10000100_1_CTce_ThAb.nii.gz"
+            case = next((c for c in cases if c in stem), None)
+            result.problems.append(common.misnamed(path, source, expected, case))
+        elif case is None or match.groups()[1:] != ("1", "CTce", "ThAb"):
+            result.ignore("volumes of another patient, modality or region")
+        else:
+            found.setdefault(case, []).append(path)
+    return found
+
+
+def _masks(
+    folder: Path, source: Path, cases: Sequence[str], result: Survey
+) -> dict[str, dict[str, dict[str, list[Path]]]]:
+    """Case, organ, annotator or fusion: files."""
+    found: dict[str, dict[str, dict[str, list[Path]]]] = {}
+    for path in common.files_below(folder):
+        stem = common.stem(path)
+        match = _MASK.fullmatch(stem) if stem is not None else None
+        case = next((c for c in cases if path.name.startswith(f"{c}_")), None)
+        if common.is_unfinished(path):
+            result.problems.append(common.unfinished(path, source, case))
+        elif stem is None:
+            result.ignore("not NIfTI")
+        elif match is None:
+            expected = "10000100_1_CTce_ThAb_58_6.nii.gz or 10000101_1_58_FUSION.nii.gz"
+            case = next((c for c in cases if c in stem), None)
+            result.problems.append(common.misnamed(path, source, expected, case))
+        elif case is None or match["volume"] != "1" or _other_kind(match):
+            result.ignore("masks of another patient, modality or region")
+        elif (organ := RADLEX.get(int(match["radlex"]))) not in result.labels or organ is None:
+            result.ignore("masks of organs that were not chosen")
+        else:
+            by = found.setdefault(case, {}).setdefault(organ, {})
+            by.setdefault(match["by"] or "", []).append(path)
+    return found
+
+
+def _other_kind(match: re.Match[str]) -> bool:
+    return match["modality"] is not None and (match["modality"], match["region"]) != (
+        "CTce",
+        "ThAb",
+    )
+
+
+def _case(
+    case: str,
+    corpus: str,
+    folder: Path,
+    source: Path,
+    volumes: list[Path],
+    masks: dict[str, dict[str, list[Path]]],
+    annotator: str | None,
+    allow_missing: bool,
+    result: Survey,
+) -> None:
+    problems: list[Problem] = []
+    again = "download it again"
+    if not volumes:
+        path = folder / "Volumes" / f"{case}_1_CTce_ThAb.nii.gz"
+        problems.append(common.missing(path, source, f"the image of {case}", case, again))
+    elif len(volumes) > 1:
+        problems.append(common.doubled(volumes, source, f"the image of {case}", case))
+
+    middle = "1_CTce_ThAb" if corpus == "gold" else "1"
+    absent = [organ for organ in result.labels if organ not in masks]
+    ids = {organ: number for number, organ in RADLEX.items()}
+    if not masks:
+        path = folder / "Segmentations" / f"{case}_{middle}_*.nii.gz"
+        problems.append(common.missing(path, source, f"every mask of {case}", case, again))
+    elif not allow_missing:
+        for organ in absent:
+            path = folder / "Segmentations" / f"{case}_{middle}_{ids[organ]}_*.nii.gz"
+            mend = f"{again}, or say --allow-missing to take the case without this organ"
+            problems.append(common.missing(path, source, f"the mask of {organ}", case, mend))
+
+    taken: dict[str, Path] = {}
+    whose: dict[str, str] = {}
+    rest: list[dict[str, Any]] = []
+    for organ, by in masks.items():
+        order = sorted(by, key=lambda name: (name != annotator, common.natural(name)))
+        for name in order:
+            if len(by[name]) > 1:
+                what = f"{organ} of {case} by one annotator"
+                problems.append(common.doubled(by[name], source, what, case))
+        taken[organ], whose[organ] = by[order[0]][0], order[0]
+        rest += [{"organ": organ, "file": common.shown(by[n][0], source)} for n in order[1:]]
+    result.problems.extend(problems)
+    record: dict[str, Any] = {"corpus": corpus, "annotators": whose, "not_taken": rest}
+    if absent:
+        record["missing"] = absent
+    result.cases[case] = functools.partial(_load, case, volumes, taken, result, source, record)
+
+
+def _load(
+    case: str,
+    volumes: list[Path],
+    masks: dict[str, Path],
+    result: Survey,
+    source: Path,
+    record: dict[str, Any],
+) -> Loaded:
+    return common.merge_case(
+        case,
+        volumes[0] if volumes else None,
+        masks,
+        result.labels,
+        source,
+        record,
+        empty_is=FaultsError,
+    )
