@@ -171,8 +171,8 @@ void masked_average_pool_backward(py::handle grad, py::handle masks, py::handle 
 }
 
 Match match_call(const TensorView& features, py::handle prototypes, py::handle scores,
-                 const py::object& winners, const AxisNumbers& y, const AxisNumbers& x,
-                 std::int64_t overlap_x, bool mean) {
+                 const py::object& winners, const py::object& gram, const AxisNumbers& y,
+                 const AxisNumbers& x, std::int64_t overlap_x, bool mean) {
   Match call;
   call.features = features_of(features);
   call.y = axis_of(y);
@@ -199,15 +199,18 @@ Match match_call(const TensorView& features, py::handle prototypes, py::handle s
     call.winners = v.data;
     call.wide_winners = v.dtype == DType::int32;
   }
+  if (!gram.is_none()) {
+    call.gram = plain_view("gram", gram, features, a, {f.B, f.N, kGramMaps, f.h, f.w}).data;
+  }
   return call;
 }
 
 void cosine_match(py::handle features, py::handle prototypes, py::handle scores,
-                  const py::object& winners, const AxisNumbers& y, const AxisNumbers& x,
-                  std::int64_t overlap_x, bool mean, std::uintptr_t stream,
+                  const py::object& winners, const py::object& gram, const AxisNumbers& y,
+                  const AxisNumbers& x, std::int64_t overlap_x, bool mean, std::uintptr_t stream,
                   const py::function& allocate, bool plain) {
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, y, x, overlap_x, mean);
+  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean);
   const Workspace workspace(allocate, match_workspace(call, false, plain), v);
   call.workspace = workspace.data();
   const OnDevice device(v.device_id);
@@ -215,12 +218,13 @@ void cosine_match(py::handle features, py::handle prototypes, py::handle scores,
 }
 
 void cosine_match_backward(py::handle grad, py::handle features, py::handle prototypes,
-                           py::handle scores, const py::object& winners, py::handle grad_features,
-                           py::handle grad_prototypes, const AxisNumbers& y, const AxisNumbers& x,
-                           std::int64_t overlap_x, bool mean, std::uintptr_t stream,
-                           const py::function& allocate, bool plain) {
+                           py::handle scores, const py::object& winners, const py::object& gram,
+                           py::handle grad_features, py::handle grad_prototypes,
+                           const AxisNumbers& y, const AxisNumbers& x, std::int64_t overlap_x,
+                           bool mean, std::uintptr_t stream, const py::function& allocate,
+                           bool plain) {
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, y, x, overlap_x, mean);
+  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean);
   const Features& f = call.features;
   const DType a = accumulate(f.dtype);
   const std::int64_t H = call.y.pixels, W = call.x.pixels;

@@ -5,9 +5,9 @@
 // takes a group of tiles and reads their features once; then a warp has a tile:
 //   match_forward   inner products of its feature locations with the prototypes of its windows,
 //                   Gram maps; from them its pixels' scores and winners. One launch.
-//   match_backward  Gram maps once more; from its pixels' gradients those of the inner products
-//                   and of the Gram maps, into maps that march.h carries on to features and
-//                   prototypes. Two launches.
+//   tile_gradients  backward: from its pixels' gradients those of the inner products and of the
+//                   Gram maps, into maps that march.h carries on to features and prototypes.
+//                   Two launches, and the features are read by the second alone.
 // The inner products of half precision run on the tensor cores; float32 stays float32.
 #include "march.h"
 #include "plain_match.h"
@@ -62,7 +62,9 @@ struct MatchTiles {
   int overlap_x;
   bool mean;
   float* scores;
-  std::uint8_t* winners;
+  void* winners;  // [images, C, H, W] of uint8, or int32 if wide
+  bool wide_winners;
+  float* gram;  // [images, kGramMaps, h, w]
   // Backward.
   const float* grad;
   MapLayout layout;
@@ -98,23 +100,16 @@ template <class T>
 struct Memory {
   static constexpr int kStage = 2 * kGroupCells * kPitch<T> * 4;
   static constexpr int kDots = kWarps * kTileCells * kDotsPitch * 4;
-  // 1 / |u| of every pixel, backward.
-  static constexpr int kInverse = kWarps * kTilePixels * kTilePixels * 4;
-
-  // Inner products, or inverse lengths, take the place of what was staged.
-  static constexpr int stage = 0;
-  static constexpr int gram = kInverse > kStage ? kInverse : kStage;
+  static constexpr int stage = 0;  // later the inner products
+  static constexpr int gram = kDots > kStage ? kDots : kStage;
   static constexpr int group = gram + kWarps * kTileCells * 16;
   static constexpr int tables = group + sizeof(Group);
   static constexpr int cells = tables + kWarps * sizeof(TileTable);
-  static constexpr int end_backward = cells + kGroupCells * 4 + kWarps * kBoard * 4;
-  static constexpr int boards = cells + kGroupCells * 4;  // backward
-  static constexpr int starts = cells + kGroupCells * 4;  // forward, as what follows
+  static constexpr int starts = cells + kGroupCells * 4;
   static constexpr int lengths = starts + kGroupPrototypes * 8;
   static constexpr int prototypes = lengths + kGroupPrototypes * 4;
-  static constexpr int end_forward =
-      prototypes + 2 * kPrototypeParts<T> * kGroupPrototypes * kPitch<T> * 4;
-  static_assert(kDots <= gram && sizeof(Group) % 16 == 0 && sizeof(TileTable) % 16 == 0);
+  static constexpr int end = prototypes + 2 * kPrototypeParts<T> * kGroupPrototypes * kPitch<T> * 4;
+  static_assert(gram % 16 == 0 && sizeof(Group) % 16 == 0 && sizeof(TileTable) % 16 == 0);
 };
 
 // Eight channels on their way to shared memory.
@@ -178,6 +173,31 @@ LSLPN_DEVICE void put_octet(std::uint32_t* target, const Octet<T>& octet) {
   } else {
     *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(octet.word);
   }
+}
+
+// A tile, and its pixels' taps and windows. By a warp.
+LSLPN_DEVICE void fill_table(TileTable& t, const MatchTiles& p, int ty, int tx, int lane) {
+  const Stretch y = stretch(p.y, p.tiles_y, ty), x = stretch(p.x, p.tiles_x, tx);
+  if (lane == 0) {
+    t.y = y;
+    t.x = x;
+    t.index = ty * p.tiles_x.count + tx;
+  }
+  find_taps(t.taps, p.y, p.x, y, x, lane);
+  if (y.begin + lane < y.end) {
+    const Covering c = p.y.covering(y.begin + lane);
+    t.first_y[lane] = static_cast<short>(c.first - y.first);
+    t.last_y[lane] = static_cast<short>(c.last - y.first);
+  }
+  warp_barrier();
+}
+
+// |v|^2 of D numbers, by a warp.
+LSLPN_DEVICE float square_of(const float* v, int D, int lane) {
+  float square = 0;
+  for (int d = lane; d < D; d += kWarp) square += v[d] * v[d];
+  for (int step = 16; step > 0; step /= 2) square += shuffle_xor(square, step);
+  return square;
 }
 
 template <class T>
@@ -254,30 +274,13 @@ struct Matcher {
       cells()[e] = (y.lower + e / columns) * p.stride_h + (x.lower + e % columns) * p.stride_w;
     }
     block_barrier();
-    if (has_tile()) find_tile();
+    const Group& g = group();
+    if (has_tile()) {
+      fill_table(tile(), p, g.ty0 + warp / g.width, g.tx0 + warp % g.width, lane);
+    }
   }
 
   LSLPN_DEVICE bool has_tile() const { return warp < group().tiles; }
-
-  // Tile and its pixels' taps and windows.
-  LSLPN_DEVICE void find_tile() const {
-    const Group& g = group();
-    const int ty = g.ty0 + warp / g.width, tx = g.tx0 + warp % g.width;
-    const Stretch y = stretch(p.y, p.tiles_y, ty), x = stretch(p.x, p.tiles_x, tx);
-    TileTable& t = tile();
-    if (lane == 0) {
-      t.y = y;
-      t.x = x;
-      t.index = ty * p.tiles_x.count + tx;
-    }
-    find_taps(t.taps, p.y, p.x, y, x, lane);
-    if (y.begin + lane < y.end) {
-      const Covering c = p.y.covering(y.begin + lane);
-      t.first_y[lane] = static_cast<short>(c.first - y.first);
-      t.last_y[lane] = static_cast<short>(c.last - y.first);
-    }
-    warp_barrier();
-  }
 
   // ---- staging ----
 
@@ -338,17 +341,9 @@ struct Matcher {
 
   LSLPN_DEVICE void find_lengths() const {
     for (int e = warp; e < group().count; e += kWarps) {
-      const float square = square_of(p.prototypes + starts()[e]);
+      const float square = square_of(p.prototypes + starts()[e], p.D, lane);
       if (lane == 0) lengths()[e] = square < eps_squared<float>() ? 0 : inverse_sqrt(square);
     }
-  }
-
-  // |p|^2, by a warp.
-  LSLPN_DEVICE float square_of(const float* prototype) const {
-    float square = 0;
-    for (int d = lane; d < p.D; d += kWarp) square += prototype[d] * prototype[d];
-    for (int step = 16; step > 0; step /= 2) square += shuffle_xor(square, step);
-    return square;
   }
 
   // A thread has an octet of a prototype.
@@ -439,12 +434,10 @@ struct Products {
 
   LSLPN_DEVICE void begin(const Matcher<T>& m, int classes) {
     place = Place::of(m, m.lane / 4);
-    if (classes == 0) return;
     prototype[0] = m.column_prototype(m.lane / 4, classes);
     prototype[1] = m.column_prototype(8 + m.lane / 4, classes);
   }
 
-  template <bool kDots>
   LSLPN_DEVICE void add(const Matcher<T>& m, int chunk, int columns) {
     const int q = m.lane % 4;
     const std::uint32_t* stage = m.stage(chunk) + q;
@@ -467,20 +460,18 @@ struct Products {
           matrix_multiply<T>(gram[r], a, f[r]);
         }
       }
-      if constexpr (kDots) {
+      LSLPN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (8 * half >= columns) break;
+        const std::uint32_t* word = prototypes + prototype[half] + 8 * step;
+        const std::uint32_t* rest = word + kGroupPrototypes * kPitch<T>;
+        const std::uint32_t b[2] = {word[0], word[4]}, c[2] = {rest[0], rest[4]};
         LSLPN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          if (8 * half >= columns) break;
-          const std::uint32_t* word = prototypes + prototype[half] + 8 * step;
-          const std::uint32_t* rest = word + kGroupPrototypes * kPitch<T>;
-          const std::uint32_t b[2] = {word[0], word[4]}, c[2] = {rest[0], rest[4]};
-          LSLPN_UNROLL
-          for (int t = 0; t < kTileRows / 2; ++t) {
-            const int r = 2 * t;
-            const std::uint32_t a[4] = {f[r][0], f[r + 1][0], f[r][1], f[r + 1][1]};
-            matrix_multiply<T>(dot[t][half], a, c);
-            matrix_multiply<T>(dot[t][half], a, b);
-          }
+        for (int t = 0; t < kTileRows / 2; ++t) {
+          const int r = 2 * t;
+          const std::uint32_t a[4] = {f[r][0], f[r + 1][0], f[r][1], f[r + 1][1]};
+          matrix_multiply<T>(dot[t][half], a, c);
+          matrix_multiply<T>(dot[t][half], a, b);
         }
       }
     }
@@ -546,7 +537,6 @@ struct Products<float> {
   LSLPN_DEVICE void begin(const Matcher<float>& m, int classes) {
     place = Place::of(m, m.lane % 8);
     right = Place::of(m, m.lane % 8 + 1).column - place.column;
-    if (classes == 0) return;
     LSLPN_UNROLL
     for (int k = 0; k < kWindows<float>; ++k) {
       const std::uint32_t place = m.column_prototype(k, classes);
@@ -554,7 +544,6 @@ struct Products<float> {
     }
   }
 
-  template <bool kDots>
   LSLPN_DEVICE void add(const Matcher<float>& m, int chunk, int columns) {
     const int row = m.lane / 8 % 2 * kRows, part = m.lane / 16 * 4;
     const std::uint32_t* stage = m.stage(chunk) + part;
@@ -578,15 +567,13 @@ struct Products<float> {
         gram[r].z = dot2(f[r], f[r + 1], gram[r].z);
         gram[r].w = dot2(f[r], next[r + 1], dot2(next[r], f[r + 1], gram[r].w));
       }
-      if constexpr (kDots) {
+      LSLPN_UNROLL
+      for (int k = 0; k < kWindows<float>; ++k) {
+        if (k >= columns) break;
+        const float2 v = *reinterpret_cast<const float2*>(
+            prototypes + (prototype[k / 2] >> 16 * (k % 2) & 0xffff) + d);
         LSLPN_UNROLL
-        for (int k = 0; k < kWindows<float>; ++k) {
-          if (k >= columns) break;
-          const float2 v = *reinterpret_cast<const float2*>(
-              prototypes + (prototype[k / 2] >> 16 * (k % 2) & 0xffff) + d);
-          LSLPN_UNROLL
-          for (int r = 0; r < kRows; ++r) dot[r][k] = dot2(f[r], v, dot[r][k]);
-        }
+        for (int r = 0; r < kRows; ++r) dot[r][k] = dot2(f[r], v, dot[r][k]);
       }
     }
   }
@@ -643,13 +630,13 @@ struct NormWalk {
   float row = 0, next = 0, between = 0;  // see core/arithmetic.h
 
   // At row r of the tile's feature locations, coming from the one above if `down`.
-  template <class T>
-  LSLPN_DEVICE void enter(const Matcher<T>& m, const Column& column, int r, bool down) {
-    const float4 a = *m.gram(r, column.left), b = *m.gram(r, column.right);
+  LSLPN_DEVICE void enter(const float4* gram, const Column& column, int r, bool down) {
+    const float4* here = gram + r * kTileColumns;
+    const float4 a = here[column.left], b = here[column.right];
     row = down ? next : column.row(a, b);
     between = column.between(a, b);
-    const int below = minimum(r + 1, kTileRows - 1);
-    next = column.row(*m.gram(below, column.left), *m.gram(below, column.right));
+    if (r + 1 < kTileRows) here += kTileColumns;
+    next = column.row(here[column.left], here[column.right]);
   }
   // 1 / |u|, 0 where it has no direction.
   LSLPN_DEVICE float inverse_length(float upper) const {
@@ -710,7 +697,7 @@ LSLPN_DEVICE void score_pixels(const Matcher<T>& m, int c, int first) {
         enter(here, t.lower);
       }
       enter(next, minimum(t.lower + 1, kTileRows - 1));
-      norm.enter(m, column, t.lower, down);
+      norm.enter(m.gram(0, 0), column, t.lower, down);
       current = t.lower;
     }
     const float scale = norm.inverse_length(t.upper);
@@ -735,8 +722,38 @@ LSLPN_DEVICE void score_pixels(const Matcher<T>& m, int c, int first) {
     if (p.winners) {
       const int wy = winner * reciprocal >> 8;
       const int place = (wy - first_y) * p.overlap_x + winner - wy * windows_x - cx.first;
-      p.winners[pixel] = static_cast<std::uint8_t>(place);
+      if (p.wide_winners) {
+        static_cast<std::int32_t*>(p.winners)[pixel] = place;
+      } else {
+        static_cast<std::uint8_t*>(p.winners)[pixel] = static_cast<std::uint8_t>(place);
+      }
     }
+  }
+}
+
+// Writes the Gram maps down for the backward pass. Each feature location belongs to the first tile
+// that has it and all its neighbours.
+template <class T>
+LSLPN_DEVICE void keep_gram(const Matcher<T>& m) {
+  const MatchTiles& p = m.p;
+  const Stretch y = m.tile().y, x = m.tile().x;
+  const int begin_y = y.begin == 0 ? 0 : y.lower, begin_x = x.begin == 0 ? 0 : x.lower;
+  const int end_y = y.end == p.y.pixels ? p.y.cells : short_taps(p.y, y.end).lower;
+  const int end_x = x.end == p.x.pixels ? p.x.cells : short_taps(p.x, x.end).lower;
+  const std::int64_t size = static_cast<std::int64_t>(p.y.cells) * p.x.cells;
+  float* maps = p.gram + (p.first_image + m.group().image) * kGramMaps * size;
+  const int width = end_x - begin_x;
+  for (int e = m.lane; e < (end_y - begin_y) * width; e += kWarp) {
+    const int i = begin_y + e / width, j = begin_x + e % width;
+    float4 gram = make_float4(0, 0, 0, 0);
+    if (i >= y.lower && i <= y.upper && j >= x.lower && j <= x.upper) {
+      gram = *m.gram(i - y.lower, j - x.lower);
+    }
+    float* target = maps + static_cast<std::int64_t>(i) * p.x.cells + j;
+    target[0] = gram.x;
+    target[size] = gram.y;
+    target[2 * size] = gram.z;
+    target[3 * size] = gram.w;
   }
 }
 
@@ -770,7 +787,7 @@ match_forward(LSLPN_PARAMETERS MatchTiles p) {
       m.fetch(chunk + 1, octets);
       m.fetch_prototypes(chunk + 1, values);
     }
-    if (m.has_tile()) products.template add<true>(m, chunk, 4 * p.quads * m.group().classes);
+    if (m.has_tile()) products.add(m, chunk, 4 * p.quads * m.group().classes);
     if (more) {
       m.keep(chunk + 1, octets);
       m.keep_prototypes(chunk + 1, values);
@@ -781,6 +798,7 @@ match_forward(LSLPN_PARAMETERS MatchTiles p) {
   products.put_dots(m);
   products.put_gram(m);
   warp_barrier();
+  if (p.gram && m.group().c0 == 0) keep_gram(m);
   LSLPN_NO_UNROLL
   for (int k = 0; k < m.group().classes; ++k) {
     if (p.quads == 1) {
@@ -793,31 +811,52 @@ match_forward(LSLPN_PARAMETERS MatchTiles p) {
 
 // ---- backward ----
 
-// Gradients of a tile's inner products and Gram maps from those of its pixels.
-template <class T>
-struct TileGradients {
-  const Matcher<T>& m;
-  const MatchTiles& p;
-  const Stretch y, x;
-  const int height, width, lane;
-  const std::int64_t image;  // absolute
-  float* const inverse;      // [height, kWarp] 1 / |u|
-  float* const board;
-  float* const map;
+// Shared memory of a warp.
+struct alignas(16) GradientMemory {
+  float4 gram[kTileCells];
+  TileTable table;
+  float inverse[kTilePixels * kWarp];  // 1 / |u| of every pixel
+  float board[kBoard];
+};
 
-  LSLPN_DEVICE TileGradients(const Matcher<T>& matcher, std::int64_t index)
-      : m(matcher),
-        p(matcher.p),
-        y(matcher.tile().y),
-        x(matcher.tile().x),
-        height(y.end - y.begin),
-        width(x.end - x.begin),
-        lane(matcher.lane),
-        image(matcher.p.first_image + matcher.group().image),
-        inverse(reinterpret_cast<float*>(Matcher<T>::at(Memory<T>::stage)) +
-                matcher.warp * kTilePixels * kTilePixels),
-        board(reinterpret_cast<float*>(Matcher<T>::at(Memory<T>::boards)) + matcher.warp * kBoard),
-        map(matcher.p.maps + index * matcher.p.layout.tile) {}
+// Gradients of a tile's inner products and Gram maps from those of its pixels.
+struct TileGradients {
+  const MatchTiles& p;
+  GradientMemory& memory;
+  const int lane;
+  const std::int64_t image;  // absolute
+  const std::int64_t index;  // of the tile, in the launch
+  float* const map;
+  Stretch y, x;
+  int height, width;
+
+  LSLPN_DEVICE TileGradients(const MatchTiles& parameters, GradientMemory& shared, int l,
+                             std::int64_t i, int tiles)
+      : p(parameters),
+        memory(shared),
+        lane(l),
+        image(parameters.first_image + i / tiles),
+        index(i),
+        map(parameters.maps + i * parameters.layout.tile) {
+    const int tile = static_cast<int>(i % tiles);
+    fill_table(memory.table, p, tile / p.tiles_x.count, tile % p.tiles_x.count, lane);
+    y = memory.table.y;
+    x = memory.table.x;
+    height = y.end - y.begin;
+    width = x.end - x.begin;
+    const std::int64_t size = static_cast<std::int64_t>(p.y.cells) * p.x.cells;
+    const float* maps = p.gram + image * kGramMaps * size;
+    for (int e = lane; e < kTileCells; e += kWarp) {
+      const int r = y.lower + e / kTileColumns, c = x.lower + e % kTileColumns;
+      float4 gram = make_float4(0, 0, 0, 0);
+      if (r <= y.upper && c <= x.upper) {
+        const float* source = maps + static_cast<std::int64_t>(r) * p.x.cells + c;
+        gram = make_float4(source[0], source[size], source[2 * size], source[3 * size]);
+      }
+      memory.gram[e] = gram;
+    }
+    warp_barrier();
+  }
 
   // Of the first pixel of a class in this lane's column.
   LSLPN_DEVICE std::int64_t pixel(int c) const {
@@ -827,14 +866,14 @@ struct TileGradients {
   // Norms: |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2. The sums go over the pixels of a
   // row of feature locations, then over the columns that touch one.
   LSLPN_DEVICE void norms() const {
-    const TileTaps& taps = m.tile().taps;
+    const TileTaps& taps = memory.table.taps;
     const Column column(taps.x[minimum(lane, width - 1)]);
     const Columns touched = columns_of(taps, width, lane % 8);
     float row_here = 0, row_next = 0, between_here = 0;
     int row = taps.y[0].lower, current = -2;
     const auto finish_row = [&] {
-      board[lane] = row_here;
-      board[kWarp + 1 + lane] = between_here;
+      memory.board[lane] = row_here;
+      memory.board[kWarp + 1 + lane] = between_here;
       warp_barrier();
       // own and right from the row's sums, below and cross from those with the next row
       const int e = lane / 8, j = lane % 8;
@@ -845,7 +884,7 @@ struct TileGradients {
         const float mine = lower ? 1 - t.upper : t.upper;
         const float other = lower ? t.upper : 0.0f;
         const float weight = e % 2 == 0 ? mine * mine : mine * other * (e == 1 ? 2.0f : 1.0f);
-        sum += board[e / 2 * (kWarp + 1) + k] * weight;
+        sum += memory.board[e / 2 * (kWarp + 1) + k] * weight;
       }
       warp_barrier();
       if (j < p.layout.columns) {
@@ -861,11 +900,11 @@ struct TileGradients {
       const Taps<float> t = taps.y[py];
       while (row < t.lower) finish_row();
       if (t.lower != current) {
-        norm.enter(m, column, t.lower, t.lower == current + 1);
+        norm.enter(memory.gram, column, t.lower, t.lower == current + 1);
         current = t.lower;
       }
       const float scale = norm.inverse_length(t.upper);
-      inverse[py * kWarp + lane] = scale;
+      memory.inverse[py * kWarp + lane] = scale;
       float product = 0;
       if (lane < width) {
         for (int c = 0; c < p.C; ++c) {
@@ -884,8 +923,8 @@ struct TileGradients {
   }
 
   // Inner products of class c: dS / |u| of the pixels whose winner the window is.
-  LSLPN_DEVICE void products(std::int64_t index, int c) const {
-    const TileTable& table = m.tile();
+  LSLPN_DEVICE void products(int c) const {
+    const TileTable& table = memory.table;
     const TileTaps& taps = table.taps;
     const Columns touched = columns_of(taps, width, lane % 8);
     const Covering cx = p.x.covering(x.begin + minimum(lane, width - 1));
@@ -904,7 +943,7 @@ struct TileGradients {
       float here[4] = {}, next[4] = {}, dots[4] = {};
       int row = taps.y[0].lower;
       const auto finish_row = [&] {
-        const float sum = sum_columns(board, here, taps, touched, lane);
+        const float sum = sum_columns(memory.board, here, taps, touched, lane);
         const int w = w0 + lane / 8, j = lane % 8;
         if (w < windows && j < p.layout.columns) {
           const int slot = c * p.tile_windows + w / windows_x * p.tile_windows_x + w % windows_x;
@@ -927,7 +966,11 @@ struct TileGradients {
           const bool inside = lane < width && y0 + k < height;
           gradient[k] = inside ? p.grad[at] : 0;
           score[k] = inside ? p.scores[at] : 0;
-          winner[k] = inside ? p.winners[at] : 0;
+          winner[k] = -1;
+          if (inside) {
+            winner[k] = p.wide_winners ? static_cast<const std::int32_t*>(p.winners)[at]
+                                       : static_cast<const std::uint8_t*>(p.winners)[at];
+          }
         }
         LSLPN_UNROLL
         for (int k = 0; k < kRowsAtATime; ++k) {
@@ -937,15 +980,14 @@ struct TileGradients {
           while (row < t.lower) finish_row();
           const int first_y = table.first_y[py];
           const float dot = gradient[k] * score[k];
-          const float scaled = gradient[k] * inverse[py * kWarp + lane];
+          const float scaled = gradient[k] * memory.inverse[py * kWarp + lane];
           LSLPN_UNROLL
           for (int e = 0; e < 4; ++e) {
             const int of_row = window_y[e] < 0 ? -1000000 : (window_y[e] - first_y) * p.overlap_x;
-            const bool won = winner[k] == of_row + place[e];
-            const float mine = won ? scaled : 0.0f;
-            here[e] += (1 - t.upper) * mine;
-            next[e] += t.upper * mine;
-            dots[e] += won ? dot : 0.0f;
+            if (winner[k] != of_row + place[e]) continue;
+            here[e] += (1 - t.upper) * scaled;
+            next[e] += t.upper * scaled;
+            dots[e] += dot;
           }
         }
       }
@@ -963,45 +1005,28 @@ struct TileGradients {
   }
 };
 
-// A block for each group of tiles; those after them measure the prototypes, a warp each.
-template <class T>
+// A warp for each tile; those after them measure a prototype each.
 LSLPN_KERNEL(kThreads, 2)
-match_backward(LSLPN_PARAMETERS MatchTiles p) {
-  const Matcher<T> m(p);
+tile_gradients(LSLPN_PARAMETERS MatchTiles p) {
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   if (block_index() >= p.tile_blocks) {
-    const std::int64_t e = (block_index() - p.tile_blocks) * kWarps + m.warp;
+    const std::int64_t e = (block_index() - p.tile_blocks) * kWarps + warp;
     if (e >= p.prototype_count) return;
     const std::int64_t prototype = p.first_prototype + e;
-    const float square = m.square_of(p.prototypes + prototype * p.D);
+    const float square = square_of(p.prototypes + prototype * p.D, p.D, lane);
     const float scale = square < eps_squared<float>() ? 0 : inverse_sqrt(square);
-    if (m.lane == 0) p.inverse_lengths[prototype] = scale;
+    if (lane == 0) p.inverse_lengths[prototype] = scale;
     return;
   }
-  m.find_group(block_index());
-  Octet<T> octets[kStages<T>];
-  m.fetch(0, octets);
-  m.keep(0, octets);
-  block_barrier();
-  Products<T> products;
-  if (m.has_tile()) products.begin(m, 0);
-  LSLPN_NO_UNROLL
-  for (int chunk = 0; chunk * kDepth<T> < p.D; ++chunk) {
-    const bool more = (chunk + 1) * kDepth<T> < p.D;
-    if (more) m.fetch(chunk + 1, octets);
-    if (m.has_tile()) products.template add<false>(m, chunk, 0);
-    if (more) m.keep(chunk + 1, octets);
-    block_barrier();
-  }
-  if (!m.has_tile()) return;
-  products.put_gram(m);
-  warp_barrier();
-  const std::int64_t tiles = static_cast<std::int64_t>(p.tiles_y.count) * p.tiles_x.count;
-  const std::int64_t index = m.group().image * tiles + m.tile().index;
-  const TileGradients<T> gradients(m, index);
+  const int tiles = p.tiles_y.count * p.tiles_x.count;
+  const std::int64_t index = block_index() * kWarps + warp;
+  if (index >= p.images * tiles) return;
+  GradientMemory& memory = reinterpret_cast<GradientMemory*>(shared_memory())[warp];
+  const TileGradients gradients(p, memory, lane, index, tiles);
   gradients.norms();
   warp_barrier();
   LSLPN_NO_UNROLL
-  for (int c = 0; c < p.C; ++c) gradients.products(index, c);
+  for (int c = 0; c < p.C; ++c) gradients.products(c);
 }
 
 // ---- on the host ----
@@ -1052,7 +1077,7 @@ bool choose_groups(MatchTiles& t, std::int64_t images, int most_classes) {
 bool plan_tiles(const Match& call, MatchTiles& t) {
   const Features& f = call.features;
   if (f.dtype == DType::float64 || f.D > kTiledAxis || call.C > kTiledAxis) return false;
-  if (call.wide_winners || !small_images(f)) return false;
+  if (!small_images(f)) return false;
   t = {};
   // Fewer windows a tile, until a pass can hold them.
   const int most = f.dtype == DType::float32 ? kWindows<float> : kWindows<Half>;
@@ -1083,7 +1108,9 @@ bool plan_tiles(const Match& call, MatchTiles& t) {
   t.overlap_x = static_cast<int>(call.overlap_x);
   t.mean = call.mean;
   t.scores = static_cast<float*>(call.scores);
-  t.winners = static_cast<std::uint8_t*>(call.winners);
+  t.winners = call.winners;
+  t.wide_winners = call.wide_winners;
+  t.gram = static_cast<float*>(call.gram);
   return choose_groups(t, t.images, most / 4 / t.quads);
 }
 
@@ -1091,7 +1118,7 @@ template <class T>
 std::string tiled_forward(const MatchTiles& t, Stream stream) {
   const std::int64_t passes = divide_up(t.C, kWindows<T> / 4 / t.quads);
   const std::int64_t blocks = t.images * t.groups_y * t.groups_x * passes;
-  return launch(match_forward<T>, blocks, 1, kThreads, Memory<T>::end_forward, stream, t);
+  return launch(match_forward<T>, blocks, 1, kThreads, Memory<T>::end, stream, t);
 }
 
 // All that is decided before the first launch of the backward pass.
@@ -1106,7 +1133,8 @@ struct BackwardPlan {
 
 bool plan_backward(const Match& call, BackwardPlan& plan) {
   MatchTiles& t = plan.tiles;
-  if (call.mean || !plan_tiles(call, t) || !small_images(call.grad_features)) return false;
+  if (call.mean || !call.gram || !plan_tiles(call, t) || !small_images(call.grad_features))
+    return false;
   const Features& f = call.features;
   March& m = plan.march;
   m = {};
@@ -1129,7 +1157,6 @@ bool plan_backward(const Match& call, BackwardPlan& plan) {
   return true;
 }
 
-template <class T>
 std::string tiled_backward(const Match& call, BackwardPlan& plan, Stream stream) {
   const Features& f = call.features;
   MatchTiles& t = plan.tiles;
@@ -1150,7 +1177,7 @@ std::string tiled_backward(const Match& call, BackwardPlan& plan, Stream stream)
   return plan.chunks.each(f, [&](const Chunk& chunk) {
     t.first_image = chunk.first_b * f.N + chunk.first_n;
     t.images = chunk.episodes * chunk.images;
-    t.tile_blocks = t.images * t.groups_y * t.groups_x;
+    t.tile_blocks = divide_up(t.images * t.tiles_y.count * t.tiles_x.count, kWarps);
     t.first_prototype = chunk.first_b * per_episode;
     t.prototype_count = chunk.first_n == 0 ? chunk.episodes * per_episode : 0;
     m.first_b = chunk.first_b;
@@ -1159,7 +1186,7 @@ std::string tiled_backward(const Match& call, BackwardPlan& plan, Stream stream)
     m.accumulate = chunk.first_n > 0;
     const std::int64_t blocks = t.tile_blocks + divide_up(t.prototype_count, kWarps);
     const std::string error =
-        launch(match_backward<T>, blocks, 1, kThreads, Memory<T>::end_backward, stream, t);
+        launch(tile_gradients, blocks, 1, kThreads, kWarps * sizeof(GradientMemory), stream, t);
     if (!error.empty()) return error;
     return launch_march<Pass::match_backward>(m, chunk.episodes, stream);
   });
@@ -1198,16 +1225,7 @@ std::string match_forward(const Match& call, Stream stream, bool plain) {
 
 std::string match_backward(const Match& call, Stream stream, bool plain) {
   BackwardPlan plan;
-  if (!plain && plan_backward(call, plan)) {
-    switch (call.features.dtype) {
-      case DType::float16:
-        return tiled_backward<Half>(call, plan, stream);
-      case DType::bfloat16:
-        return tiled_backward<BFloat16>(call, plan, stream);
-      default:
-        return tiled_backward<float>(call, plan, stream);
-    }
-  }
+  if (!plain && plan_backward(call, plan)) return tiled_backward(call, plan, stream);
   return with_type(call.features.dtype,
                    [&](auto type) { return plain_match<decltype(type)>(call, stream, true); });
 }

@@ -46,11 +46,17 @@ struct Match {
   bool wide_winners = false;         // int32
   bool mean = false;
   std::int64_t overlap_x = 1;       // the most windows over a pixel along x
+  void* gram = nullptr;             // A [B, Q, 4, h, w], or null; backward: read only
   const void* grad = nullptr;       // backward: A [B, Q, C, H, W]
   Features grad_features;           // backward: written
   void* grad_prototypes = nullptr;  // backward: A, written
   void* workspace = nullptr;
 };
+
+// The Gram maps of core/arithmetic.h that the forward pass leaves to the backward pass, in this
+// order: own, right, below, and the sum of diagonal and other. Those that would reach beyond the
+// last row or column, or into a pair of locations that no pixel lies between, are of no use.
+constexpr int kGramMaps = 4;
 
 // Whether the tiled kernels take these arguments. They are for float32 and half precision and for
 // grids in which few windows meet; the plain ones take everything, at their leisure.

@@ -17,6 +17,7 @@ struct PlainMatch {
   int overlap_x;
   Axis y, x;
   std::int64_t B, Q, C, D;
+  A* gram;  // [B, Q, kGramMaps, h, w]
   // Backward.
   const A* grad;
   View<T> grad_features;
@@ -87,6 +88,33 @@ plain_match_forward(LSLPN_PARAMETERS PlainMatch<T, A> p) {
     } else {
       static_cast<std::uint8_t*>(p.winners)[pixel] = static_cast<std::uint8_t>(winner);
     }
+  }
+}
+
+// For a tiled backward pass; the plain one does without.
+template <class T, class A>
+LSLPN_KERNEL(kPlainThreads, 1)
+plain_gram(LSLPN_PARAMETERS PlainMatch<T, A> p) {
+  const std::int64_t element = element_index();
+  const std::int64_t size = static_cast<std::int64_t>(p.y.cells) * p.x.cells;
+  if (element >= p.B * p.Q * size) return;
+  const std::int64_t image = element / size, cell = element % size;
+  const std::int64_t i = cell / p.x.cells, j = cell % p.x.cells;
+  const bool right = j + 1 < p.x.cells, below = i + 1 < p.y.cells;
+  A sum[kGramMaps] = {};
+  for (std::int64_t d = 0; d < p.D; ++d) {
+    const T* f = p.features.at(image / p.Q, image % p.Q, d, i, j);
+    const A a = to_float(f[0]);
+    const A b = right ? A(to_float(f[p.features.w])) : A(0);
+    const A c = below ? A(to_float(f[p.features.h])) : A(0);
+    const A e = right && below ? A(to_float(f[p.features.h + p.features.w])) : A(0);
+    sum[0] += a * a;
+    sum[1] += a * b;
+    sum[2] += a * c;
+    sum[3] += a * e + b * c;
+  }
+  for (int k = 0; k < kGramMaps; ++k) {
+    p.gram[(image * kGramMaps + k) * size + cell] = sum[k];
   }
 }
 
@@ -238,9 +266,14 @@ std::string plain_match(const Match& call, Stream stream, bool backward) {
   p.Q = f.N;
   p.C = call.C;
   p.D = f.D;
+  p.gram = static_cast<A*>(call.gram);
   const std::int64_t pixels = f.B * f.N * call.y.pixels * call.x.pixels;
   const std::int64_t prototypes = f.B * call.C * call.y.windows * call.x.windows;
-  if (!backward) return launch_each(plain_match_forward<T, A>, pixels, stream, p);
+  if (!backward) {
+    const std::string failed = launch_each(plain_match_forward<T, A>, pixels, stream, p);
+    if (!failed.empty() || !p.gram) return failed;
+    return launch_each(plain_gram<T, A>, f.B * f.N * f.h * f.w, stream, p);
+  }
 
   p.grad = static_cast<const A*>(call.grad);
   p.grad_features = view_of<T>(call.grad_features);

@@ -20,6 +20,9 @@ from ..geometry import Axis, GridSpec
 from ..reference import accumulation_dtype
 from . import native, winner_dtype
 
+# Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
+GRAM_MAPS = 4
+
 # True sends every call to the plain kernels, one thread an element, that otherwise take what the
 # tiled ones do not: float64, averages, and grids where very many windows meet. For tests.
 _PLAIN = False
@@ -156,7 +159,7 @@ def cosine_match(
     size: tuple[int, int],
     reduce: str,
     winners: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     B, Q, _, h, w = features.shape
     (H, W), C, device = size, prototypes.shape[1], features.device
     y, x = _axes(grid, H, W, h, w)
@@ -165,11 +168,15 @@ def cosine_match(
     winner = torch.empty(
         (B, Q, C, H, W) if wanted else (0,), dtype=_winner_dtype(grid, H, W), device=device
     )
+    gram = torch.empty(
+        (B, Q, GRAM_MAPS, h, w) if winners else (0,), dtype=prototypes.dtype, device=device
+    )
     _module().cuda_cosine_match(
         to_dlpack(features),
         to_dlpack(prototypes),
         to_dlpack(scores),
         to_dlpack(winner) if wanted else None,
+        to_dlpack(gram) if winners else None,
         y,
         x,
         _overlap(grid, W),
@@ -178,7 +185,7 @@ def cosine_match(
         _allocator(device),
         _PLAIN,
     )
-    return scores, winner
+    return scores, winner, gram
 
 
 def cosine_match_backward(
@@ -189,6 +196,7 @@ def cosine_match_backward(
     winners: Tensor,
     grid: GridSpec,
     reduce: str,
+    *gram: Tensor,
 ) -> tuple[Tensor, Tensor]:
     h, w = features.shape[-2:]
     H, W = scores.shape[-2:]
@@ -201,6 +209,7 @@ def cosine_match_backward(
         to_dlpack(prototypes),
         to_dlpack(scores),
         to_dlpack(winners) if winners.numel() else None,
+        to_dlpack(gram[0]) if gram else None,
         to_dlpack(grad_features),
         to_dlpack(grad_prototypes),
         y,

@@ -207,12 +207,15 @@ bool run_case(int index) {
     overlap_y = std::max(overlap_y, y.covering(i).last - y.covering(i).first + 1);
   }
   match.overlap_x = overlap_x;
-  match.wide_winners = overlap_x * overlap_y > 256;
+  match.wide_winners = draw(0, 1) || overlap_x * overlap_y > 256;
   Bytes prototypes = normals(f.B * C * windows * f.D);
   if (draw(0, 1)) std::memset(prototypes.data(), 0, 4 * f.D);
   match.prototypes = prototypes.data();
   Bytes scores[2], winners(f.B * f.N * C * pixels * (match.wide_winners ? 4 : 1));
-  for (int run = 1; run >= 0; --run) {  // the tiled kernels' winners stay
+  Bytes gram = floats(f.B * f.N * kGramMaps * f.h * f.w);
+  match.gram = gram.data();
+  for (int run = 1; run >= 0; --run) {  // the tiled kernels' winners and Gram maps stay
+    std::memset(gram.data(), 0xff, gram.size());
     scores[run] = floats(f.B * f.N * C * pixels);
     match.scores = scores[run].data();
     match.winners = match.mean ? nullptr : winners.data();
