@@ -1,9 +1,14 @@
-"""What is asked of every argument, before any kernel runs."""
+"""What is asked of every argument, before any kernel runs.
+
+Shapes may be symbolic (`torch.SymInt`) while a graph is traced: they are compared, never turned
+into plain numbers, so that the graph stays good for other sizes.
+"""
 
 from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +17,24 @@ from .geometry import GridSpec
 from .reference import accumulation_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LONGEST = 1 << 30  # pixels or feature locations along an axis
+
+
+def windows(grid: GridSpec, pixels: Any) -> Any:
+    """The number of windows along an axis of `pixels`, an int or a symbol for one."""
+    if isinstance(pixels, int):
+        return grid.axis(pixels).windows
+    window = torch.sym_max(1, math.floor(grid.scale * pixels + 1e-6))  # as in geometry.py
+    step = torch.sym_max(1, math.floor(grid.spacing * window + 1e-6))
+    return (pixels - window + step - 1) // step + 1
 
 
 def _tensor(name: str, value: object, axes: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {axes}, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     wanted = axes.count(",") + 1
     if value.dim() != wanted:
         raise ValueError(
@@ -27,8 +45,8 @@ def _tensor(name: str, value: object, axes: str) -> None:
             raise ValueError(
                 f"{name} {axes} must not be empty, got {letter} = {length}: {tuple(value.shape)}"
             )
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+        if length > LONGEST:
+            raise ValueError(f"{name} {axes} is too large, got {letter} = {length}")
 
 
 def _floating(name: str, value: Tensor) -> None:
@@ -104,11 +122,13 @@ def cosine_match(
             raise TypeError(f"size must hold integers, got {letter} = {length!r}")
         if length < 1:
             raise ValueError(f"size must be at least 1 pixel, got {letter} = {length}")
-    expected = grid.shape(*size)
-    if tuple(prototypes.shape[2:4]) != expected:
+        if length > LONGEST:
+            raise ValueError(f"size is too large, got {letter} = {length}")
+    Gy, Gx = windows(grid, size[0]), windows(grid, size[1])
+    if prototypes.shape[2] != Gy or prototypes.shape[3] != Gx:
         raise ValueError(
-            f"prototypes must have (Gy, Gx) = {expected} windows for {grid} and size "
+            f"prototypes must have (Gy, Gx) = ({Gy}, {Gx}) windows for {grid} and size "
             f"{tuple(size)}, got {tuple(prototypes.shape[2:4])}"
         )
-    if reduce not in ("max", "mean"):
+    if not isinstance(reduce, str) or reduce not in ("max", "mean"):
         raise ValueError(f'reduce must be "max" or "mean", got {reduce!r}')

@@ -1,23 +1,29 @@
 """The two operators: checks, choice of backend, and the bridge to autograd and `torch.compile`.
 
-The plain backends are called as they are. A kernel backend is called through a pair of operators
-registered with PyTorch, `lslpn_kernels::<name>` and `lslpn_kernels::<name>_backward`, under one
-`torch.autograd.Function` each.
+The plain backends are called as they are. A kernel backend is called under one
+`torch.autograd.Function` for each operator: directly in eager mode, since going through PyTorch's
+dispatcher costs more than many of the kernels take, and elsewhere (while a graph is traced, under
+`torch.func`, with tensor subclasses) through a pair of registered operators,
+`lslpn_kernels::<name>` and `lslpn_kernels::<name>_backward`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, reference
-from .backends import Kernels, choose, load, torch_, winner_dtype
+from .backends import PLAIN, Kernels, choose, load, torch_, winner_dtype
+from .checks import windows
 from .geometry import GridSpec
 from .reference import accumulation_dtype
 
 _PLAIN = {"reference": reference, "torch": torch_}
+assert tuple(_PLAIN) == PLAIN
 
 
 def masked_average_pool(
@@ -60,16 +66,21 @@ def masked_average_pool(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device.
         RuntimeError: the backend asked for cannot run here.
     """
-    checks.masked_average_pool(features, masks, grid, min_pixels)
-    backend = choose(backend, features.device, features.dtype)
+    eager = _is_eager(features, masks)
+    key = _key(features, masks, grid, min_pixels) if eager else None
+    if key is None or key not in _passed:
+        checks.masked_average_pool(features, masks, grid, min_pixels)
+        _remember(key)
+    backend = _chosen(backend, features)
     if backend in _PLAIN:
         return _PLAIN[backend].masked_average_pool(features, masks, grid, min_pixels)
-    if masks.is_floating_point():
+    if masks.dtype not in (torch.bool, torch.uint8):
         masks = masks.to(accumulation_dtype(features.dtype))
-    prototypes, _ = _MaskedAveragePool.apply(
-        features, masks.contiguous(), grid.scale, grid.spacing, float(min_pixels), backend
-    )
-    return prototypes
+    masks = masks.contiguous()
+    if eager and not (features.requires_grad and torch.is_grad_enabled()):
+        return _kernels(backend).masked_average_pool(features, masks, grid, float(min_pixels))[0]
+    function = _EagerMaskedAveragePool if eager else _MaskedAveragePool
+    return function.apply(features, masks, grid, float(min_pixels), backend)[0]
 
 
 def cosine_match(
@@ -112,41 +123,84 @@ def cosine_match(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device.
         RuntimeError: the backend asked for cannot run here.
     """
-    checks.cosine_match(features, prototypes, grid, size, reduce)
-    backend = choose(backend, features.device, features.dtype)
+    eager = _is_eager(features, prototypes)
+    pair = type(size) in (tuple, torch.Size)
+    key = _key(features, prototypes, grid, reduce, *size) if eager and pair else None
+    if key is None or key not in _passed:
+        checks.cosine_match(features, prototypes, grid, size, reduce)
+        _remember(key)
+    backend = _chosen(backend, features)
     H, W = size
     if backend in _PLAIN:
         return _PLAIN[backend].cosine_match(features, prototypes, grid, (H, W), reduce)
     prototypes = prototypes.to(accumulation_dtype(features.dtype)).contiguous()
-    scores, _, _ = _CosineMatch.apply(
-        features, prototypes, grid.scale, grid.spacing, H, W, reduce, backend
+    eager = _is_eager(features, prototypes)
+    trained = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
+    if eager and not trained:
+        kernels = _kernels(backend)
+        return kernels.cosine_match(features, prototypes, grid, (H, W), reduce, False)[0]
+    function = _EagerCosineMatch if eager else _CosineMatch
+    return function.apply(features, prototypes, grid, H, W, reduce, backend, trained)[0]
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def _is_eager(a: Any, b: Any) -> bool:
+    """Whether these are ordinary tensors with memory of their own, and nobody is watching: no
+    trace, no `torch.func` transform, no dispatch mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        type(a) in _ORDINARY
+        and type(b) in _ORDINARY
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not (a.is_nested or b.is_nested)
+        and not (a.is_neg() or b.is_neg())
     )
-    return scores
 
 
-# The registered operators. Geometry travels as plain numbers, so that graphs can hold it.
-
-_library = torch.library.Library("lslpn_kernels", "DEF")
-_library.define(
-    "masked_average_pool(Tensor features, Tensor masks, float scale, float spacing, "
-    "float min_pixels, str backend) -> (Tensor prototypes, Tensor factor)"
-)
-_library.define(
-    "masked_average_pool_backward(Tensor grad, Tensor masks, Tensor factor, Tensor features, "
-    "float scale, float spacing, str backend) -> Tensor"
-)
-_library.define(
-    "cosine_match(Tensor features, Tensor prototypes, float scale, float spacing, SymInt H, "
-    "SymInt W, str reduce, bool winners, str backend) "
-    "-> (Tensor scores, Tensor winners, Tensor gram)"
-)
-_library.define(
-    "cosine_match_backward(Tensor grad, Tensor features, Tensor prototypes, Tensor scores, "
-    "Tensor winners, float scale, float spacing, str reduce, str backend, Tensor? gram=None) "
-    "-> (Tensor, Tensor)"
-)
+# What has passed the checks before, for they take as long as a small kernel.
+_passed: set[tuple[Any, ...]] = set()
 
 
+def _key(a: Tensor, b: Tensor, *settings: Any) -> tuple[Any, ...] | None:
+    """All that the checks look at; None where it cannot be a key."""
+    key = (
+        *(a.shape, a.dtype, a.device, a.layout),
+        *(b.shape, b.dtype, b.device, b.layout, b.requires_grad),
+        *settings,
+        *map(type, settings),  # for 1 == True
+    )
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _remember(key: tuple[Any, ...] | None) -> None:
+    if key is not None:
+        if len(_passed) >= 1024:
+            _passed.clear()
+        _passed.add(key)
+
+
+def _chosen(backend: str, features: Tensor) -> str:
+    if torch.compiler.is_compiling():
+        return _choose_constant(backend, features.device, features.dtype)
+    if type(backend) is not str:
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
+    return _choose_once(backend, features.device, features.dtype)
+
+
+_choose_once = lru_cache(maxsize=64)(choose)
+_choose_constant = torch.compiler.assume_constant_result(choose)
+
+
+@lru_cache(maxsize=64)
 def _kernels(backend: str) -> Kernels:
     module, reason = load(backend)
     if module is None:
@@ -154,13 +208,58 @@ def _kernels(backend: str) -> Kernels:
     return module
 
 
+# ---- the registered operators: geometry travels as plain numbers, so that graphs can hold it ----
+
+_library = torch.library.Library("lslpn_kernels", "DEF")
+_ops = torch.ops.lslpn_kernels
+_grid = lru_cache(maxsize=64)(GridSpec)
+
+
+def _register(schema: str) -> Any:
+    """Defines an operator; the function below it is its kernel on every device."""
+
+    def register(function: Any) -> Any:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def _register_fake(name: str) -> Any:
+    return torch.library.register_fake(f"lslpn_kernels::{name}", lib=_library)
+
+
+@_register(
+    "masked_average_pool(Tensor features, Tensor masks, float scale, float spacing, "
+    "float min_pixels, str backend) -> (Tensor prototypes, Tensor factor)"
+)
 def _pool(
     features: Tensor, masks: Tensor, scale: float, spacing: float, min_pixels: float, backend: str
 ) -> tuple[Tensor, Tensor]:
+    grid = _grid(scale, spacing)
+    return _kernels(backend).masked_average_pool(features, masks.contiguous(), grid, min_pixels)
+
+
+@_register_fake("masked_average_pool")
+def _(
+    features: Tensor, masks: Tensor, scale: float, spacing: float, min_pixels: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    B, K, D = features.shape[:3]
+    C, H, W = masks.shape[2:]
     grid = GridSpec(scale, spacing)
-    return _kernels(backend).masked_average_pool(features, masks, grid, min_pixels)
+    Gy, Gx = windows(grid, H), windows(grid, W)
+    dtype = accumulation_dtype(features.dtype)
+    return (
+        features.new_empty((B, C, Gy, Gx, D), dtype=dtype),
+        features.new_empty((B, K, C, Gy, Gx), dtype=dtype),
+    )
 
 
+@_register(
+    "masked_average_pool_backward(Tensor grad, Tensor masks, Tensor factor, Tensor features, "
+    "float scale, float spacing, str backend) -> Tensor"
+)
 def _pool_backward(
     grad: Tensor,
     masks: Tensor,
@@ -170,68 +269,13 @@ def _pool_backward(
     spacing: float,
     backend: str,
 ) -> Tensor:
-    grid = GridSpec(scale, spacing)
-    return _kernels(backend).masked_average_pool_backward(grad, masks, factor, features, grid)
-
-
-def _match(
-    features: Tensor,
-    prototypes: Tensor,
-    scale: float,
-    spacing: float,
-    H: int,
-    W: int,
-    reduce: str,
-    winners: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grid = GridSpec(scale, spacing)
-    scores, best, *gram = _kernels(backend).cosine_match(
-        features, prototypes, grid, (H, W), reduce, winners
-    )
-    return scores, best, gram[0] if gram else scores.new_empty(0)
-
-
-def _match_backward(
-    grad: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    scores: Tensor,
-    winners: Tensor,
-    scale: float,
-    spacing: float,
-    reduce: str,
-    backend: str,
-    gram: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    grid = GridSpec(scale, spacing)
-    kept = () if gram is None or not gram.numel() else (gram,)
-    return _kernels(backend).cosine_match_backward(
-        grad, features, prototypes, scores, winners, grid, reduce, *kept
+    grid = _grid(scale, spacing)
+    return _kernels(backend).masked_average_pool_backward(
+        grad.contiguous(), masks.contiguous(), factor.contiguous(), features, grid
     )
 
 
-_library.impl("masked_average_pool", _pool, "CompositeExplicitAutograd")
-_library.impl("masked_average_pool_backward", _pool_backward, "CompositeExplicitAutograd")
-_library.impl("cosine_match", _match, "CompositeExplicitAutograd")
-_library.impl("cosine_match_backward", _match_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("lslpn_kernels::masked_average_pool", lib=_library)
-def _(
-    features: Tensor, masks: Tensor, scale: float, spacing: float, min_pixels: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    B, K, D = features.shape[:3]
-    C, H, W = masks.shape[2:]
-    Gy, Gx = GridSpec(scale, spacing).shape(H, W)
-    dtype = accumulation_dtype(features.dtype)
-    return (
-        features.new_empty(B, C, Gy, Gx, D, dtype=dtype),
-        features.new_empty(B, K, C, Gy, Gx, dtype=dtype),
-    )
-
-
-@torch.library.register_fake("lslpn_kernels::masked_average_pool_backward", lib=_library)
+@_register_fake("masked_average_pool_backward")
 def _(
     grad: Tensor,
     masks: Tensor,
@@ -244,7 +288,31 @@ def _(
     return torch.empty_like(features)
 
 
-@torch.library.register_fake("lslpn_kernels::cosine_match", lib=_library)
+@_register(
+    "cosine_match(Tensor features, Tensor prototypes, float scale, float spacing, SymInt H, "
+    "SymInt W, str reduce, bool winners, str backend) "
+    "-> (Tensor scores, Tensor winners, Tensor gram)"
+)
+def _match(
+    features: Tensor,
+    prototypes: Tensor,
+    scale: float,
+    spacing: float,
+    H: int,
+    W: int,
+    reduce: str,
+    winners: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grid = _grid(scale, spacing)
+    prototypes = prototypes.contiguous()
+    scores, best, *gram = _kernels(backend).cosine_match(
+        features, prototypes, grid, (H, W), reduce, winners
+    )
+    return scores, best, gram[0] if gram else scores.new_empty(0)
+
+
+@_register_fake("cosine_match")
 def _(
     features: Tensor,
     prototypes: Tensor,
@@ -258,106 +326,288 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, Q, _, h, w = features.shape
     shape = (B, Q, prototypes.shape[1], H, W)
-    saved = shape if winners and reduce == "max" else (0,)
-    grid = GridSpec(scale, spacing)
+    kept = shape if winners and reduce == "max" else (0,)
     maps = getattr(_kernels(backend), "GRAM_MAPS", 0) if winners else 0
     dtype = accumulation_dtype(features.dtype)
     return (
         features.new_empty(shape, dtype=dtype),
-        features.new_empty(saved, dtype=winner_dtype(grid, (H, W))),
+        features.new_empty(kept, dtype=winner_dtype(GridSpec(scale, spacing), (H, W))),
         features.new_empty((B, Q, maps, h, w) if maps else (0,), dtype=dtype),
     )
 
 
-@torch.library.register_fake("lslpn_kernels::cosine_match_backward", lib=_library)
+@_register(
+    "cosine_match_backward(Tensor grad, Tensor features, Tensor prototypes, Tensor scores, "
+    "Tensor winners, Tensor gram, float scale, float spacing, str reduce, str backend, "
+    "bool[2] wanted) -> (Tensor, Tensor)"
+)
+def _match_backward(
+    grad: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    gram: Tensor,
+    scale: float,
+    spacing: float,
+    reduce: str,
+    backend: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    grads = _match_gradients(
+        grad,
+        features,
+        prototypes.contiguous(),
+        scores.contiguous(),
+        winners.contiguous(),
+        gram.contiguous(),
+        _grid(scale, spacing),
+        reduce,
+        backend,
+        (wanted[0], wanted[1]),
+    )
+    first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
+    return first, second
+
+
+def _match_gradients(
+    grad: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    gram: Tensor | None,
+    grid: GridSpec,
+    reduce: str,
+    backend: str,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    kernels = _kernels(backend)
+    kept = () if gram is None or not gram.numel() else (gram,)
+    choice = {"wanted": wanted} if getattr(kernels, "SELECTIVE", False) else {}
+    return kernels.cosine_match_backward(
+        grad.contiguous(), features, prototypes, scores, winners, grid, reduce, *kept, **choice
+    )
+
+
+@_register_fake("cosine_match_backward")
 def _(
     grad: Tensor,
     features: Tensor,
     prototypes: Tensor,
     scores: Tensor,
     winners: Tensor,
+    gram: Tensor,
     scale: float,
     spacing: float,
     reduce: str,
     backend: str,
-    gram: Tensor | None = None,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(features), torch.empty_like(prototypes)
+    return (
+        torch.empty_like(features) if wanted[0] else features.new_empty(0),
+        prototypes.new_empty(prototypes.shape if wanted[1] else (0,)),
+    )
+
+
+# ---- torch.func.vmap: every tensor has the episodes B first, so a batch of calls is one call ----
+
+
+def _register_vmap(name: str) -> None:
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        n = info.batch_size
+
+        def merge(value: Any, dim: int | None) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            moved = value.expand(n, *value.shape) if dim is None else value.movedim(dim, 0)
+            return moved.flatten(0, 1)
+
+        def split(value: Tensor) -> Tensor:
+            # What is kept for the backward pass may be empty: [0].
+            return value.unflatten(0, (n, -1)) if value.numel() else value.new_empty(n, 0)
+
+        out = getattr(_ops, name).default(*map(merge, args, in_dims))
+        if isinstance(out, Tensor):
+            return split(out), 0
+        return tuple(map(split, out)), (0,) * len(out)
+
+    torch.library.register_vmap(f"lslpn_kernels::{name}", rule, lib=_library)
+
+
+_register_vmap("masked_average_pool")
+_register_vmap("masked_average_pool_backward")
+_register_vmap("cosine_match")
+_register_vmap("cosine_match_backward")
+
+
+# ---- autograd -----------------------------------------------------------------------------------
 
 
 class _MaskedAveragePool(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         features: Tensor,
         masks: Tensor,
-        scale: float,
-        spacing: float,
+        grid: GridSpec,
         min_pixels: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        call = _route(features, _pool, "masked_average_pool")
-        return call(features, masks, scale, spacing, min_pixels, backend)
+        return _ops.masked_average_pool.default(
+            features, masks, grid.scale, grid.spacing, min_pixels, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        features, masks, scale, spacing, _, backend = inputs
+        features, masks, grid, _, backend = inputs
         _, factor = output
         ctx.mark_non_differentiable(factor)
         ctx.set_materialize_grads(False)
         # The pooling is linear in the features: only their shape and layout are of use.
         ctx.save_for_backward(masks, factor, features)
-        ctx.settings = (scale, spacing, backend)
+        ctx.settings = (grid, backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         if grad is None or not ctx.needs_input_grad[0]:
-            return (None,) * 6
+            return (None,) * 5
         masks, factor, features = ctx.saved_tensors
-        call = _route(grad, _pool_backward, "masked_average_pool_backward")
-        grad_features = call(grad.contiguous(), masks, factor, features, *ctx.settings)
-        return grad_features, None, None, None, None, None
+        grid, backend = ctx.settings
+        if _is_eager(grad, features):
+            grad_features = _kernels(backend).masked_average_pool_backward(
+                grad.contiguous(), masks, factor, features, grid
+            )
+        else:
+            grad_features = _ops.masked_average_pool_backward.default(
+                grad, masks, factor, features, grid.scale, grid.spacing, backend
+            )
+        if _may_differentiate():
+            grad_features, _ = _Final.apply("masked_average_pool", grad_features, None, grad)
+        return grad_features, None, None, None, None
+
+
+class _EagerMaskedAveragePool(_MaskedAveragePool):
+    """The same around the kernel itself. With a `setup_context` of its own, PyTorch would look
+    up the signature of `forward` on every call, which takes longer than all the rest."""
+
+    generate_vmap_rule = False
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        features, masks, grid, min_pixels, backend = args
+        output = _kernels(backend).masked_average_pool(features, masks, grid, min_pixels)
+        _MaskedAveragePool.setup_context(ctx, args, output)
+        return output
 
 
 class _CosineMatch(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         features: Tensor,
         prototypes: Tensor,
-        scale: float,
-        spacing: float,
+        grid: GridSpec,
         H: int,
         W: int,
         reduce: str,
         backend: str,
+        trained: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        winners = features.requires_grad or prototypes.requires_grad
-        call = _route(features, _match, "cosine_match")
-        return call(features, prototypes, scale, spacing, H, W, reduce, winners, backend)
+        return _ops.cosine_match.default(
+            features, prototypes, grid.scale, grid.spacing, H, W, reduce, trained, backend
+        )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        features, prototypes, scale, spacing, _, _, reduce, backend = inputs
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]
+    ) -> None:
+        features, prototypes, grid, _, _, reduce, backend, _ = inputs
         scores, winners, gram = output
-        ctx.mark_non_differentiable(winners, gram)
+        ctx.mark_non_differentiable(winners)
+        if gram is not None:
+            ctx.mark_non_differentiable(gram)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(features, prototypes, scores, winners, gram)
-        ctx.settings = (scale, spacing, reduce, backend)
+        ctx.settings = (grid, reduce, backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 8
-        call = _route(grad, _match_backward, "cosine_match_backward")
-        *saved, gram = ctx.saved_tensors
-        grads = call(grad.contiguous(), *saved, *ctx.settings, gram)
-        return *grads, None, None, None, None, None, None
+        features, prototypes, scores, winners, gram = ctx.saved_tensors
+        grid, reduce, backend = ctx.settings
+        wanted = ctx.needs_input_grad[:2]
+        if _is_eager(grad, features):
+            grads = _match_gradients(
+                grad, features, prototypes, scores, winners, gram, grid, reduce, backend, wanted
+            )
+        else:
+            grads = _ops.cosine_match_backward.default(
+                grad,
+                features,
+                prototypes,
+                scores,
+                winners,
+                scores.new_empty(0) if gram is None else gram,
+                grid.scale,
+                grid.spacing,
+                reduce,
+                backend,
+                wanted,
+            )
+        if _may_differentiate():
+            grads = _Final.apply("cosine_match", *grads, grad, features, prototypes)
+        first, second = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return first, second, None, None, None, None, None, None
 
 
-def _route(tensor: Tensor, eager: Any, name: str) -> Any:
-    """The kernel itself in eager mode; while tracing, the operator that stands for it. Going
-    through the dispatcher costs more than many of the kernels take."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return getattr(torch.ops.lslpn_kernels, name).default
-    return eager
+class _EagerCosineMatch(_CosineMatch):
+    """The same around the kernel itself; see `_EagerMaskedAveragePool`."""
+
+    generate_vmap_rule = False
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, *args: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        features, prototypes, grid, H, W, reduce, backend, _ = args
+        scores, winners, *gram = _kernels(backend).cosine_match(
+            features, prototypes, grid, (H, W), reduce, True
+        )
+        output = scores, winners, gram[0] if gram else None
+        _CosineMatch.setup_context(ctx, args, output)
+        return output
+
+
+def _may_differentiate() -> bool:
+    """Whether gradients are asked for that can themselves be differentiated."""
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled()
+
+
+class _Final(torch.autograd.Function):
+    """Hands gradients on as they are and refuses to be differentiated, so that a second derivative
+    is an error rather than silently zero. `sources` are what the gradients depend on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        name: str, first: Tensor, second: Tensor | None, *sources: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return first.view_as(first), None if second is None else second.view_as(second)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"lslpn_kernels.{ctx.name} has no second derivative; "
+            'backend="torch" and backend="reference" have one'
+        )

@@ -79,8 +79,13 @@ class Kernels(Protocol):
         grid: GridSpec,
         reduce: str,
         *gram: Tensor,
+        **choice: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of `features` (its dtype and layout) and `prototypes`."""
+        """Gradients of `features` (its dtype and layout) and `prototypes`.
+
+        A backend that has `SELECTIVE = True` is told by ``wanted=(True, False)``, say, that only
+        the first of them is needed, and returns an empty tensor in place of the other.
+        """
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,13 @@ _ANY = ("any device",)
 
 
 def winner_dtype(grid: GridSpec, size: tuple[int, int]) -> torch.dtype:
-    """uint8 where the windows over a pixel can be counted with it, int32 elsewhere."""
-    overlap = grid.axis(size[0]).overlap * grid.axis(size[1]).overlap
-    return torch.uint8 if overlap <= 256 else torch.int32
+    """uint8 where the windows over a pixel can surely be counted with it, int32 elsewhere.
+
+    It goes by the grid alone, whatever the `size`, so that graphs stay good for other sizes: a
+    window of k pixels and step s overlaps no more than ``ceil(k / s) + 1 <= 2 / spacing + 1``
+    along an axis, the 1 being the last window, which may lie closer.
+    """
+    return torch.uint8 if 2 / grid.spacing + 1 <= 16 else torch.int32
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The kernels in C++ (csrc/cpu): exact, on several threads, in the processor's best instructions."""
+"""The kernels in C++ (csrc/cpu): exact, on several threads, in the best instructions there are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch.utils.dlpack import to_dlpack
 from ..geometry import GridSpec
 from ..reference import accumulation_dtype
 from . import native, winner_dtype
+
+# Told which gradients are wanted; see `Kernels.cosine_match_backward`.
+SELECTIVE = True
 
 _native, _reason = native.module()
 
@@ -32,11 +35,23 @@ def dtypes() -> tuple[torch.dtype, ...]:
 
 
 @lru_cache(maxsize=64)
-def _geometry(grid: GridSpec, H: int, h: int, W: int, w: int) -> tuple[Any, int, int]:
-    """The compiled tables of a geometry, and the numbers of windows Gy, Gx."""
+def _geometry(grid: GridSpec, H: int, h: int, W: int, w: int) -> tuple[Any, int, int, torch.dtype]:
+    """The compiled tables of a geometry, the numbers of windows Gy and Gx, and `winner_dtype`."""
     axes = grid.axis(H, h), grid.axis(W, w)
     sizes = ((a.pixels, a.cells, a.window, a.step, a.windows) for a in axes)
-    return _native.Geometry(*sizes), axes[0].windows, axes[1].windows  # type: ignore[union-attr]
+    table = _call("Geometry", *sizes)
+    return table, axes[0].windows, axes[1].windows, winner_dtype(grid, (H, W))
+
+
+def _call(name: str, *args: Any) -> Any:
+    if _native is None:
+        raise RuntimeError(f'backend="cpu" is not usable: {_reason}')
+    return getattr(_native, name)(*args)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # Whatever the default device is.
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def masked_average_pool(
@@ -45,11 +60,12 @@ def masked_average_pool(
     """See `Kernels`."""
     B, K, D, h, w = features.shape
     _, _, C, H, W = masks.shape
-    geometry, Gy, Gx = _geometry(grid, H, h, W, w)
+    geometry, Gy, Gx, _ = _geometry(grid, H, h, W, w)
     dtype = accumulation_dtype(features.dtype)
-    prototypes = torch.empty((B, C, Gy, Gx, D), dtype=dtype)
-    factor = torch.empty((B, K, C, Gy, Gx), dtype=dtype)
-    _native.cpu_masked_average_pool(  # type: ignore[union-attr]
+    prototypes = _empty((B, C, Gy, Gx, D), dtype)
+    factor = _empty((B, K, C, Gy, Gx), dtype)
+    _call(
+        "cpu_masked_average_pool",
         geometry,
         to_dlpack(features),
         to_dlpack(masks),
@@ -67,9 +83,10 @@ def masked_average_pool_backward(
     """See `Kernels`."""
     h, w = features.shape[3:]
     H, W = masks.shape[3:]
-    geometry, _, _ = _geometry(grid, H, h, W, w)
+    geometry = _geometry(grid, H, h, W, w)[0]
     grad_features = torch.empty_like(features)
-    _native.cpu_masked_average_pool_backward(  # type: ignore[union-attr]
+    _call(
+        "cpu_masked_average_pool_backward",
         geometry,
         to_dlpack(grad),
         to_dlpack(masks),
@@ -92,18 +109,19 @@ def cosine_match(
     B, Q, _, h, w = features.shape
     C = prototypes.shape[1]
     H, W = size
-    geometry, _, _ = _geometry(grid, H, h, W, w)
-    scores = torch.empty((B, Q, C, H, W), dtype=prototypes.dtype)
-    keep = winners and reduce == "max"
-    shape = (B, Q, C, H, W) if keep else (0,)
-    winner = torch.empty(shape, dtype=winner_dtype(grid, (H, W)))
-    _native.cpu_cosine_match(  # type: ignore[union-attr]
+    geometry, _, _, winner_type = _geometry(grid, H, h, W, w)
+    shape = (B, Q, C, H, W)
+    kept = winners and reduce == "max"
+    scores = _empty(shape, prototypes.dtype)
+    winner = _empty(shape if kept else (0,), winner_type)
+    _call(
+        "cpu_cosine_match",
         geometry,
         to_dlpack(features),
         to_dlpack(prototypes),
         reduce == "mean",
         to_dlpack(scores),
-        to_dlpack(winner) if keep else None,
+        to_dlpack(winner) if kept else None,
         torch.get_num_threads(),
     )
     return scores, winner
@@ -117,15 +135,18 @@ def cosine_match_backward(
     winners: Tensor,
     grid: GridSpec,
     reduce: str,
+    *,
+    wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
+    """See `Kernels`. A gradient that is not wanted comes back empty."""
     h, w = features.shape[3:]
     H, W = grad.shape[3:]
-    geometry, _, _ = _geometry(grid, H, h, W, w)
-    grad_features = torch.empty_like(features)
-    grad_prototypes = torch.empty_like(prototypes)
+    geometry = _geometry(grid, H, h, W, w)[0]
+    grad_features = torch.empty_like(features) if wanted[0] else _empty((0,), features.dtype)
+    grad_prototypes = torch.empty_like(prototypes) if wanted[1] else _empty((0,), prototypes.dtype)
     mean = reduce == "mean"
-    _native.cpu_cosine_match_backward(  # type: ignore[union-attr]
+    _call(
+        "cpu_cosine_match_backward",
         geometry,
         to_dlpack(grad),
         to_dlpack(features),
@@ -133,8 +154,8 @@ def cosine_match_backward(
         to_dlpack(scores),
         None if mean else to_dlpack(winners),
         mean,
-        to_dlpack(grad_features),
-        to_dlpack(grad_prototypes),
+        to_dlpack(grad_features) if wanted[0] else None,
+        to_dlpack(grad_prototypes) if wanted[1] else None,
         torch.get_num_threads(),
     )
     return grad_features, grad_prototypes

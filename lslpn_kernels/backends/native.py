@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from functools import cache
 from pathlib import Path
@@ -14,10 +15,9 @@ _REASONS = Path(__file__).resolve().parents[1] / "_build.json"
 def module() -> tuple[ModuleType | None, str]:
     """lslpn_kernels._native, or None and one line on why it cannot be loaded."""
     try:
-        from lslpn_kernels import _native
+        return importlib.import_module("lslpn_kernels._native"), ""
     except ImportError as error:
         return None, built_without("cpu") or f"the compiled module cannot be loaded: {error}"
-    return _native, ""
 
 
 def built_without(backend: str) -> str:
