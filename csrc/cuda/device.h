@@ -131,11 +131,12 @@ LSLPN_DEVICE void copy_wait() {
 // What the launches need to know of the current device.
 struct Device {
   int multiprocessors;
-  int shared_memory;  // bytes that a block can have
+  int shared_memory;       // bytes that a block can have
+  std::int64_t workspace;  // bytes that are worth no thought
 };
 inline Device this_device() {
   int index = 0;
-  Device device{1, 48 * 1024};
+  Device device{1, 48 * 1024, 16 << 20};
   if (cudaGetDevice(&index) != cudaSuccess) return device;
   cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);

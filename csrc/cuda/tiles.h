@@ -205,7 +205,8 @@ struct Chunks {
   static Chunks of(const Features& f, std::int64_t bytes) {
     const std::int64_t size = f.dtype == DType::float32 ? 4 : 2;
     const std::int64_t all = f.B * f.N;
-    const std::int64_t budget = std::max<std::int64_t>(16 << 20, all * f.D * f.h * f.w * size / 12);
+    const std::int64_t budget =
+        std::max<std::int64_t>(this_device().workspace, all * f.D * f.h * f.w * size / 12);
     const std::int64_t images = std::min(all, std::max<std::int64_t>(1, budget / bytes));
     return {images < f.N ? images : images / f.N * f.N};
   }

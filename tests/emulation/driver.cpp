@@ -2,6 +2,8 @@
 //
 //   driver CASES [SEED]
 //
+//   driver break RULE
+//
 // For the sanitizers: memory of exactly the size that is asked for, in all layouts and types.
 // Prints what differs, if anything does.
 #include <cmath>
@@ -11,6 +13,7 @@
 #include <random>
 #include <vector>
 
+#include "device.h"
 #include "launch.h"
 
 using namespace lslpn;
@@ -247,9 +250,52 @@ bool run_case(int index) {
   return tiled;
 }
 
+// Kernels that break a rule, to see that the emulation tells.
+struct Nothing {
+  int* memory;
+};
+void race(const Nothing) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  shared[thread_index()] = thread_index();
+  warp_barrier();  // where all of the block should wait
+  shared[thread_index() ^ 32] += 1;
+}
+void blocks_race(const Nothing p) {
+  p.memory[thread_index() % 2] = thread_index();
+}
+void overflow(const Nothing) {
+  if (thread_index() == 63) shared_memory()[64 * 4 + 8] = 1;
+}
+void stuck(const Nothing) {
+  if (thread_index() < 32) block_barrier();
+}
+void early(const Nothing p) {
+  copy_async(shared_memory() + 16 * thread_index(), p.memory);
+  block_barrier();  // in place of waiting for the copy
+  if (shared_memory()[16 * thread_index()] != '\0') p.memory[4] = 1;
+  copy_wait();
+}
+
+int break_rule(const char* rule) {
+  alignas(16) int memory[8] = {};
+  const Nothing p{memory};
+  const auto run = [&](const char* name, void (*kernel)(Nothing), std::size_t shared) {
+    if (std::strcmp(rule, name)) return;
+    const std::string error = launch(kernel, 2, 1, 64, shared, nullptr, p);
+    std::printf("%s%s\n", error.c_str(), memory[4] ? "read before it arrived" : "");
+  };
+  run("race", race, 64 * 4);
+  run("blocks_race", blocks_race, 0);
+  run("overflow", overflow, 64 * 4);
+  run("stuck", stuck, 0);
+  run("early", early, 64 * 16);
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 1 && !std::strcmp(argv[1], "break")) return break_rule(argc > 2 ? argv[2] : "");
   const int cases = argc > 1 ? std::atoi(argv[1]) : 10;
   const int seed = argc > 2 ? std::atoi(argv[2]) : 0;
   int tiled = 0;

@@ -50,6 +50,13 @@ namespace lslpn::cuda {
 
 using Stream = void*;
 
+// What the launches need to know of the device; see csrc/cuda/device.h.
+struct Device {
+  int multiprocessors;
+  int shared_memory;
+  std::int64_t workspace;
+};
+
 namespace emulation {
 
 // What the lanes of a warp hand to each other.
@@ -71,6 +78,10 @@ struct Copy {
   const char* source;
 };
 std::vector<Copy>& copies();
+
+// What the emulated device is like, and how many kernels were launched on it.
+extern Device device;
+extern std::int64_t launches;
 
 // Runs `body(parameters)` once per thread. The result is a complaint, or empty.
 std::string run(void (*body)(const void*), const void* parameters, std::int64_t blocks,
@@ -95,12 +106,8 @@ inline float shuffle_xor(float value, int mask) {
   return emulation::meet(emulation::Collective::shuffle, {value, {}, {}})[lane ^ mask].value;
 }
 
-struct Device {
-  int multiprocessors;
-  int shared_memory;
-};
 inline Device this_device() {
-  return {132, 227 * 1024};
+  return emulation::device;
 }
 
 inline float inverse_sqrt(float x) {
