@@ -405,14 +405,17 @@ void best_of(int n, const Problem<A>& p, const Tile<A>& tile, const MatchScratch
   }
 }
 
-// Whether everything that the pixels of a tile are made of is finite.
+// Whether everything that the pixels of a tile are made of is finite; and the products of its last
+// locations with those beyond too, for their weights are 0, but 0 times NaN is NaN.
 template <class A>
 bool finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows,
             const Directions<A>& directions, std::int64_t b) {
   A sum = A(0);
   for (int i = 0; i < tile.y.cells; ++i) {
-    const A* own = rows.own.row(tile.y.lower + i) + tile.x.lower;
-    for (int j = 0; j < tile.x.cells; ++j) sum += own[j] * A(0);
+    for (const Ring<A>* map : {&rows.own, &rows.right, &rows.below, &rows.across}) {
+      const A* values = map->row(tile.y.lower + i) + tile.x.lower;
+      for (int j = 0; j < tile.x.cells; ++j) sum += values[j] * A(0);
+    }
   }
   for (std::int64_t c = 0; c < p.C; ++c) {
     for (int k = 0; k < tile.windows; ++k) {

@@ -6,6 +6,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "kernels.h"
 #include "simd.h"
@@ -52,6 +55,9 @@ inline void parallel(std::int64_t units, int threads, Start start, F f) {
 constexpr double kWorthThreads = 2e5;
 
 // Adds up what memory is needed (while `base` is null), then deals it out.
+//
+// AddressSanitizer knows only the whole. So that it sees a step from one piece into the next, each
+// of them has a fence behind it where the kernels are compiled for it (tests/sanitizers).
 struct Arena {
   char* base = nullptr;
   std::int64_t used = 0;
@@ -59,7 +65,14 @@ struct Arena {
   template <class T>
   T* take(std::int64_t n) {
     char* p = base ? base + used : nullptr;
-    used += (n * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
+    const std::int64_t size = n * static_cast<std::int64_t>(sizeof(T));
+#if defined(__SANITIZE_ADDRESS__)
+    const std::int64_t room = (size + 127) / 64 * 64;
+    if (base) __asan_poison_memory_region(p + size, room - size);
+#else
+    const std::int64_t room = (size + 63) / 64 * 64;
+#endif
+    used += room;
     return reinterpret_cast<T*>(p);
   }
 };
@@ -76,12 +89,21 @@ class Memory {
     Scratch(each, problem);
     // A thread's part is kept off the cache lines, and pages, of the others.
     per_thread_ = (each.used + 4095) / 4096 * 4096 + 128;
-    data_ = static_cast<char*>(take_memory(size.used + threads * per_thread_));
+    size_ = size.used + threads * per_thread_;
+    data_ = static_cast<char*>(take_memory(size_));
+#if defined(__SANITIZE_ADDRESS__)
+    std::memset(data_, 0xff, size_);  // NaN: nobody may count on what an earlier call has left
+#endif
     scratch_ = data_ + size.used;
     Arena arena{data_};
     shared_ = Shared(arena, problem);
   }
-  ~Memory() { give_back_memory(data_); }
+  ~Memory() {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(data_, size_);
+#endif
+    give_back_memory(data_);
+  }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
@@ -99,7 +121,7 @@ class Memory {
  private:
   char* data_;
   char* scratch_;
-  std::int64_t per_thread_;
+  std::int64_t size_, per_thread_;
   Shared shared_;
 };
 
