@@ -15,11 +15,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ GRAM_MAPS = 4
 # single image needs more (thousands of windows over a pixel), the `torch` backend takes over.
 WORKSPACE = 1 << 31
 
-# Pixels and feature locations of a piece of an axis, and rows of a strip; see `_tables`.
-_PIECE_PIXELS, _PIECE_CELLS, _STRIP = 32, 16, 8
+# Pixels of a piece and of a strip, at most; see `triton_kernels`.
+_PIECE, _STRIP = 32, 8
 _NEAR_FIRST, _NEAR_LAST = 4, 5  # rows of the table, as in `triton_kernels`
 
 
@@ -89,10 +90,10 @@ class _AxisFacts:
         rows: the rows of the axis table, named in `triton_kernels`.
         near: windows near a feature location, at most.
         overlap: windows over a pixel, at most.
-        strips, strip: number of strips, and the rows of the longest.
-        pieces, pixels, cells: number of pieces, and the pixels and locations of the longest.
-        reach: pieces near a feature location, at most.
-        window_pieces: pieces in a window, at most.
+        strips, strip: number of strips, and the pixels of the longest.
+        pieces, cells: number of pieces, and the locations of the longest.
+        near_pieces, near_strips: pieces and strips near a feature location, at most.
+        window_pieces, window_strips: pieces and strips in a window, at most.
         between: whether any pixel lies between two locations.
     """
 
@@ -102,10 +103,11 @@ class _AxisFacts:
     strips: int
     strip: int
     pieces: int
-    pixels: int
     cells: int
-    reach: int
+    near_pieces: int
+    near_strips: int
     window_pieces: int
+    window_strips: int
     between: bool
 
 
@@ -117,81 +119,107 @@ def _axis_facts(axis: Axis) -> _AxisFacts:
     upper = [i + (weight > 0) for i, weight in taps]
     bits = [struct.unpack("<i", struct.pack("<f", weight))[0] for _, weight in taps]
 
-    strips = []
-    begin = 0
-    for x in range(1, axis.pixels + 1):
-        if x == axis.pixels or (lower[x], covering[x]) != (lower[begin], covering[begin]):
-            strips += _cut(begin, x, -(-(x - begin) // _STRIP))
-            begin = x
+    pieces = [
+        piece
+        for segment in axis.segments
+        for piece in _cut(segment.begin, segment.end, -(-(segment.end - segment.begin) // _PIECE))
+    ]
+    strips: list[tuple[int, int]] = []
+    piece_strips = []
+    for piece_begin, piece_end in pieces:
+        before = len(strips)
+        for _, run in groupby(range(piece_begin, piece_end), key=lower.__getitem__):
+            x = list(run)
+            strips += _cut(x[0], x[-1] + 1, -(-len(x) // _STRIP))
+        piece_strips.append((before, len(strips)))
 
-    pieces: list[tuple[int, int]] = []
-    for segment in axis.segments:
-        parts = 1
-        while True:
-            cut = _cut(segment.begin, segment.end, parts)
-            if all(
-                b - a <= _PIECE_PIXELS and upper[b - 1] - lower[a] < _PIECE_CELLS for a, b in cut
-            ):
-                break
-            parts += 1
-        pieces += cut
-
-    near_first, near_last = [1 << 30] * axis.cells, [-1] * axis.cells
-    piece_first, piece_last = [1 << 30] * axis.cells, [-1] * axis.cells
-    cell_begin, cell_end = [axis.cells] * axis.windows, [0] * axis.windows
-    window_first, window_last = [len(pieces)] * axis.windows, [-1] * axis.windows
+    # First and last of something near each location, or in each window.
+    near = _Spans(axis.cells, missing=1 << 30)
+    cell_pieces = _Spans(axis.cells)
+    window_cells, window_pieces, window_strips = (_Spans(axis.windows) for _ in range(3))
     for number, (begin, end) in enumerate(pieces):
         first, last = covering[begin]
+        # Every location from the first tap to the last, though of locations that lie closer than
+        # pixels some are needed by none.
         for i in range(lower[begin], upper[end - 1] + 1):
-            # Every location from the first tap to the last is near the piece, though between
-            # locations that lie closer than the pixels there are some that no pixel needs.
-            piece_first[i] = min(piece_first[i], number)
-            piece_last[i] = max(piece_last[i], number)
-            near_first[i] = min(near_first[i], first)
-            near_last[i] = max(near_last[i], last)
+            cell_pieces.add(i, number, number)
+            near.add(i, first, last)
         for m in range(first, last + 1):
-            cell_begin[m] = min(cell_begin[m], lower[begin])
-            cell_end[m] = max(cell_end[m], upper[end - 1] + 1)
-            window_first[m] = min(window_first[m], number)
-            window_last[m] = max(window_last[m], number)
-    reach = max(b - a + 1 for a, b in zip(piece_first, piece_last, strict=True))
-    near = max(b - a + 1 for a, b in zip(near_first, near_last, strict=True))
-    piece_first = [first if first < 1 << 30 else 0 for first in piece_first]
+            window_cells.add(m, lower[begin], upper[end - 1])
+            window_pieces.add(m, number, number)
+            window_strips.add(m, piece_strips[number][0], piece_strips[number][1] - 1)
+
+    lowers = [lower[begin] for begin, _ in strips]
+    strip_begin = [bisect_left(lowers, i) for i in range(axis.cells)]
+    strip_end = [bisect_right(lowers, i) for i in range(axis.cells)]
+    # Strips of the location to the left are near where any of their pixels lies between the two.
+    strip_first = list(strip_begin)
+    for i in range(1, axis.cells):
+        before, after = strip_begin[i - 1], strip_end[i - 1]
+        if after > before and upper[strips[after - 1][1] - 1] == i:
+            strip_first[i] = before
 
     rows = (
         lower,
         bits,
         [first for first, _ in covering],
         [last for _, last in covering],
-        near_first,
-        near_last,
-        piece_first,
-        piece_last,
+        near.first,
+        near.last,
+        cell_pieces.first,
+        cell_pieces.last,
+        strip_first,
+        strip_begin,
+        strip_end,
         [begin for begin, _ in strips],
         [end for _, end in strips],
-        [begin for begin, _ in pieces],
-        [end for _, end in pieces],
+        [covering[begin][0] for begin, _ in strips],
+        [covering[begin][1] for begin, _ in strips],
         [lower[begin] for begin, _ in pieces],
+        [upper[end - 1] for _, end in pieces],
         [covering[begin][0] for begin, _ in pieces],
         [covering[begin][1] for begin, _ in pieces],
-        cell_begin,
-        cell_end,
-        window_first,
-        window_last,
+        [begin for begin, _ in piece_strips],
+        [end for _, end in piece_strips],
+        window_cells.first,
+        [last + 1 for last in window_cells.last],
+        window_pieces.first,
+        window_pieces.last,
+        window_strips.first,
+        window_strips.last,
     )
     return _AxisFacts(
         rows=tuple(map(tuple, rows)),
-        near=near,
+        near=near.longest,
         overlap=axis.overlap,
         strips=len(strips),
         strip=max(end - begin for begin, end in strips),
         pieces=len(pieces),
-        pixels=max(end - begin for begin, end in pieces),
         cells=max(upper[end - 1] - lower[begin] + 1 for begin, end in pieces),
-        reach=reach,
-        window_pieces=max(b - a + 1 for a, b in zip(window_first, window_last, strict=True)),
+        near_pieces=cell_pieces.longest,
+        near_strips=max(b - a for a, b in zip(strip_first, strip_end, strict=True)),
+        window_pieces=window_pieces.longest,
+        window_strips=window_strips.longest,
         between=any(weight > 0 for _, weight in taps),
     )
+
+
+class _Spans:
+    """First and last numbers that were added to each of n entries."""
+
+    def __init__(self, n: int, missing: int = 0) -> None:
+        self.first = [missing] * n
+        self.last = [-1] * n
+
+    def add(self, entry: int, first: int, last: int) -> None:
+        if self.last[entry] < 0:
+            self.first[entry] = first
+        self.first[entry] = min(self.first[entry], first)
+        self.last[entry] = max(self.last[entry], last)
+
+    @property
+    def longest(self) -> int:
+        return max(b - a + 1 for a, b in zip(self.first, self.last, strict=True))
 
 
 def _cut(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
@@ -235,13 +263,8 @@ class _Geometry:
 
     @property
     def block(self) -> int:
-        """Numbers in a block of a tile's record."""
-        return self.rows.cells * self.columns.cells
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of an image."""
-        return self.rows.pieces * self.columns.pieces
+        """Numbers in a block of the tiles of a piece."""
+        return 2 * self.rows.cells * self.columns.strips
 
     @property
     def between(self) -> bool:
@@ -252,13 +275,13 @@ class _Geometry:
         """Places that a window can have over a tile; one where all windows get the same."""
         return self.rows.overlap * self.columns.overlap if reduce == "max" else 1
 
-    def pool_record(self, C: int) -> int:
-        """Numbers in the record of a tile, for pooling."""
-        return C * (self.block + 1)
+    def pool_tiles(self, C: int) -> int:
+        """Numbers kept of an image for pooling."""
+        return self.rows.pieces * C * self.block
 
-    def match_record(self, C: int, reduce: str) -> int:
-        """Numbers in the record of a tile, for matching."""
-        return (C * self.places(reduce) + GRAM_MAPS) * self.block + C * self.places(reduce)
+    def match_tiles(self, C: int, reduce: str) -> int:
+        """Numbers kept of an image for the backward direction of matching."""
+        return self.rows.pieces * (C * self.places(reduce) + 3) * self.block
 
     def dots(self, C: int) -> int:
         """Inner products kept of an image."""
@@ -313,7 +336,7 @@ def _dot(dtype: torch.dtype) -> str:
     """How the kernels multiply; see `triton_kernels._dot`."""
     if _INTERPRETED:
         return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "split"
+    return "tf32" if dtype == torch.float32 else "bfloat16"
 
 
 # Launching
@@ -332,14 +355,13 @@ class _Launch:
         programs: int,
         numbers: Sequence[int | float],
         constants: dict[str, Any],
-        warps: int = 4,
-        stages: int = 2,
+        **options: int,
     ) -> None:
         self.kernel = kernel
         self.grid = (programs, 1, 1)
         self.numbers = tuple(numbers)
         self.constants = constants
-        self.options = {"num_warps": warps, "num_stages": stages}
+        self.options = {"num_warps": 4, "num_stages": 1, **options}
         self.tail = (*numbers, *constants.values())
         self.compiled: Any = None
 
@@ -379,6 +401,12 @@ def _needs_long(features: Tensor, strides: Sequence[int], *extents: int) -> bool
     return max(span, *extents) >= 1 << 31
 
 
+def _strides(name: str, strides: Sequence[int]) -> dict[str, int]:
+    """Strides within an image. The compiler is told their values, so that it reads the neighbours
+    of a location at constant distances from one address."""
+    return {f"{name}_{letter}": n for letter, n in zip("DHW", strides[2:], strict=True)}
+
+
 def _parts(n: int, most: int) -> list[slice]:
     return [slice(begin, begin + most) for begin in range(0, n, most)]
 
@@ -405,40 +433,45 @@ class _Pool:
         self.table = _table(geometry.y, geometry.x, features.device)
         length = self.table.shape[2]
         Gy, Gx = geometry.y.windows, geometry.x.windows
-        record = geometry.pool_record(C)
-        self.size = B * K * geometry.tiles * record
+        self.size = B * K * geometry.pool_tiles(C)
+        self.counts = B * K * rows.pieces * C * columns.strips
         long = _needs_long(
-            features, strides, C * Gy * Gx * D, C * H * W, geometry.tiles * record, h * w
+            features, strides, C * Gy * Gx * D, C * H * W, geometry.pool_tiles(C), h * w
         )
-        tile = (rows.pieces, columns.pieces, record, rows.cells, columns.cells)
+        tile = (rows.pieces, columns.strips, rows.cells)
+        T_X = _power(columns.strip, 1, _STRIP)
+        blocks = -(-columns.strips * T_X // 128)
         self.tiles = _Launch(
             "mask_tiles_kernel",
-            B * K * geometry.tiles,
-            (length, C, H, W, *tile),
+            B * K * rows.pieces * C * blocks,
+            (length, C, H, W, *tile, blocks),
             {
-                "T": _power(max(rows.pixels, columns.pixels), 16, _PIECE_PIXELS),
-                "R": _PIECE_CELLS,
+                "T_Y": _power(rows.strip, 1, _STRIP),
+                "T_X": T_X,
+                "S": 128 // T_X,
                 "LONG": long,
-                "DOT": _dot(torch.float32),
             },
         )
         BI, BJ = _cell_block(strides[2:])
         common = {"BI": BI, "BJ": BJ}
-        reach = {"REACH_Y": rows.reach, "REACH_X": columns.reach}
+        reach = {"REACH_Y": rows.near_pieces, "REACH_X": columns.near_strips}
         if min_pixels is None:
             row_blocks, column_blocks = -(-h // BI), -(-w // BJ)
             self.back = _Launch(
                 "pool_back_kernel",
                 B * K * row_blocks * column_blocks,
-                (length, K, C, D, h, w, Gy, Gx, *strides, *tile, row_blocks, column_blocks),
+                (length, K, C, D, h, w, Gy, Gx, *strides[:2], *tile, row_blocks, column_blocks),
                 {
+                    **_strides("STRIDE", strides),
+                    "EVEN": D % _power(D, 16, 128) == 0,
                     **common,
-                    "BN": _power(C * geometry.windows_near(BI, BJ), 16, 64),
-                    "BD": _power(D, 16, 64),
+                    "BN": 16,
+                    "BD": _power(D, 16, 128),
                     **reach,
                     "LONG": long,
                     "DOT": _dot(features.dtype),
                 },
+                maxnreg=160,
             )
             return
         GY, GX, BN = _group(C, geometry, B)
@@ -462,8 +495,8 @@ class _Pool:
                 "BN": BN,
                 "BD": BD,
                 **reach,
-                "PIECES_Y": rows.window_pieces,
-                "PIECES_X": _power(columns.window_pieces, 1, 1 << 20),
+                "PIECES": rows.window_pieces,
+                "STRIPS": _power(columns.window_strips, 1, 1 << 20),
                 "LONG": long,
                 "DOT": _dot(features.dtype),
             },
@@ -481,7 +514,7 @@ def masked_average_pool(
     factor = features.new_empty((B, K, C, Gy, Gx), dtype=torch.float32)
     if masks.dtype == torch.bool:
         masks = masks.view(torch.uint8)
-    episodes = max(1, WORKSPACE // (4 * K * geometry.tiles * geometry.pool_record(C)))
+    episodes = max(1, WORKSPACE // (4 * K * geometry.pool_tiles(C)))
     if episodes >= B:
         return _pool(features, masks, grid, min_pixels, factor), factor
     prototypes = [
@@ -505,8 +538,9 @@ def _pool(
         )
         prototypes = features.new_empty(plan.shape, dtype=torch.float32)
         tiles = features.new_empty(plan.size, dtype=torch.float32)
-        plan.tiles(masks, tiles, plan.table)
-        plan.sums(tiles, features, prototypes, factor, plan.table)
+        counts = features.new_empty(plan.counts, dtype=torch.float32)
+        plan.tiles(masks, tiles, counts, plan.table)
+        plan.sums(tiles, counts, features, prototypes, factor, plan.table)
         return prototypes.sum(0) if plan.splits > 1 else prototypes[0]
 
 
@@ -520,7 +554,7 @@ def masked_average_pool_backward(
     if masks.dtype == torch.bool:
         masks = masks.view(torch.uint8)
     result = torch.empty_like(features)
-    episodes = max(1, WORKSPACE // (4 * K * geometry.tiles * geometry.pool_record(C)))
+    episodes = max(1, WORKSPACE // (4 * K * geometry.pool_tiles(C)))
     if episodes >= B:
         _pool_back(grad, masks, factor, result, grid)
     else:
@@ -540,7 +574,8 @@ def _pool_back(grad: Tensor, masks: Tensor, factor: Tensor, result: Tensor, grid
             lambda: _Pool(result, masks, grid, None),
         )
         tiles = result.new_empty(plan.size, dtype=torch.float32)
-        plan.tiles(masks, tiles, plan.table)
+        counts = result.new_empty(plan.counts, dtype=torch.float32)
+        plan.tiles(masks, tiles, counts, plan.table)
         plan.back(tiles, grad, factor, result, plan.table)
 
 
@@ -579,8 +614,10 @@ class _Match:
         self.dots = _Launch(
             "dots_kernel",
             B * Q * row_blocks * runs,
-            (length, Q, C, D, h, w, Gy, Gx, *strides, row_blocks, column_blocks, runs),
+            (length, Q, C, D, h, w, Gy, Gx, *strides[:2], row_blocks, column_blocks, runs),
             {
+                **_strides("STRIDE", strides),
+                "EVEN": D % _power(D, 16, 32) == 0,
                 **common,
                 "BI": BI,
                 "BJ": BJ,
@@ -612,7 +649,7 @@ class _Match:
 
 def _images(geometry: _Geometry, C: int, reduce: str) -> int:
     """Images that fit the workspace, in either direction."""
-    most = max(geometry.dots(C), geometry.tiles * geometry.match_record(C, reduce))
+    most = max(geometry.dots(C), geometry.match_tiles(C, reduce))
     return WORKSPACE // (4 * most)
 
 
@@ -702,28 +739,30 @@ class _MatchBack:
         self.table = _table(geometry.y, geometry.x, features.device)
         length = self.table.shape[2]
         Gy, Gx = geometry.y.windows, geometry.x.windows
-        record = geometry.match_record(C, reduce)
-        self.size = B * Q * geometry.tiles * record
+        self.size = B * Q * geometry.match_tiles(C, reduce)
         self.lengths = B * C * Gy * Gx
-        extents = (C * Gy * Gx * D, C * H * W, geometry.tiles * record, h * w)
+        extents = (C * Gy * Gx * D, C * H * W, geometry.match_tiles(C, reduce), h * w)
         long = _needs_long(features, features.stride(), *extents)
         long = long or _needs_long(result, result.stride(), *extents)
-        tile = (rows.pieces, columns.pieces, record, rows.cells, columns.cells)
+        tile = (rows.pieces, columns.strips, rows.cells)
         row_programs = -(-self.lengths // 16)
-        places = geometry.places(reduce)
-        mean = reduce == "mean"
+        P = geometry.places(reduce)
+        places = min(4, _power(P, 1, 4)) if reduce == "max" else 0
+        roles = 1 + C * (-(-P // places) if places else 1)
+        T_X = _power(columns.strip, 1, _STRIP)
+        blocks = -(-columns.strips * T_X // 128)
         self.tiles = _Launch(
             "match_tiles_kernel",
-            B * Q * geometry.tiles + row_programs,
-            (length, C, D, H, W, h, w, *tile, self.lengths, row_programs),
+            B * Q * rows.pieces * roles * blocks + row_programs,
+            (length, C, D, H, W, h, w, *tile, blocks, self.lengths, row_programs, roles),
             {
-                "P": places,
-                "T": _power(max(rows.pixels, columns.pixels), 16, _PIECE_PIXELS),
-                "R": _PIECE_CELLS,
+                "T_Y": _power(rows.strip, 1, _STRIP),
+                "T_X": T_X,
+                "S": 128 // T_X,
+                "PLACES": places,
+                "P": P,
                 "BETWEEN": geometry.between,
-                "MEAN": mean,
                 "LONG": long,
-                "DOT": _dot(torch.float32),
             },
         )
         BI, BJ = _cell_block(features.stride()[2:])
@@ -731,37 +770,40 @@ class _MatchBack:
         GY, GX, BN = _group(C, geometry, B)
         groups_y, groups_x = -(-Gy // GY), -(-Gx // GX)
         groups = groups_y * groups_x * -(-C * GY * GX // BN)
-        BD = _power(D, 16, 128)
-        d_blocks = 1 if mean else -(-D // BD)
-        self.splits = _splits(B * groups * d_blocks, Q)
+        self.splits = _splits(B * groups, Q)
         self.shape = (self.splits, B, C, Gy, Gx, D)
         self.back = _Launch(
             "match_back_kernel",
-            B * (groups * d_blocks * self.splits + Q * row_blocks * column_blocks),
+            B * (groups * self.splits + Q * row_blocks * column_blocks),
             (
-                *(length, B, Q, C, D, h, w, Gy, Gx, *features.stride(), *result.stride(), *tile),
-                *(groups_y, groups_x, groups, d_blocks, self.splits, row_blocks, column_blocks),
+                *(length, B, Q, C, D, h, w, Gy, Gx, *features.stride()[:2], *result.stride()[:2]),
+                *tile,
+                *(groups_y, groups_x, groups, self.splits, row_blocks, column_blocks),
             ),
             {
-                "P": places,
+                **_strides("STRIDE", features.stride()),
+                **_strides("TO_STRIDE", result.stride()),
+                "EVEN": D % _power(D, 16, 64) == 0,
+                "P": P,
                 "OX": columns.overlap,
                 "GY": GY,
                 "GX": GX,
                 "GATHER_BN": BN,
-                "GATHER_BD": BD,
+                "GATHER_BD": _power(D, 16, 256),
                 "BI": BI,
                 "BJ": BJ,
-                "BN": _power(C * geometry.windows_near(BI, BJ), 16, 64),
+                "BN": 16,
                 "BD": _power(D, 16, 64),
-                "REACH_Y": rows.reach,
-                "REACH_X": columns.reach,
-                "PIECES_Y": rows.window_pieces,
-                "PIECES_X": _power(columns.window_pieces, 1, 1 << 20),
+                "REACH_Y": rows.near_pieces,
+                "REACH_X": columns.near_strips,
                 "BETWEEN": geometry.between,
-                "MEAN": mean,
+                "PLACES": reduce == "max",
+                "WHOLE": D <= 256,
                 "LONG": long,
                 "DOT": _dot(features.dtype),
             },
+            num_warps=8,
+            maxnreg=128,
         )
 
 

@@ -5,13 +5,15 @@ feature locations (D channels, read in matrix products) and pixels (C classes):
 
     dots   [image, C, NY, NX, h, w]: <F(i, j), q_{c,m}> for the windows m near a location, those
            over a pixel that is interpolated from it. Window (my, mx) is at (my % NY, mx % NX).
-    tiles  one record for each tile of an image, the crossing of two `pieces`: pixels in the same
-           windows that are interpolated from at most 16 x 16 locations. It holds what the pixels
-           of the tile add to their locations, as blocks of RY x RX numbers:
-             [C, P, RY, RX]  weights, for each class and each of the P places that a window can
-                             have among those over the tile (P = 1 where all get the same)
-             [4, RY, RX]     derivatives by the Gram maps (matching only)
-             [C, P]          a sum over the pixels (see the kernels)
+    tiles  what the pixels add to the locations that they are interpolated from. A tile is the
+           crossing of a `piece` of the rows, pixels in the same windows, and a `strip` of the
+           columns, pixels in the same windows with the same lower location; all that a tile
+           knows is its sums for the left and right location (2) of each of the R rows of
+           locations under its piece. [image, piece, block, 2, R, strip], with one block for
+             each class and each of the P places that a window can have among those over a pixel
+             (P = 1 where all windows get the same): weights
+             and for matching three more, the derivatives by the Gram maps: |F|^2; products with
+             the right neighbour and of the diagonals; products with the lower neighbour
 
     dots_kernel         F, p      -> dots, Gram maps       matching, forward
     scores_kernel       dots      -> scores, winners
@@ -22,8 +24,8 @@ feature locations (D channels, read in matrix products) and pixels (C classes):
     pool_back_kernel    tiles, dp -> dF
 
 Every sum is taken by one program in a fixed order; there are no atomics. Letters beyond the
-usual ones: M locations of a block, N windows (times classes) of a block, P places, R locations
-and T pixels of a piece. `LONG` says that offsets within an image need 64 bits.
+usual ones: M locations of a block, N windows (times classes) of a block, P places, S strips of a
+block with up to T pixels each. `LONG` says that offsets within an image need 64 bits.
 """
 
 # mypy: ignore-errors
@@ -45,21 +47,29 @@ NEAR_FIRST = tl.constexpr(4)  # first and last window near it; where none is: ma
 NEAR_LAST = tl.constexpr(5)
 CELL_PIECE_FIRST = tl.constexpr(6)  # first and last piece near it; where none is: 0, -1
 CELL_PIECE_LAST = tl.constexpr(7)
+CELL_STRIP_FIRST = tl.constexpr(8)  # first and last strip near it; where none is: 0, -1
+CELL_STRIP_BEGIN = tl.constexpr(9)  # strips that have it as their lower location
+CELL_STRIP_END = tl.constexpr(10)
 # A strip, pixels with the same lower location and the same windows:
-STRIP_BEGIN = tl.constexpr(8)
-STRIP_END = tl.constexpr(9)
+STRIP_BEGIN = tl.constexpr(11)
+STRIP_END = tl.constexpr(12)
+STRIP_FIRST = tl.constexpr(13)  # its first and last window
+STRIP_LAST = tl.constexpr(14)
 # A piece, pixels with the same windows:
-PIECE_BEGIN = tl.constexpr(10)
-PIECE_END = tl.constexpr(11)
-PIECE_LOWER = tl.constexpr(12)  # its first location
-PIECE_FIRST = tl.constexpr(13)  # its first and last window
-PIECE_LAST = tl.constexpr(14)
+PIECE_LOWER = tl.constexpr(15)  # its first and last location
+PIECE_UPPER = tl.constexpr(16)
+PIECE_FIRST = tl.constexpr(17)  # its first and last window
+PIECE_LAST = tl.constexpr(18)
+PIECE_STRIP_BEGIN = tl.constexpr(19)  # its strips
+PIECE_STRIP_END = tl.constexpr(20)
 # A window:
-WINDOW_CELL_BEGIN = tl.constexpr(15)  # locations near it
-WINDOW_CELL_END = tl.constexpr(16)
-WINDOW_PIECE_FIRST = tl.constexpr(17)  # pieces in it
-WINDOW_PIECE_LAST = tl.constexpr(18)
-ROWS = tl.constexpr(19)
+WINDOW_CELL_BEGIN = tl.constexpr(21)  # locations near it
+WINDOW_CELL_END = tl.constexpr(22)
+WINDOW_PIECE_FIRST = tl.constexpr(23)  # first and last piece in it
+WINDOW_PIECE_LAST = tl.constexpr(24)
+WINDOW_STRIP_FIRST = tl.constexpr(25)  # first and last strip in it
+WINDOW_STRIP_LAST = tl.constexpr(26)
+ROWS = tl.constexpr(27)
 
 Y = tl.constexpr(0)
 X = tl.constexpr(1)
@@ -90,23 +100,44 @@ def _wide(index, LONG: tl.constexpr):
 
 
 @triton.jit
+def _high(x):
+    """x rounded to a bfloat16 (by hand: the conversion is a slow instruction). A NaN may get lost
+    here, but not in `_low`."""
+    if x.dtype == tl.bfloat16:
+        return x
+    else:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True) + 0x8000
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _low(x, high):
+    """What `_high` left of x, cut off to a bfloat16."""
+    bits = (x.to(tl.float32) - high.to(tl.float32)).to(tl.int32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def _dot(a, b, acc, DOT: tl.constexpr):
-    """``acc + a @ b`` in float32. Products of float32 take three of TF32, good to 2^-21; those of
-    half types take bfloat16 parts that add up to 16 bits (a bfloat16 is its own only part).
+    """``acc + a @ b`` in float32. Both are cut into parts that the tensor cores multiply exactly:
+    float32 into two TF32 (22 bits), half types into two bfloat16 (16 bits; a bfloat16 is its own
+    only part). The product of the low parts is below rounding.
     """
     if DOT == "ieee":  # for the interpreter, whose bfloat16 products are wrong
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    elif DOT == "tf32x3":
-        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    elif DOT == "tf32":
+        a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
+        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
+        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
     else:
-        a_high = a.to(tl.bfloat16)
-        b_high = b.to(tl.bfloat16)
+        a_high = _high(a)
+        b_high = _high(b)
         if a.dtype != tl.bfloat16:
-            a_low = (a.to(tl.float32) - a_high.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(a_low, b_high, acc)
+            acc = tl.dot(_low(a, a_high), b_high, acc)
         if b.dtype != tl.bfloat16:
-            b_low = (b.to(tl.float32) - b_high.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(a_high, b_low, acc)
+            acc = tl.dot(a_high, _low(b, b_high), acc)
         acc = tl.dot(a_high, b_high, acc)
     return acc
 
@@ -141,16 +172,26 @@ def _window(n, first_y, first_x, windows_y, windows_x):
     return n // (ny * nx), first_y + n // nx % ny, first_x + n % nx
 
 
+@triton.jit
+def _there(at, mask):
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
 # Matching, forward
 
 
 @triton.jit
 def _dots_chunk(
-    feature,
-    strides,
-    prototype,
+    features,
+    cell,
+    prototypes,
+    row,
     D,
     masks,
+    STRIDE_D: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    EVEN: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -161,22 +202,24 @@ def _dots_chunk(
 ):
     """Inner products of M locations with BN prototypes, over the prototypes' lengths; the squares
     of the locations, and their products with right, lower and diagonal neighbours.
-    `strides` is (d, h, w), `masks` (locations, with a right, with a lower neighbour, prototypes).
+    `masks` is (locations, with a right, with a lower neighbour, prototypes), EVEN whether BK
+    divides D.
     """
     inside = masks[0]
     used = masks[3]
     acc = tl.zeros((M, BN), tl.float32)
     length = tl.zeros((BK, BN), tl.float32)
     own = tl.zeros((M, BK), tl.float32)
-    row = tl.zeros((M, BK), tl.float32)
-    column = tl.zeros((M, BK), tl.float32)
+    across = tl.zeros((M, BK), tl.float32)
+    down = tl.zeros((M, BK), tl.float32)
     diagonal = tl.zeros((M, BK), tl.float32)
     for start in range(0, D, BK):
         d = start + tl.arange(0, BK)
-        there = d < D
-        at = feature[:, None] + _wide(d, LONG)[None, :] * strides[0]
+        there = (d < D) | EVEN
+        at = features + (cell[:, None] + _wide(d, LONG)[None, :] * STRIDE_D)
         f = tl.load(at, mask=inside[:, None] & there[None, :], other=0.0)
-        p = tl.load(prototype[None, :] + d[:, None], mask=there[:, None] & used[None, :], other=0.0)
+        at_p = prototypes + (row[None, :] + d[:, None])
+        p = tl.load(at_p, mask=there[:, None] & used[None, :], other=0.0)
         acc = _dot(f, p, acc, DOT)
         length += p * p
         if GRAM:
@@ -185,14 +228,14 @@ def _dots_chunk(
             if BETWEEN:
                 right = masks[1][:, None] & there[None, :]
                 below = masks[2][:, None] & there[None, :]
-                f_right = tl.load(at + strides[2], mask=right, other=0.0).to(tl.float32)
-                f_below = tl.load(at + strides[1], mask=below, other=0.0).to(tl.float32)
-                f_both = tl.load(at + strides[1] + strides[2], mask=right & below, other=0.0)
-                row += f * f_right
-                column += f * f_below
-                diagonal += f * f_both.to(tl.float32) + f_right * f_below
+                f_right = _there(at + STRIDE_W, right)
+                f_below = _there(at + STRIDE_H, below)
+                across += f * f_right
+                down += f * f_below
+                diagonal += f_right * f_below
+                diagonal += f * _there(at + (STRIDE_H + STRIDE_W), right & below)
     acc *= _inverse_length(tl.sum(length, 0))[None, :]
-    return acc, tl.sum(own, 1), tl.sum(row, 1), tl.sum(column, 1), tl.sum(diagonal, 1)
+    return acc, tl.sum(own, 1), tl.sum(across, 1), tl.sum(down, 1), tl.sum(diagonal, 1)
 
 
 @triton.jit
@@ -212,12 +255,13 @@ def dots_kernel(
     Gx,
     stride_b,
     stride_q,
-    stride_d,
-    stride_h,
-    stride_w,
     row_blocks,
     column_blocks,
     runs,
+    STRIDE_D: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    EVEN: tl.constexpr,
     NY: tl.constexpr,
     NX: tl.constexpr,
     BI: tl.constexpr,
@@ -235,7 +279,6 @@ def dots_kernel(
     row_block = pid // runs % row_blocks
     image = (pid // (runs * row_blocks)).to(tl.int64)
     axes = (table, length)
-    strides = (stride_d, stride_h, stride_w)
     cell = tl.arange(0, BI * BJ)
 
     i_begin, i_end = _block(row_block, row_blocks, h)
@@ -257,18 +300,34 @@ def dots_kernel(
         inside = (i < i_end) & (j < j_end)
         right = inside & (j + 1 < w)
         below = inside & (i + 1 < h)
-        feature = features + _wide(i, LONG) * stride_h + _wide(j, LONG) * stride_w
+        place = _wide(i, LONG) * STRIDE_H + _wide(j, LONG) * STRIDE_W
         at = i * w + j
         count = C * y_windows * x_windows
         for start in range(0, tl.maximum(count, 1), BN):
             n = start + tl.arange(0, BN)
             used = n < count
             c, my, mx = _window(n, y_first, x_first, y_windows, x_windows)
-            prototype = prototypes + _wide((c * Gy + my) * Gx + mx, LONG) * D
+            row = _wide((c * Gy + my) * Gx + mx, LONG) * D
             masks = (inside, right, below, used)
             if start == 0:
                 acc, own, across, down, diagonal = _dots_chunk(
-                    feature, strides, prototype, D, masks, BI * BJ, BN, BK, True, BETWEEN, LONG, DOT
+                    features,
+                    place,
+                    prototypes,
+                    row,
+                    D,
+                    masks,
+                    STRIDE_D,
+                    STRIDE_H,
+                    STRIDE_W,
+                    EVEN,
+                    BI * BJ,
+                    BN,
+                    BK,
+                    True,
+                    BETWEEN,
+                    LONG,
+                    DOT,
                 )
                 tl.store(gram + at, own, mask=inside)
                 tl.store(gram + h * w + at, across, mask=inside)
@@ -276,7 +335,23 @@ def dots_kernel(
                 tl.store(gram + 3 * h * w + at, diagonal, mask=inside)
             else:
                 acc, own, across, down, diagonal = _dots_chunk(
-                    feature, strides, prototype, D, masks, BI * BJ, BN, BK, False, False, LONG, DOT
+                    features,
+                    place,
+                    prototypes,
+                    row,
+                    D,
+                    masks,
+                    STRIDE_D,
+                    STRIDE_H,
+                    STRIDE_W,
+                    EVEN,
+                    BI * BJ,
+                    BN,
+                    BK,
+                    False,
+                    False,
+                    LONG,
+                    DOT,
                 )
             near_y = (my[None, :] >= y_near_first[:, None]) & (my[None, :] <= y_near_last[:, None])
             near_x = (mx[None, :] >= x_near_first[:, None]) & (mx[None, :] <= x_near_last[:, None])
@@ -289,10 +364,11 @@ def dots_kernel(
 
 
 @triton.jit
-def _square_norm(gram, shape, i, j, wy, wx, mask, below, BETWEEN: tl.constexpr):
+def _square_norm(gram, shape, i, j, wx, mask, below, BETWEEN: tl.constexpr):
     """|Up F|^2 between rows of locations i and i + 1: what the upper row, the lower row and the
     products between them give, each as interpolated along x from the locations j and j + 1.
-    ``w^T G w`` with the four taps' weights w and Gram matrix G, from the maps of one image."""
+    ``w^T G w`` with the four taps' weights w and Gram matrix G, from the maps of one image.
+    `below` masks the lower row."""
     w = shape[1]
     size = shape[0] * w
     at = gram + i * w + j
@@ -363,7 +439,7 @@ def scores_kernel(
 
     # What depends on columns alone is computed for both rows of locations, then for the T rows.
     at = gram + image * 4 * h * w
-    row, row_below, across = _square_norm(at, (h, w), i, j, wy, wx, x_in, x_in & next_row, BETWEEN)
+    row, row_below, across = _square_norm(at, (h, w), i, j, wx, x_in, x_in & next_row, BETWEEN)
     square = ((1 - wy) * (1 - wy))[:, None] * row[None, :]
     square += (wy * wy)[:, None] * row_below[None, :]
     square += (2 * (1 - wy) * wy)[:, None] * across[None, :]
@@ -387,14 +463,15 @@ def scores_kernel(
                 top += wx * (tl.load(dot + 1, mask=right, other=0.0) - top)
                 low = tl.load(dot + w, mask=near & next_row, other=0.0)
                 low += wx * (tl.load(dot + w + 1, mask=right & next_row, other=0.0) - low)
-                value = top[None, :] + wy[:, None] * (low - top)[None, :]
                 if MEAN:
-                    best += value
+                    best += top[None, :] + wy[:, None] * (low - top)[None, :]
                 else:
                     # Strictly greater: of equal windows the lowest stays. NaN stays NaN.
-                    better = near[None, :] & ((value > best) | (value != value))
-                    best = tl.where(better, value, best)
-                    place = tl.where(better, (my - y_first) * OX + step, place)
+                    slope = low - top
+                    top = tl.where(near, top, float("-inf"))
+                    value = top[None, :] + wy[:, None] * slope[None, :]
+                    place = tl.where(value > best, (my - y_first) * OX + step, place)
+                    best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
         to = _wide(c * H + y, LONG)[:, None] * W + x[None, :]
         mask = (y < end)[:, None] & x_in[None, :]
         tl.store(scores + to, best * inverse, mask=mask)
@@ -406,71 +483,87 @@ def scores_kernel(
 
 
 @triton.jit
-def _taps(axes, axis: tl.constexpr, piece, T: tl.constexpr, R: tl.constexpr):
-    """A piece of an axis: its pixels, which of them are real, their lower locations and weights of
-    the upper ones. As matrices [R, T] (y) or [T, R] (x): the weight of each location for each
-    pixel, and twice the product of a pixel's two weights, at the lower location."""
-    first = _one(axes, axis, PIECE_LOWER, piece)
-    x = _one(axes, axis, PIECE_BEGIN, piece) + tl.arange(0, T)
-    mask = x < _one(axes, axis, PIECE_END, piece)
-    lower = _look(axes, axis, LOWER, x, mask)
-    up = _look_weight(axes, axis, x, mask)
-    r = first + tl.arange(0, R)
-    if axis == Y:
-        at_lower = mask[None, :] & (lower[None, :] == r[:, None])
-        at_upper = mask[None, :] & (lower[None, :] + 1 == r[:, None])
-        weight = up[None, :]
-    else:
-        at_lower = mask[:, None] & (lower[:, None] == r[None, :])
-        at_upper = mask[:, None] & (lower[:, None] + 1 == r[None, :])
-        weight = up[:, None]
-    hat = tl.where(at_lower, 1 - weight, 0.0) + tl.where(at_upper, weight, 0.0)
-    return x, mask, lower, up, hat, tl.where(at_lower, 2 * weight * (1 - weight), 0.0)
+def _columns(axes, block, strips, S: tl.constexpr, T: tl.constexpr):
+    """The pixels of a block of strips, [S, T]: strips and which are real, pixels and which are
+    real, their lower locations and the weights of the upper ones."""
+    strip = block * S + tl.arange(0, S)
+    there = strip < strips
+    x = _look(axes, X, STRIP_BEGIN, strip, there)[:, None] + tl.arange(0, T)[None, :]
+    mask = x < _look(axes, X, STRIP_END, strip, there)[:, None]
+    return strip, there, x, mask, _look(axes, X, LOWER, x, mask), _look_weight(axes, X, x, mask)
 
 
 @triton.jit
-def _carry(left, values, right, T: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr):
-    """``left @ values @ right``: [R, T] [T, T] [T, R] -> [R, R]."""
-    half = _dot(left, values, tl.zeros((R, T), tl.float32), DOT)
-    return _dot(half, right, tl.zeros((R, R), tl.float32), DOT)
+def _rows(axes, strip, T: tl.constexpr):
+    """The pixels of a strip of rows, as [T, 1, 1], which of them are real, and the weights of the
+    upper locations; whether any of these is not 0."""
+    y = _one(axes, Y, STRIP_BEGIN, strip) + tl.arange(0, T)
+    end = _one(axes, Y, STRIP_END, strip)
+    mask = y < end
+    weight = _look_weight(axes, Y, y, mask)
+    # Weights grow along a strip: where the last is 0, the next row of locations is not near.
+    next_row = _one(axes, Y, WEIGHT, end - 1) != 0
+    return y[:, None, None], mask[:, None, None], weight[:, None, None], next_row
+
+
+@triton.jit
+def _strips_of(axes, piece, i):
+    """Begin and end of the strips of a piece of rows that have location i as the lower one."""
+    begin = tl.maximum(_one(axes, Y, CELL_STRIP_BEGIN, i), _one(axes, Y, PIECE_STRIP_BEGIN, piece))
+    end = tl.minimum(_one(axes, Y, CELL_STRIP_END, i), _one(axes, Y, PIECE_STRIP_END, piece))
+    return begin, end
 
 
 @triton.jit
 def mask_tiles_kernel(
     masks,  # [B, K, C, H, W], uint8 or float32
     tiles,
+    counts,  # [B, K, pieces, C, strips], the sum of the mask
     table,
     length,
     C,
     H,
     W,
-    y_pieces,
-    x_pieces,
-    record,
-    RY,
-    RX,
-    T: tl.constexpr,
-    R: tl.constexpr,
+    pieces,
+    strips,
+    R,
+    blocks,
+    T_Y: tl.constexpr,
+    T_X: tl.constexpr,
+    S: tl.constexpr,
     LONG: tl.constexpr,
-    DOT: tl.constexpr,
 ):
-    """One program: a tile of an image, all classes. The sum is that of the mask."""
+    """One program: a piece of rows and S strips of columns, one class."""
     pid = tl.program_id(0)
-    image = (pid // (x_pieces * y_pieces)).to(tl.int64)
+    c = pid // blocks % C
+    piece = pid // (blocks * C) % pieces
+    image = (pid // (blocks * C * pieces)).to(tl.int64)
     axes = (table, length)
-    y, y_in, _, _, hat_y, _ = _taps(axes, Y, pid // x_pieces % y_pieces, T, R)
-    x, x_in, _, _, hat_x, _ = _taps(axes, X, pid % x_pieces, T, R)
-    mask = y_in[:, None] & x_in[None, :]
-    r = tl.arange(0, R)
-    block = r[:, None] * RX + r[None, :]
-    stored = (r[:, None] < RY) & (r[None, :] < RX)
-    tiles += pid.to(tl.int64) * record
-    masks += image * C * H * W
-    for c in range(C):
-        at = _wide(c * H + y, LONG)[:, None] * W + x[None, :]
-        value = tl.load(masks + at, mask=mask, other=0).to(tl.float32)
-        tl.store(tiles + c * RY * RX + block, _carry(hat_y, value, hat_x, T, R, DOT), mask=stored)
-        tl.store(tiles + C * RY * RX + c, tl.sum(tl.sum(value, 1), 0))
+    strip, there, x, x_in, _j, wx = _columns(axes, pid % blocks, strips, S, T_X)
+    masks += (image * C + c) * H * W
+    record = (image * pieces + piece) * C + c
+    tiles += record * (2 * R * strips)
+    lower = _one(axes, Y, PIECE_LOWER, piece)
+    upper = _one(axes, Y, PIECE_UPPER, piece)
+    carry = tl.zeros((S, T_X), tl.float32)
+    count = tl.zeros((S, T_X), tl.float32)
+    for i in range(lower, upper + 1):
+        here = carry
+        carry = tl.zeros((S, T_X), tl.float32)
+        begin, end = _strips_of(axes, piece, i)
+        for rows in range(begin, end):
+            y, y_in, wy, _next_row = _rows(axes, rows, T_Y)
+            at = _wide(y, LONG) * W + x[None, :, :]
+            value = tl.load(masks + at, mask=y_in & x_in[None, :, :], other=0).to(tl.float32)
+            total = tl.sum(value, 0)
+            high = tl.sum(value * wy, 0)
+            count += total
+            here += total - high
+            carry += high
+        to = tiles + (i - lower) * strips + strip
+        tl.store(to, tl.sum(here * (1 - wx), 1), mask=there)
+        tl.store(to + R * strips, tl.sum(here * wx, 1), mask=there)
+    tl.store(counts + record * strips + strip, tl.sum(count, 1), mask=there)
 
 
 @triton.jit
@@ -484,6 +577,130 @@ def _lengths(prototypes, inverse_lengths, first, rows, D):
         p = tl.load(at + d[None, :], mask=(row < rows)[:, None] & (d < D)[None, :], other=0.0)
         total += p * p
     tl.store(inverse_lengths + row, _inverse_length(tl.sum(total, 1)), mask=row < rows)
+
+
+@triton.jit
+def _inverse_norm(gram, shape, i, j, wy, wx, x_in, next_row, BETWEEN: tl.constexpr):
+    """1 / |Up F| of pixels [T_Y, S, T_X] that have row i as their lower one."""
+    row, row_below, across = _square_norm(gram, shape, i, j, wx, x_in, x_in & next_row, BETWEEN)
+    square = (1 - wy) * (1 - wy) * row[None, :, :] + wy * wy * row_below[None, :, :]
+    square += 2 * (1 - wy) * wy * across[None, :, :]
+    return _inverse_length(square)
+
+
+@triton.jit
+def _match_weights(
+    pixels,
+    tiles,
+    axes,
+    shape,
+    gram,
+    c,
+    first_place,
+    piece,
+    columns,
+    T_Y: tl.constexpr,
+    T_X: tl.constexpr,
+    S: tl.constexpr,
+    PLACES: tl.constexpr,
+    P: tl.constexpr,
+    BETWEEN: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """The sums of dS / |Up F| of a class, for PLACES places of the winning window; or of all
+    pixels alike and divided by the number of windows over them, where PLACES is 0 (the mean)."""
+    grad, winners = pixels[0], pixels[2]
+    H, W, h, w, R, strips = shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]
+    strip, there, x, x_in, j, wx = columns
+    N: tl.constexpr = PLACES if PLACES > 0 else 1
+    place = tl.arange(0, N)
+    if PLACES == 0:
+        windows = _look(axes, X, LAST, x, x_in) - _look(axes, X, FIRST, x, x_in) + 1
+        windows *= _one(axes, Y, PIECE_LAST, piece) - _one(axes, Y, PIECE_FIRST, piece) + 1
+    lower = _one(axes, Y, PIECE_LOWER, piece)
+    upper = _one(axes, Y, PIECE_UPPER, piece)
+    carry = tl.zeros((N, S, T_X), tl.float32)
+    for i in range(lower, upper + 1):
+        here = carry
+        carry = tl.zeros((N, S, T_X), tl.float32)
+        begin, end = _strips_of(axes, piece, i)
+        for rows in range(begin, end):
+            y, y_in, wy, next_row = _rows(axes, rows, T_Y)
+            at = _wide(c * H + y, LONG) * W + x[None, :, :]
+            mask = y_in & x_in[None, :, :]
+            g = tl.load(grad + at, mask=mask, other=0.0)
+            g *= _inverse_norm(gram, (h, w), i, j, wy, wx, x_in, next_row, BETWEEN)
+            if PLACES == 0:
+                g /= windows.to(tl.float32)[None, :, :]
+                total = tl.sum(g, 0)[None, :, :]
+                high = tl.sum(g * wy, 0)[None, :, :]
+            else:
+                won = tl.load(winners + at, mask=mask, other=0).to(tl.int32) - first_place
+                won = won[None, :, :, :] == place[:, None, None, None]
+                won = tl.where(won, g[None, :, :, :], 0.0)
+                total = tl.sum(won, 1)
+                high = tl.sum(won * wy[None, :, :, :], 1)
+            here += total - high
+            carry += high
+        to = tiles + (i - lower) * strips + strip[None, :]
+        to += _wide(c * P + first_place + place, LONG)[:, None] * (2 * R * strips)
+        mask = there[None, :] & (first_place + place < P)[:, None]
+        tl.store(to, tl.sum(here * (1 - wx)[None, :, :], 2), mask=mask)
+        tl.store(to + R * strips, tl.sum(here * wx[None, :, :], 2), mask=mask)
+
+
+@triton.jit
+def _match_gram(
+    pixels,
+    tiles,
+    axes,
+    shape,
+    gram,
+    C,
+    piece,
+    columns,
+    T_Y: tl.constexpr,
+    T_X: tl.constexpr,
+    S: tl.constexpr,
+    BETWEEN: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """The derivatives by the Gram maps. S = <Up F, q> / |Up F|, hence
+    d|Up F|^2 = -1/2 sum_c dS S / |Up F|^2."""
+    grad, scores = pixels[0], pixels[1]
+    H, W, h, w, R, strips = shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]
+    strip, there, x, x_in, j, wx = columns
+    lower = _one(axes, Y, PIECE_LOWER, piece)
+    upper = _one(axes, Y, PIECE_UPPER, piece)
+    carry = tl.zeros((S, T_X), tl.float32)
+    for i in range(lower, upper + 1):
+        here = carry
+        carry = tl.zeros((S, T_X), tl.float32)
+        across = tl.zeros((S, T_X), tl.float32)
+        begin, end = _strips_of(axes, piece, i)
+        for rows in range(begin, end):
+            y, y_in, wy, next_row = _rows(axes, rows, T_Y)
+            mask = y_in & x_in[None, :, :]
+            radial = tl.zeros((T_Y, S, T_X), tl.float32)
+            for c in range(C):
+                at = _wide(c * H + y, LONG) * W + x[None, :, :]
+                g = tl.load(grad + at, mask=mask, other=0.0)
+                radial += g * tl.load(scores + at, mask=mask, other=0.0)
+            inverse = _inverse_norm(gram, (h, w), i, j, wy, wx, x_in, next_row, BETWEEN)
+            radial *= -0.5 * inverse * inverse
+            here += tl.sum(radial * ((1 - wy) * (1 - wy)), 0)
+            carry += tl.sum(radial * (wy * wy), 0)
+            across += tl.sum(radial * (2 * (1 - wy) * wy), 0)
+        to = tiles + (i - lower) * strips + strip
+        block = 2 * R * strips
+        tl.store(to, tl.sum(here * (1 - wx) * (1 - wx), 1), mask=there)
+        tl.store(to + R * strips, tl.sum(here * wx * wx, 1), mask=there)
+        if BETWEEN:
+            cross = 2 * (1 - wx) * wx
+            tl.store(to + block, tl.sum(here * cross, 1), mask=there)
+            tl.store(to + block + R * strips, tl.sum(0.5 * across * cross, 1), mask=there)
+            tl.store(to + 2 * block, tl.sum(across * (1 - wx) * (1 - wx), 1), mask=there)
+            tl.store(to + 2 * block + R * strips, tl.sum(across * wx * wx, 1), mask=there)
 
 
 @triton.jit
@@ -503,98 +720,96 @@ def match_tiles_kernel(
     W,
     h,
     w,
-    y_pieces,
-    x_pieces,
-    record,
-    RY,
-    RX,
+    pieces,
+    strips,
+    R,
+    blocks,
     rows,
     row_programs,
+    roles,
+    T_Y: tl.constexpr,
+    T_X: tl.constexpr,
+    S: tl.constexpr,
+    PLACES: tl.constexpr,
     P: tl.constexpr,
-    T: tl.constexpr,
-    R: tl.constexpr,
     BETWEEN: tl.constexpr,
-    MEAN: tl.constexpr,
     LONG: tl.constexpr,
-    DOT: tl.constexpr,
 ):
-    """One program: a tile of an image, all classes. The weights are those of dS / |Up F|, by the
-    place of the winning window; the sum is that of dS S, which is <q, dq> of that window.
-    The first `row_programs` programs take the lengths of 16 prototypes each."""
+    """One program: a piece of rows and S strips of columns, and one of the roles: the Gram maps,
+    or a class and PLACES of its P places. The first `row_programs` take the lengths of 16
+    prototypes each instead."""
     pid = tl.program_id(0)
     axes = (table, length)
     if pid < row_programs:
         _lengths(prototypes, inverse_lengths, pid * 16, rows, D)
     else:
         pid -= row_programs
-        sx = pid % x_pieces
-        sy = pid // x_pieces % y_pieces
-        image = (pid // (x_pieces * y_pieces)).to(tl.int64)
-        y, y_in, i, wy, hat_y, product_y = _taps(axes, Y, sy, T, R)
-        x, x_in, j, wx, hat_x, product_x = _taps(axes, X, sx, T, R)
-        mask = y_in[:, None] & x_in[None, :]
-        r = tl.arange(0, R)
-        block = r[:, None] * RX + r[None, :]
-        stored = (r[:, None] < RY) & (r[None, :] < RX)
-        tiles += pid.to(tl.int64) * record
-
-        i, j, wy, wx = i[:, None], j[None, :], wy[:, None], wx[None, :]
-        row, row_below, across = _square_norm(
-            gram + image * 4 * h * w, (h, w), i, j, wy, wx, mask, mask & (wy > 0), BETWEEN
-        )
-        square = (1 - wy) * (1 - wy) * row + wy * wy * row_below + 2 * (1 - wy) * wy * across
-        inverse = _inverse_length(square)
-        weight = inverse
-        if MEAN:
-            y_windows = _one(axes, Y, PIECE_LAST, sy) - _one(axes, Y, PIECE_FIRST, sy) + 1
-            x_windows = _one(axes, X, PIECE_LAST, sx) - _one(axes, X, PIECE_FIRST, sx) + 1
-            weight = inverse / (y_windows * x_windows).to(tl.float32)
-
-        grad += image * C * H * W
-        scores += image * C * H * W
-        winners += image * C * H * W
-        radial = tl.zeros((T, T), tl.float32)
-        for c in range(C):
-            at = _wide(c * H + y, LONG)[:, None] * W + x[None, :]
-            g = tl.load(grad + at, mask=mask, other=0.0)
-            s = tl.load(scores + at, mask=mask, other=0.0)
-            radial += g * s
-            if MEAN:
-                part = _carry(hat_y, g * weight, hat_x, T, R, DOT)
-                tl.store(tiles + c * RY * RX + block, part, mask=stored)
-            else:
-                place = tl.load(winners + at, mask=mask, other=0).to(tl.int32)
-                for k in tl.range(0, P, loop_unroll_factor=P if P <= 4 else 1):
-                    won = place == k
-                    part = _carry(hat_y, tl.where(won, g * weight, 0.0), hat_x, T, R, DOT)
-                    tl.store(tiles + (c * P + k) * RY * RX + block, part, mask=stored)
-                    total = tl.sum(tl.sum(tl.where(won, g * s, 0.0), 1), 0)
-                    tl.store(tiles + (C * P + 4) * RY * RX + c * P + k, total)
-
-        # S = <Up F, q> / |Up F|, so that d|Up F|^2 = -1/2 sum_c dS S / |Up F|^2.
-        radial *= -0.5 * inverse * inverse
-        to = tiles + C * P * RY * RX + block
-        part = _carry(hat_y * hat_y, radial, hat_x * hat_x, T, R, DOT)
-        tl.store(to, part, mask=stored)
-        if BETWEEN:
-            part = _carry(hat_y * hat_y, radial, product_x, T, R, DOT)
-            tl.store(to + RY * RX, part, mask=stored)
-            part = _carry(product_y, radial, hat_x * hat_x, T, R, DOT)
-            tl.store(to + 2 * RY * RX, part, mask=stored)
-            part = 0.5 * _carry(product_y, radial, product_x, T, R, DOT)
-            tl.store(to + 3 * RY * RX, part, mask=stored)
+        role = pid // blocks % roles
+        piece = pid // (blocks * roles) % pieces
+        image = (pid // (blocks * roles * pieces)).to(tl.int64)
+        columns = _columns(axes, pid % blocks, strips, S, T_X)
+        record = (image * pieces + piece) * (C * P + 3)
+        size = 2 * R * strips
+        pixels = image * C * H * W
+        shape = (H, W, h, w, R, strips)
+        at = (grad + pixels, scores + pixels, winners + pixels)
+        if role == 0:
+            _match_gram(
+                at,
+                tiles + (record + C * P) * size,
+                axes,
+                shape,
+                gram + image * 4 * h * w,
+                C,
+                piece,
+                columns,
+                T_Y,
+                T_X,
+                S,
+                BETWEEN,
+                LONG,
+            )
+        else:
+            chunks = (roles - 1) // C
+            _match_weights(
+                at,
+                tiles + record * size,
+                axes,
+                shape,
+                gram + image * 4 * h * w,
+                (role - 1) // chunks,
+                (role - 1) % chunks * PLACES,
+                piece,
+                columns,
+                T_Y,
+                T_X,
+                S,
+                PLACES,
+                P,
+                BETWEEN,
+                LONG,
+            )
 
 
 # From tiles to locations and windows
 
 
 @triton.jit
-def _piece(axes, axis: tl.constexpr, i, number, mask):
-    """Of the pieces near a location the one of this number, the location's place in it, and
-    whether there is one."""
-    piece = _look(axes, axis, CELL_PIECE_FIRST, i, mask) + number
-    mask = mask & (piece <= _look(axes, axis, CELL_PIECE_LAST, i, mask, -1))
-    return piece, i - _look(axes, axis, PIECE_LOWER, piece, mask), mask
+def _piece_near(axes, i, number, mask):
+    """Of the pieces of rows near a location the one of this number: which it is, the location's
+    row in its tiles, and whether there is one."""
+    piece = _look(axes, Y, CELL_PIECE_FIRST, i, mask) + number
+    mask = mask & (piece <= _look(axes, Y, CELL_PIECE_LAST, i, mask, -1))
+    return piece, i - _look(axes, Y, PIECE_LOWER, piece, mask), mask
+
+
+@triton.jit
+def _strip_near(axes, j, number, mask):
+    """Of the strips of columns near a location the one of this number: which it is, whether the
+    location is the right one of the two under it, and whether there is one."""
+    strip = _look(axes, X, CELL_STRIP_FIRST, j, mask) + number
+    mask = mask & (strip < _look(axes, X, CELL_STRIP_END, j, mask))
+    return strip, strip < _look(axes, X, CELL_STRIP_BEGIN, j, mask), mask
 
 
 @triton.jit
@@ -608,34 +823,28 @@ def _tile_weights(
     used,
     OX: tl.constexpr,
     PLACES: tl.constexpr,
-    CELLS_FIRST: tl.constexpr,
     LONG: tl.constexpr,
 ):
     """What one tile near each location adds to `_weights`."""
     my, mx = window[0], window[1]
-    sy, row, in_y = _piece(axes, Y, cell[0], numbers[0], cell[2])
-    sx, column, in_x = _piece(axes, X, cell[1], numbers[1], cell[2])
+    piece, row, in_y = _piece_near(axes, cell[0], numbers[0], cell[2])
+    strip, right, in_x = _strip_near(axes, cell[1], numbers[1], cell[2])
     inside = in_y & in_x
-    first_y = _look(axes, Y, PIECE_FIRST, sy, inside)
-    first_x = _look(axes, X, PIECE_FIRST, sx, inside)
-    last_y = _look(axes, Y, PIECE_LAST, sy, inside, -1)
-    last_x = _look(axes, X, PIECE_LAST, sx, inside, -1)
-    size = tiles[3] * tiles[4]
-    from_cell = _wide(sy * tiles[1] + sx, LONG) * tiles[2] + row * tiles[4] + column
-    from_window = block * size
+    first_y = _look(axes, Y, PIECE_FIRST, piece, inside)
+    last_y = _look(axes, Y, PIECE_LAST, piece, inside, -1)
+    first_x = _look(axes, X, STRIP_FIRST, strip, inside)
+    last_x = _look(axes, X, STRIP_LAST, strip, inside, -1)
+    size = 2 * tiles[2] * tiles[3]
+    from_cell = _wide(piece * tiles[1], LONG) * size
+    from_cell += (right.to(tl.int32) * tiles[2] + row) * tiles[3] + strip
+    from_window = _wide(block, LONG) * size
     if PLACES:
         from_cell -= (first_y * OX + first_x) * size
         from_window += (my * OX + mx) * size
-    if CELLS_FIRST:
-        mask = (my[None, :] >= first_y[:, None]) & (my[None, :] <= last_y[:, None])
-        mask &= (mx[None, :] >= first_x[:, None]) & (mx[None, :] <= last_x[:, None])
-        mask &= inside[:, None] & used[None, :]
-        at = from_cell[:, None] + from_window[None, :]
-    else:
-        mask = (my[:, None] >= first_y[None, :]) & (my[:, None] <= last_y[None, :])
-        mask &= (mx[:, None] >= first_x[None, :]) & (mx[:, None] <= last_x[None, :])
-        mask &= inside[None, :] & used[:, None]
-        at = from_cell[None, :] + from_window[:, None]
+    mask = (my[:, None] >= first_y[None, :]) & (my[:, None] <= last_y[None, :])
+    mask &= (mx[:, None] >= first_x[None, :]) & (mx[:, None] <= last_x[None, :])
+    mask &= inside[None, :] & used[:, None]
+    at = from_cell[None, :] + from_window[:, None]
     return tl.load(tiles[0] + at, mask=mask, other=0.0)
 
 
@@ -653,64 +862,50 @@ def _weights(
     REACH_X: tl.constexpr,
     OX: tl.constexpr,
     PLACES: tl.constexpr,
-    CELLS_FIRST: tl.constexpr,
     LONG: tl.constexpr,
 ):
-    """Weights of M locations for BN windows, summed over the tiles that are near the one and in
-    the other: [M, BN] where CELLS_FIRST, else [BN, M].
+    """Weights of M locations for BN windows, [BN, M], summed over the tiles that are near the one
+    and in the other.
 
-    `tiles` is (records of an image, tiles in a row, record, RY, RX); `block` the first block of
-    each window's class; `cell` (i, j, which are real), `window` (my, mx), `used` which are real.
-    A location is near no more than REACH_Y x REACH_X tiles.
+    `tiles` is (those of an image, blocks of a piece, R, strips); `block` the first block of each
+    window's class; `cell` (i, j, which are real), `window` (my, mx), `used` which are real.
+    A location is near no more than REACH_Y pieces and REACH_X strips.
     """
-    total = tl.zeros((M, BN) if CELLS_FIRST else (BN, M), tl.float32)
-    for a in tl.range(0, REACH_Y, loop_unroll_factor=REACH_Y if REACH_Y <= 2 else 1):
-        for b in tl.range(0, REACH_X, loop_unroll_factor=REACH_X if REACH_X <= 2 else 1):
-            total += _tile_weights(
-                axes, tiles, block, cell, window, (a, b), used, OX, PLACES, CELLS_FIRST, LONG
-            )
+    total = tl.zeros((BN, M), tl.float32)
+    for a in tl.range(0, REACH_Y, loop_unroll_factor=1):
+        for b in tl.range(0, REACH_X, loop_unroll_factor=REACH_X if REACH_X <= 4 else 1):
+            total += _tile_weights(axes, tiles, block, cell, window, (a, b), used, OX, PLACES, LONG)
     return total
 
 
 @triton.jit
-def _map(tiles, map, y, x, LONG: tl.constexpr):
-    """Entries of a block of the tiles' records; y and x as `_piece` has them."""
-    at = _wide(y[0] * tiles[1] + x[0], LONG) * tiles[2] + y[1] * tiles[4] + x[1]
-    at += map * (tiles[3] * tiles[4])
-    return tl.load(tiles[0] + at, mask=y[2] & x[2], other=0.0)
-
-
-@triton.jit
-def _window_totals(
+def _window_counts(
     axes,
-    tiles,
-    block,
+    counts,
+    pieces,
+    strips,
+    C,
+    c,
     window,
     used,
-    PIECES_Y: tl.constexpr,
-    PIECES_X: tl.constexpr,
-    OX: tl.constexpr,
-    PLACES: tl.constexpr,
+    PIECES: tl.constexpr,
+    STRIPS: tl.constexpr,
     LONG: tl.constexpr,
 ):
-    """The sums of the tiles' records over the tiles of each window; `block` says where in a record.
-    A window has no more than PIECES_Y x PIECES_X tiles."""
+    """Sums of the mask over windows, of up to PIECES pieces and STRIPS strips each."""
     my, mx = window[0], window[1]
     first_y = _look(axes, Y, WINDOW_PIECE_FIRST, my, used)
     last_y = _look(axes, Y, WINDOW_PIECE_LAST, my, used, -1)
-    first_x = _look(axes, X, WINDOW_PIECE_FIRST, mx, used)
-    last_x = _look(axes, X, WINDOW_PIECE_LAST, mx, used, -1)
-    sx = first_x[:, None] + tl.arange(0, PIECES_X)[None, :]
-    x_in = used[:, None] & (sx <= last_x[:, None])
-    kx = mx[:, None] - _look(axes, X, PIECE_FIRST, sx, x_in)
-    total = tl.zeros(sx.shape, tl.float32)
-    for a in range(PIECES_Y):
-        sy = first_y + a
-        y_in = used & (sy <= last_y)
-        at = tiles[0] + _wide(sy[:, None] * tiles[1] + sx, LONG) * tiles[2] + block[:, None]
-        if PLACES:
-            at += (my - _look(axes, Y, PIECE_FIRST, sy, y_in))[:, None] * OX + kx
-        total += tl.load(at, mask=x_in & y_in[:, None], other=0.0)
+    first_x = _look(axes, X, WINDOW_STRIP_FIRST, mx, used)
+    last_x = _look(axes, X, WINDOW_STRIP_LAST, mx, used, -1)
+    strip = first_x[:, None] + tl.arange(0, STRIPS)[None, :]
+    in_x = used[:, None] & (strip <= last_x[:, None])
+    total = tl.zeros(strip.shape, tl.float32)
+    for a in range(PIECES):
+        piece = first_y + a
+        in_y = piece <= last_y
+        at = _wide(piece * C + c, LONG)[:, None] * strips + strip
+        total += tl.load(counts + at, mask=in_x & in_y[:, None], other=0.0)
     return tl.sum(total, 1)
 
 
@@ -758,12 +953,11 @@ def _gather(
                 REACH_X,
                 OX,
                 PLACES,
-                False,
                 LONG,
             )
             at = _wide(i, LONG) * strides[1] + _wide(j, LONG) * strides[2]
             f = tl.load(
-                features + at[:, None] + _wide(d, LONG)[None, :] * strides[0],
+                features + (at[:, None] + _wide(d, LONG)[None, :] * strides[0]),
                 mask=inside[:, None] & (d < D)[None, :],
                 other=0.0,
             )
@@ -796,6 +990,7 @@ def _group(
 @triton.jit
 def pool_kernel(
     tiles,
+    counts,
     features,  # [B, K, D, h, w], any strides
     prototypes,  # [B, C, Gy, Gx, D], or a part of it for each of `splits` parts of K
     factors,  # [B, K, C, Gy, Gx]
@@ -813,11 +1008,9 @@ def pool_kernel(
     stride_d,
     stride_h,
     stride_w,
-    y_pieces,
-    x_pieces,
-    record,
-    RY,
-    RX,
+    pieces,
+    strips,
+    R,
     groups_y,
     groups_x,
     group_programs,
@@ -831,8 +1024,8 @@ def pool_kernel(
     BD: tl.constexpr,
     REACH_Y: tl.constexpr,
     REACH_X: tl.constexpr,
-    PIECES_Y: tl.constexpr,
-    PIECES_X: tl.constexpr,
+    PIECES: tl.constexpr,
+    STRIPS: tl.constexpr,
     LONG: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -850,9 +1043,19 @@ def pool_kernel(
     first, last = _block(split, splits, K)
     for k in range(first, last):
         image = b * K + k
-        records = (tiles + image * (y_pieces * x_pieces) * record, x_pieces, record, RY, RX)
-        pixels = _window_totals(
-            axes, records, C * RY * RX + c, (my, mx), used, PIECES_Y, PIECES_X, 1, False, LONG
+        records = (tiles + image * pieces * C * (2 * R * strips), C, R, strips)
+        pixels = _window_counts(
+            axes,
+            counts + image * pieces * C * strips,
+            pieces,
+            strips,
+            C,
+            c,
+            (my, mx),
+            used,
+            PIECES,
+            STRIPS,
+            LONG,
         )
         enough = pixels > min_pixels
         factor = tl.where(enough, 1 / (K * tl.where(enough, pixels, 1.0)), 0.0)
@@ -898,9 +1101,14 @@ def _scatter(
     column_block,
     column_blocks,
     features,
-    strides,
     to,
-    to_strides,
+    STRIDE_D: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TO_STRIDE_D: tl.constexpr,
+    TO_STRIDE_H: tl.constexpr,
+    TO_STRIDE_W: tl.constexpr,
+    EVEN: tl.constexpr,
     P: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
@@ -920,6 +1128,7 @@ def _scatter(
 
     `shape` is (C, D, h, w, Gy, Gx), `vectors` [C, Gy, Gx, D] and `coefficients` [C, Gy, Gx].
     """
+    R, strips = tiles[2], tiles[3]
     C, D, h, w, Gy, Gx = shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]
     cell = tl.arange(0, BI * BJ)
     i_begin, i_end = _block(row_block, row_blocks, h)
@@ -932,30 +1141,8 @@ def _scatter(
     count = C * y_windows * x_windows
     i_wide = _wide(i, LONG)
     j_wide = _wide(j, LONG)
-    at = features + i_wide * strides[1] + j_wide * strides[2]
-    to += i_wide * to_strides[1] + j_wide * to_strides[2]
-
-    n = tl.arange(0, BN)
-    used = n < count
-    c, my, mx = _window(n, y_first, x_first, y_windows, x_windows)
-    row = _wide((c * Gy + my) * Gx + mx, LONG)
-    weight = _weights(
-        axes,
-        tiles,
-        c * P,
-        (i, j, inside),
-        (my, mx),
-        used,
-        BI * BJ,
-        BN,
-        REACH_Y,
-        REACH_X,
-        OX,
-        PLACES,
-        True,
-        LONG,
-    )
-    weight *= tl.load(coefficients + row, mask=used, other=0.0)[None, :]
+    at = i_wide * STRIDE_H + j_wide * STRIDE_W
+    to_at = i_wide * TO_STRIDE_H + j_wide * TO_STRIDE_W
 
     if GRAM:
         # Each product of neighbours has two sides, and the map of the diagonals holds both
@@ -963,22 +1150,30 @@ def _scatter(
         own = tl.zeros((BI * BJ,), tl.float32)
         to_right, to_left, to_below, to_above = own, own, own, own
         lower_right, lower_left, upper_right, upper_left = own, own, own, own
-        for a in tl.range(0, REACH_Y, loop_unroll_factor=REACH_Y if REACH_Y <= 2 else 1):
-            for b in tl.range(0, REACH_X, loop_unroll_factor=REACH_X if REACH_X <= 2 else 1):
-                y = _piece(axes, Y, i, a, inside)
-                x = _piece(axes, X, j, b, inside)
-                own += 2 * _map(tiles, C * P, y, x, LONG)
+        size = 2 * R * strips
+        for a in tl.range(0, REACH_Y, loop_unroll_factor=1):
+            piece, row, in_y = _piece_near(axes, i, a, inside)
+            at_piece = tiles[0] + (_wide(piece * tiles[1], LONG) + C * P) * size + row * strips
+            for b in tl.range(0, REACH_X, loop_unroll_factor=REACH_X if REACH_X <= 4 else 1):
+                strip, right, in_x = _strip_near(axes, j, b, inside)
+                here = in_y & in_x
+                tile = at_piece + strip
+                side = tile + right.to(tl.int32) * (R * strips)
+                own += 2 * tl.load(side, mask=here, other=0.0)
                 if BETWEEN:
-                    y_above = _piece(axes, Y, i - 1, a, inside & (i > 0))
-                    x_left = _piece(axes, X, j - 1, b, inside & (j > 0))
-                    to_right += _map(tiles, C * P + 1, y, x, LONG)
-                    to_left += _map(tiles, C * P + 1, y, x_left, LONG)
-                    to_below += _map(tiles, C * P + 2, y, x, LONG)
-                    to_above += _map(tiles, C * P + 2, y_above, x, LONG)
-                    lower_right += _map(tiles, C * P + 3, y, x, LONG)
-                    lower_left += _map(tiles, C * P + 3, y, x_left, LONG)
-                    upper_right += _map(tiles, C * P + 3, y_above, x, LONG)
-                    upper_left += _map(tiles, C * P + 3, y_above, x_left, LONG)
+                    # Strips to the left stand between this location and the left one.
+                    above = here & (row > 0)
+                    value = tl.load(tile + size, mask=here, other=0.0)
+                    to_left += tl.where(right, value, 0.0)
+                    to_right += tl.where(right, 0.0, value)
+                    value = tl.load(tile + size + R * strips, mask=here, other=0.0)
+                    lower_left += tl.where(right, value, 0.0)
+                    lower_right += tl.where(right, 0.0, value)
+                    value = tl.load(tile + size + R * strips - strips, mask=above, other=0.0)
+                    upper_left += tl.where(right, value, 0.0)
+                    upper_right += tl.where(right, 0.0, value)
+                    to_below += tl.load(side + 2 * size, mask=here, other=0.0)
+                    to_above += tl.load(side + 2 * size - strips, mask=above, other=0.0)
         up = inside & (i > 0)
         left = inside & (j > 0)
         down = inside & (i + 1 < h)
@@ -986,63 +1181,57 @@ def _scatter(
 
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
-        there = (d < D)[None, :]
-        vector = tl.load(
-            vectors + row[:, None] * D + d[None, :], mask=used[:, None] & there, other=0.0
-        )
-        acc = _dot(weight, vector, tl.zeros((BI * BJ, BD), tl.float32), DOT)
-        for more in range(BN, count, BN):  # seldom: BN is chosen to hold all windows near a block
-            n_more = more + n
-            used_more = n_more < count
-            c_more, my_more, mx_more = _window(n_more, y_first, x_first, y_windows, x_windows)
-            row_more = _wide((c_more * Gy + my_more) * Gx + mx_more, LONG)
-            weight_more = _weights(
+        there = ((d < D) | EVEN)[None, :]
+        acc = tl.zeros((BI * BJ, BD), tl.float32)
+        for first in range(0, count, BN):
+            n = first + tl.arange(0, BN)
+            used = n < count
+            c, my, mx = _window(n, y_first, x_first, y_windows, x_windows)
+            window = _wide((c * Gy + my) * Gx + mx, LONG)
+            weight = _weights(
                 axes,
                 tiles,
-                c_more * P,
+                c * P,
                 (i, j, inside),
-                (my_more, mx_more),
-                used_more,
+                (my, mx),
+                used,
                 BI * BJ,
                 BN,
                 REACH_Y,
                 REACH_X,
                 OX,
                 PLACES,
-                True,
                 LONG,
             )
-            weight_more *= tl.load(coefficients + row_more, mask=used_more, other=0.0)[None, :]
+            weight *= tl.load(coefficients + window, mask=used, other=0.0)[:, None]
             vector = tl.load(
-                vectors + row_more[:, None] * D + d[None, :],
-                mask=used_more[:, None] & there,
-                other=0.0,
+                vectors + window[:, None] * D + d[None, :], mask=used[:, None] & there, other=0.0
             )
-            acc = _dot(weight_more, vector, acc, DOT)
+            acc = _dot(tl.trans(weight), vector, acc, DOT)
         if GRAM:
-            f = at[:, None] + _wide(d, LONG)[None, :] * strides[0]
-            acc += own[:, None] * _there(f, inside[:, None] & there)
+            f = features + (at[:, None] + _wide(d, LONG)[None, :] * STRIDE_D)
+            ring = own[:, None] * _there(f, inside[:, None] & there)
             if BETWEEN:
-                sh = strides[1]
-                sw = strides[2]
-                acc += to_right[:, None] * _there(f + sw, right[:, None] & there)
-                acc += to_left[:, None] * _there(f - sw, left[:, None] & there)
-                acc += to_below[:, None] * _there(f + sh, down[:, None] & there)
-                acc += to_above[:, None] * _there(f - sh, up[:, None] & there)
-                acc += lower_right[:, None] * _there(f + sh + sw, (down & right)[:, None] & there)
-                acc += lower_left[:, None] * _there(f + sh - sw, (down & left)[:, None] & there)
-                acc += upper_right[:, None] * _there(f - sh + sw, (up & right)[:, None] & there)
-                acc += upper_left[:, None] * _there(f - sh - sw, (up & left)[:, None] & there)
+                mask = down[:, None] & there
+                ring += to_right[:, None] * _there(f + STRIDE_W, right[:, None] & there)
+                ring += to_left[:, None] * _there(f - STRIDE_W, left[:, None] & there)
+                ring += to_below[:, None] * _there(f + STRIDE_H, mask)
+                at_d = f + (STRIDE_H + STRIDE_W)
+                ring += lower_right[:, None] * _there(at_d, mask & right[:, None])
+                at_d = f + (STRIDE_H - STRIDE_W)
+                ring += lower_left[:, None] * _there(at_d, mask & left[:, None])
+                mask = up[:, None] & there
+                ring += to_above[:, None] * _there(f - STRIDE_H, mask)
+                at_d = f - (STRIDE_H - STRIDE_W)
+                ring += upper_right[:, None] * _there(at_d, mask & right[:, None])
+                at_d = f - (STRIDE_H + STRIDE_W)
+                ring += upper_left[:, None] * _there(at_d, mask & left[:, None])
+            acc += ring  # apart until here: acc lies in registers as the dot has it
         tl.store(
-            to[:, None] + _wide(d, LONG)[None, :] * to_strides[0],
+            to + (to_at[:, None] + _wide(d, LONG)[None, :] * TO_STRIDE_D),
             acc.to(to.dtype.element_ty),
             mask=inside[:, None] & there,
         )
-
-
-@triton.jit
-def _there(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -1062,16 +1251,15 @@ def pool_back_kernel(
     Gx,
     stride_b,
     stride_k,
-    stride_d,
-    stride_h,
-    stride_w,
-    y_pieces,
-    x_pieces,
-    record,
-    RY,
-    RX,
+    pieces,
+    strips,
+    R,
     row_blocks,
     column_blocks,
+    STRIDE_D: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    EVEN: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
     BN: tl.constexpr,
@@ -1085,11 +1273,10 @@ def pool_back_kernel(
     pid = tl.program_id(0)
     image = (pid // (column_blocks * row_blocks)).to(tl.int64)
     windows = C * Gy * Gx
-    strides = (stride_d, stride_h, stride_w)
     to += image // K * stride_b + image % K * stride_k
     _scatter(
         (table, length),
-        (tiles + image * (y_pieces * x_pieces) * record, x_pieces, record, RY, RX),
+        (tiles + image * pieces * C * (2 * R * strips), C, R, strips),
         grad + image // K * windows * D,
         factors + image * windows,
         (C, D, h, w, Gy, Gx),
@@ -1098,9 +1285,14 @@ def pool_back_kernel(
         pid % column_blocks,
         column_blocks,
         to,
-        strides,
         to,
-        strides,
+        STRIDE_D,
+        STRIDE_H,
+        STRIDE_W,
+        STRIDE_D,
+        STRIDE_H,
+        STRIDE_W,
+        EVEN,
         1,
         BI,
         BJ,
@@ -1137,26 +1329,24 @@ def match_back_kernel(
     Gx,
     stride_b,
     stride_q,
-    stride_d,
-    stride_h,
-    stride_w,
     to_stride_b,
     to_stride_q,
-    to_stride_d,
-    to_stride_h,
-    to_stride_w,
-    y_pieces,
-    x_pieces,
-    record,
-    RY,
-    RX,
+    pieces,
+    strips,
+    R,
     groups_y,
     groups_x,
     group_programs,
-    d_blocks,
     splits,
     row_blocks,
     column_blocks,
+    STRIDE_D: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TO_STRIDE_D: tl.constexpr,
+    TO_STRIDE_H: tl.constexpr,
+    TO_STRIDE_W: tl.constexpr,
+    EVEN: tl.constexpr,
     P: tl.constexpr,
     OX: tl.constexpr,
     GY: tl.constexpr,
@@ -1169,21 +1359,20 @@ def match_back_kernel(
     BD: tl.constexpr,
     REACH_Y: tl.constexpr,
     REACH_X: tl.constexpr,
-    PIECES_Y: tl.constexpr,
-    PIECES_X: tl.constexpr,
     BETWEEN: tl.constexpr,
-    MEAN: tl.constexpr,
+    PLACES: tl.constexpr,
+    WHOLE: tl.constexpr,
     LONG: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Of each episode, first the programs for its prototypes, a group of windows and GATHER_BD
-    channels each; then those for its features, up to BI x BJ locations and all channels each."""
+    """Of each episode, first the programs for its prototypes, a group of windows each; then those
+    for its features, up to BI x BJ locations each. All channels."""
     pid = tl.program_id(0)
     axes = (table, length)
-    strides = (stride_d, stride_h, stride_w)
     windows = C * Gy * Gx
-    size = (y_pieces * x_pieces).to(tl.int64) * record
-    gathers = group_programs * d_blocks * splits
+    records = pieces * (C * P + 3)
+    size = 2 * R * strips
+    gathers = group_programs * splits
     blocks = row_blocks * column_blocks
     b = (pid // (gathers + Q * blocks)).to(tl.int64)
     pid = pid % (gathers + Q * blocks)
@@ -1192,7 +1381,7 @@ def match_back_kernel(
         q = (pid // blocks).to(tl.int64)
         _scatter(
             axes,
-            (tiles + (b * Q + q) * size, x_pieces, record, RY, RX),
+            (tiles + (b * Q + q) * records * size, C * P + 3, R, strips),
             prototypes + b * windows * D,
             inverse_lengths + b * windows,
             (C, D, h, w, Gy, Gx),
@@ -1201,9 +1390,14 @@ def match_back_kernel(
             pid % column_blocks,
             column_blocks,
             features + b * stride_b + q * stride_q,
-            strides,
             to + b * to_stride_b + q * to_stride_q,
-            (to_stride_d, to_stride_h, to_stride_w),
+            STRIDE_D,
+            STRIDE_H,
+            STRIDE_W,
+            TO_STRIDE_D,
+            TO_STRIDE_H,
+            TO_STRIDE_W,
+            EVEN,
             P,
             BI,
             BJ,
@@ -1212,43 +1406,41 @@ def match_back_kernel(
             REACH_Y,
             REACH_X,
             OX,
-            not MEAN,
+            PLACES,
             True,
             BETWEEN,
             LONG,
             DOT,
         )
     else:
-        d_block = pid % d_blocks
-        group = pid // d_blocks % group_programs
-        split = pid // (d_blocks * group_programs)
+        group = pid % group_programs
+        split = pid // group_programs
         c, my, mx, used, region = _group(
             axes, group, groups_x, groups_y, C, Gy, Gx, GY, GX, GATHER_BN
         )
         row = _wide((c * Gy + my) * Gx + mx, LONG)
         inverse = tl.load(inverse_lengths + b * windows + row, mask=used, other=0.0)
-        along = tl.zeros((GATHER_BN,), tl.float32)  # <q, dq>
         first, last = _block(split, splits, Q)
-        # The mean has no winners whose scores would give <q, dq>: a first pass over all channels
-        # finds it, and d_blocks is 1.
-        for turn in range(0 if MEAN else 1, 2):
-            for start in range(
-                d_block * GATHER_BD, D if MEAN else d_block * GATHER_BD + 1, GATHER_BD
-            ):
+        prototypes += b * windows * D
+        to_prototypes += (split * B + b) * windows * D
+        # dp = (dq - <q, dq> q) / |p| asks for all channels before any can be written: where they
+        # are not WHOLE in a block, a first turn takes <q, dq> alone.
+        along = tl.zeros((GATHER_BN,), tl.float32)
+        for turn in range(1 if WHOLE else 0, 2):
+            for start in range(0, GATHER_BD if WHOLE else D, GATHER_BD):
                 d = start + tl.arange(0, GATHER_BD)
                 acc = tl.zeros((GATHER_BN, GATHER_BD), tl.float32)
                 for q in range(first, last):
                     image = b * Q + q
-                    records = (tiles + image * size, x_pieces, record, RY, RX)
                     acc += _gather(
                         axes,
-                        records,
+                        (tiles + image * records * size, C * P + 3, R, strips),
                         c * P,
                         (my, mx),
                         used,
                         region,
                         features + b * stride_b + (image - b * Q) * stride_q,
-                        strides,
+                        (STRIDE_D, STRIDE_H, STRIDE_W),
                         d,
                         D,
                         BI,
@@ -1258,29 +1450,16 @@ def match_back_kernel(
                         REACH_Y,
                         REACH_X,
                         OX,
-                        not MEAN,
+                        PLACES,
                         LONG,
                         DOT,
                     )
-                    if not MEAN:
-                        along += _window_totals(
-                            axes,
-                            records,
-                            (C * P + 4) * RY * RX + c * P,
-                            (my, mx),
-                            used,
-                            PIECES_Y,
-                            PIECES_X,
-                            OX,
-                            True,
-                            LONG,
-                        )
                 mask = used[:, None] & (d < D)[None, :]
                 at = row[:, None] * D + d[None, :]
-                p = tl.load(prototypes + b * windows * D + at, mask=mask, other=0.0)
+                p = tl.load(prototypes + at, mask=mask, other=0.0)
                 direction = p * inverse[:, None]
-                if turn == 0:
+                if WHOLE or turn == 0:
                     along += tl.sum(acc * direction, 1)
-                else:
+                if turn == 1:
                     value = (acc - along[:, None] * direction) * inverse[:, None]
-                    tl.store(to_prototypes + (split * B + b) * windows * D + at, value, mask=mask)
+                    tl.store(to_prototypes + at, value, mask=mask)
