@@ -1,0 +1,111 @@
+"""Compiles native sources for tests that run them outside of the package: under sanitizers, or
+emulated. What has been built once is kept under build/ until a source changes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def compiler() -> str | None:
+    """The C++ compiler: CXX, or g++."""
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source file and how it is compiled. `name` tells compilations of one source apart."""
+
+    source: Path
+    flags: tuple[str, ...]
+    name: str = ""
+
+
+def build(
+    name: str, target: str, units: Sequence[Unit], link: Sequence[str], headers: Iterable[Path]
+) -> Path:
+    """Compiles two units at a time and links them.
+
+    Args:
+        name: of the folder under build/.
+        target: of the program or module in there.
+        units: what to compile.
+        link: flags for the linker.
+        headers: folders whose files the units include.
+
+    Raises:
+        RuntimeError: there is no compiler, or it refuses the sources.
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler was found")
+    files = {path for folder in headers for path in folder.iterdir() if path.is_file()}
+    files |= {unit.source for unit in units}
+    seen = hashlib.sha256(repr((cxx, units, link)).encode())
+    for path in sorted(files):
+        seen.update(path.read_bytes())
+    folder = ROOT / "build" / f"{name}-{seen.hexdigest()[:16]}"
+    if (folder / target).exists():
+        return folder / target
+    for old in folder.parent.glob(f"{name}-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+
+    # Built aside and renamed: another process may want the same.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+
+        def compile_one(unit: Unit) -> str:
+            output = str(Path(aside) / f"{unit.source.stem}{unit.name}.o")
+            _run([cxx, *unit.flags, "-x", "c++", "-c", str(unit.source), "-o", output])
+            return output
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, units))
+        folder.mkdir(exist_ok=True)
+        partial = Path(aside) / target
+        _run([cxx, *objects, *link, "-o", str(partial)])
+        partial.replace(folder / target)
+    return folder / target
+
+
+@functools.cache
+def launcher(sanitizer: str) -> list[str]:
+    """What to put before a program compiled with -fsanitize=`sanitizer`, so that it runs here.
+
+    Raises:
+        RuntimeError: it cannot be built or run; one line on why.
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler was found (g++, or CXX)")
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "try.cpp"), Path(folder, "try")
+        source.write_text("int main() {}\n")
+        try:
+            _run([cxx, f"-fsanitize={sanitizer}", str(source), "-o", str(program)])
+        except RuntimeError:
+            raise RuntimeError(f"{cxx} has no runtime for -fsanitize={sanitizer}") from None
+        # ThreadSanitizer does not get along with addresses as random as some kernels make them.
+        for prefix in ([], ["setarch", "-R"]):
+            if prefix and shutil.which(prefix[0]) is None:
+                continue
+            if subprocess.run([*prefix, str(program)], check=False, capture_output=True).returncode:
+                continue
+            return prefix
+    raise RuntimeError(f"programs compiled with -fsanitize={sanitizer} do not run on this machine")
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")

@@ -1,0 +1,1 @@
+"""The CPU kernels under sanitizers; see driver.cpp."""
