@@ -1,0 +1,1 @@
+"""One script per question. Each needs torch alone; plots need matplotlib."""

@@ -1,0 +1,145 @@
+"""Everything that the backends are measured against and beside: one way to compute each part.
+
+reference       the equations word for word; small sizes only
+torch           `backend="torch"`: the exact head by its linear route, eager PyTorch
+torch.compile   the same under torch.compile, in one graph
+torch.compile-max   in its mode "max-autotune" (GPU)
+torch-windows   what one would write without that route; see below
+cpu, triton, cuda   the kernels
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lslpn_kernels import GridSpec, LocalPrototypeHead, cosine_match, masked_average_pool
+from lslpn_kernels.backends import torch_
+from lslpn_kernels.geometry import Axis
+from lslpn_kernels.head import add_background
+from lslpn_kernels.reference import accumulation_dtype
+
+from .sizes import Size
+
+Call = Callable[..., Tensor]
+LOGIT_SCALE = 20.0
+EAGER = ("torch", "torch-windows")
+COMPILED = {"torch.compile": "default", "torch.compile-max": "max-autotune"}
+KERNELS = ("cpu", "triton", "cuda")
+_copies = itertools.count()
+NAMES = ("reference", "torch-windows", "torch", *COMPILED, *KERNELS)
+
+
+def build(name: str, part: str, size: Size, device: str) -> Call:
+    """The function of `Inputs.of(part)` that a formulation computes."""
+    if name in COMPILED:
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        call = _in_one_graph(part, size, torch.device(device))
+        mode = COMPILED[name]
+        return torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
+    if name == "torch-windows":
+        return _assemble(part, size, pool_windows, match_windows)
+    if part == "head":
+        return LocalPrototypeHead(size.grid, LOGIT_SCALE, backend=name)
+    return _assemble(
+        part, size, partial(masked_average_pool, backend=name), partial(cosine_match, backend=name)
+    )
+
+
+def _assemble(part: str, size: Size, pool: Call, match: Call) -> Call:
+    grid, shape = size.grid, (size.pixels, size.pixels)
+    if part == "pool":
+        return lambda support, masks: pool(support, masks, grid)
+    if part == "match":
+        return lambda query, prototypes: match(query, prototypes, grid, shape)
+
+    def head(support: Tensor, foreground: Tensor, query: Tensor) -> Tensor:
+        prototypes = pool(support, add_background(foreground), grid)
+        return LOGIT_SCALE * match(query, prototypes, grid, shape)
+
+    return head
+
+
+def _in_one_graph(part: str, size: Size, device: torch.device) -> Call:
+    """The `torch` backend with its tables of the geometry at hand. Looking them up breaks the
+    graph in some versions of torch, which would make the baseline weaker than it need be."""
+    tables = torch_._tables(size.axis, accumulation_dtype(size.dtype), device)
+    # A second copy of the module, since a compiled function looks its globals up by module.
+    copy = types.ModuleType(f"{__package__}._one_graph_{next(_copies)}")
+    name = copy.__name__
+    vars(copy).update(vars(torch_), _tables=lambda axis, dtype, device: tables, __name__=name)
+    sys.modules[name] = copy
+
+    def rebound(function: Any) -> Call:
+        return types.FunctionType(function.__code__, vars(copy), argdefs=function.__defaults__)
+
+    pool, match = rebound(torch_.masked_average_pool), rebound(torch_.cosine_match)
+    return _assemble(part, size, pool, match)
+
+
+# The head as one would write it without the linear route: features interpolated to the size of
+# the image, then sums over windows as products with matrices of zeros and ones, and the best
+# cosine by rows of windows. Exact, vectorised, and what the `torch` backend saves one from.
+
+
+def pool_windows(features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float = 0) -> Tensor:
+    """As `lslpn_kernels.masked_average_pool`."""
+    H, W = masks.shape[-2:]
+    up = _upsample(features, (H, W))  # [B, K, D, H, W]
+    rows = _membership(grid.axis(H), up.dtype, up.device)  # [Gy, H]
+    columns = _membership(grid.axis(W), up.dtype, up.device).T  # [W, Gx]
+    prototypes = []
+    for mask in masks.to(up.dtype).unbind(2):
+        n = (rows @ mask @ columns)[:, :, None]  # [B, K, 1, Gy, Gx]
+        total = rows @ (up * mask[:, :, None]) @ columns  # [B, K, D, Gy, Gx]
+        enough = n > min_pixels
+        prototypes.append(torch.where(enough, total / torch.where(enough, n, 1), 0).mean(1))
+    return torch.stack(prototypes, 1).permute(0, 1, 3, 4, 2)
+
+
+def match_windows(
+    features: Tensor, prototypes: Tensor, grid: GridSpec, size: tuple[int, int]
+) -> Tensor:
+    """As `lslpn_kernels.cosine_match`."""
+    up = F.normalize(_upsample(features, size), dim=2, eps=1e-8)  # [B, Q, D, H, W]
+    directions = F.normalize(prototypes.to(up.dtype), dim=-1, eps=1e-8)
+    rows, columns = grid.axis(size[0]), grid.axis(size[1])
+    inside = _membership(columns, up.dtype, up.device)[:, None] > 0  # [Gx, 1, W]
+    lowest = float("-inf")
+    bands = []
+    for gy, y in enumerate(rows.starts):
+        band = up[..., y : y + rows.window, :]
+        cosines = torch.einsum("bqdyx,bcjd->bqcjyx", band, directions[:, :, gy])
+        best = torch.where(inside, cosines, lowest).amax(3)  # [B, Q, C, k, W]
+        below = size[0] - y - rows.window
+        bands.append(F.pad(best, (0, 0, y, below), value=lowest))
+    return torch.stack(bands).amax(0)
+
+
+def windows_bytes(size: Size) -> int:
+    """About what `torch-windows` holds at once in forward and backward: the features of either
+    side at the size of the image, and once more for every class and step that autograd keeps."""
+    copies = size.K * (1 + size.C) + 3 * size.Q
+    return copies * size.B * size.D * size.pixels**2 * max(4, size.dtype.itemsize)
+
+
+def _upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
+    flat = features.flatten(0, 1).to(accumulation_dtype(features.dtype))
+    up = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+    return up.unflatten(0, features.shape[:2])
+
+
+@lru_cache(maxsize=16)
+def _membership(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[G, n]: 1 where a pixel lies in a window."""
+    pixel, start = torch.arange(axis.pixels), torch.tensor(axis.starts)[:, None]
+    return ((pixel >= start) & (pixel < start + axis.window)).to(device, dtype)

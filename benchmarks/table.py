@@ -1,0 +1,109 @@
+"""Writes the README's performance tables from the newest records in benchmarks/results/.
+
+    python -m benchmarks.table           # rewrites README.md between the markers
+    python -m benchmarks.table --check   # exits with 1 if it would change
+
+A record is what `python -m benchmarks.head` writes. What has no record is said not to have been
+measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+BEGIN = "<!-- performance: written by python -m benchmarks.table -->"
+END = "<!-- end of performance -->"
+_KINDS = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def newest(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The newest record of a kind of device, "cpu" or "cuda"."""
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        record = json.loads(path.read_text("utf-8"))
+        if record.get("benchmark") == "head" and record["device"]["kind"] == kind:
+            found.append(record | {"file": path.name})
+    return max(found, key=lambda record: record["date"], default=None)
+
+
+def section(folder: Path) -> str:
+    """The text between the markers."""
+    parts = []
+    for kind, title in _KINDS.items():
+        record = newest(folder, kind)
+        if record is None:
+            parts.append(
+                f"**{title}.** Not measured yet. "
+                + ("`python -m benchmarks.gpu --out DIR` does." if kind == "cuda" else "")
+            )
+        else:
+            parts.append(_table(record, title))
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def _table(record: dict[str, Any], title: str) -> str:
+    device = record["device"]
+    lines = [
+        f"**{title}: {device['name']}**, {record['date'][:10]}, commit "
+        f"{(record['commit'] or 'unknown')[:7]}, torch {record['versions']['torch']}. "
+        "The whole head, forward and backward, median milliseconds of calls that took turns; "
+        "in brackets how many times faster than `torch` in the same run.",
+        "",
+    ]
+    times = {
+        (m["size"], m["backend"]): m
+        for m in record["measurements"]
+        if (m["part"], m["pass"], m["how"]) == ("head", "both", "called")
+    }
+    backends = list(dict.fromkeys(backend for _, backend in times))
+    lines += ["| size | " + " | ".join(f"`{b}`" for b in backends) + " |"]
+    lines += ["|---" * (len(backends) + 1) + "|"]
+    for size, about in record["sizes"].items():
+        cells = []
+        for backend in backends:
+            m = times.get((size, backend))
+            ratio = (m or {}).get("speedup_over", {}).get("torch")
+            text = f"{m['median_ms']:.3g}" if m else "-"
+            cells.append(f"{text} ({ratio:.1f}x)" if ratio and backend != "torch" else text)
+        lines.append(f"| {size}: {about['describe']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rewritten(readme: str, text: str) -> str:
+    """The README with `text` between the markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md: the lines {BEGIN!r} and {END!r} must stand in it, in turn")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrites or checks the README."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    options = parser.parse_args(arguments)
+    path = machine.ROOT / "README.md"
+    before = path.read_text("utf-8")
+    after = rewritten(before, section(machine.ROOT / "benchmarks" / "results"))
+    if options.check:
+        if after != before:
+            print("README.md: run python -m benchmarks.table", file=sys.stderr)
+        return int(after != before)
+    path.write_text(after, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
