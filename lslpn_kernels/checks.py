@@ -22,11 +22,11 @@ LONGEST = 1 << 30  # pixels or feature locations along an axis
 
 def windows(grid: GridSpec, pixels: Any) -> Any:
     """The number of windows along an axis of `pixels`, an int or a symbol for one."""
-    if isinstance(pixels, int):
-        return grid.axis(pixels).windows
-    window = torch.sym_max(1, math.floor(grid.scale * pixels + 1e-6))  # as in geometry.py
-    step = torch.sym_max(1, math.floor(grid.spacing * window + 1e-6))
-    return (pixels - window + step - 1) // step + 1
+    largest = max if isinstance(pixels, int) else torch.sym_max
+    window = largest(1, math.floor(grid.scale * pixels + 1e-6))  # as in geometry.py
+    step = largest(1, math.floor(grid.spacing * window + 1e-6))
+    # max(0, .) changes nothing, but lets a symbolic solver see that there is at least one.
+    return 1 + largest(0, pixels - window + step - 1) // step
 
 
 def _tensor(name: str, value: object, axes: str) -> None:
@@ -88,7 +88,7 @@ def masked_average_pool(features: Tensor, masks: Tensor, grid: GridSpec, min_pix
     _grid(grid)
     if isinstance(min_pixels, bool) or not isinstance(min_pixels, Real):
         raise TypeError(f"min_pixels must be a number, got {type(min_pixels).__name__}")
-    if not 0 <= min_pixels < math.inf:
+    if not 0 <= min_pixels < 1 << 62:  # false for NaN too
         raise ValueError(f"min_pixels must be 0 or more, got {min_pixels}")
 
 

@@ -1,10 +1,10 @@
 """The two operators: checks, choice of backend, and the bridge to autograd and `torch.compile`.
 
-The plain backends are called as they are. A kernel backend is called under one
-`torch.autograd.Function` for each operator: directly in eager mode, since going through PyTorch's
-dispatcher costs more than many of the kernels take, and elsewhere (while a graph is traced, under
-`torch.func`, with tensor subclasses) through a pair of registered operators,
-`lslpn_kernels::<name>` and `lslpn_kernels::<name>_backward`.
+The plain backends are called as they are. A kernel backend is called through operators registered
+with PyTorch, `lslpn_kernels::<name>` and `lslpn_kernels::<name>_backward`: while a graph is traced,
+under `torch.func`, with tensor subclasses. In eager mode the kernel is called directly, under a
+`torch.autograd.Function` with the same backward pass: going through PyTorch's dispatcher takes
+longer than many of the kernels do.
 """
 
 from __future__ import annotations
@@ -76,11 +76,12 @@ def masked_average_pool(
         return _PLAIN[backend].masked_average_pool(features, masks, grid, min_pixels)
     if masks.dtype not in (torch.bool, torch.uint8):
         masks = masks.to(accumulation_dtype(features.dtype))
-    masks = masks.contiguous()
-    if eager and not (features.requires_grad and torch.is_grad_enabled()):
-        return _kernels(backend).masked_average_pool(features, masks, grid, float(min_pixels))[0]
-    function = _EagerMaskedAveragePool if eager else _MaskedAveragePool
-    return function.apply(features, masks, grid, float(min_pixels), backend)[0]
+    call: Any = _pool
+    if not eager:
+        call = _outside_eager(torch.ops.lslpn_kernels.masked_average_pool, _TransformedPool)
+    elif features.requires_grad and torch.is_grad_enabled():
+        call = _MaskedAveragePool.apply
+    return call(features, masks, grid.scale, grid.spacing, float(min_pixels), backend)[0]
 
 
 def cosine_match(
@@ -136,11 +137,14 @@ def cosine_match(
     prototypes = prototypes.to(accumulation_dtype(features.dtype)).contiguous()
     eager = _is_eager(features, prototypes)
     trained = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
-    if eager and not trained:
-        kernels = _kernels(backend)
-        return kernels.cosine_match(features, prototypes, grid, (H, W), reduce, False)[0]
-    function = _EagerCosineMatch if eager else _CosineMatch
-    return function.apply(features, prototypes, grid, H, W, reduce, backend, trained)[0]
+    call: Any = _match
+    if not eager:
+        call = _outside_eager(torch.ops.lslpn_kernels.cosine_match, _TransformedMatch)
+        trained = True  # torch.func may know what the tensors do not
+    elif trained:
+        call = _CosineMatch.apply
+    scale, spacing = grid.scale, grid.spacing
+    return call(features, prototypes, scale, spacing, H, W, reduce, trained, backend)[0]
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -160,6 +164,13 @@ def _is_eager(a: Any, b: Any) -> bool:
         and not (a.is_nested or b.is_nested)
         and not (a.is_neg() or b.is_neg())
     )
+
+
+def _outside_eager(operator: Any, transformed: type[torch.autograd.Function]) -> Any:
+    """The operator, or what stands for it under `torch.func`."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return operator.default
+    return transformed.apply
 
 
 # What has passed the checks before, for they take as long as a small kernel.
@@ -211,7 +222,6 @@ def _kernels(backend: str) -> Kernels:
 # ---- the registered operators: geometry travels as plain numbers, so that graphs can hold it ----
 
 _library = torch.library.Library("lslpn_kernels", "DEF")
-_ops = torch.ops.lslpn_kernels
 _grid = lru_cache(maxsize=64)(GridSpec)
 
 
@@ -354,40 +364,22 @@ def _match_backward(
     backend: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    grads = _match_gradients(
-        grad,
+    kernels = _kernels(backend)
+    kept = (gram.contiguous(),) if gram.numel() else ()
+    choice = {"wanted": (wanted[0], wanted[1])} if getattr(kernels, "SELECTIVE", False) else {}
+    grads = kernels.cosine_match_backward(
+        grad.contiguous(),
         features,
         prototypes.contiguous(),
         scores.contiguous(),
         winners.contiguous(),
-        gram.contiguous(),
         _grid(scale, spacing),
         reduce,
-        backend,
-        (wanted[0], wanted[1]),
+        *kept,
+        **choice,
     )
     first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
     return first, second
-
-
-def _match_gradients(
-    grad: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    scores: Tensor,
-    winners: Tensor,
-    gram: Tensor | None,
-    grid: GridSpec,
-    reduce: str,
-    backend: str,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    kernels = _kernels(backend)
-    kept = () if gram is None or not gram.numel() else (gram,)
-    choice = {"wanted": wanted} if getattr(kernels, "SELECTIVE", False) else {}
-    return kernels.cosine_match_backward(
-        grad.contiguous(), features, prototypes, scores, winners, grid, reduce, *kept, **choice
-    )
 
 
 @_register_fake("cosine_match_backward")
@@ -427,7 +419,7 @@ def _register_vmap(name: str) -> None:
             # What is kept for the backward pass may be empty: [0].
             return value.unflatten(0, (n, -1)) if value.numel() else value.new_empty(n, 0)
 
-        out = getattr(_ops, name).default(*map(merge, args, in_dims))
+        out = getattr(torch.ops.lslpn_kernels, name).default(*map(merge, args, in_dims))
         if isinstance(out, Tensor):
             return split(out), 0
         return tuple(map(split, out)), (0,) * len(out)
@@ -441,147 +433,100 @@ _register_vmap("cosine_match")
 _register_vmap("cosine_match_backward")
 
 
-# ---- autograd -----------------------------------------------------------------------------------
+# ---- autograd: for the operators and, around the kernels themselves, for eager mode --------------
+
+
+def _keep_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, masks, scale, spacing, _, backend = inputs
+    _, factor = output
+    ctx.mark_non_differentiable(factor)
+    ctx.set_materialize_grads(False)
+    # The pooling is linear in the features: only their shape and layout are of use.
+    ctx.save_for_backward(masks, factor, features)
+    ctx.settings = (scale, spacing, backend)
+
+
+def _pool_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad is None or not ctx.needs_input_grad[0]:
+        return (None,) * 6
+    masks, factor, features = ctx.saved_tensors
+    call = _pool_backward
+    if not _is_eager(grad, features):
+        call = torch.ops.lslpn_kernels.masked_average_pool_backward.default
+    grad_features = call(grad, masks, factor, features, *ctx.settings)
+    if _may_differentiate():
+        grad_features, _ = _Final.apply("masked_average_pool", grad_features, None, grad)
+    return grad_features, None, None, None, None, None
+
+
+def _keep_match(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, prototypes, scale, spacing, _, _, reduce, _, backend = inputs
+    _, winners, gram = output
+    ctx.mark_non_differentiable(winners, gram)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(features, prototypes, *output)
+    ctx.settings = (scale, spacing, reduce, backend)
+
+
+def _match_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
+    features, prototypes = ctx.saved_tensors[:2]
+    wanted = ctx.needs_input_grad[:2]
+    call = _match_backward
+    if not _is_eager(grad, features):
+        call = torch.ops.lslpn_kernels.cosine_match_backward.default
+    grads = call(grad, *ctx.saved_tensors, *ctx.settings, wanted)
+    if _may_differentiate():
+        grads = _Final.apply("cosine_match", *grads, grad, features, prototypes)
+    first, second = (g if w else None for g, w in zip(grads, wanted, strict=True))
+    return first, second, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "lslpn_kernels::masked_average_pool", _pool_gradients, setup_context=_keep_pool, lib=_library
+)
+torch.library.register_autograd(
+    "lslpn_kernels::cosine_match", _match_gradients, setup_context=_keep_match, lib=_library
+)
 
 
 class _MaskedAveragePool(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(
-        features: Tensor,
-        masks: Tensor,
-        grid: GridSpec,
-        min_pixels: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return _ops.masked_average_pool.default(
-            features, masks, grid.scale, grid.spacing, min_pixels, backend
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        features, masks, grid, _, backend = inputs
-        _, factor = output
-        ctx.mark_non_differentiable(factor)
-        ctx.set_materialize_grads(False)
-        # The pooling is linear in the features: only their shape and layout are of use.
-        ctx.save_for_backward(masks, factor, features)
-        ctx.settings = (grid, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-        if grad is None or not ctx.needs_input_grad[0]:
-            return (None,) * 5
-        masks, factor, features = ctx.saved_tensors
-        grid, backend = ctx.settings
-        if _is_eager(grad, features):
-            grad_features = _kernels(backend).masked_average_pool_backward(
-                grad.contiguous(), masks, factor, features, grid
-            )
-        else:
-            grad_features = _ops.masked_average_pool_backward.default(
-                grad, masks, factor, features, grid.scale, grid.spacing, backend
-            )
-        if _may_differentiate():
-            grad_features, _ = _Final.apply("masked_average_pool", grad_features, None, grad)
-        return grad_features, None, None, None, None
-
-
-class _EagerMaskedAveragePool(_MaskedAveragePool):
-    """The same around the kernel itself. With a `setup_context` of its own, PyTorch would look
-    up the signature of `forward` on every call, which takes longer than all the rest."""
-
-    generate_vmap_rule = False
-    setup_context = torch.autograd.Function.setup_context
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        features, masks, grid, min_pixels, backend = args
-        output = _kernels(backend).masked_average_pool(features, masks, grid, min_pixels)
-        _MaskedAveragePool.setup_context(ctx, args, output)
+    def forward(ctx: Any, features: Tensor, masks: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        args = (features, masks.contiguous(), *args)  # the copy, if any, is kept
+        output = _pool(*args)
+        _keep_pool(ctx, args, output)
         return output
+
+    backward = staticmethod(_pool_gradients)
 
 
 class _CosineMatch(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        features: Tensor,
-        prototypes: Tensor,
-        grid: GridSpec,
-        H: int,
-        W: int,
-        reduce: str,
-        backend: str,
-        trained: bool,
+        ctx: Any, features: Tensor, prototypes: Tensor, *args: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops.cosine_match.default(
-            features, prototypes, grid.scale, grid.spacing, H, W, reduce, trained, backend
-        )
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]
-    ) -> None:
-        features, prototypes, grid, _, _, reduce, backend, _ = inputs
-        scores, winners, gram = output
-        ctx.mark_non_differentiable(winners)
-        if gram is not None:
-            ctx.mark_non_differentiable(gram)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(features, prototypes, scores, winners, gram)
-        ctx.settings = (grid, reduce, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 8
-        features, prototypes, scores, winners, gram = ctx.saved_tensors
-        grid, reduce, backend = ctx.settings
-        wanted = ctx.needs_input_grad[:2]
-        if _is_eager(grad, features):
-            grads = _match_gradients(
-                grad, features, prototypes, scores, winners, gram, grid, reduce, backend, wanted
-            )
-        else:
-            grads = _ops.cosine_match_backward.default(
-                grad,
-                features,
-                prototypes,
-                scores,
-                winners,
-                scores.new_empty(0) if gram is None else gram,
-                grid.scale,
-                grid.spacing,
-                reduce,
-                backend,
-                wanted,
-            )
-        if _may_differentiate():
-            grads = _Final.apply("cosine_match", *grads, grad, features, prototypes)
-        first, second = (g if w else None for g, w in zip(grads, wanted, strict=True))
-        return first, second, None, None, None, None, None, None
-
-
-class _EagerCosineMatch(_CosineMatch):
-    """The same around the kernel itself; see `_EagerMaskedAveragePool`."""
-
-    generate_vmap_rule = False
-    setup_context = torch.autograd.Function.setup_context
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, *args: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        features, prototypes, grid, H, W, reduce, backend, _ = args
-        scores, winners, *gram = _kernels(backend).cosine_match(
-            features, prototypes, grid, (H, W), reduce, True
-        )
-        output = scores, winners, gram[0] if gram else None
-        _CosineMatch.setup_context(ctx, args, output)
+        args = (features, prototypes.contiguous(), *args)
+        output = _match(*args)
+        _keep_match(ctx, args, output)
         return output
+
+    backward = staticmethod(_match_gradients)
+
+
+class _TransformedPool(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(torch.ops.lslpn_kernels.masked_average_pool.default)
+    setup_context = staticmethod(_keep_pool)
+    backward = staticmethod(_pool_gradients)
+
+
+class _TransformedMatch(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(torch.ops.lslpn_kernels.cosine_match.default)
+    setup_context = staticmethod(_keep_match)
+    backward = staticmethod(_match_gradients)
 
 
 def _may_differentiate() -> bool:
