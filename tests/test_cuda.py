@@ -1,0 +1,485 @@
+"""The CUDA kernels without a GPU: the sources of csrc/cuda, compiled for the host and executed.
+
+See tests/emulation. Calls go through `backend="cuda"` and the bindings, as they do on a GPU, but
+with tensors of the CPU. What needs a GPU is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import GOLDEN, SITUATIONS, Case, assert_agree, assert_near, run
+from emulation import build as emulation
+from hypothesis import HealthCheck, given, settings
+from strategies import cases
+from torch import Tensor
+
+from lslpn_kernels import GridSpec, LocalPrototypeHead, backends, masked_average_pool, ops
+from lslpn_kernels.backends import _obstacle, cuda, load
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+EXAMPLES = int(os.environ.get("LSLPN_EXAMPLES", "25"))
+DEVICE = (132, 227 * 1024, 16 << 20)  # multiprocessors, shared memory, workspace
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Any:
+    """The bindings over the emulated kernels, as a module."""
+    if emulation.compiler() is None:
+        pytest.skip("the emulated kernels need a C++ compiler (g++, or CXX)")
+    spec = importlib.util.spec_from_file_location("emulated_kernels", emulation.build())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def forget() -> None:
+    """What was found out about backends, once for all."""
+    for cached in (load, _obstacle, ops._choose_once):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def kernels(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes `backend="cuda"` run the emulated kernels, on tensors of the CPU."""
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "device_types", lambda: ("cpu",))
+    monkeypatch.setattr(cuda, "_module", lambda: emulated)
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    forget()
+    yield emulated
+    forget()
+
+
+@pytest.fixture
+def device(kernels: Any) -> Iterator[Any]:
+    """device(multiprocessors, shared_memory, workspace): another GPU, for a test."""
+    yield kernels.set_device
+    kernels.set_device(*DEVICE)
+
+
+def close(case: Case, dtype: torch.dtype) -> None:
+    """`backend="cuda"` in `dtype` against the oracle in float64, on the same numbers."""
+    expected = run(case, "reference", torch.float64, rounded=dtype)
+    assert_near(run(case, "cuda", dtype), expected, 1e-4)
+
+
+# Gradients of |u| where few channels cancel are no matter for single precision.
+def tame(case: Case) -> Case:
+    return replace(case, D=max(case.D, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_situation(kernels: Any, name: str, dtype: torch.dtype) -> None:
+    close(tame(SITUATIONS[name]), dtype)
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_situation_in_double_precision(kernels: Any, name: str) -> None:
+    case = SITUATIONS[name]
+    assert_agree(run(case, "cuda"), run(case, "reference"), rtol=1e-9, atol=1e-8)
+
+
+# Grids as they are used: aligned, odd, with a last window of its own, two tiles wide, wide parts.
+GRIDS = {
+    "aligned": Case(h=9, w=9, H=64, W=64, grid=GridSpec(1 / 8)),
+    "last_window_closer": Case(h=9, w=9, H=65, W=67, grid=GridSpec(1 / 8)),
+    "odd_windows": Case(h=6, w=8, H=44, W=60, grid=GridSpec(1 / 4)),
+    "as_published": Case(h=17, w=17, H=128, W=128, grid=GridSpec(1 / 8)),
+    "coarse": Case(h=9, w=11, H=64, W=80, grid=GridSpec(1 / 4)),
+    "fine": Case(h=9, w=9, H=64, W=64, grid=GridSpec(1 / 16)),
+    "dense": Case(h=9, w=9, H=48, W=48, grid=GridSpec(1 / 4, 1 / 4)),
+    "wide": Case(h=3, w=100, H=20, W=780, grid=GridSpec(1 / 8)),
+    "tall": Case(h=70, w=3, H=500, W=18, grid=GridSpec(1 / 8)),
+    "global": Case(h=20, w=20, H=150, W=150, grid=GridSpec(1.0)),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grid(kernels: Any, name: str) -> None:
+    close(
+        replace(GRIDS[name], D=24, C=3, channels_last=name in ("odd_windows", "fine")),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("D", [32, 70, 128])
+def test_tensor_cores(kernels: Any, dtype: torch.dtype, channels_last: bool, D: int) -> None:
+    """Prototypes go in as two numbers each, so that scores are exact to single precision."""
+    case = replace(GRIDS["last_window_closer"], D=D, C=2, channels_last=channels_last)
+    close(case, dtype)
+
+
+@given(cases())
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_geometry(kernels: Any, case: Case) -> None:
+    close(tame(case), torch.float32)
+
+
+@given(cases())
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_geometry_in_double_precision(kernels: Any, case: Case) -> None:
+    assert_agree(run(case, "cuda"), run(case, "reference"), rtol=1e-9, atol=1e-8)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden(kernels: Any, path: Path) -> None:
+    golden = np.load(path)
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(golden[name])
+
+    def relative(actual: Tensor, name: str) -> float:
+        wanted = tensor(name).double()
+        return float((actual.detach().double() - wanted).norm() / wanted.norm())
+
+    support = tensor("support_features")[None].requires_grad_()
+    query = tensor("query_features")[None].requires_grad_()
+    grid = GridSpec(1 / int(golden["n_grid"]), 0.5 if golden["overlap"] else 1)
+    head = LocalPrototypeHead(
+        grid, float(golden["scale"]), int(golden["min_pixels"]), backend="cuda"
+    )
+    logits = head(support, tensor("foreground")[None], query)
+    label = tensor("query_label").long()
+    loss = F.cross_entropy(logits[0], label.expand(logits.shape[1], -1, -1))
+    loss.backward()
+    assert relative(logits[0], "logits") < 1e-5
+    assert abs(loss.item() - golden["loss"]) < 1e-5 * abs(golden["loss"])
+    assert support.grad is not None
+    assert query.grad is not None
+    assert relative(support.grad[0], "grad_support") < 1e-4
+    assert relative(query.grad[0], "grad_query") < 1e-4
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_gradcheck_of_the_whole_head(kernels: Any, reduce: str) -> None:
+    torch.manual_seed(0)
+    support = torch.randn(1, 2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(1, 1, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    masks = torch.rand(1, 2, 1, 5, 6) > 0.5
+    head = LocalPrototypeHead(GridSpec(1 / 2, 1 / 2), reduce=reduce, backend="cuda")
+    assert torch.autograd.gradcheck(lambda s, q: head(s, masks, q), (support, query))
+
+
+def test_launches(kernels: Any) -> None:
+    """At the paper's geometry every operator goes through the tiled kernels, in few launches."""
+    grid = GridSpec(1 / 8)
+    features = torch.randn(1, 1, 8, 65, 65)
+    masks = torch.rand(1, 1, 2, 512, 512) < 0.5
+    prototypes = torch.randn(1, 2, 15, 15, 8)
+    counts = {}
+
+    def count(name: str, function: Any, *arguments: Any) -> Any:
+        before = kernels.launches()
+        result = function(*arguments)
+        counts[name] = kernels.launches() - before
+        return result
+
+    _, factor = count("pool", cuda.masked_average_pool, features, masks, grid, 0.0)
+    count("pool backward", cuda.masked_average_pool_backward, prototypes, masks, factor, features,
+          grid)  # fmt: skip
+    scores, winners, gram = count(
+        "match", cuda.cosine_match, features, prototypes, grid, (512, 512), "max", True
+    )
+    count("match backward", cuda.cosine_match_backward, scores, features, prototypes, scores,
+          winners, grid, "max", gram)  # fmt: skip
+    assert counts == {"pool": 2, "pool backward": 2, "match": 1, "match backward": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_run_and_device_gives_the_same_bits(device: Any, dtype: torch.dtype) -> None:
+    """However many parts the work is cut into, and however little memory there is for it."""
+    case = replace(GRIDS["aligned"], B=2, K=3, Q=3, C=2, D=72, H=160, W=144, h=21, w=19)
+    results = []
+    for setting in (DEVICE, DEVICE, (1, 227 * 1024, 16 << 20), (999, 99 * 1024, 16 << 20),
+                    (132, 227 * 1024, 1)):  # fmt: skip
+        device(*setting)
+        results.append(run(case, "cuda", dtype))
+    for name, first in results[0].items():
+        for other in results[1:]:
+            assert torch.equal(first, other[name]), name
+
+
+def test_unfilled_outputs_are_filled(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = torch.zeros(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
+
+    def poisoned_like(tensor: Tensor) -> Tensor:
+        return torch.full_like(tensor, float("nan"))
+
+    monkeypatch.setattr(cuda.torch, "empty", poisoned)
+    monkeypatch.setattr(cuda.torch, "empty_like", poisoned_like)
+    for case in (GRIDS["last_window_closer"], SITUATIONS["features_larger_than_image"]):
+        close(replace(case, D=20, C=5), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_strides(kernels: Any, dtype: torch.dtype) -> None:
+    grid = GridSpec(1 / 4)
+    masks = torch.rand(2, 2, 2, 40, 44) < 0.5
+    prototypes = torch.randn(2, 2, *grid.shape(40, 44), 16)
+    whole = torch.randn(2, 3, 20, 8, 9).to(dtype)
+    views = {
+        "offset by an element": whole[:, 1:, 3:19, 1:, 1:],
+        "every other": torch.randn(4, 4, 32, 14, 16).to(dtype)[::2, ::2, ::2, ::2, ::2],
+        "turned": torch.randn(16, 8, 7, 2, 2).to(dtype).permute(3, 4, 0, 2, 1),
+        "repeated": torch.randn(1, 1, 16, 7, 8).to(dtype).expand(2, 2, -1, -1, -1),
+        "channels last, offset": torch.randn(2, 2, 7, 8, 20).to(dtype).movedim(-1, 2)[:, :, 2:18],
+    }
+    for name, view in views.items():
+        view = view[:, :, :, :7, :8]
+        dense = view.contiguous()
+        pooled, factor = cuda.masked_average_pool(view, masks, grid, 0.0)
+        expected, _ = cuda.masked_average_pool(dense, masks, grid, 0.0)
+        assert torch.equal(pooled, expected), name
+        scores, winners, gram = cuda.cosine_match(view, prototypes, grid, (40, 44), "max", True)
+        again, *_ = cuda.cosine_match(dense, prototypes, grid, (40, 44), "max", True)
+        assert torch.equal(scores, again), name
+        arguments = prototypes, scores, winners, grid, "max", gram
+        grads = cuda.cosine_match_backward(scores, view, *arguments)
+        others = cuda.cosine_match_backward(scores, dense, *arguments)
+        for a, b in zip(grads, others, strict=True):
+            assert torch.equal(a, b), name
+        support = cuda.masked_average_pool_backward(pooled, masks, factor, view, grid)
+        other = cuda.masked_average_pool_backward(pooled, masks, factor, dense, grid)
+        assert torch.equal(support, other), name
+
+
+def test_equal_scores_go_to_the_lowest_window(kernels: Any) -> None:
+    grid = GridSpec(1 / 4)
+    features = torch.rand(1, 1, 16, 5, 5)
+    prototypes = torch.rand(16).expand(1, 2, *grid.shape(32, 32), 16).contiguous()
+    _, winners, _ = cuda.cosine_match(features, prototypes, grid, (32, 32), "max", True)
+    assert winners.eq(0).all()
+
+
+def test_what_is_not_finite_stays_where_it_is(kernels: Any) -> None:
+    grid = GridSpec(1 / 4)
+    features = torch.rand(1, 1, 16, 9, 9)
+    features[0, 0, 3, 4, 4] = float("nan")
+    prototypes = torch.rand(1, 2, *grid.shape(64, 64), 16)
+    scores, _, _ = cuda.cosine_match(features, prototypes, grid, (64, 64), "max", True)
+    up = F.interpolate(features[0], (64, 64), mode="bilinear")[0].isnan().any(0)
+    assert torch.equal(scores[0, 0].isnan(), up.expand(2, -1, -1))
+
+
+def test_opcheck(kernels: Any) -> None:
+    masks = torch.rand(1, 2, 2, 24, 20) < 0.5
+    features = torch.randn(1, 2, 8, 6, 5, requires_grad=True)
+    pooled = torch.ops.lslpn_kernels.masked_average_pool.default
+    torch.library.opcheck(pooled, (features, masks, 1 / 4, 1 / 2, 0.0, "cuda"))
+    prototypes = torch.randn(1, 2, *GridSpec(1 / 4).shape(24, 20), 8, requires_grad=True)
+    match = torch.ops.lslpn_kernels.cosine_match.default
+    torch.library.opcheck(match, (features, prototypes, 1 / 4, 1 / 2, 24, 20, "max", True, "cuda"))
+
+
+def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
+    """The last line of defence: whatever is passed, nothing is read or written out of bounds."""
+    axis = (24, 6, 6, 3, 7)
+    good = {
+        "features": torch.randn(1, 1, 8, 6, 6),
+        "masks": torch.ones(1, 1, 2, 24, 24, dtype=torch.bool),
+        "prototypes": torch.empty(1, 2, 7, 7, 8),
+        "factor": torch.empty(1, 1, 2, 7, 7),
+    }
+
+    def call(y: Any = axis, x: Any = axis, allocate: Any = None, **changed: Any) -> None:
+        tensors = {**good, **changed}
+        kernels.cuda_masked_average_pool(
+            *(
+                torch.utils.dlpack.to_dlpack(t) if isinstance(t, Tensor) else t
+                for t in tensors.values()
+            ),
+            y,
+            x,
+            0.0,
+            0,
+            allocate or cuda._allocator(torch.device("cpu")),
+            False,
+        )
+
+    call()
+    wrong: list[tuple[type[Exception], dict[str, Any]]] = [
+        (ValueError, {"features": torch.randn(1, 1, 8, 6, 5)}),
+        (ValueError, {"features": torch.randn(1, 8, 6, 6)}),
+        (ValueError, {"features": torch.randn(1, 0, 8, 6, 6)}),
+        (TypeError, {"features": torch.ones(1, 1, 8, 6, 6, dtype=torch.int32)}),
+        (TypeError, {"features": torch.ones(1, 1, 8, 6, 6, dtype=torch.complex64)}),
+        (TypeError, {"features": None}),
+        (ValueError, {"masks": torch.ones(1, 1, 2, 24, 23, dtype=torch.bool)}),
+        (ValueError, {"masks": torch.ones(1, 1, 2, 24, 48, dtype=torch.bool)[..., ::2]}),
+        (TypeError, {"masks": torch.ones(1, 1, 2, 24, 24, dtype=torch.float64)}),
+        (ValueError, {"prototypes": torch.empty(1, 2, 7, 7, 7)}),
+        (TypeError, {"prototypes": torch.empty(1, 2, 7, 7, 8, dtype=torch.float64)}),
+        (ValueError, {"factor": torch.empty(1, 2, 2, 7, 7)}),
+        (ValueError, {"y": (24, 6, 6, 3, 8)}),
+        (ValueError, {"y": (24, 6, 25, 3, 1)}),
+        (ValueError, {"x": (24, 6, 0, 3, 7)}),
+        (ValueError, {"x": (1 << 40, 6, 6, 3, 7)}),
+        (ValueError, {"allocate": lambda size: torch.utils.dlpack.to_dlpack(
+            torch.empty(size - 1, dtype=torch.uint8))}),
+        (TypeError, {"allocate": lambda size: None}),
+    ]  # fmt: skip
+    for expected, change in wrong:
+        with pytest.raises(expected):
+            call(**change)
+
+
+def test_bindings_survive_anything(kernels: Any) -> None:
+    """Random arguments raise, or run; they never crash."""
+    generator = np.random.default_rng(0)
+    dtypes = [torch.float32, torch.float16, torch.uint8, torch.bool, torch.int32, torch.float64]
+
+    def tensor() -> Any:
+        if generator.random() < 0.1:
+            return None
+        shape = generator.integers(0, 4, generator.integers(0, 6)).tolist()
+        dtype = dtypes[generator.integers(len(dtypes))]
+        return torch.utils.dlpack.to_dlpack(torch.zeros(shape, dtype=dtype))
+
+    def axis() -> tuple[int, ...]:
+        return tuple(int(n) for n in generator.integers(-1, 4, 5))
+
+    refused = 0
+    for _ in range(500):
+        allocate = cuda._allocator(torch.device("cpu"))
+        try:
+            kernels.cuda_cosine_match_backward(
+                *(tensor() for _ in range(8)), axis(), axis(), int(generator.integers(-1, 3)),
+                bool(generator.integers(2)), 0, allocate, bool(generator.integers(2)),
+            )  # fmt: skip
+        except (TypeError, ValueError):
+            refused += 1
+    assert refused == 500  # hardly any random call fits together
+
+
+def test_reasons() -> None:
+    """Why a build does not fit a GPU, in one line that says how to mend it."""
+    assert cuda._unsupported((9, 0), "80;90;100") == ""
+    assert cuda._unsupported((8, 9), "80;90;100") == ""  # runs code for 8.0
+    assert cuda._unsupported((12, 0), "80;90;100") == ""  # translates the PTX
+    for capability, archs in (((7, 5), "80;90;100"), ((8, 0), "86"), ((9, 0), "80;100")):
+        reason = cuda._unsupported(capability, archs)
+        assert "LSLPN_CUDA_ARCHS" in reason
+        assert "\n" not in reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_backend_says_why() -> None:
+    status = backends()["cuda"]
+    assert not status.usable
+    assert status.reason
+    assert "\n" not in status.reason
+    with pytest.raises(RuntimeError, match='backend="cuda" is not usable'):
+        masked_average_pool(
+            torch.rand(1, 1, 2, 3, 3), torch.ones(1, 1, 1, 6, 6), GridSpec(), backend="cuda"
+        )
+
+
+# ---- sanitizers ----
+
+
+def run_driver(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    if emulation.compiler() is None:
+        pytest.skip("the emulated kernels need a C++ compiler (g++, or CXX)")
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
+    return subprocess.run(
+        [str(emulation.build(sanitizer)), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize(("sanitizer", "count"), [("address", "60"), ("thread", "4")])
+def test_sanitizer(sanitizer: str, count: str) -> None:
+    """Tiled kernels against plain ones on drawn problems, in all layouts and types."""
+    done = run_driver(sanitizer, os.environ.get("LSLPN_EXAMPLES", count), "1")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "rule", "complaint"),
+    [
+        ("thread", "race", "data race"),
+        ("thread", "blocks_race", "data race"),
+        ("address", "overflow", "heap-buffer-overflow"),
+        ("address", "stuck", "threads wait for each other"),
+        ("address", "early", "read before it arrived"),
+    ],
+)
+def test_emulation_tells_of_broken_rules(sanitizer: str, rule: str, complaint: str) -> None:
+    done = run_driver(sanitizer, "break", rule)
+    assert complaint in done.stdout + done.stderr
+
+
+# ---- what nvcc makes of it ----
+
+ARCHS = ("80", "90", "100")
+# Registers a thread, by kernel; two blocks of 256 threads leave 128. None may spill.
+REGISTERS = 128
+
+
+@dataclass(frozen=True)
+class Usage:
+    kernel: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def compile_for_gpus(source: Path, folder: Path) -> list[Usage]:
+    nvcc = shutil.which("nvcc")
+    assert nvcc is not None
+    command = [nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+    command += ["-I", str(CHECKOUT / "csrc"), "-c", str(source)]
+    command += ["-o", str(folder / f"{source.stem}.o")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = re.findall(
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        done.stderr,
+        re.DOTALL,
+    )
+    return [Usage(k, a, int(r), int(s), int(x) + int(y)) for k, a, s, x, y, r in found]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_registers(tmp_path: Path) -> None:
+    """No warning, no spill, no register array that went to memory, on any architecture."""
+    sources = sorted((CHECKOUT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(2) as pool:
+        usages = [
+            u for us in pool.map(lambda s: compile_for_gpus(s, tmp_path), sources) for u in us
+        ]
+    for name in ("match_forward", "tile_gradients", "pool_weights", "march"):
+        for arch in ARCHS:
+            assert any(name in u.kernel and u.arch == arch for u in usages), (name, arch)
+    for usage in usages:
+        assert usage.spills == 0, usage
+        assert usage.stack == 0, usage
+        assert usage.registers <= REGISTERS, usage
