@@ -26,7 +26,7 @@ from lslpn_kernels import GridSpec, LocalPrototypeHead, cosine_match, masked_ave
 from lslpn_kernels.backends import torch_
 from lslpn_kernels.geometry import Axis
 from lslpn_kernels.head import add_background
-from lslpn_kernels.reference import accumulation_dtype
+from lslpn_kernels.reference import accumulation_dtype, unit
 
 from .sizes import Size
 
@@ -110,8 +110,8 @@ def match_windows(
     features: Tensor, prototypes: Tensor, grid: GridSpec, size: tuple[int, int]
 ) -> Tensor:
     """As `lslpn_kernels.cosine_match`."""
-    up = F.normalize(_upsample(features, size), dim=2, eps=1e-8)  # [B, Q, D, H, W]
-    directions = F.normalize(prototypes.to(up.dtype), dim=-1, eps=1e-8)
+    up = unit(_upsample(features, size), 2)  # [B, Q, D, H, W]
+    directions = unit(prototypes.to(up.dtype), -1)
     rows, columns = grid.axis(size[0]), grid.axis(size[1])
     inside = _membership(columns, up.dtype, up.device)[:, None] > 0  # [Gx, 1, W]
     lowest = float("-inf")

@@ -68,7 +68,7 @@ class Size:
 
 
 _ALL = (
-    Size("tiny", D=8, cells=5, pixels=24, windows=True, reference=True, replayed=True),
+    Size("tiny", D=8, cells=5, pixels=24, scale=1 / 4, windows=True, reference=True, replayed=True),
     Size("small", D=64, cells=17, pixels=128, windows=True, reference=True),
     Size("paper", compiled=True, windows=True, replayed=True),
     Size("px257", cells=33, pixels=257, compiled=True, windows=True, replayed=True),

@@ -1,0 +1,183 @@
+"""The benchmark runs, and its record says what benchmarks/results/README.md says it does."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import head, report
+from benchmarks.formulations import build
+from benchmarks.sizes import PARTS, PASSES, SIZES, draw, least_bytes, least_flops
+from benchmarks.timing import Slot, Work, in_turn, sample
+from lslpn_kernels import backends
+
+BACKENDS = ["torch", *(["cpu"] if backends()["cpu"].usable else [])]
+
+
+@pytest.fixture
+def one_thread() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--sizes", "tiny", "--seconds", "0.1", "--threads", "1", "--no-memory"]
+    assert head.main([*arguments, "--backends", *BACKENDS, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("head-*.json")
+    record = json.loads(path.read_text())
+    assert record["failures"] == []
+    assert record["device"]["threads"] == 1
+    assert record["versions"]["torch"] == torch.__version__
+    assert all(rate > 0 for rate in record["rates"].values())
+
+    measured = {(m["backend"], m["part"], m["pass"]): m for m in record["measurements"]}
+    assert set(measured) == {(b, p, q) for b in BACKENDS for p in PARTS for q in PASSES}
+    size = record["sizes"]["tiny float32"]
+    for (_, part, of), m in measured.items():
+        assert 0 < m["q20_ms"] <= m["median_ms"] <= m["q80_ms"]
+        assert m["samples"] >= 3
+        baseline = measured["torch", part, of]["median_ms"]
+        assert m["speedup_over"]["torch"] == pytest.approx(baseline / m["median_ms"], rel=1e-3)
+        floor = size["floor_ms"][part][of]
+        assert m["times_floor"] == pytest.approx(m["median_ms"] / floor, rel=1e-3)
+    assert len(record["checks"]) == len(BACKENDS) * len(PARTS)
+
+    printed = capsys.readouterr().out
+    assert head.main(["--report", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+    assert report.markdown(record) in printed
+    assert all(f"| {name} |" in printed for name in BACKENDS)
+    if path.with_suffix(".png").exists():  # matplotlib is optional
+        assert path.with_suffix(".png").stat().st_size > 5000
+
+
+def test_wrong_backend_is_found_and_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slightly_wrong(name: str, part: str, size: object, device: str) -> object:
+        call = build("torch", part, size, device)  # type: ignore[arg-type]
+        return (lambda *inputs: call(*inputs) * 1.001) if name == "torch-windows" else call
+
+    monkeypatch.setattr(head, "build", slightly_wrong)
+    arguments = ["--sizes", "tiny", "--seconds", "0.05", "--no-memory", "--out", str(tmp_path)]
+    assert head.main([*arguments, "--backends", "torch", "torch-windows"]) == 1
+    record = json.loads(next(tmp_path.glob("head-*.json")).read_text())
+    (failure,) = record["failures"]
+    assert (failure["backend"], failure["step"]) == ("torch-windows", "check")
+    assert "differs from torch in float64 by 1.0e-03" in failure["reason"]
+    assert {m["backend"] for m in record["measurements"]} == {"torch"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_torch_windows_is_exact(name: str, part: str) -> None:
+    size = SIZES[name].with_dtype(torch.float64)
+    inputs = draw(size, "cpu")
+    found = []
+    for backend in ("torch", "torch-windows"):
+        work = Work(build(backend, part, size, "cpu"), *inputs.of(part))
+        work.both()
+        found.append((work.out, *(work.grads or ())))
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_least_work_of_the_paper() -> None:
+    """By hand: one episode, 65x65 locations of 256 channels, 512x512 pixels, 2 classes."""
+    features, image, prototypes = 256 * 65 * 65 * 4, 512 * 512, 2 * 225 * 256 * 4
+    paper = SIZES["paper"]
+    assert least_bytes(paper, "head")["forward"] == 2 * features + image + 2 * image * 4
+    assert least_bytes(paper, "match")["backward"] == 2 * features + 2 * prototypes + 8 * image
+    pool = least_bytes(paper, "pool")
+    assert pool["both"] == 2 * (features + 2 * image + prototypes)
+    # An inner location reaches 4 windows and up to 9, for either class; 5 products are for norms.
+    products = least_flops(paper, "match")["forward"] / (2 * 256 * 65**2)
+    assert 2 * 4 + 5 < products < 2 * 9 + 5
+
+
+def test_peak_memory_of_a_process(tmp_path: Path) -> None:
+    from benchmarks import memory
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory on a CPU is measured on Linux only")
+    size = SIZES["small"]
+    found = memory.in_a_process("torch-windows", [size], threads=1)[size.key]
+    # It keeps the support features at the size of the image, times each of two masks, to say
+    # the least; and holds no more than a few dozen of those.
+    image = size.D * size.pixels**2 * 4 / 2**20
+    assert 2 * image < found["both"] < 40 * image
+    assert found["inference"] < found["both"]
+
+
+def test_slots_take_turns() -> None:
+    order: list[str] = []
+
+    def slot(name: str) -> Slot:
+        return Slot("head", name, "called", ("inference",), (lambda: order.append(name),), _nothing)
+
+    slots = [slot("a"), slot("b")]
+    in_turn(slots, "cpu", 0.01)
+    turns = [name for name, _ in groupby(order)]
+    assert turns == ["a", "b"] * (len(turns) // 2)
+    assert len(turns) >= 2 * (1 + 3)  # to warm up, and three at least
+    assert len(slots[0].samples) == len(slots[1].samples) >= 3
+    assert all(math.isfinite(t) for row in slots[0].samples for t in row)
+
+
+def test_a_failing_step_is_told_and_left_out() -> None:
+    def step() -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    slot = Slot("head", "a", "called", ("inference",), (step,), _nothing)
+    in_turn([slot], "cpu", 0.01)
+    assert slot.failure == "RuntimeError: no such kernel"
+    assert slot.samples == []
+
+
+def test_preparations_are_not_timed() -> None:
+    import time
+
+    (row,) = sample("cpu", (lambda: None, lambda: time.sleep(0.02)), 1, lambda: time.sleep(0.1))
+    assert row[0] < 10
+    assert 20 <= row[1] < 90
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sizes", "huge"], "--sizes"),
+        (["--seconds", "0"], "--seconds must be above 0"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--report", "nowhere.json"], "no such file"),
+    ],
+)
+def test_mistakes_are_told(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        head.main(arguments)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_record_of_a_gpu(tmp_path: Path) -> None:
+    arguments = ["--device", "cuda", "--sizes", "tiny", "--seconds", "0.2", "--out", str(tmp_path)]
+    kernels = [n for n in ("triton", "cuda") if backends()[n].usable]
+    assert head.main([*arguments, "--backends", "torch", *kernels]) == 0
+    record = json.loads(next(tmp_path.glob("head-*.json")).read_text())
+    hows = {m["how"] for m in record["measurements"] if m["backend"] in kernels}
+    assert not kernels or hows == {"called", "replayed", "replayed cold"}
+    assert {m["backend"] for m in record["memory"]} == {"torch", *kernels}
+
+
+def _nothing() -> None:
+    pass
