@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import grids
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import grids
 
 from lslpn_kernels import GridSpec
 

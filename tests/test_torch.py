@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SITUATIONS, Case, assert_agree, cases, run
+from cases import SITUATIONS, Case, assert_agree, run
 from hypothesis import given
+from strategies import cases
 
 from lslpn_kernels import GridSpec, cosine_match, masked_average_pool
 from lslpn_kernels.backends import torch_
