@@ -1,6 +1,6 @@
 """Compiles csrc/cuda for the host, under tests/emulation/emulation.h.
 
-    python tests/emulation/build.py [address|thread]
+    cd tests && python -m emulation.build [address|thread]
 
 builds the Python module of the emulated kernels, or the driver under a sanitizer, and prints
 where it is. What has been built once is kept under build/ until a source changes.
@@ -8,40 +8,19 @@ where it is. What has been built once is kept under build/ until a source change
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from instrumented import ROOT, Unit, compiler
+from instrumented import build as build_units
+
+__all__ = ["build", "compiler"]
+
 HERE = Path(__file__).resolve().parent
 KERNELS = ROOT / "csrc" / "cuda"
 FLAGS = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-DLSLPN_EMULATION", "-I", str(ROOT / "csrc"), "-I", str(KERNELS), "-I", str(HERE)]
-
-
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX") or "g++")
-
-
-def _sources() -> list[Path]:
-    folders = (KERNELS, HERE, ROOT / "csrc" / "core", ROOT / "csrc")
-    return sorted(
-        path
-        for folder in folders
-        for path in folder.iterdir()
-        if path.suffix in (".h", ".cpp", ".cu")
-    )
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
 def build(sanitizer: str = "") -> Path:
@@ -50,9 +29,6 @@ def build(sanitizer: str = "") -> Path:
     Raises:
         RuntimeError: there is no compiler, or it refuses the sources.
     """
-    cxx = compiler()
-    if cxx is None:
-        raise RuntimeError("no C++ compiler was found")
     flags = [*FLAGS, "-O1"]
     sources = [KERNELS / "masked_average_pool.cu", KERNELS / "cosine_match.cu"]
     if sanitizer:
@@ -68,31 +44,14 @@ def build(sanitizer: str = "") -> Path:
     if sanitizer == "thread":
         flags.append("-DLSLPN_THREAD_SANITIZER")
 
-    seen = hashlib.sha256(repr((cxx, flags, sanitizer)).encode())
-    for path in _sources():
-        seen.update(path.read_bytes())
-    name = f"emulation-{sanitizer or 'plain'}"
-    folder = ROOT / "build" / f"{name}-{seen.hexdigest()[:16]}"
-    target = folder / target_name
-    if target.exists():
-        return target
-    for old in (ROOT / "build").glob(f"{name}-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-    def compile_one(source: Path) -> str:
-        output = str(folder / f"{source.stem}.o")
-        # The machinery of the emulation is none of the sanitizers' business.
-        extra = instrument if source.name != "emulation.cpp" else []
-        _run([cxx, *flags, *extra, "-x", "c++", "-c", str(source), "-o", output])
-        return output
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    partial = target.with_suffix(".partial")
-    _run([cxx, *([] if sanitizer else ["-shared"]), *instrument, *objects, "-o", str(partial)])
-    partial.rename(target)
-    return target
+    # The machinery of the emulation is none of the sanitizers' business.
+    units = [
+        Unit(source, (*flags, *(instrument if source.name != "emulation.cpp" else ())))
+        for source in sources
+    ]
+    link = [*([] if sanitizer else ["-shared"]), *instrument]
+    headers = [KERNELS, HERE, ROOT / "csrc" / "core", ROOT / "csrc"]
+    return build_units(f"emulation-{sanitizer or 'plain'}", target_name, units, link, headers)
 
 
 if __name__ == "__main__":
