@@ -265,6 +265,10 @@ struct TileScratch {
       const int at = tile.y.lower + i;
       widen_row(rows.own.row(at) + x.lower, x.square, rows.right.row(at) + x.lower, x.cross, A(2),
                 x.cells, T, row + i * T);
+      if (i + 1 == tile.y.cells) {  // has no neighbour below in the tile
+        std::memset(between + i * T, 0, sizeof(A) * T);
+        break;
+      }
       widen_row(rows.below.row(at) + x.lower, x.square, rows.across.row(at) + x.lower, x.cross,
                 A(1), x.cells, T, between + i * T);
     }

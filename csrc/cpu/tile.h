@@ -53,15 +53,16 @@ inline void widen_row(const A* value, int cells, const A* table, int T, A* out) 
   }
 }
 
-// The same with a second value and table.
+// out[t] = sum over r of value[r] table[r, t] + twice * other[r] second[r, t], where the second is
+// for neighbours r and r + 1: the last r has none in the tile.
 template <class A>
 inline void widen_row(const A* value, const A* table, const A* other, const A* second, A twice,
                       int cells, int T, A* out) {
   for (int t = 0; t < T; t += kLanes<A>) {
-    Vec<A> sum{};
-    for (int r = 0; r < cells; ++r) {
+    Vec<A> sum = splat(value[0]) * load(table + t);
+    for (int r = 1; r < cells; ++r) {
+      sum += splat(twice * other[r - 1]) * load(second + (r - 1) * T + t);
       sum += splat(value[r]) * load(table + r * T + t);
-      sum += splat(twice * other[r]) * load(second + r * T + t);
     }
     store(out + t, sum);
   }
