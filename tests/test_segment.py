@@ -131,7 +131,7 @@ def test_order_is_kept_and_beyond_is_at_the_ends(shape: tuple[int, int], seed: i
 
 def _bumps(query_mm: np.ndarray, support_mm: np.ndarray) -> np.ndarray:
     """Alike where the millimetres agree, slightly unlike far away."""
-    return np.exp(-(((query_mm[:, None] - support_mm[None, :]) / 12) ** 2)) - 0.1
+    return np.exp(-(((query_mm[:, None] - support_mm[None, :]) / 12) ** 2)) - 0.3
 
 
 def test_spacings_are_told_apart() -> None:
