@@ -261,14 +261,15 @@ class BuildNative(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        wanted = {n.strip() for n in os.environ.get("LSLPN_REQUIRE", "").split(",") if n.strip()}
+        unknown = sorted(wanted - {"cpu", "cuda"})
+        if unknown:
+            raise SystemExit(f"LSLPN_REQUIRE must name cpu or cuda, got {', '.join(unknown)}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         missing = build(self.folder(), target)
         for name, reason in missing.items():
             if reason:
                 print(f"lslpn: the {name} backend is left out: {reason}", file=sys.stderr)
-        wanted = {n.strip() for n in os.environ.get("LSLPN_REQUIRE", "").split(",") if n.strip()}
-        if wanted - set(missing):
-            raise SystemExit(f"LSLPN_REQUIRE must name cpu or cuda, got {sorted(wanted)}")
         for name in sorted(wanted):
             if missing[name]:
                 raise SystemExit(f"LSLPN_REQUIRE={name}, but {missing[name]}")
