@@ -7,6 +7,8 @@ into plain numbers, so that the graph stays good for other sizes.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -23,10 +25,32 @@ LONGEST = 1 << 30  # pixels or feature locations along an axis
 def windows(grid: GridSpec, pixels: Any) -> Any:
     """The number of windows along an axis of `pixels`, an int or a symbol for one."""
     largest = max if isinstance(pixels, int) else torch.sym_max
-    window = largest(1, math.floor(grid.scale * pixels + 1e-6))  # as in geometry.py
-    step = largest(1, math.floor(grid.spacing * window + 1e-6))
+    scale, spacing = _fractions(grid)
+    window = largest(1, _part(grid.scale, scale, pixels))
+    step = largest(1, _part(grid.spacing, spacing, window))
     # max(0, .) changes nothing, but lets a symbolic solver see that there is at least one.
     return 1 + largest(0, pixels - window + step - 1) // step
+
+
+def _part(factor: float, fraction: tuple[int, int], n: Any) -> Any:
+    """``floor(factor * n)`` with the slack of geometry.py. In integers where the factor is a
+    simple fraction, for compilers reason better about those; the result is the same, as the slack
+    is less than the smallest distance to the next integer, and far more than rounding errors."""
+    numerator, denominator = fraction
+    return n * numerator // denominator if denominator else math.floor(factor * n + 1e-6)
+
+
+@torch.compiler.assume_constant_result
+def _fractions(grid: GridSpec) -> tuple[tuple[int, int], tuple[int, int]]:
+    return _fraction(grid.scale), _fraction(grid.spacing)
+
+
+@lru_cache(maxsize=64)
+def _fraction(factor: float) -> tuple[int, int]:
+    """Numerator and denominator of a factor, the latter up to 1000; (0, 0) if it is no such."""
+    fraction = Fraction(factor).limit_denominator(1000)
+    near = abs(float(fraction) - factor) < 1e-14
+    return (fraction.numerator, fraction.denominator) if near else (0, 0)
 
 
 def _tensor(name: str, value: object, axes: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks, reference
 from .backends import PLAIN, Kernels, choose, load, torch_, winner_dtype
@@ -152,9 +153,15 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 
 def _is_eager(a: Any, b: Any) -> bool:
     """Whether these are ordinary tensors with memory of their own, and nobody is watching: no
-    trace, no `torch.func` transform, no dispatch mode."""
+    trace, no `torch.func` transform, no dispatch mode.
+
+    Raises:
+        RuntimeError: one carries a forward-mode derivative, which would be lost in a kernel.
+    """
     if torch.compiler.is_compiling():
         return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(a, b)
     return (
         type(a) in _ORDINARY
         and type(b) in _ORDINARY
@@ -164,6 +171,15 @@ def _is_eager(a: Any, b: Any) -> bool:
         and not (a.is_nested or b.is_nested)
         and not (a.is_neg() or b.is_neg())
     )
+
+
+def _refuse_tangents(*values: Any) -> None:
+    for value in values:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                "the kernels of lslpn_kernels have no forward-mode derivative (jvp); "
+                'backend="torch" and backend="reference" have one'
+            )
 
 
 def _outside_eager(operator: Any, transformed: type[torch.autograd.Function]) -> Any:
@@ -471,12 +487,13 @@ def _keep_match(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 def _match_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 9
-    features, prototypes = ctx.saved_tensors[:2]
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    features, prototypes = saved[:2]
     wanted = ctx.needs_input_grad[:2]
     call = _match_backward
     if not _is_eager(grad, features):
         call = torch.ops.lslpn_kernels.cosine_match_backward.default
-    grads = call(grad, *ctx.saved_tensors, *ctx.settings, wanted)
+    grads = call(grad, *saved, *ctx.settings, wanted)
     if _may_differentiate():
         grads = _Final.apply("cosine_match", *grads, grad, features, prototypes)
     first, second = (g if w else None for g, w in zip(grads, wanted, strict=True))

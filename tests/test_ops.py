@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from lslpn_kernels import (
     GridSpec,
     LocalPrototypeHead,
     backends,
+    checks,
     cosine_match,
     masked_average_pool,
 )
@@ -349,6 +352,42 @@ def test_saved_tensors_are_guarded() -> None:
         query.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         scores.sum().backward()
+
+
+def test_activation_checkpointing() -> None:
+    inputs = episode()
+    actual = gradients(lambda *args: checkpoint(head, *args, use_reentrant=False), *inputs)
+    assert_same(actual, gradients(head, *inputs))
+
+
+def test_forward_mode_is_refused_rather_than_lost() -> None:
+    support, masks, query = (t.detach() for t in episode())
+    expected = head(support, masks, query)
+    with forward_ad.dual_level():
+        for inputs in (
+            (forward_ad.make_dual(support, support), masks, query),
+            (support, masks, forward_ad.make_dual(query, query)),
+        ):
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                head(*inputs)
+        assert_same((head(support, masks, query),), (expected,))  # without a tangent
+
+
+@pytest.mark.parametrize("scale", [1 / 16, 1 / 7, 1 / 5, 0.3, 0.77, 0.30000001, 1.0])
+@pytest.mark.parametrize("spacing", [0.05, 1 / 3, 0.5, 0.7777777, 1.0])
+def test_windows_are_counted_as_the_geometry_counts_them(scale: float, spacing: float) -> None:
+    grid = GridSpec(scale, spacing)
+    for pixels in (*range(1, 700), 4097, 65535, 1 << 20):
+        assert checks.windows(grid, pixels) == grid.axis(pixels).windows
+
+
+def test_compile_small_images_with_symbolic_sizes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(head, fullgraph=True, dynamic=True)
+    for H, W in ((20, 17), (5, 4), (3, 2)):
+        inputs = episode(H=H, W=W)
+        for a, b in zip(gradients(compiled, *inputs), gradients(head, *inputs), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 # ---- bad input ----------------------------------------------------------------------------------
