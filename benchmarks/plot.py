@@ -44,34 +44,44 @@ def draw(path: Path) -> Path:
             for m in record["memory"]
         }
         panels.append(("peak memory beyond the inputs, MiB", "", extra))
-    height = 1.2 + sum(0.35 + 0.17 * len(backends) for _ in sizes)
-    figure = Figure(figsize=(4.2 * len(panels) + 1.3, height), layout="constrained")
+    # One line for each backend of a size, and a gap between sizes.
+    lines: dict[tuple[str, str], float] = {}
+    spans = []
+    at = 0.0
+    for size in sizes:
+        begin = at
+        for backend in backends:
+            if any((size, backend) in values for _, _, values in panels):
+                lines[size, backend] = at
+                at += 1
+        spans.append((begin - 0.6, at - 0.4))
+        at += 0.9
+    figure = Figure(figsize=(4.2 * len(panels) + 1.3, 1.3 + 0.19 * at), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    step = 0.85 / max(1, len(backends))
     for axis, (title, name, values) in zip(axes, panels, strict=True):
-        for place, backend in enumerate(backends):
+        for backend in backends:
             found = [
-                (row + step * (place - (len(backends) - 1) / 2), values[size, backend])
-                for row, size in enumerate(sizes)
+                (lines[size, backend], values[size, backend])
+                for size in sizes
                 if (size, backend) in values
             ]
-            y = [at for at, _ in found]
+            y = [line for line, _ in found]
             x = [m["median_ms"] for _, m in found]
-            axis.barh(y, x, 0.92 * step, color=_COLORS[backend], label=backend)
+            axis.barh(y, x, 0.9, color=_COLORS[backend], label=backend)
             if name:
                 low = [max(0.0, m["median_ms"] - m["q20_ms"]) for _, m in found]
                 high = [max(0.0, m["q80_ms"] - m["median_ms"]) for _, m in found]
                 axis.errorbar(x, y, xerr=(low, high), fmt="none", ecolor="black", elinewidth=0.7)
-            for at, value in zip(y, x, strict=True):
+            for line, value in zip(y, x, strict=True):
                 axis.annotate(
-                    number(value), (value, at), (3, 0), textcoords="offset points", va="center",
+                    number(value), (value, line), (3, 0), textcoords="offset points", va="center",
                     fontsize=6.5,
                 )  # fmt: skip
         floors = [record["sizes"][s].get("floor_ms", {}).get("head", {}).get(name) for s in sizes]
-        for row, floor in enumerate(floors):
+        for row, (floor, span) in enumerate(zip(floors, spans, strict=True)):
             if floor:
                 label = "floor" if row == 0 else None
-                axis.plot([floor] * 2, [row - 0.45, row + 0.45], color="black", lw=1.2, ls=":",
+                axis.plot([floor] * 2, span, color="black", lw=1.2, ls=":",
                           label=label)  # fmt: skip
         axis.set_xscale("log")
         axis.margins(x=0.12)
@@ -79,8 +89,8 @@ def draw(path: Path) -> Path:
         axis.grid(axis="x", lw=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(sizes)), sizes)
-    axes[0].invert_yaxis()
+    axes[0].set_yticks([sum(span) / 2 for span in spans], sizes)
+    axes[0].set_ylim(spans[-1][1] + 0.3, -0.9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8,
                   frameon=False)  # fmt: skip
