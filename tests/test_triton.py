@@ -65,6 +65,10 @@ def _python(*command: str, **variables: str) -> str:
     return done.stdout
 
 
+# Not yet mended: ptxas gives this one a stack frame, although it uses 96 registers of 255.
+KNOWN_STACK = {("90", "bfloat16,channels_last", "pool_kernel"): 40}
+
+
 def test_interpreted() -> None:
     out = _python(
         *("-m", "pytest", "-p", "no:cacheprovider", str(TESTS / "triton_interpreter.py")),

@@ -51,7 +51,9 @@ CASES = {
     "more_classes_than_a_block": replace(TINY, C=17),
     "locations_in_several_blocks": Case(h=5, w=18, H=6, W=20, grid=GridSpec(1.0)),
     "long_pieces_are_cut": Case(h=2, w=2, H=36, W=40, D=3, grid=GridSpec(1.0)),
-    "many_images": Case(B=16, Q=2, h=2, w=2, H=3, W=2, D=2, grid=GridSpec(1.0)),
+    # Positive: of 64 signed features of two channels some nearly cancel when interpolated, and
+    # what is left of float32 there says nothing about the kernel.
+    "many_images": Case(B=16, Q=2, h=2, w=2, H=3, W=2, D=2, grid=GridSpec(1.0), kind="positive"),
 }
 
 

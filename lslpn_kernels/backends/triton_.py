@@ -802,8 +802,8 @@ class _MatchBack:
                 "LONG": long,
                 "DOT": _dot(features.dtype),
             },
-            num_warps=8,
-            maxnreg=128,
+            num_warps=4,
+            maxnreg=255,
         )
 
 
