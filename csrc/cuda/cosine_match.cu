@@ -17,6 +17,13 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarp * kWarps;
+// Two blocks of match_forward on a multiprocessor leave a thread 128 registers. The compiler's code
+// for sm_100 wants a few more, and would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kForwardBlocks = 1;
+#else
+constexpr int kForwardBlocks = 2;
+#endif
 constexpr int kGroupCells = 192;      // feature locations of a group of tiles
 constexpr int kGroupPrototypes = 64;  // prototypes of one pass over the channels
 // Inner products of a feature location and pass: as many as leave enough registers.
@@ -759,7 +766,7 @@ LSLPN_DEVICE void keep_gram(const Matcher<T>& m) {
 
 // A block for each group of tiles and pass, a pass having some of the classes.
 template <class T>
-LSLPN_KERNEL(kThreads, 2)
+LSLPN_KERNEL(kThreads, kForwardBlocks)
 match_forward(LSLPN_PARAMETERS MatchTiles p) {
   const Matcher<T> m(p);
   const int per_pass = kWindows<T> / 4 / p.quads;
