@@ -97,6 +97,16 @@ def test_images_summed_by_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_near(run(case, "triton", torch.float32), expected, 2e-6)
 
 
+def test_groups_of_many_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows are summed in larger groups where there are 16 episodes and more."""
+    group = triton_._group
+    monkeypatch.setattr(triton_, "_group", lambda C, geometry, _: group(C, geometry, 16))
+    case = Case(h=2, w=2, H=8, W=3, D=9, grid=GridSpec(1 / 4, 1.0))
+    assert case.grid.shape(case.H, case.W)[0] == 4
+    expected = run(case, "reference", rounded=torch.float32)
+    assert_near(run(case, "triton", torch.float32), expected, 2e-6)
+
+
 @pytest.mark.parametrize("images", [0, 1, 2, 4])
 def test_little_workspace(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
     """A batch in parts: none fits (the `torch` backend takes over), one image of an episode, an
