@@ -484,5 +484,5 @@ def test_registers(tmp_path: Path) -> None:
     for usage in usages:
         assert usage.spills == 0, usage
         assert usage.stack == 0, usage
-        one_block = usage.arch == "100" and "match_forwardIf" in usage.kernel
+        one_block = usage.arch == "100" and "match_forward" in usage.kernel
         assert usage.registers <= (REGISTERS_ALONE if one_block else REGISTERS), usage
