@@ -17,13 +17,6 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarp * kWarps;
-// Two blocks of match_forward on a multiprocessor leave a thread 128 registers. The compiler's code
-// for sm_100 wants a few more, and would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kForwardBlocks = 1;
-#else
-constexpr int kForwardBlocks = 2;
-#endif
 constexpr int kGroupCells = 192;      // feature locations of a group of tiles
 constexpr int kGroupPrototypes = 64;  // prototypes of one pass over the channels
 // Inner products of a feature location and pass: as many as leave enough registers.
@@ -353,7 +346,24 @@ struct Matcher {
     }
   }
 
-  // A thread has an octet of a prototype.
+  // float32 goes to shared memory as it is, to be scaled in the end.
+  LSLPN_DEVICE void send_prototypes(int chunk) const {
+    const int quads = kDepth<T> / 4;
+    for (int e = thread_index(); e < group().count * quads; e += kThreads) {
+      const int d = chunk * kDepth<T> + 4 * (e % quads);
+      const float* source = p.prototypes + starts()[e / quads] + d;
+      std::uint32_t* target = prototypes(chunk) + e / quads * kPitch<T> + 4 * (e % quads);
+      if (p.prototypes_aligned && d < p.D) {
+        copy_async(target, source);
+      } else {
+        float* words = reinterpret_cast<float*>(target);
+        LSLPN_UNROLL
+        for (int k = 0; k < 4; ++k) words[k] = d + k < p.D ? source[k] : 0.0f;
+      }
+    }
+  }
+
+  // Half precision is scaled and rounded on the way. A thread has an octet of a prototype.
   static_assert(kGroupPrototypes * kOctetsDeep<T> <= kThreads);
   LSLPN_DEVICE void fetch_prototypes(int chunk, float (&value)[8]) const {
     const int e = thread_index() / kOctetsDeep<T>, octet = thread_index() % kOctetsDeep<T>;
@@ -383,14 +393,34 @@ struct Matcher {
     LSLPN_UNROLL
     for (int k = 0; k < 8; ++k) value[k] *= scale;
     put_octet(target, pack<T>(value));
-    if constexpr (kPrototypeParts<T> == 2) {
-      LSLPN_UNROLL
-      for (int k = 0; k < 8; ++k) {
-        T rounded;
-        from_float(value[k], rounded);
-        value[k] -= to_float(rounded);
-      }
-      put_octet(target + kGroupPrototypes * kPitch<T>, pack<T>(value));
+    LSLPN_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      T rounded;
+      from_float(value[k], rounded);
+      value[k] -= to_float(rounded);
+    }
+    put_octet(target + kGroupPrototypes * kPitch<T>, pack<T>(value));
+  }
+
+  // A chunk's features and prototypes on their way.
+  struct Load {
+    Octet<T> octets[kStages<T>];
+    float prototype[8];  // half precision
+  };
+  LSLPN_DEVICE void begin(int chunk, Load& load) const {
+    fetch(chunk, load.octets);
+    if constexpr (sizeof(T) == 4) {
+      send_prototypes(chunk);
+    } else {
+      fetch_prototypes(chunk, load.prototype);
+    }
+  }
+  LSLPN_DEVICE void finish(int chunk, Load& load) const {
+    keep(chunk, load.octets);
+    if constexpr (sizeof(T) == 4) {
+      copy_wait();
+    } else {
+      keep_prototypes(chunk, load.prototype);
     }
   }
 
@@ -604,7 +634,11 @@ struct Products<float> {
       for (int k = 0; k < kWindows<float>; k += 4) {
         float sum[4];
         LSLPN_UNROLL
-        for (int e = 0; e < 4; ++e) sum[e] = dot[r][k + e] + shuffle_xor(dot[r][k + e], 16);
+        for (int e = 0; e < 4; ++e) {
+          const int place = prototype[(k + e) / 2] >> 16 * (e % 2) & 0xffff;
+          const float length = m.lengths()[place / kPitch<float>];
+          sum[e] = (dot[r][k + e] + shuffle_xor(dot[r][k + e], 16)) * length;
+        }
         if (m.lane < 16) {
           float* target = m.dots((m.lane / 8 * kRows + r) * kTileColumns + m.lane % 8) + k;
           *reinterpret_cast<float4*>(target) = make_float4(sum[0], sum[1], sum[2], sum[3]);
@@ -766,7 +800,7 @@ LSLPN_DEVICE void keep_gram(const Matcher<T>& m) {
 
 // A block for each group of tiles and pass, a pass having some of the classes.
 template <class T>
-LSLPN_KERNEL(kThreads, kForwardBlocks)
+LSLPN_KERNEL(kThreads, 2)
 match_forward(LSLPN_PARAMETERS MatchTiles p) {
   const Matcher<T> m(p);
   const int per_pass = kWindows<T> / 4 / p.quads;
@@ -776,29 +810,20 @@ match_forward(LSLPN_PARAMETERS MatchTiles p) {
   m.find_group(group);
   m.find_prototypes(c0, minimum(per_pass, p.C - c0));
   block_barrier();
-  Octet<T> octets[kStages<T>];
-  float values[8];
-  m.fetch(0, octets);
-  m.fetch_prototypes(0, values);
+  typename Matcher<T>::Load load;
+  m.begin(0, load);
   m.find_lengths();
   block_barrier();
-  m.keep(0, octets);
-  m.keep_prototypes(0, values);
+  m.finish(0, load);
   block_barrier();
   Products<T> products;
   if (m.has_tile()) products.begin(m, m.group().classes);
   LSLPN_NO_UNROLL
   for (int chunk = 0; chunk * kDepth<T> < p.D; ++chunk) {
     const bool more = (chunk + 1) * kDepth<T> < p.D;
-    if (more) {
-      m.fetch(chunk + 1, octets);
-      m.fetch_prototypes(chunk + 1, values);
-    }
+    if (more) m.begin(chunk + 1, load);
     if (m.has_tile()) products.add(m, chunk, 4 * p.quads * m.group().classes);
-    if (more) {
-      m.keep(chunk + 1, octets);
-      m.keep_prototypes(chunk + 1, values);
-    }
+    if (more) m.finish(chunk + 1, load);
     block_barrier();
   }
   if (!m.has_tile()) return;

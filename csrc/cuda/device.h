@@ -23,6 +23,7 @@
 #define LSLPN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define LSLPN_DEVICE __device__ __forceinline__
 #define LSLPN_UNROLL _Pragma("unroll")
+#define LSLPN_UNROLL_BY_4 _Pragma("unroll 4")
 #define LSLPN_NO_UNROLL _Pragma("unroll 1")
 // Kernel parameters stay in constant memory, also where they are indexed at run time.
 #define LSLPN_PARAMETERS const __grid_constant__

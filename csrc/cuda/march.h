@@ -21,14 +21,19 @@ constexpr int kSlice = 64;  // channels of a block: two a lane
 constexpr int kMarchWarps = 8;
 constexpr int kMarchThreads = kWarp * kMarchWarps;
 constexpr int kOctets = kSlice / 8;
-constexpr int kFetches = 3;                                        // octets of a thread and row
-constexpr int kMarchColumns = kFetches * kMarchThreads / kOctets;  // 96
+static_assert(kOctets == kMarchWarps);
+constexpr int kFetches = 1;                // octets of a thread that are fetched ahead, a row
 constexpr int kFeaturePitch = kSlice + 4;  // a row of shared memory: no two lanes in one bank
 constexpr int kOutputPitch = kSlice + 2;
-constexpr int kRun = 8;  // neighbouring feature locations that a warp computes together
+constexpr int kRun = 4;  // neighbouring feature locations that a warp computes together
 constexpr int kMaxParts = 24;
 
 enum class Pass { pool, pool_backward, match_backward };
+
+// Pairs of a class and a column of windows that a warp can sum in registers.
+constexpr int pairs_in_registers(Pass pass) {
+  return pass == Pass::match_backward ? 1 : 2;
+}
 
 // A part of an axis. `own` feature locations get their gradients from this part, and `windows`
 // their sums; for that `visit` must be walked over, which `tiles` and windows `touch` belong to.
@@ -43,6 +48,7 @@ struct Part {
 struct Parts {
   int count;
   int windows, own, visit, touch, tiles;  // the most of a part
+  int span;                               // the most feature locations of a window
   int cell_tiles;                         // the most stretches over a feature location
   int cell_windows;                       // the most windows over one
   int near_windows;                       // over one and the next
@@ -82,7 +88,8 @@ struct March {
   float* out;            // [B, C, G, D]
   bool accumulate;       // onto what is in `out`
   int ring_windows;      // rows of windows in the ring of vectors
-  int slots_y4;          // slots along y, rounded up to 4
+  int slots_shift;       // slots along y, rounded up to a power of 2 of at least 4: its logarithm
+  bool sums_in_registers;
   MarchMemory memory;
 };
 
@@ -169,7 +176,7 @@ struct StretchInfo {
   short lower, upper;
 };
 
-// The feature locations of a window.
+// The feature locations of a window that are visited; none if last < first.
 struct Span {
   short first, last;
 };
@@ -179,165 +186,193 @@ struct Marcher {
   static constexpr bool kSums = kPass != Pass::pool_backward;
   static constexpr bool kSpread = kPass != Pass::pool;
   static constexpr bool kStencil = kPass == Pass::match_backward;
+  static constexpr bool kFeatures = kSums;
+  static constexpr int kHalo = kStencil ? 1 : 0;  // neighbours that are loaded as well
+  static constexpr int kPairs = pairs_in_registers(kPass);
+  using Row = float[kFetches][8];  // features on their way
 
   const March& p;
-  Part py, px;
-  std::int64_t b;
-  int d0;  // first channel
-  int lane, warp;
-  // Shared memory.
-  float *features, *output, *weights, *raw, *vectors, *sums, *scale, *dots;
-  float4* stencil;
-  Cell *cells_y, *cells_x;
-  StretchInfo *info_y, *info_x;
-  Span *spans_y, *spans_x;
+  const int lane, warp;
+  const int d0;  // first channel
+  const Part &py, &px;
+  const std::int64_t b;
 
-  LSLPN_DEVICE explicit Marcher(const March& parameters) : p(parameters) {
-    lane = thread_index() % kWarp;
-    warp = thread_index() / kWarp;
-    const int slices = (p.D + kSlice - 1) / kSlice;
-    std::int64_t index = block_index();
-    d0 = static_cast<int>(index % slices) * kSlice;
-    index /= slices;
-    px = p.parts_x.part[index % p.parts_x.count];
-    index /= p.parts_x.count;
-    py = p.parts_y.part[index % p.parts_y.count];
-    b = p.first_b + index / p.parts_y.count;
-    char* memory = shared_memory();
-    features = reinterpret_cast<float*>(memory + p.memory.features);
-    output = reinterpret_cast<float*>(memory + p.memory.output);
-    weights = reinterpret_cast<float*>(memory + p.memory.weights);
-    stencil = reinterpret_cast<float4*>(memory + p.memory.stencil);
-    raw = reinterpret_cast<float*>(memory + p.memory.raw);
-    vectors = reinterpret_cast<float*>(memory + p.memory.vectors);
-    sums = reinterpret_cast<float*>(memory + p.memory.sums);
-    scale = reinterpret_cast<float*>(memory + p.memory.scale);
-    dots = reinterpret_cast<float*>(memory + p.memory.dots);
-    cells_y = reinterpret_cast<Cell*>(memory + p.memory.cells_y);
-    cells_x = reinterpret_cast<Cell*>(memory + p.memory.cells_x);
-    info_y = reinterpret_cast<StretchInfo*>(memory + p.memory.tiles_y);
-    info_x = reinterpret_cast<StretchInfo*>(memory + p.memory.tiles_x);
-    spans_y = reinterpret_cast<Span*>(memory + p.memory.spans_y);
-    spans_x = reinterpret_cast<Span*>(memory + p.memory.spans_x);
+  LSLPN_DEVICE Marcher(const March& parameters, int slice, int part_y, int part_x,
+                       std::int64_t episode)
+      : p(parameters),
+        lane(thread_index() % kWarp),
+        warp(thread_index() / kWarp),
+        d0(slice * kSlice),
+        py(parameters.parts_y.part[part_y]),
+        px(parameters.parts_x.part[part_x]),
+        b(episode) {}
+
+  // ---- tables in shared memory ----
+
+  template <class T>
+  LSLPN_DEVICE static T* at(int byte) {
+    return reinterpret_cast<T*>(shared_memory() + byte);
+  }
+  LSLPN_DEVICE Cell row_cell(int i) const { return at<Cell>(p.memory.cells_y)[i - py.visit_begin]; }
+  LSLPN_DEVICE Cell column_cell(int j) const {
+    return at<Cell>(p.memory.cells_x)[j - px.visit_begin];
+  }
+  LSLPN_DEVICE StretchInfo row_stretch(int t) const {
+    return at<StretchInfo>(p.memory.tiles_y)[t - py.tiles_begin];
+  }
+  LSLPN_DEVICE StretchInfo column_stretch(int t) const {
+    return at<StretchInfo>(p.memory.tiles_x)[t - px.tiles_begin];
+  }
+  // Of the windows that are touched.
+  LSLPN_DEVICE Span row_span(int wy) const {
+    return at<Span>(p.memory.spans_y)[wy - py.touch_begin];
+  }
+  LSLPN_DEVICE Span column_span(int wx) const {
+    return at<Span>(p.memory.spans_x)[wx - px.touch_begin];
   }
 
-  LSLPN_DEVICE const Cell& row_cell(int i) const { return cells_y[i - py.visit_begin]; }
-  LSLPN_DEVICE const Cell& column_cell(int j) const { return cells_x[j - px.visit_begin]; }
-
-  LSLPN_DEVICE void axis_tables(const Axis& axis, const Tiles& tiles, const Part& part, Cell* cells,
-                                StretchInfo* info, Span* spans) {
-    for (int i = part.visit_begin + thread_index(); i < part.visit_end; i += kMarchThreads) {
+  LSLPN_DEVICE static void fill_axis(const Axis& axis, const Tiles& tiles, const Part& part,
+                                     Cell* cells, StretchInfo* info, Span* spans, int thread,
+                                     int threads) {
+    for (int i = part.visit_begin + thread; i < part.visit_end; i += threads) {
       cells[i - part.visit_begin] = cell_of(axis, tiles, i);
     }
-    for (int t = part.tiles_begin + thread_index(); t < part.tiles_end; t += kMarchThreads) {
+    for (int t = part.tiles_begin + thread; t < part.tiles_end; t += threads) {
       const Stretch s = stretch(axis, tiles, t);
       info[t - part.tiles_begin] = {static_cast<short>(s.first), static_cast<short>(s.last),
                                     static_cast<short>(s.lower), static_cast<short>(s.upper)};
     }
-    for (int m = part.windows_begin + thread_index(); m < part.windows_end; m += kMarchThreads) {
-      spans[m - part.windows_begin] = {
-          static_cast<short>(short_taps(axis, axis.start(m)).lower),
-          static_cast<short>(upper_tap(axis, axis.start(m) + axis.window - 1))};
+    for (int m = part.touch_begin + thread; m < part.touch_end; m += threads) {
+      const int first = short_taps(axis, axis.start(m)).lower;
+      const int last = upper_tap(axis, axis.start(m) + axis.window - 1);
+      spans[m - part.touch_begin] = {static_cast<short>(maximum(first, part.visit_begin)),
+                                     static_cast<short>(minimum(last, part.visit_end - 1))};
     }
   }
 
-  // scale(c, m), and the tiles' sums over the windows: of pixels, or of dS S.
-  LSLPN_DEVICE void find_scales(std::int64_t n, std::int64_t image) {
-    const int height = py.touch_end - py.touch_begin, width = px.touch_end - px.touch_begin;
-    for (int e = thread_index(); e < p.C * height * width; e += kMarchThreads) {
-      const int c = e / (height * width);
-      const int wy = py.touch_begin + e / width % height, wx = px.touch_begin + e % width;
-      const std::int64_t window =
-          ((b * p.C + c) * p.y.windows + wy) * p.x.windows + wx;  // of the episode
-      const std::int64_t of_image =
-          (((b * p.N + n) * p.C + c) * p.y.windows + wy) * p.x.windows + wx;
-      if (kPass == Pass::pool_backward) {
-        scale[e] = p.scale[of_image];
-        continue;
-      }
-      const int y = p.y.start(wy), x = p.x.start(wx);
-      const int ty0 = stretch_at(p.tiles_y, y), ty1 = stretch_at(p.tiles_y, y + p.y.window - 1);
-      const int tx0 = stretch_at(p.tiles_x, x), tx1 = stretch_at(p.tiles_x, x + p.x.window - 1);
-      float sum = 0;
-      for (int ty = ty0; ty <= ty1; ++ty) {
-        const int first_y = kStencil ? p.y.covering(p.tiles_y.begin[ty]).first : 0;
-        for (int tx = tx0; tx <= tx1; ++tx) {
-          const std::int64_t tile =
-              (image * p.tiles_y.count + ty) * static_cast<std::int64_t>(p.tiles_x.count) + tx;
-          int local = 0;
-          if constexpr (kStencil) {
-            const int first_x = p.x.covering(p.tiles_x.begin[tx]).first;
-            local = (wy - first_y) * p.tile_windows_x + wx - first_x;
-          }
-          sum += p.tile_sums[(tile * p.C + c) * p.tile_windows + local];
-        }
-      }
-      if (kPass == Pass::pool) {
-        const float factor = sum > p.min_pixels ? 1 / (sum * static_cast<float>(p.N)) : 0.0f;
-        scale[e] = factor;
-        const bool own = wy >= py.windows_begin && wy < py.windows_end && wx >= px.windows_begin &&
-                         wx < px.windows_end;
-        if (own && d0 == 0) p.factor[of_image] = factor;
-      } else {
-        scale[e] = p.scale[window];
-        dots[e] = sum;
-      }
+  LSLPN_DEVICE void fill_tables() const {
+    constexpr int kHalf = kMarchThreads / 2;
+    if (thread_index() < kHalf) {
+      fill_axis(p.y, p.tiles_y, py, at<Cell>(p.memory.cells_y), at<StretchInfo>(p.memory.tiles_y),
+                at<Span>(p.memory.spans_y), thread_index(), kHalf);
+    } else {
+      fill_axis(p.x, p.tiles_x, px, at<Cell>(p.memory.cells_x), at<StretchInfo>(p.memory.tiles_x),
+                at<Span>(p.memory.spans_x), thread_index() - kHalf, kHalf);
     }
   }
+
+  // ---- scale(c, m), and the tiles' sums over the windows: of pixels, or of dS S ----
 
   LSLPN_DEVICE int scale_index(int c, int wy, int wx) const {
     const int height = py.touch_end - py.touch_begin, width = px.touch_end - px.touch_begin;
     return (c * height + wy - py.touch_begin) * width + wx - px.touch_begin;
   }
+  LSLPN_DEVICE float* scale() const { return at<float>(p.memory.scale); }
+
+  LSLPN_DEVICE void find_scales(std::int64_t n, std::int64_t image) const {
+    const int height = py.touch_end - py.touch_begin, width = px.touch_end - px.touch_begin;
+    for (int e = thread_index(); e < p.C * height * width; e += kMarchThreads) {
+      const int c = e / (height * width);
+      const int wy = py.touch_begin + e / width % height, wx = px.touch_begin + e % width;
+      const std::int64_t window = (b * p.C + c) * p.y.windows + wy;
+      const std::int64_t of_episode = window * p.x.windows + wx;
+      const std::int64_t of_image =
+          (((b * p.N + n) * p.C + c) * p.y.windows + wy) * p.x.windows + wx;
+      if constexpr (kPass == Pass::pool_backward) {
+        scale()[e] = p.scale[of_image];
+      } else {
+        const float sum = tile_sum(image, c, wy, wx);
+        if constexpr (kStencil) {
+          scale()[e] = p.scale[of_episode];
+          at<float>(p.memory.dots)[e] = sum;
+        } else {
+          const float factor = sum > p.min_pixels ? 1 / (sum * static_cast<float>(p.N)) : 0.0f;
+          scale()[e] = factor;
+          const bool own = wy >= py.windows_begin && wy < py.windows_end &&
+                           wx >= px.windows_begin && wx < px.windows_end;
+          if (own && d0 == 0) p.factor[of_image] = factor;
+        }
+      }
+    }
+  }
+
+  LSLPN_DEVICE float tile_sum(std::int64_t image, int c, int wy, int wx) const {
+    const int y = p.y.start(wy), x = p.x.start(wx);
+    const int ty1 = stretch_at(p.tiles_y, y + p.y.window - 1);
+    const int tx0 = stretch_at(p.tiles_x, x), tx1 = stretch_at(p.tiles_x, x + p.x.window - 1);
+    float sum = 0;
+    for (int ty = stretch_at(p.tiles_y, y); ty <= ty1; ++ty) {
+      const int first_y = kStencil ? p.y.covering(p.tiles_y.begin[ty]).first : 0;
+      for (int tx = tx0; tx <= tx1; ++tx) {
+        const std::int64_t tile =
+            (image * p.tiles_y.count + ty) * static_cast<std::int64_t>(p.tiles_x.count) + tx;
+        int local = 0;
+        if constexpr (kStencil) {
+          const int first_x = p.x.covering(p.tiles_x.begin[tx]).first;
+          local = (wy - first_y) * p.tile_windows_x + wx - first_x;
+        }
+        sum += p.tile_sums[(tile * p.C + c) * p.tile_windows + local];
+      }
+    }
+    return sum;
+  }
 
   // ---- features ----
 
-  // Columns that are loaded: with the neighbours, for the stencil.
-  static constexpr int kHalo = kStencil ? 1 : 0;
-  LSLPN_DEVICE int loaded_columns() const { return px.visit_end - px.visit_begin + 2 * kHalo; }
-
-  // Which octet of which column the k-th fetch of a thread is; none if column < 0.
-  LSLPN_DEVICE void fetch_place(int k, int& column, int& octet) const {
-    const int e = thread_index() + k * kMarchThreads;
-    const int columns = loaded_columns();
-    if (p.channels_inner) {
-      column = e / kOctets;
-      octet = e % kOctets;
-    } else {
-      octet = e / columns;
-      column = e - octet * columns;
-    }
-    if (e >= columns * kOctets) column = -1;
+  // A thread fetches an octet of every 32nd column, neighbouring threads what are neighbours in
+  // memory: columns, or octets of a column.
+  LSLPN_DEVICE int fetched_octet(bool inner) const {
+    return inner ? thread_index() % kOctets : warp;
+  }
+  LSLPN_DEVICE int fetched_column(bool inner, int k) const {
+    return (inner ? thread_index() / kOctets : lane) + k * kWarp;
   }
 
-  LSLPN_DEVICE void fetch_row(std::int64_t n, int i, float (&value)[kFetches][8]) const {
+  // The k-th octet of a thread in row i; zeros outside of the image.
+  LSLPN_DEVICE void fetch(std::int64_t n, int i, int k, float (&value)[8]) const {
+    const int j = px.visit_begin - kHalo + fetched_column(p.channels_inner, k);
+    const int d = d0 + 8 * fetched_octet(p.channels_inner);
+    LSLPN_UNROLL
+    for (int m = 0; m < 8; ++m) value[m] = 0;
+    if (i < 0 || i >= p.y.cells || j < 0 || j >= p.x.cells || d >= p.D) return;
+    const std::int64_t place =
+        b * p.stride[0] + n * p.stride[1] + d * p.stride[2] + i * p.stride[3] + j * p.stride[4];
+    load_octet(p.features, p.dtype, place, p.stride[2], p.D - d, p.vectors_of_8, value);
+  }
+  LSLPN_DEVICE bool has_fetch(int k) const {
+    return fetched_column(p.channels_inner, k) < px.visit_end - px.visit_begin + 2 * kHalo;
+  }
+
+  LSLPN_DEVICE void fetch_row(std::int64_t n, int i, Row& value) const {
+    LSLPN_UNROLL
     for (int k = 0; k < kFetches; ++k) {
-      int column, octet;
-      fetch_place(k, column, octet);
-      if (column < 0) continue;
-      const int j = px.visit_begin - kHalo + column, d = d0 + 8 * octet;
-      if (i < 0 || i >= p.y.cells || j < 0 || j >= p.x.cells || d >= p.D) {
-        for (int m = 0; m < 8; ++m) value[k][m] = 0;
-        continue;
-      }
-      const std::int64_t at =
-          b * p.stride[0] + n * p.stride[1] + d * p.stride[2] + i * p.stride[3] + j * p.stride[4];
-      load_octet(p.features, p.dtype, at, p.stride[2], p.D - d, p.vectors_of_8, value[k]);
+      if (has_fetch(k)) fetch(n, i, k, value[k]);
     }
   }
 
   LSLPN_DEVICE float* feature(int i, int column) const {
-    return features + ((i & 3) * (p.parts_x.visit + 2 * kHalo) + column) * kFeaturePitch;
+    return at<float>(p.memory.features) +
+           ((i & 3) * (p.parts_x.visit + 2 * kHalo) + column) * kFeaturePitch;
   }
 
-  LSLPN_DEVICE void keep_row(int i, const float (&value)[kFetches][8]) const {
+  LSLPN_DEVICE void keep(int i, int k, const float (&value)[8]) const {
+    float4* target = reinterpret_cast<float4*>(feature(i, fetched_column(p.channels_inner, k)) +
+                                               8 * fetched_octet(p.channels_inner));
+    target[0] = make_float4(value[0], value[1], value[2], value[3]);
+    target[1] = make_float4(value[4], value[5], value[6], value[7]);
+  }
+
+  // Puts a row into shared memory, and what there is more of it than was fetched.
+  LSLPN_DEVICE void keep_row(std::int64_t n, int i, const Row& value) const {
+    LSLPN_UNROLL
     for (int k = 0; k < kFetches; ++k) {
-      int column, octet;
-      fetch_place(k, column, octet);
-      if (column < 0) continue;
-      float4* target = reinterpret_cast<float4*>(feature(i, column) + 8 * octet);
-      target[0] = make_float4(value[k][0], value[k][1], value[k][2], value[k][3]);
-      target[1] = make_float4(value[k][4], value[k][5], value[k][6], value[k][7]);
+      if (has_fetch(k)) keep(i, k, value[k]);
+    }
+    LSLPN_NO_UNROLL
+    for (int k = kFetches; has_fetch(k); ++k) {
+      float more[8];
+      fetch(n, i, k, more);
+      keep(i, k, more);
     }
   }
 
@@ -350,7 +385,8 @@ struct Marcher {
 
   LSLPN_DEVICE float* vector(int wy, int wx, int c) const {
     const int width = px.touch_end - px.touch_begin;
-    return vectors + ((wy % p.ring_windows * width + wx - px.touch_begin) * p.C + c) * kSlice;
+    return at<float>(p.memory.vectors) +
+           ((wy % p.ring_windows * width + wx - px.touch_begin) * p.C + c) * kSlice;
   }
 
   LSLPN_DEVICE void load_vectors(int wy) const {
@@ -365,6 +401,7 @@ struct Marcher {
       if (p.vectors_aligned && d < p.D) {
         copy_async(target, source);
       } else {
+        LSLPN_UNROLL
         for (int k = 0; k < 4; ++k) target[k] = d + k < p.D ? source[k] : 0.0f;
       }
     }
@@ -372,72 +409,70 @@ struct Marcher {
 
   // ---- weights ----
 
-  LSLPN_DEVICE float* raw_tile(int i, int ty, int tx) const {
-    const int row = ty - row_cell(i).first_stretch;
+  LSLPN_DEVICE float* raw_tile(int i, int row, int tx) const {
     const int tiles = px.tiles_end - px.tiles_begin;
     const int buffer = (i & 1) * p.parts_y.cell_tiles * p.parts_x.tiles;
-    return raw + (buffer + row * tiles + tx - px.tiles_begin) * p.layout.row;
+    return at<float>(p.memory.raw) + (buffer + row * tiles + tx - px.tiles_begin) * p.layout.row;
   }
 
   // Sends for the rows of the maps that belong to row i.
   LSLPN_DEVICE void fetch_maps(std::int64_t image, int i) const {
     const Cell row = row_cell(i);
-    const int tiles = px.tiles_end - px.tiles_begin, chunks = p.layout.row / 4;
-    const int total = (row.last_stretch - row.first_stretch + 1) * tiles * chunks;
-    for (int e = thread_index(); e < total; e += kMarchThreads) {
-      const int chunk = e % chunks;
-      const int tx = px.tiles_begin + e / chunks % tiles;
-      const int ty = row.first_stretch + e / chunks / tiles;
-      const int r = i - info_y[ty - py.tiles_begin].lower;
-      const std::int64_t tile =
-          (image * p.tiles_y.count + ty) * static_cast<std::int64_t>(p.tiles_x.count) + tx;
-      copy_async(raw_tile(i, ty, tx) + 4 * chunk,
-                 p.maps + tile * p.layout.tile + r * p.layout.row + 4 * chunk);
+    const int chunks = p.layout.row / 4 * (px.tiles_end - px.tiles_begin);
+    for (int ty = row.first_stretch; ty <= row.last_stretch; ++ty) {
+      const int r = i - row_stretch(ty).lower;
+      const std::int64_t tile = (image * p.tiles_y.count + ty) * p.tiles_x.count + px.tiles_begin;
+      const float* source = p.maps + tile * p.layout.tile + r * p.layout.row;
+      float* target = raw_tile(i, ty - row.first_stretch, px.tiles_begin);
+      for (int e = thread_index(); e < chunks; e += kMarchThreads) {
+        const int tx = e / (p.layout.row / 4), chunk = e - tx * (p.layout.row / 4);
+        copy_async(target + 4 * e, source + tx * p.layout.tile + 4 * chunk);
+      }
     }
   }
 
-  // [slots_y4] weights of one feature location, class and column of windows.
-  LSLPN_DEVICE float* weight(int i, int j, int c, int sx) const {
-    const int slots_x = p.parts_x.cell_windows;
-    const int buffer = (i & 1) * p.parts_x.visit;
-    return weights + (((buffer + j - px.visit_begin) * p.C + c) * slots_x + sx) * p.slots_y4;
+  // Weights of a class and column of windows in row i: for each feature location of the window,
+  // from the first one visited on, those of the rows of windows over row i.
+  LSLPN_DEVICE float* weights(int i, int c, int wx) const {
+    const int pair = ((i & 1) * p.C + c) * p.parts_x.touch + wx - px.touch_begin;
+    return at<float>(p.memory.weights) + (pair * p.parts_x.span << p.slots_shift);
   }
 
-  LSLPN_DEVICE float4* stencil_at(int i, int j) const {
-    return stencil + (i & 3) * (p.parts_x.visit + 1) + j - px.visit_begin + 1;
+  LSLPN_DEVICE float4* stencil(int i, int j) const {
+    return at<float4>(p.memory.stencil) + (i & 3) * (p.parts_x.visit + 1) + j - px.visit_begin + 1;
   }
 
   // Puts the tiles' maps together at row i.
   LSLPN_DEVICE void gather_weights(int i) const {
     const Cell row = row_cell(i);
-    const int columns = px.visit_end - px.visit_begin, slots_x = p.parts_x.cell_windows;
-    const int stride = p.layout.columns;
-    for (int e = thread_index(); e < columns * p.C * slots_x; e += kMarchThreads) {
-      const int j = px.visit_begin + e / (p.C * slots_x);
-      const int c = e / slots_x % p.C, sx = e % slots_x;
-      const Cell column = column_cell(j);
-      const int wx = column.first_window + sx;
-      float* target = weight(i, j, c, sx);
-      for (int sy = 0; sy < p.slots_y4; ++sy) {
-        const int wy = row.first_window + sy;
+    const int width = px.touch_end - px.touch_begin, stride = p.layout.columns;
+    for (int pair = warp; pair < p.C * width; pair += kMarchWarps) {
+      const int c = pair / width, wx = px.touch_begin + pair - c * width;
+      const Span span = column_span(wx);
+      float* target = weights(i, c, wx);
+      const int count = (span.last - span.first + 1) << p.slots_shift;
+      for (int e = lane; e < count; e += kWarp) {
+        const int j = span.first + (e >> p.slots_shift);
+        const int wy = row.first_window + (e & ((1 << p.slots_shift) - 1));
         float sum = 0;
-        if (wx <= column.last_window && wy <= row.last_window) {
+        if (wy <= row.last_window) {
+          const Cell column = column_cell(j);
           for (int ty = row.first_stretch; ty <= row.last_stretch; ++ty) {
-            const StretchInfo y = info_y[ty - py.tiles_begin];
+            const StretchInfo y = row_stretch(ty);
             if (wy < y.first || wy > y.last) continue;
             for (int tx = column.first_stretch; tx <= column.last_stretch; ++tx) {
-              const StretchInfo x = info_x[tx - px.tiles_begin];
+              const StretchInfo x = column_stretch(tx);
               if (wx < x.first || wx > x.last) continue;
               int slot = c;
               if constexpr (kStencil) {
                 slot = c * p.tile_windows + (wy - y.first) * p.tile_windows_x + wx - x.first;
               }
-              sum += raw_tile(i, ty, tx)[slot * stride + j - x.lower];
+              sum += raw_tile(i, ty - row.first_stretch, tx)[slot * stride + j - x.lower];
             }
           }
-          sum *= scale[scale_index(c, wy, wx)];
+          sum *= scale()[scale_index(c, wy, wx)];
         }
-        target[sy] = sum;
+        target[e] = sum;
       }
     }
     if constexpr (kStencil) {
@@ -447,8 +482,8 @@ struct Marcher {
           const Cell column = column_cell(j);
           for (int ty = row.first_stretch; ty <= row.last_stretch; ++ty) {
             for (int tx = column.first_stretch; tx <= column.last_stretch; ++tx) {
-              const float* tile = raw_tile(i, ty, tx) + p.C * p.tile_windows * stride + j -
-                                  info_x[tx - px.tiles_begin].lower;
+              const float* tile = raw_tile(i, ty - row.first_stretch, tx) +
+                                  p.C * p.tile_windows * stride + j - column_stretch(tx).lower;
               sum.x += tile[0];
               sum.y += tile[stride];
               sum.z += tile[2 * stride];
@@ -456,63 +491,64 @@ struct Marcher {
             }
           }
         }
-        *stencil_at(i, j) = sum;
+        *stencil(i, j) = sum;
       }
     }
   }
 
-  // ---- the work on a row ----
+  // ---- gradients of the features of row i ----
 
-  LSLPN_DEVICE float2 read4(const float* w, const float (&v)[4][2], float2 sum) const {
-    const float4 e = *reinterpret_cast<const float4*>(w);
-    sum.x += e.x * v[0][0] + e.y * v[1][0] + e.z * v[2][0] + e.w * v[3][0];
-    sum.y += e.x * v[0][1] + e.y * v[1][1] + e.z * v[2][1] + e.w * v[3][1];
-    return sum;
+  LSLPN_DEVICE float* output(int i, int j) const {
+    return at<float>(p.memory.output) + ((i & 1) * p.parts_x.own + j - px.own_begin) * kOutputPitch;
   }
 
-  LSLPN_DEVICE float* output_at(int i, int j) const {
-    return output + ((i & 1) * p.parts_x.own + j - px.own_begin) * kOutputPitch;
+  // How many neighbours a warp takes at a time, so that all warps have as many to do.
+  LSLPN_DEVICE int spread_run() const {
+    const int share = (px.own_end - px.own_begin + kMarchWarps - 1) / kMarchWarps;
+    const int times = (share + kRun - 1) / kRun;
+    return (share + times - 1) / times;
   }
 
   LSLPN_DEVICE void spread_row(int i) const {
     const Cell row = row_cell(i);
-    const int slots_x = p.parts_x.cell_windows;
-    for (int j0 = px.own_begin + warp * kRun; j0 < px.own_end; j0 += kMarchWarps * kRun) {
-      const int count = minimum(kRun, px.own_end - j0);
+    const int run = spread_run();
+    for (int j0 = px.own_begin + warp * run; j0 < px.own_end; j0 += kMarchWarps * run) {
+      const int count = minimum(run, px.own_end - j0);
       float2 sum[kRun];
-      int first[kRun];  // windows
-      int begin = p.x.windows, end = 0;
+      int begin = px.touch_end, end = px.touch_begin;  // windows
       LSLPN_UNROLL
       for (int k = 0; k < kRun; ++k) {
         sum[k] = make_float2(0, 0);
         const Cell column = column_cell(j0 + minimum(k, count - 1));
-        first[k] = column.first_window;
-        if (column.last_window < column.first_window || k >= count) {
-          first[k] = p.x.windows;  // so that no window is its
-        } else {
-          begin = minimum(begin, column.first_window);
-          end = maximum(end, column.last_window + 1);
-        }
+        if (column.last_window < column.first_window) continue;
+        begin = minimum(begin, column.first_window);
+        end = maximum(end, column.last_window + 1);
       }
       for (int c = 0; c < p.C; ++c) {
-        for (int s = 0; s < p.slots_y4; s += 4) {
-          for (int wx = begin; wx < end; ++wx) {
-            float v[4][2];
+        for (int wx = begin; wx < end; ++wx) {
+          const Span span = column_span(wx);
+          const float* w = weights(i, c, wx);
+          const int from = j0 - span.first;
+          const unsigned last =
+              static_cast<unsigned>(minimum(span.last, j0 + count - 1) - span.first);
+          for (int s = 0; s < 1 << p.slots_shift; s += 4) {
+            if (row.first_window + s > row.last_window) break;
+            float2 v[4];
             LSLPN_UNROLL
             for (int k = 0; k < 4; ++k) {
               const int wy = row.first_window + s + k;
-              float2 two = make_float2(0, 0);
+              v[k] = make_float2(0, 0);
               if (wy <= row.last_window) {
-                two = *reinterpret_cast<const float2*>(vector(wy, wx, c) + 2 * lane);
+                v[k] = *reinterpret_cast<const float2*>(vector(wy, wx, c) + 2 * lane);
               }
-              v[k][0] = two.x;
-              v[k][1] = two.y;
             }
             LSLPN_UNROLL
             for (int k = 0; k < kRun; ++k) {
-              const unsigned sx = static_cast<unsigned>(wx - first[k]);
-              if (sx >= static_cast<unsigned>(slots_x)) continue;
-              sum[k] = read4(weight(i, j0 + k, c, static_cast<int>(sx)) + s, v, sum[k]);
+              if (static_cast<unsigned>(from + k) > last) continue;
+              const float4 e =
+                  *reinterpret_cast<const float4*>(w + ((from + k) << p.slots_shift) + s);
+              sum[k].x += e.x * v[0].x + e.y * v[1].x + e.z * v[2].x + e.w * v[3].x;
+              sum[k].y += e.x * v[0].y + e.y * v[1].y + e.z * v[2].y + e.w * v[3].y;
             }
           }
         }
@@ -520,7 +556,7 @@ struct Marcher {
       if constexpr (kStencil) add_stencil(i, j0, count, sum);
       LSLPN_UNROLL
       for (int k = 0; k < kRun; ++k) {
-        if (k < count) *reinterpret_cast<float2*>(output_at(i, j0 + k) + 2 * lane) = sum[k];
+        if (k < count) *reinterpret_cast<float2*>(output(i, j0 + k) + 2 * lane) = sum[k];
       }
     }
   }
@@ -534,14 +570,14 @@ struct Marcher {
       f[r][0] = feature_at(i - 1 + r, j0 - 1);
       f[r][1] = feature_at(i - 1 + r, j0);
     }
-    float4 left = *stencil_at(i, j0 - 1), above_left = *stencil_at(i - 1, j0 - 1);
+    float4 left = *stencil(i, j0 - 1), above_left = *stencil(i - 1, j0 - 1);
     LSLPN_UNROLL
     for (int k = 0; k < kRun; ++k) {
       if (k >= count) break;
       const int l = k % 3, m = (k + 1) % 3, n = (k + 2) % 3;  // left, middle, right
       LSLPN_UNROLL
       for (int r = 0; r < 3; ++r) f[r][n] = feature_at(i - 1 + r, j0 + k + 1);
-      const float4 here = *stencil_at(i, j0 + k), above = *stencil_at(i - 1, j0 + k);
+      const float4 here = *stencil(i, j0 + k), above = *stencil(i - 1, j0 + k);
       const auto add = [&](float weight, const float2& value) {
         sum[k].x += weight * value.x;
         sum[k].y += weight * value.y;
@@ -561,77 +597,112 @@ struct Marcher {
   }
 
   LSLPN_DEVICE void write_row(std::int64_t n, int i) const {
-    const int columns = px.own_end - px.own_begin;
-    for (int e = thread_index(); e < columns * kOctets; e += kMarchThreads) {
-      int column, octet;
-      if (p.grad_channels_inner) {
-        column = e / kOctets;
-        octet = e % kOctets;
-      } else {
-        octet = e / columns;
-        column = e - octet * columns;
-      }
-      const int d = d0 + 8 * octet, j = px.own_begin + column;
-      if (d >= p.D) continue;
-      const float* source = output_at(i, j) + 8 * octet;
+    const int d = d0 + 8 * fetched_octet(p.grad_channels_inner);
+    if (d >= p.D) return;
+    const std::int64_t row =
+        b * p.grad_stride[0] + n * p.grad_stride[1] + d * p.grad_stride[2] + i * p.grad_stride[3];
+    for (int k = 0;; ++k) {
+      const int j = px.own_begin + fetched_column(p.grad_channels_inner, k);
+      if (j >= px.own_end) return;
+      const float* source = output(i, j) + d - d0;
       float value[8];
       LSLPN_UNROLL
-      for (int k = 0; k < 8; ++k) value[k] = source[k];
-      const std::int64_t at = b * p.grad_stride[0] + n * p.grad_stride[1] + d * p.grad_stride[2] +
-                              i * p.grad_stride[3] + j * p.grad_stride[4];
-      store_octet(p.grad_features, p.dtype, at, p.grad_stride[2], p.D - d, p.grad_vectors_of_8,
-                  value);
+      for (int m = 0; m < 8; ++m) value[m] = source[m];
+      store_octet(p.grad_features, p.dtype, row + j * p.grad_stride[4], p.grad_stride[2], p.D - d,
+                  p.grad_vectors_of_8, value);
     }
   }
 
-  LSLPN_DEVICE void emit(int wy, int wx, int c, float2 sum, bool more) const {
+  // ---- sums over windows ----
+
+  // One for each pair of a class and a column of windows that a warp has, and for each row of
+  // windows over the current row, counted from the first.
+  struct Sums {
+    float2 of[kPairs][4];
+  };
+
+  LSLPN_DEVICE void emit(int wy, int wx, int c, const float2& sum, bool more) const {
     const std::int64_t window = ((b * p.C + c) * p.y.windows + wy) * p.x.windows + wx;
     const int d = d0 + 2 * lane;
-    float pair[2] = {sum.x, sum.y};
+    const float pair[2] = {sum.x, sum.y};
     LSLPN_UNROLL
     for (int k = 0; k < 2; ++k) {
       if (d + k >= p.D) continue;
-      const std::int64_t at = window * p.D + d + k;
+      const std::int64_t place = window * p.D + d + k;
       float value = pair[k];
       if constexpr (kStencil) {
         // dp = (dq - <q, dq> q) / |p|, the first term being scaled already.
         const int e = scale_index(c, wy, wx);
-        value -= dots[e] * scale[e] * scale[e] * p.vectors[at];
+        value -= at<float>(p.memory.dots)[e] * scale()[e] * scale()[e] * p.vectors[place];
       }
-      p.out[at] = more ? p.out[at] + value : value;
+      p.out[place] = more ? p.out[place] + value : value;
     }
   }
 
-  LSLPN_DEVICE void sum_row(int i, bool more) const {
+  // What row i adds to four rows of windows, from slot s on.
+  LSLPN_DEVICE void add_row(int i, int c, int wx, int s, float2 (&sum)[4]) const {
+    const Span span = column_span(wx);
+    const float* w = weights(i, c, wx) + s;
+    const float* f = feature(i, span.first - px.visit_begin + kHalo) + 2 * lane;
+    const int step = 1 << p.slots_shift;
+    LSLPN_UNROLL_BY_4
+    for (int k = span.last - span.first; k >= 0; --k) {
+      const float4 e = *reinterpret_cast<const float4*>(w);
+      const float2 two = *reinterpret_cast<const float2*>(f);
+      sum[0].x += e.x * two.x;
+      sum[0].y += e.x * two.y;
+      sum[1].x += e.y * two.x;
+      sum[1].y += e.y * two.y;
+      sum[2].x += e.z * two.x;
+      sum[2].y += e.z * two.y;
+      sum[3].x += e.w * two.x;
+      sum[3].y += e.w * two.y;
+      w += step;
+      f += kFeaturePitch;
+    }
+  }
+
+  // Sums in registers: no more than four rows of windows over a row, and two pairs to a warp.
+  LSLPN_DEVICE void sum_row(int i, int moved, bool more, Sums& sums) const {
+    const Cell row = row_cell(i);
+    if (row.last_window < row.first_window) return;
+    const int width = px.windows_end - px.windows_begin;
+    LSLPN_UNROLL
+    for (int k = 0; k < kPairs; ++k) {
+      const int pair = warp + k * kMarchWarps;
+      if (pair >= width * p.C) break;
+      const int c = pair / width, wx = px.windows_begin + pair - c * width;
+      for (int step = minimum(moved, 4); step > 0; --step) {
+        LSLPN_UNROLL
+        for (int s = 0; s < 3; ++s) sums.of[k][s] = sums.of[k][s + 1];
+        sums.of[k][3] = make_float2(0, 0);
+      }
+      add_row(i, c, wx, 0, sums.of[k]);
+      LSLPN_UNROLL
+      for (int s = 0; s < 4; ++s) {
+        const int wy = row.first_window + s;
+        if (wy > row.last_window || wy < py.windows_begin || wy >= py.windows_end) continue;
+        if (row_span(wy).last == i) emit(wy, wx, c, sums.of[k][s], more);
+      }
+    }
+  }
+
+  // Sums in shared memory, for any number of them.
+  LSLPN_DEVICE void sum_row_anyhow(int i, bool more) const {
     const Cell row = row_cell(i);
     const int width = px.windows_end - px.windows_begin, ring = p.parts_y.cell_windows;
-    for (int e = warp; e < width * p.C; e += kMarchWarps) {
-      const int column = e % width, c = e / width, wx = px.windows_begin + column;
-      const Span span = spans_x[column];
-      for (int s = 0; s < p.slots_y4; s += 4) {
+    for (int pair = warp; pair < width * p.C; pair += kMarchWarps) {
+      const int c = pair / width, wx = px.windows_begin + pair - c * width;
+      for (int s = 0; row.first_window + s <= row.last_window; s += 4) {
         float2 sum[4] = {};
-        for (int j = span.first; j <= span.last; ++j) {
-          const unsigned sx = static_cast<unsigned>(wx - column_cell(j).first_window);
-          if (sx >= static_cast<unsigned>(p.parts_x.cell_windows)) continue;
-          const float4 w =
-              *reinterpret_cast<const float4*>(weight(i, j, c, static_cast<int>(sx)) + s);
-          const float2 f = feature_at(i, j);
-          sum[0].x += w.x * f.x;
-          sum[0].y += w.x * f.y;
-          sum[1].x += w.y * f.x;
-          sum[1].y += w.y * f.y;
-          sum[2].x += w.z * f.x;
-          sum[2].y += w.z * f.y;
-          sum[3].x += w.w * f.x;
-          sum[3].y += w.w * f.y;
-        }
+        add_row(i, c, wx, s, sum);
         LSLPN_UNROLL
         for (int k = 0; k < 4; ++k) {
           const int wy = row.first_window + s + k;
           if (wy > row.last_window || wy < py.windows_begin || wy >= py.windows_end) continue;
-          const Span rows = spans_y[wy - py.windows_begin];
+          const Span rows = row_span(wy);
           float2* kept = reinterpret_cast<float2*>(
-              sums + ((wy % ring * width + column) * p.C + c) * kSlice + 2 * lane);
+              at<float>(p.memory.sums) + (wy % ring * width * p.C + pair) * kSlice + 2 * lane);
           if (i > rows.first) {
             sum[k].x += kept->x;
             sum[k].y += kept->y;
@@ -646,61 +717,78 @@ struct Marcher {
     }
   }
 
-  LSLPN_DEVICE void run() {
-    axis_tables(p.y, p.tiles_y, py, cells_y, info_y, spans_y);
-    axis_tables(p.x, p.tiles_x, px, cells_x, info_x, spans_x);
+  // ---- the march ----
+
+  LSLPN_DEVICE void run() const {
+    fill_tables();
     block_barrier();
+    LSLPN_NO_UNROLL
     for (std::int64_t k = 0; k < p.images; ++k) {
-      const std::int64_t n = p.first_n + k;
-      march(n, (b - p.first_b) * p.images + k, k > 0 || p.accumulate);
+      const std::int64_t image = (b - p.first_b) * p.images + k;
+      march(p.first_n + k, image, k > 0 || p.accumulate);
     }
   }
 
-  LSLPN_DEVICE void march(std::int64_t n, std::int64_t image, bool more) {
+  LSLPN_DEVICE void march(std::int64_t n, std::int64_t image, bool more) const {
     const int begin = py.visit_begin, end = py.visit_end;
-    constexpr bool kFeatures = kSums || kStencil;
-    float fetched[kFetches][8];
-    find_scales(n, image);
-    if constexpr (kFeatures) {
-      for (int i = begin - kHalo; i <= begin + 1 && i < end + kHalo; ++i) {
-        fetch_row(n, i, fetched);
-        keep_row(i, fetched);
-      }
-    }
+    Row fetched;
     fetch_maps(image, begin);
     if (begin + 1 < end) fetch_maps(image, begin + 1);
     int loaded = row_cell(begin).first_window;  // windows below this are in the ring
     if constexpr (kSpread) {
       for (; loaded <= row_cell(begin).last_window; ++loaded) load_vectors(loaded);
     }
-    if constexpr (kStencil) {
-      for (int j = px.visit_begin - 1 + thread_index(); j < px.visit_end; j += kMarchThreads) {
-        *stencil_at(begin - 1, j) = make_float4(0, 0, 0, 0);
+    if constexpr (kFeatures) {
+      for (int i = begin - kHalo; i <= begin + 1; ++i) {
+        fetch_row(n, i, fetched);
+        keep_row(n, i, fetched);
       }
     }
+    find_scales(n, image);
+    if constexpr (kStencil) {
+      for (int j = px.visit_begin - 1 + thread_index(); j < px.visit_end; j += kMarchThreads) {
+        *stencil(begin - 1, j) = make_float4(0, 0, 0, 0);
+      }
+    }
+    Sums sums = {};
+    int first = row_cell(begin).first_window;  // that the sums are counted from
     copy_wait();
     block_barrier();
     gather_weights(begin);
     block_barrier();
+    LSLPN_NO_UNROLL
     for (int i = begin; i < end; ++i) {
-      if (kFeatures && i + 2 < end + kHalo) fetch_row(n, i + 2, fetched);
+      if constexpr (kFeatures) fetch_row(n, i + 2, fetched);
       if (i + 2 < end) fetch_maps(image, i + 2);
-      if (kSpread && i + 1 < end) {
-        const Cell below = row_cell(i + 1);
-        loaded = maximum(loaded, below.first_window);
-        for (; loaded <= below.last_window; ++loaded) load_vectors(loaded);
+      if (i + 1 < end) {
+        if constexpr (kSpread) {
+          const Cell below = row_cell(i + 1);
+          loaded = maximum(loaded, below.first_window);
+          for (; loaded <= below.last_window; ++loaded) load_vectors(loaded);
+        }
+        gather_weights(i + 1);
       }
-      if (i + 1 < end) gather_weights(i + 1);
       if constexpr (kSpread) {
         if (i >= py.own_begin && i < py.own_end) spread_row(i);
         if (i - 1 >= py.own_begin && i - 1 < py.own_end && i > begin) write_row(n, i - 1);
       }
-      if constexpr (kSums) sum_row(i, more);
-      if (kFeatures && i + 2 < end + kHalo) keep_row(i + 2, fetched);
+      if constexpr (kSums) {
+        if (p.sums_in_registers) {
+          const Cell row = row_cell(i);
+          const bool touched = row.first_window <= row.last_window;
+          sum_row(i, touched ? row.first_window - first : 0, more, sums);
+          if (touched) first = row.first_window;
+        } else {
+          sum_row_anyhow(i, more);
+        }
+      }
+      if constexpr (kFeatures) keep_row(n, i + 2, fetched);
       copy_wait();
       block_barrier();
     }
-    if (kSpread && end - 1 >= py.own_begin && end - 1 < py.own_end) write_row(n, end - 1);
+    if constexpr (kSpread) {
+      if (end - 1 >= py.own_begin && end - 1 < py.own_end) write_row(n, end - 1);
+    }
     block_barrier();  // before the next image takes the memory over
   }
 };
@@ -708,7 +796,12 @@ struct Marcher {
 template <Pass kPass>
 LSLPN_KERNEL(kMarchThreads, 2)
 march(LSLPN_PARAMETERS March p) {
-  Marcher<kPass>(p).run();
+  const int slices = (p.D + kSlice - 1) / kSlice;
+  const int parts_x = p.parts_x.count, parts = p.parts_y.count * parts_x;
+  const std::int64_t block = block_index() / slices, episode = block / parts;
+  const int slice = static_cast<int>(block_index() - block * slices);
+  const int part = static_cast<int>(block - episode * parts);
+  Marcher<kPass>(p, slice, part / parts_x, part % parts_x, p.first_b + episode).run();
 }
 
 // ---- on the host ----
@@ -756,6 +849,11 @@ inline void cut_parts(const Axis& axis, const Tiles& tiles, int count, bool sums
       has_before = true;
     }
     if (touch_end == 0) touch_begin = tiles_begin = 0;
+    for (int m = touch_begin; m < touch_end; ++m) {
+      const int first = short_taps(axis, axis.start(m)).lower;
+      const int last = upper_tap(axis, axis.start(m) + axis.window - 1);
+      parts.span = std::max(parts.span, std::min(last, end - 1) - std::max(first, begin) + 1);
+    }
     part.touch_begin = static_cast<short>(touch_begin);
     part.touch_end = static_cast<short>(touch_end);
     part.tiles_begin = static_cast<short>(tiles_begin);
@@ -774,7 +872,10 @@ inline void lay_out(March& p, Pass pass) {
   const bool stencil = pass == Pass::match_backward;
   const Parts& y = p.parts_y;
   const Parts& x = p.parts_x;
-  p.slots_y4 = static_cast<int>(round_up(std::max(1, y.cell_windows), 4));
+  p.slots_shift = 2;
+  while ((1 << p.slots_shift) < y.cell_windows) ++p.slots_shift;
+  p.sums_in_registers =
+      p.slots_shift == 2 && p.C * x.windows <= pairs_in_registers(pass) * kMarchWarps;
   p.ring_windows = std::max(1, y.near_windows);
   std::int64_t bytes = 0;
   const auto take = [&](std::int64_t size) {
@@ -786,19 +887,20 @@ inline void lay_out(March& p, Pass pass) {
   MarchMemory& m = p.memory;
   m.features = take(sums ? 4 * 4 * (x.visit + halo) * kFeaturePitch : 0);
   m.output = take(spread ? 4 * 2 * x.own * kOutputPitch : 0);
-  m.weights = take(4 * 2 * x.visit * C * x.cell_windows * p.slots_y4);
+  m.weights = take(4 * 2 * C * x.touch * std::max(1, x.span) << p.slots_shift);
   m.stencil = take(stencil ? 16 * 4 * (x.visit + 1) : 0);
   m.raw = take(4 * 2 * static_cast<std::int64_t>(y.cell_tiles) * x.tiles * p.layout.row);
   m.vectors = take(spread ? 4 * p.ring_windows * x.touch * C * kSlice : 0);
-  m.sums = take(sums ? 4 * std::int64_t{y.cell_windows} * x.windows * C * kSlice : 0);
+  m.sums = take(
+      sums && !p.sums_in_registers ? 4 * std::int64_t{y.cell_windows} * x.windows * C * kSlice : 0);
   m.scale = take(4 * C * y.touch * x.touch);
   m.dots = take(stencil ? 4 * C * y.touch * x.touch : 0);
   m.cells_y = take(sizeof(Cell) * y.visit);
   m.cells_x = take(sizeof(Cell) * x.visit);
   m.tiles_y = take(sizeof(StretchInfo) * y.tiles);
   m.tiles_x = take(sizeof(StretchInfo) * x.tiles);
-  m.spans_y = take(sizeof(Span) * y.windows);
-  m.spans_x = take(sizeof(Span) * x.windows);
+  m.spans_y = take(sizeof(Span) * y.touch);
+  m.spans_x = take(sizeof(Span) * x.touch);
   m.total = static_cast<int>(std::min<std::int64_t>(bytes, 1 << 30));
 }
 
@@ -818,16 +920,20 @@ inline bool plan_march(March& p, Pass pass) {
     cut_parts(p.y, p.tiles_y, y, sums, spread, halo, p.parts_y);
     cut_parts(p.x, p.tiles_x, x, sums, spread, halo, p.parts_x);
     lay_out(p, pass);
-    return p.parts_x.visit + 2 <= kMarchColumns;
   };
   const Device device = this_device();
   const int most_y = most(p.y), most_x = most(p.x);
   int x = 0;
-  for (const int limit : {device.shared_memory / 2 - 1024, device.shared_memory}) {
+  const auto fewest = [&](int memory, int columns) {
     for (int parts = 1; parts <= most_x && x == 0; ++parts) {
-      if (cut(1, parts) && p.memory.total <= limit) x = parts;
+      cut(1, parts);
+      if (p.memory.total <= memory && p.parts_x.visit + 2 <= columns) x = parts;
     }
-  }
+  };
+  const int half = device.shared_memory / 2 - 1024;
+  fewest(half, kFetches * kWarp);
+  fewest(half, kTiledAxis);
+  fewest(device.shared_memory, kTiledAxis);
   if (x == 0) return false;
   // Parts overlap by a window or so; too many of them do the same work many times.
   const std::int64_t slices = divide_up(p.D, kSlice) * p.B;
@@ -844,7 +950,8 @@ inline bool plan_march(March& p, Pass pass) {
       break;
     }
   }
-  return cut(y, x) && p.memory.total <= device.shared_memory;
+  cut(y, x);
+  return p.memory.total <= device.shared_memory;
 }
 
 // The features' side of the parameters.

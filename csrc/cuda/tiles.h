@@ -61,18 +61,14 @@ LSLPN_HD Stretch stretch(const Axis& axis, const Tiles& tiles, int i) {
   return stretch_of(axis, tiles.begin[i], tiles.begin[i + 1]);
 }
 
-// The stretch that a pixel lies in.
+// The stretch that a pixel lies in, found from a guess.
 LSLPN_HD int stretch_at(const Tiles& tiles, int pixel) {
-  int low = 0, high = tiles.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (tiles.begin[middle] <= pixel) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
+  const int pixels = tiles.begin[tiles.count];
+  int i =
+      static_cast<int>(static_cast<unsigned>(pixel * tiles.count) / static_cast<unsigned>(pixels));
+  while (tiles.begin[i] > pixel) --i;
+  while (tiles.begin[i + 1] <= pixel) ++i;
+  return i;
 }
 
 // What a feature location is touched by: stretches and windows, both ends included. None where

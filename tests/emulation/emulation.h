@@ -25,6 +25,7 @@
 #define LSLPN_DEVICE inline
 #define LSLPN_PARAMETERS const
 #define LSLPN_UNROLL
+#define LSLPN_UNROLL_BY_4
 #define LSLPN_NO_UNROLL
 
 struct float2 {
