@@ -8,26 +8,43 @@ torch takes seconds to import, so nothing here imports it before a command needs
 
 from __future__ import annotations
 
-import functools
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import InputError
+from ..errors import InputError
+from .options import (
+    Align,
+    CheckpointOption,
+    DataOption,
+    DeviceOption,
+    ForceOption,
+    InterruptedByUserError,
+    Preset,
+    PresetOption,
+    ProtocolName,
+    QuietOption,
+    SeedOption,
+    SizeOption,
+    command,
+    fraction,
+    say,
+    settings_of,
+    split,
+    torch_device,
+)
+from .prepare import prepare_app
 
 if TYPE_CHECKING:
-    import torch
-
     from lslpn_kernels import GridSpec
 
-    from .dataset import Dataset
-    from .model import LSLPN
+    from ..dataset import Dataset
+    from ..model import LSLPN
 
 app = typer.Typer(
     name="lslpn",
@@ -45,101 +62,7 @@ app = typer.Typer(
 )
 
 
-class Align(str, Enum):
-    """How support and query are brought to lie alike."""
-
-    none = "none"
-    body = "body"
-
-
-class ProtocolName(str, Enum):
-    """The evaluation protocols; `lslpn.protocols.PROTOCOLS` has what they do."""
-
-    published = "published"
-    senet = "senet"
-    alpnet = "alpnet"
-    adnet = "adnet"
-
-
-class Preset(str, Enum):
-    """The bundles of settings in `lslpn.presets`."""
-
-    paper = "paper"
-    published = "published"
-
-
-class _InterruptedError(Exception):
-    """Ctrl-C, in a form that no version of typer turns into something else on its way up."""
-
-
-_F = TypeVar("_F", bound=Callable[..., None])
-
-
-def _command(function: _F) -> _F:
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except KeyboardInterrupt as interrupt:
-            raise _InterruptedError from interrupt
-
-    # Line breaks of the source would otherwise be kept within paragraphs.
-    paragraphs = (function.__doc__ or "").split("\n\n")
-    run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    return run  # type: ignore[return-value]
-
-
-# --- options that several commands share ----------------------------------------------------
-
-_Data = Annotated[
-    Path,
-    typer.Option(
-        "--data",
-        metavar="DIR",
-        help="Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr.",
-        show_default=False,
-    ),
-]
-_Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="RUN",
-        help="A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
-        show_default=False,
-    ),
-]
-_Device = Annotated[
-    str,
-    typer.Option(
-        "--device", metavar="NAME", help="auto (a GPU if there is one), cpu, or cuda[:N]."
-    ),
-]
-_Force = Annotated[bool, typer.Option("--force", help="Replace results that are already there.")]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-_Size = Annotated[
-    int | None,
-    typer.Option(
-        "--size",
-        metavar="PIXELS",
-        min=32,
-        help="Side of the square that slices are resized to; default: the model's own.",
-        show_default=False,
-    ),
-]
-_PresetOption = Annotated[
-    Preset,
-    typer.Option(
-        "--preset",
-        help="Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold].",
-    ),
-]
-_Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed", metavar="N", min=0, help="Seed of an untrained model's reduction layer."
-    ),
-]
+app.add_typer(prepare_app, name="prepare")
 
 
 def _print_version(wanted: bool) -> None:
@@ -171,7 +94,7 @@ def _global(
 
 
 @app.command()
-@_command
+@command
 def demo(
     out: Annotated[
         Path,
@@ -182,8 +105,8 @@ def demo(
             "those of an earlier demo are replaced.",
         ),
     ] = Path("demo"),
-    device: _Device = "auto",
-    quiet: _Quiet = False,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Segment one CT scan from another; both come with the package.
 
@@ -193,9 +116,9 @@ def demo(
     """
     for name in ("prediction.nii.gz", "overlay.png", "report.json"):
         _writable(out / name)
-    from .demo import run_demo
+    from ..demo import run_demo
 
-    report = run_demo(out, device=_device(device), progress=not quiet)
+    report = run_demo(out, device=torch_device(device), progress=not quiet)
     width = max(map(len, report["dice"]))
     for organ, value in report["dice"].items():
         print(f"{organ:<{width}}  Dice {value:.3f}")
@@ -204,7 +127,7 @@ def demo(
 
 
 @app.command()
-@_command
+@command
 def segment(
     support_image: Annotated[
         list[Path],
@@ -238,17 +161,17 @@ def segment(
             show_default=False,
         ),
     ],
-    checkpoint: _Checkpoint = None,
+    checkpoint: CheckpointOption = None,
     align: Annotated[
         Align,
         typer.Option("--align", help="body crops the scans to the patient's body first."),
     ] = Align.body,
-    preset: _PresetOption = Preset.published,
-    size: _Size = None,
-    seed: _Seed = 1234,
-    device: _Device = "auto",
-    force: _Force = False,
-    quiet: _Quiet = False,
+    preset: PresetOption = Preset.published,
+    size: SizeOption = None,
+    seed: SeedOption = 1234,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Find the organs of a labelled scan in another scan.
 
@@ -277,7 +200,7 @@ def segment(
 
     import numpy as np
 
-    from .volumes import check_same_grid, read_image, read_labels, write_labels
+    from ..volumes import check_same_grid, read_image, read_labels, write_labels
 
     supports = []
     for image_path, mask_path in zip(support_image, support_mask, strict=True):
@@ -287,7 +210,7 @@ def segment(
         supports.append((image, mask))
     volume = read_image(query)
 
-    from .segment import segment as run
+    from ..segment import segment as run
 
     model = _model(checkpoint, preset, size, seed, device)
     labels = run(model, supports, volume, align=align.value, progress=not quiet)
@@ -300,9 +223,9 @@ def segment(
 
 
 @app.command()
-@_command
+@command
 def train(
-    data: _Data,
+    data: DataOption,
     hold_out: Annotated[
         list[str],
         typer.Option(
@@ -318,7 +241,7 @@ def train(
             "--out", metavar="RUN", help="Folder for checkpoint and log.", show_default=False
         ),
     ],
-    preset: _PresetOption = Preset.published,
+    preset: PresetOption = Preset.published,
     case: Annotated[
         list[str] | None,
         typer.Option(
@@ -342,8 +265,8 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")
     ] = False,
-    device: _Device = "auto",
-    quiet: _Quiet = False,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Train the network on episodes of all organs but those held out.
 
@@ -352,12 +275,12 @@ def train(
 
     [bold]lslpn train --data DIR --hold-out liver --preset published --out RUN[/bold]
     """
-    from .dataset import Dataset
+    from ..dataset import Dataset
 
     dataset = Dataset.open(data)
-    for organ in _split(hold_out):
+    for organ in split(hold_out):
         dataset.label_of(organ)
-    cases = _split(case) or list(dataset.cases)
+    cases = split(case) or list(dataset.cases)
     for name in cases:
         dataset.check_case(name)
     if not resume and (out / "checkpoint.pt").exists():
@@ -366,27 +289,27 @@ def train(
         )
     _writable(out / "checkpoint.pt")
 
-    from .presets import PRESETS, with_overrides
-    from .train import train as run
+    from ..presets import PRESETS, with_overrides
+    from ..train import train as run
 
-    config = with_overrides(PRESETS[preset.value], **_settings(setting))
+    config = with_overrides(PRESETS[preset.value], **settings_of(setting))
     run(
         config,
         dataset,
-        hold_out=_split(hold_out),
+        hold_out=split(hold_out),
         cases=cases,
         out=out,
         resume=resume,
-        device=_device(device),
+        device=torch_device(device),
         progress=not quiet,
     )
     print(f"written: {out}")
 
 
 @app.command()
-@_command
+@command
 def evaluate(
-    data: _Data,
+    data: DataOption,
     support: Annotated[
         str,
         typer.Option(
@@ -396,7 +319,7 @@ def evaluate(
             show_default=False,
         ),
     ],
-    checkpoint: _Checkpoint = None,
+    checkpoint: CheckpointOption = None,
     untrained: Annotated[
         bool,
         typer.Option(
@@ -472,18 +395,18 @@ def evaluate(
         Path,
         typer.Option("--out", metavar="DIR", help="Where evaluation.json and the figures go."),
     ] = Path("evaluation"),
-    preset: _PresetOption = Preset.published,
-    size: _Size = None,
-    seed: _Seed = 1234,
+    preset: PresetOption = Preset.published,
+    size: SizeOption = None,
+    seed: SeedOption = 1234,
     batch: Annotated[
         int, typer.Option("--batch", metavar="N", min=1, help="Query slices encoded at once.")
     ] = 8,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown.")
     ] = False,
-    device: _Device = "auto",
-    force: _Force = False,
-    quiet: _Quiet = False,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Score a model: 3-D Dice per organ and case, with mean and median.
 
@@ -499,22 +422,22 @@ def evaluate(
     _free(result, force)
     _writable(result)
 
-    from .dataset import Dataset
+    from ..dataset import Dataset
 
     dataset = Dataset.open(data)
     dataset.check_case(support)
-    for name in _split(organ):
+    for name in split(organ):
         dataset.label_of(name)
-    for name in _split(query):
+    for name in split(query):
         dataset.check_case(name)
 
-    from .evaluate import evaluate_grids
-    from .results import save, summary
+    from ..evaluate import evaluate_grids
+    from ..results import save, summary
 
     model = _model(checkpoint, preset, size, seed, device)
-    organs, queries, notes = _choices(checkpoint, dataset, support, _split(organ), _split(query))
+    organs, queries, notes = _choices(checkpoint, dataset, support, split(organ), split(query))
     for note in notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     results = evaluate_grids(
         model,
         dataset,
@@ -539,12 +462,12 @@ def evaluate(
 
 
 @app.command()
-@_command
+@command
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show versions, processor, GPUs, and which backends of the head can run here and why not."""
-    from .info import collect, report
+    from ..info import collect, report
 
     facts = collect()
     if as_json:
@@ -555,262 +478,20 @@ def info(
         print(report(facts))
 
 
-# --- lslpn prepare --------------------------------------------------------------------------
-
-prepare_app = typer.Typer(
-    help="Turn a public corpus, as it is distributed, into a data set for the other commands.",
-    rich_markup_mode="rich",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.add_typer(prepare_app, name="prepare")
-
-_Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="The corpus, unpacked.", show_default=False)
-]
-_Target = Annotated[
-    Path,
-    typer.Argument(metavar="DST", help="The data set's folder; new or empty.", show_default=False),
-]
-_SomeCases = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--cases",
-        metavar="CASE",
-        help="Only these cases, repeated or with commas; default: all that the corpus has.",
-        show_default=False,
-    ),
-]
-_SomeOrgans = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--organ",
-        metavar="NAME",
-        help="Only these organs, repeated or with commas, in the order of their label values.",
-        show_default=False,
-    ),
-]
-_AllowMissing = Annotated[
-    bool,
-    typer.Option(
-        "--allow-missing",
-        help="Take a case though an organ has no file in it; the organ is background there.",
-    ),
-]
-_SkipBad = Annotated[
-    bool,
-    typer.Option("--skip-bad", help="Make a data set of the good cases, and list the others."),
-]
-_Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on in DST; cases finished there are kept.")
-]
-
-
-class CorpusName(str, Enum):
-    """VISCERAL's corpora."""
-
-    gold = "gold"
-    silver = "silver"
-    both = "both"
-
-
-@prepare_app.command("visceral")
-@_command
-def prepare_visceral(
-    src: _Source,
-    dst: _Target,
-    corpus: Annotated[
-        CorpusName, typer.Option("--corpus", help="20 cases by hand, 65 fused, or both.")
-    ] = CorpusName.both,
-    organ: _SomeOrgans = None,
-    annotator: Annotated[
-        str | None,
-        typer.Option(
-            "--annotator",
-            metavar="ID",
-            help="Whose drawing to take where an organ has several, as the file names have it; "
-            "default, and where there is none of theirs: the lowest number.",
-            show_default=False,
-        ),
-    ] = None,
-    cases: _SomeCases = None,
-    allow_missing: _AllowMissing = False,
-    skip_bad: _SkipBad = False,
-    resume: _Resume = False,
-    quiet: _Quiet = False,
-) -> None:
-    """VISCERAL: SRC holds Anatomy3-trainingset and SilverCorpus."""
-    _prepare(
-        "visceral", src, dst, cases, skip_bad, resume, quiet,
-        corpus=corpus.value, organs=_split(organ), annotator=annotator,
-        allow_missing=allow_missing,
-    )  # fmt: skip
-
-
-@prepare_app.command("btcv")
-@_command
-def prepare_btcv(
-    src: _Source,
-    dst: _Target,
-    cases: _SomeCases = None,
-    skip_bad: _SkipBad = False,
-    resume: _Resume = False,
-    quiet: _Quiet = False,
-) -> None:
-    """BTCV, the abdomens of Beyond the Cranial Vault: SRC is the unpacked RawData.zip."""
-    _prepare("btcv", src, dst, cases, skip_bad, resume, quiet)
-
-
-@prepare_app.command("chaos")
-@_command
-def prepare_chaos(
-    src: _Source,
-    dst: _Target,
-    cases: _SomeCases = None,
-    skip_bad: _SkipBad = False,
-    resume: _Resume = False,
-    quiet: _Quiet = False,
-) -> None:
-    """CHAOS, the T2-SPIR MR scans: SRC is the unpacked CHAOS_Train_Sets.zip.
-
-    Needs pydicom: pip install "lslpn\\[dicom]".
-    """
-    _prepare("chaos", src, dst, cases, skip_bad, resume, quiet)
-
-
-@prepare_app.command("totalsegmentator")
-@_command
-def prepare_totalsegmentator(
-    src: _Source,
-    dst: _Target,
-    organ: _SomeOrgans = None,
-    cases: _SomeCases = None,
-    allow_missing: _AllowMissing = False,
-    skip_bad: _SkipBad = False,
-    resume: _Resume = False,
-    quiet: _Quiet = False,
-) -> None:
-    """TotalSegmentator's CT data set, version 1 or 2: SRC holds s0001, s0002 and so on.
-
-    Organs are named as their files are; default: the 13 of BTCV.
-    """
-    _prepare(
-        "totalsegmentator", src, dst, cases, skip_bad, resume, quiet,
-        organs=_split(organ), allow_missing=allow_missing,
-    )  # fmt: skip
-
-
-def _prepare(
-    name: str,
-    src: Path,
-    dst: Path,
-    cases: list[str] | None,
-    skip_bad: bool,
-    resume: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
-    from .recipes import prepare_corpus
-
-    outcome = prepare_corpus(
-        name,
-        src,
-        dst,
-        cases=_split(cases),
-        skip_bad=skip_bad,
-        resume=resume,
-        progress=not quiet,
-        **options,
-    )
-    for problem in outcome.problems:
-        _say(f"{problem.case or 'no case'}: {problem.what}")
-    for note in outcome.notes:
-        _say(f"note: {note}; see {dst / 'prepared.json'}")
-    if outcome.left_out:
-        count = len(outcome.left_out)
-        _say(f"note: {count} case{'s' * (count != 1)} left out, which show none of the organs")
-    if not outcome.complete:
-        count, done = len(outcome.problems), len(outcome.done)
-        if not count:
-            raise InputError(f"{src}: no case shows any of the organs; choose others with --organ")
-        kept = (
-            f"{done} good case{'s are' if done != 1 else ' is'} in {dst}, not yet a data set; mend "
-            "the files and --resume, or take the good cases alone with --resume --skip-bad"
-            if done
-            else "no case can be used; mend the files and --resume"
-        )
-        raise InputError(f"{src}: {count} problem{'s' * (count != 1)}, listed above; {kept}")
-    print(f"written: {dst}, {len(outcome.done)} cases; prepared.json there says from what")
-
-
 # --- parts ----------------------------------------------------------------------------------
-
-
-def _split(values: Sequence[str] | None) -> list[str]:
-    """Repeated and comma-separated values as one list, each once."""
-    parts = (part.strip() for value in values or () for part in value.split(","))
-    return list(dict.fromkeys(part for part in parts if part))
-
-
-def _settings(values: Sequence[str] | None) -> dict[str, str]:
-    """NAME=VALUE pairs."""
-    settings: dict[str, str] = {}
-    for value in values or ():
-        name, equals, rest = value.partition("=")
-        if not equals or not name.strip():
-            raise InputError(f"--set: expected NAME=VALUE such as steps=400, got {value!r}")
-        settings[name.strip().replace("-", "_")] = rest.strip()
-    return settings
-
-
-def _fraction(text: str, option: str) -> float:
-    """1/8, 0.125 or 1 as a number in (0, 1]."""
-    from fractions import Fraction
-
-    try:
-        value = float(Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError):
-        value = 0.0
-    if not 0 < value <= 1:
-        raise InputError(
-            f"{option}: expected a fraction above 0 and up to 1, such as 1/8, got {text!r}"
-        )
-    return value
 
 
 def _grids(scales: Sequence[str] | None, spacing: str | None, model: LSLPN) -> list[GridSpec]:
     from lslpn_kernels import GridSpec
 
     own = model.head.grid
-    common = own.spacing if spacing is None else _fraction(spacing, "--spacing")
+    common = own.spacing if spacing is None else fraction(spacing, "--spacing")
     grids = []
-    for text in _split(scales):
+    for text in split(scales):
         first, colon, second = text.partition(":")
-        alone = _fraction(second, "--scale") if colon else common
-        grids.append(GridSpec(_fraction(first, "--scale"), alone))
+        alone = fraction(second, "--scale") if colon else common
+        grids.append(GridSpec(fraction(first, "--scale"), alone))
     return grids or [GridSpec(own.scale, common)]
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wrong = InputError(f"--device: expected auto, cpu or cuda[:N], got {name!r}")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise wrong from error
-    if device.type not in ("cpu", "cuda"):
-        raise wrong
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise InputError(
-                f"--device: {name} is not there, torch finds {count} GPUs; "
-                "take cpu, or see `lslpn info`"
-            )
-    return device
 
 
 def _model(
@@ -819,14 +500,14 @@ def _model(
     """The model of a checkpoint, or an untrained one; ready to run."""
     import dataclasses
 
-    where = _device(device)
+    where = torch_device(device)
     if checkpoint is not None:
-        from .checkpoint import load_model
+        from ..checkpoint import load_model
 
         model = load_model(checkpoint)
     else:
-        from .model import untrained
-        from .presets import PRESETS
+        from ..model import untrained
+        from ..presets import PRESETS
 
         model = untrained(PRESETS[preset.value], seed=seed)
     if size is not None:
@@ -846,7 +527,7 @@ def _choices(
     held_out: list[str] = []
     trained: list[str] = []
     if checkpoint is not None:
-        from .checkpoint import load_checkpoint
+        from ..checkpoint import load_checkpoint
 
         record = load_checkpoint(checkpoint).data
         held_out, trained = list(record["hold_out"]), list(record["cases"])
@@ -872,7 +553,7 @@ def _choices(
 
 
 def _writable(path: Path) -> None:
-    from .atomic import check_writable
+    from ..atomic import check_writable
 
     check_writable(path)
 
@@ -888,10 +569,6 @@ def _same_file(a: Path, b: Path) -> bool:
         return a.samefile(b)
     except OSError:
         return a.absolute() == b.absolute()
-
-
-def _say(line: str) -> None:
-    print(f"lslpn: {' '.join(line.split())}", file=sys.stderr, flush=True)
 
 
 # --- the way out ----------------------------------------------------------------------------
@@ -916,7 +593,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as a plain note, without the line of code that gave it."""
-    _say(f"note: {message}")
+    say(f"note: {message}")
 
 
 def _run(words: list[str], debug: bool) -> int:
@@ -926,30 +603,26 @@ def _run(words: list[str], debug: bool) -> int:
         return code if isinstance(code, int) else 0
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else 1
-    except (KeyboardInterrupt, _InterruptedError, typer.Abort):
+    except (KeyboardInterrupt, InterruptedByUserError, typer.Abort):
         if debug:
             traceback.print_exc()
-        _say("interrupted; nothing was left half-written")
+        say("interrupted; nothing was left half-written")
         return 130
     except InputError as error:
         if debug:
             traceback.print_exc()
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     except Exception as error:
         # Wrong options: typer has carried two classes of this name, so it is known by its shape.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "lslpn"
-            _say(f"error: {error.format_message().rstrip('.')}; see `{path} --help`")
+            say(f"error: {error.format_message().rstrip('.')}; see `{path} --help`")
             return 2
         if debug:
             traceback.print_exc()
-            _say(f"error: {type(error).__name__}: {error}")
+            say(f"error: {type(error).__name__}: {error}")
         else:
-            _say(f"error: {type(error).__name__}: {error}; --debug shows where it happened")
+            say(f"error: {type(error).__name__}: {error}; --debug shows where it happened")
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
