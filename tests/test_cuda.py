@@ -206,7 +206,8 @@ def test_launches(kernels: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_run_and_device_gives_the_same_bits(device: Any, dtype: torch.dtype) -> None:
-    """However many parts the work is cut into, and however little memory there is for it."""
+    """However many parts the work is cut into, and however little memory there is for it, as long
+    as it is enough for the tiled kernels."""
     case = replace(GRIDS["aligned"], B=2, K=3, Q=3, C=2, D=72, H=160, W=144, h=21, w=19)
     results = []
     for setting in (DEVICE, DEVICE, (1, 227 * 1024, 16 << 20), (999, 99 * 1024, 16 << 20),
@@ -280,6 +281,12 @@ def test_what_is_not_finite_stays_where_it_is(kernels: Any) -> None:
     scores, _, _ = cuda.cosine_match(features, prototypes, grid, (64, 64), "max", True)
     up = F.interpolate(features[0], (64, 64), mode="bilinear")[0].isnan().any(0)
     assert torch.equal(scores[0, 0].isnan(), up.expand(2, -1, -1))
+    masks = torch.rand(1, 1, 2, 64, 64) < 0.5
+    pooled, expected = (
+        masked_average_pool(features, masks, grid, backend=name) for name in ("cuda", "reference")
+    )
+    assert expected.isnan().any()
+    assert torch.equal(pooled.isnan(), expected.isnan())
 
 
 def test_opcheck(kernels: Any) -> None:

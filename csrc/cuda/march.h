@@ -7,7 +7,8 @@
 //   sums     out(c, m, d)    = sum over images and (i, j) of e F(i, j, d)
 //   spread   grad F(i, j, d) = sum over c, m of e v(c, m, d)
 //   stencil  grad F(i, j, d) += gradient of the Gram maps times F at the neighbours of (i, j)
-// Each number is summed by one thread in a fixed order, which no launch configuration changes.
+// Each number is summed by one thread, location after location down the rows and image after
+// image: neither the parts nor where the sums are kept changes the order.
 //
 // While row i is worked on, the features of row i + 2 and the maps of row i + 2 are on their way,
 // and the maps of row i + 1 are put together: one barrier a row.
@@ -681,36 +682,43 @@ struct Marcher {
       LSLPN_UNROLL
       for (int s = 0; s < 4; ++s) {
         const int wy = row.first_window + s;
+        // Features beyond a window weigh nothing in it, but 0 * NaN is not 0.
+        if (wy > row.last_window) sums.of[k][s] = make_float2(0, 0);
         if (wy > row.last_window || wy < py.windows_begin || wy >= py.windows_end) continue;
         if (row_span(wy).last == i) emit(wy, wx, c, sums.of[k][s], more);
       }
     }
   }
 
-  // Sums in shared memory, for any number of them.
+  // Sums in shared memory, for any number of them; added up in the same order.
   LSLPN_DEVICE void sum_row_anyhow(int i, bool more) const {
     const Cell row = row_cell(i);
     const int width = px.windows_end - px.windows_begin, ring = p.parts_y.cell_windows;
     for (int pair = warp; pair < width * p.C; pair += kMarchWarps) {
       const int c = pair / width, wx = px.windows_begin + pair - c * width;
       for (int s = 0; row.first_window + s <= row.last_window; s += 4) {
-        float2 sum[4] = {};
+        float2 sum[4];
+        const auto kept = [&](int wy) {
+          return reinterpret_cast<float2*>(at<float>(p.memory.sums) +
+                                           (wy % ring * width * p.C + pair) * kSlice + 2 * lane);
+        };
+        const auto own = [&](int wy) {
+          return wy <= row.last_window && wy >= py.windows_begin && wy < py.windows_end;
+        };
+        LSLPN_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const int wy = row.first_window + s + k;
+          sum[k] = own(wy) && i > row_span(wy).first ? *kept(wy) : make_float2(0, 0);
+        }
         add_row(i, c, wx, s, sum);
         LSLPN_UNROLL
         for (int k = 0; k < 4; ++k) {
           const int wy = row.first_window + s + k;
-          if (wy > row.last_window || wy < py.windows_begin || wy >= py.windows_end) continue;
-          const Span rows = row_span(wy);
-          float2* kept = reinterpret_cast<float2*>(
-              at<float>(p.memory.sums) + (wy % ring * width * p.C + pair) * kSlice + 2 * lane);
-          if (i > rows.first) {
-            sum[k].x += kept->x;
-            sum[k].y += kept->y;
-          }
-          if (i == rows.last) {
+          if (!own(wy)) continue;
+          if (i == row_span(wy).last) {
             emit(wy, wx, c, sum[k], more);
           } else {
-            *kept = sum[k];
+            *kept(wy) = sum[k];
           }
         }
       }
