@@ -15,12 +15,11 @@ import torch
 
 from .atomic import replacing
 from .errors import InputError
-from .model import LSLPN
+from .methods import METHODS, FewShotNetwork, build
 from .presets import Config, ModelConfig
 from .tensors import load_tensors
 
 FILE_NAME = "checkpoint.pt"
-METHOD = "lslpn"
 _FORMAT = "lslpn-checkpoint"
 _VERSION = 1
 
@@ -55,7 +54,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     content = {
         "format": _FORMAT,
         "version": _VERSION,
-        "method": METHOD,
+        "method": checkpoint.config.model.method,
         "config": checkpoint.config.to_dict(),
         "step": checkpoint.step,
         "model": checkpoint.model,
@@ -106,14 +105,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{file}: is no checkpoint of lslpn, expected a file written by lslpn train; for "
             "weights of a ResNet-50 alone set the option weights"
         )
-    if content.get("version") != _VERSION or content.get("method") != METHOD:
+    if content.get("version") != _VERSION or content.get("method") not in METHODS:
         raise InputError(
             f"{file}: is a checkpoint of method {content.get('method')!r}, version "
-            f"{content.get('version')!r}, expected {METHOD!r}, version {_VERSION}; "
-            "use the lslpn that wrote it"
+            f"{content.get('version')!r}, expected one of {', '.join(METHODS)}, version "
+            f"{_VERSION}; use the lslpn that wrote it"
         )
     try:
-        return Checkpoint(
+        checkpoint = Checkpoint(
             config=Config.from_dict(content["config"]),
             step=int(content["step"]),
             model=content["model"],
@@ -126,9 +125,19 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{file}: its configuration does not fit this version of lslpn ({error}); "
             "use the lslpn that wrote it"
         ) from error
+    # Methods may have the same tensors, and a file without the option is from before there were
+    # others: the two places must agree.
+    if checkpoint.config.model.method != content["method"]:
+        raise InputError(
+            f"{file}: says method {content['method']!r}, but its configuration says "
+            f"{checkpoint.config.model.method!r}; it was changed, use the file as it was written"
+        )
+    return checkpoint
 
 
-def load_weights(model: LSLPN, checkpoint: Checkpoint, name: str | os.PathLike[str]) -> None:
+def load_weights(
+    model: FewShotNetwork, checkpoint: Checkpoint, name: str | os.PathLike[str]
+) -> None:
     """Fills `model` from `checkpoint`, strictly; `name` is for the message.
 
     Raises:
@@ -149,7 +158,9 @@ def load_weights(model: LSLPN, checkpoint: Checkpoint, name: str | os.PathLike[s
     model.load_state_dict(given)
 
 
-def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> LSLPN:
+def load_model(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+) -> FewShotNetwork:
     """The trained network, in evaluation mode; `path` is a checkpoint or the folder of a run.
 
     The network's and its input's configuration come from the checkpoint: `model.config`.
@@ -158,7 +169,7 @@ def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cp
         InputError: as `load_checkpoint` and `load_weights`.
     """
     checkpoint = load_checkpoint(path)
-    model = LSLPN(_without_weights(checkpoint.config.model))
+    model = build(_without_weights(checkpoint.config.model))
     load_weights(model, checkpoint, checkpoint_path(path))
     model.config = checkpoint.config.model
     return model.to(device).eval()

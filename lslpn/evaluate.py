@@ -3,14 +3,14 @@
 One support case, 1-way 1-shot per organ; predictions are brought back into the query's own grid
 and compared there with its labels.
 
-Features of a slice do not depend on the organ, nor on the grid of windows. So a query slice is
+Features of a slice do not depend on the organ, nor on LSLPN's grid of windows. So a query slice is
 encoded once, for all organs and all grids, in a stream: no more than a batch of features is held.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lslpn_kernels import GridSpec, cosine_match, masked_average_pool
+from lslpn_kernels import GridSpec
 
 from .errors import InputError
+from .methods import LSLPN, FewShotNetwork
 from .prepare import Prepared, prepare
 from .protocols import Pair, Protocol, areas, protocol_of
 from .results import Evaluation, Example, Row, Skipped
 
 if TYPE_CHECKING:
     from .dataset import Dataset
-    from .model import LSLPN
     from .volumes import Volume
 
 
@@ -45,7 +45,7 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 def evaluate(
-    model: LSLPN,
+    model: FewShotNetwork,
     dataset: Dataset,
     *,
     support: str,
@@ -56,7 +56,7 @@ def evaluate(
     chunks: int | None = None,
     batch: int = 8,
     progress: bool = True,
-    name: str = "lslpn",
+    name: str | None = None,
 ) -> Evaluation:
     """Segment organs of query cases from one support case, and score them in 3-D.
 
@@ -72,16 +72,16 @@ def evaluate(
         chunks: parts of the organ's range; default: the protocol's own.
         batch: query slices encoded at once.
         progress: show a bar on stderr.
-        name: what the model is called in the result.
+        name: what the model is called in the result; default: its method.
 
     Raises:
         InputError: an unknown case, organ, protocol or align; the support among the queries; an
             organ that the support does not show; files that cannot be used.
     """
-    return evaluate_grids(
+    return _evaluate(
         model,
         dataset,
-        grids=[model.head.grid],
+        views=[_View.of(model)],
         support=support,
         queries=queries,
         organs=organs,
@@ -107,11 +107,12 @@ def evaluate_grids(
     chunks: int | None = None,
     batch: int = 8,
     progress: bool = True,
-    name: str = "lslpn",
+    name: str | None = None,
 ) -> list[Evaluation]:
     """`evaluate` for several grids of windows at once, which share the encoder's work.
 
     Args:
+        model: LSLPN; the other methods have no grid.
         grids: the grids, each in the place of the model's own; one result for each.
 
     Returns:
@@ -120,13 +121,62 @@ def evaluate_grids(
     Raises:
         InputError: as `evaluate`.
     """
+    if not grids:
+        raise InputError("grids: expected at least one, got none")
+    return _evaluate(
+        model,
+        dataset,
+        views=[_View.with_grid(model, grid) for grid in grids],
+        support=support,
+        queries=queries,
+        organs=organs,
+        protocol=protocol,
+        align=align,
+        chunks=chunks,
+        batch=batch,
+        progress=progress,
+        name=name,
+    )
+
+
+@dataclass(frozen=True)
+class _View:
+    """One way to read the support: the model's own, or LSLPN's with another grid of windows."""
+
+    describe: Callable[[Tensor, Tensor], Any]
+    grid: GridSpec | None
+
+    @classmethod
+    def of(cls, model: FewShotNetwork) -> _View:
+        return cls(model.describe, model.head.grid if isinstance(model, LSLPN) else None)
+
+    @classmethod
+    def with_grid(cls, model: LSLPN, grid: GridSpec) -> _View:
+        return cls(lambda features, masks: model.describe(features, masks, grid), grid)
+
+
+def _evaluate(
+    model: FewShotNetwork,
+    dataset: Dataset,
+    *,
+    views: list[_View],
+    support: str,
+    queries: Sequence[str],
+    organs: Sequence[str],
+    protocol: str,
+    align: Literal["none", "body"],
+    chunks: int | None,
+    batch: int,
+    progress: bool,
+    name: str | None,
+) -> list[Evaluation]:
     rule = protocol_of(protocol, chunks)
     if align not in ("none", "body"):
         raise InputError(f"align: expected none or body, got {align!r}")
     organs = tuple(dict.fromkeys(organs))
     queries = tuple(dict.fromkeys(queries))
-    if not grids or not organs or not queries:
-        missing = "grids" if not grids else "organs" if not organs else "queries"
+    if not organs or not queries:
+        missing = "organs" if not organs else "queries"
         raise InputError(f"{missing}: expected at least one, got none")
     for case in (support, *queries):
         dataset.check_case(case)
@@ -137,7 +187,7 @@ def evaluate_grids(
     labels = {organ: dataset.label_of(organ) for organ in organs}
 
     started = time.perf_counter()
-    runner = _Runner(model, rule, align, list(grids), max(1, batch))
+    runner = _Runner(model, rule, align, views, max(1, batch))
     was_training = model.training
     model.eval()
     try:
@@ -158,7 +208,7 @@ def evaluate_grids(
     return [
         Evaluation(
             dataset=dataset.name,
-            model=name,
+            model=name or model.name,
             support=support,
             queries=queries,
             organs=organs,
@@ -167,14 +217,15 @@ def evaluate_grids(
             chunks=rule.chunks,
             align=align,
             size=model.config.size,
-            scale=grid.scale,
-            spacing=grid.spacing,
+            method=model.name,
+            scale=None if view.grid is None else view.grid.scale,
+            spacing=None if view.grid is None else view.grid.spacing,
             seconds=round(seconds, 2),
-            rows=tuple(runner.rows[g]),
+            rows=tuple(runner.rows[v]),
             skipped=tuple(skip for plan in plans for skip in plan.skipped),
-            examples=tuple(runner.examples[g]),
+            examples=tuple(runner.examples[v]),
         )
-        for g, grid in enumerate(grids)
+        for v, view in enumerate(views)
     ]
 
 
@@ -216,29 +267,29 @@ def _plan(
 
 
 class _Runner:
-    """The support's prototypes, and the loop over query slices."""
+    """What the support's slices say, and the loop over query slices."""
 
     def __init__(
         self,
-        model: LSLPN,
+        model: FewShotNetwork,
         rule: Protocol,
         align: Literal["none", "body"],
-        grids: list[GridSpec],
+        views: list[_View],
         batch: int,
     ) -> None:
         self.model = model
         self.rule = rule
         self.align = align
-        self.grids = grids
+        self.views = views
         self.batch = batch
         self.device = next(model.parameters()).device
         self.support_areas: dict[str, np.ndarray] = {}
-        # organ, support slice, grid -> [1, 2, Gy, Gx, D]
-        self.prototypes: dict[tuple[str, int, int], Tensor] = {}
+        # organ, support slice, view -> what the model's `describe` made of it
+        self.described: dict[tuple[str, int, int], Any] = {}
         # organ, support slice -> image, mask, aspect
         self.support_pictures: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, float]] = {}
-        self.rows: list[list[Row]] = [[] for _ in grids]
-        self.examples: list[list[Example]] = [[] for _ in grids]
+        self.rows: list[list[Row]] = [[] for _ in views]
+        self.examples: list[list[Example]] = [[] for _ in views]
 
     def prepare(self, image: Volume, truth: Volume) -> Prepared:
         config = self.model.config
@@ -252,12 +303,12 @@ class _Runner:
         )
 
     def encode(self, slices: np.ndarray) -> Tensor:
-        """[n, S, S] grey -> [n, D, h, w]."""
+        """[n, S, S] grey -> features [n, D, h, w]."""
         features: Tensor = self.model.encode(torch.from_numpy(slices).to(self.device))
         return features
 
     def load_support(self, dataset: Dataset, case: str, labels: dict[str, int]) -> None:
-        """Pool the prototypes of every slice that may be a support slice."""
+        """Describe every slice that may be a support slice."""
         image, truth = dataset.load(case)
         ready = self.prepare(image, truth)
         assert ready.labels is not None
@@ -287,13 +338,10 @@ class _Runner:
                 mask = ready.labels[z] == labels[organ]
                 picture = (ready.slices[z], mask.astype(np.uint8), _aspect(ready, z))
                 self.support_pictures[organ, z] = picture
-                masks = torch.from_numpy(np.stack([~mask, mask])).to(self.device)
-                for g, grid in enumerate(self.grids):
-                    self.prototypes[organ, z, g] = masked_average_pool(
-                        features[where[z]][None, None],
-                        masks[None, None],
-                        grid,
-                        min_pixels=self.model.config.min_pixels,
+                masks = torch.from_numpy(mask).to(self.device)[None, None, None]
+                for v, view in enumerate(self.views):
+                    self.described[organ, z, v] = view.describe(
+                        features[where[z]][None, None], masks
                     )
 
     def run(self, dataset: Dataset, plan: _Plan, labels: dict[str, int], bar: Any) -> None:
@@ -309,9 +357,9 @@ class _Runner:
         }
         size = self.model.config.size
         predicted = {
-            (organ, g): np.zeros((len(support_of[organ]), size, size), dtype=np.uint8)
+            (organ, v): np.zeros((len(support_of[organ]), size, size), dtype=np.uint8)
             for organ in plan.pairs
-            for g in range(len(self.grids))
+            for v in range(len(self.views))
         }
         row_of = {
             organ: {z: i for i, z in enumerate(sorted(support_of[organ]))} for organ in support_of
@@ -326,28 +374,25 @@ class _Runner:
                 for support in sorted({supports[z] for z in part if z in supports}):
                     chosen = [i for i, z in enumerate(part) if supports.get(z) == support]
                     into = [row_of[organ][part[i]] for i in chosen]
-                    for g, grid in enumerate(self.grids):
-                        scores = cosine_match(
+                    for v in range(len(self.views)):
+                        logits = self.model.match(
                             features[chosen][None],
-                            self.prototypes[organ, support, g],
-                            grid,
-                            size=(size, size),
-                            reduce=self.model.config.reduce,
+                            self.described[organ, support, v],
+                            (size, size),
                         )[0]
-                        # The arg max of the logits: their factor is positive, ties are background.
-                        inside = scores[:, 1] > scores[:, 0]
-                        predicted[organ, g][into] = inside.cpu().numpy()
+                        inside = logits[:, 1] > logits[:, 0]  # ties are background
+                        predicted[organ, v][into] = inside.cpu().numpy()
             bar.update(len(part))
 
         for organ, supports in support_of.items():
             zs = sorted(supports)
             wanted = truth.data[zs] == labels[organ]
             shown = _shown_slice(ready.labels == labels[organ], zs)
-            for g in range(len(self.grids)):
+            for v in range(len(self.views)):
                 full = np.zeros(ready.slices.shape, dtype=np.uint8)
-                full[zs] = predicted[organ, g]
+                full[zs] = predicted[organ, v]
                 found = ready.restore(full)[zs] > 0
-                self.rows[g].append(
+                self.rows[v].append(
                     Row(
                         organ=organ,
                         case=plan.case,
@@ -358,7 +403,7 @@ class _Runner:
                     )
                 )
                 picture, mask, aspect = self.support_pictures[organ, supports[shown]]
-                self.examples[g].append(
+                self.examples[v].append(
                     Example(
                         organ=organ,
                         case=plan.case,

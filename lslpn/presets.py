@@ -36,6 +36,8 @@ from typing import Any, Literal
 from .encoder import BatchNormMode, StrideOn
 from .errors import InputError
 
+Method = Literal["lslpn", "panet", "senet", "alpnet"]
+
 
 def _require(ok: bool, name: str, expected: str, given: object) -> None:
     if not ok:
@@ -46,6 +48,9 @@ def _require(ok: bool, name: str, expected: str, given: object) -> None:
 class ModelConfig:
     """What makes the network and its input, and so what a checkpoint fixes for its user."""
 
+    method: Method = "lslpn"
+    """The network: "lslpn", or one that the paper compares with; see `lslpn.methods`. What is said
+    below of windows, logits and prototypes is LSLPN's; the other methods have their own."""
     size: int = 512
     """Pixels along the side of the square that slices are resized to."""
     normalise: Literal["slice", "volume", "window"] = "slice"
@@ -77,6 +82,8 @@ class ModelConfig:
     """What the trunk starts from: "imagenet" (shipped), "random", or a state dict file."""
 
     def __post_init__(self) -> None:
+        methods = typing.get_args(Method)
+        _require(self.method in methods, "method", f"one of {', '.join(methods)}", self.method)
         _require(self.size >= 32, "size", "at least 32 pixels", self.size)
         _require(
             self.normalise in ("slice", "volume", "window"),
@@ -162,6 +169,8 @@ class TrainConfig:
     """Range of the augmentations' factors."""
     ignore_index: int = 255
     """Label without loss."""
+    alignment_weight: float = 1.0
+    """Factor of the prototype alignment loss of PANet and ALPNet; the other methods have none."""
     accumulate: int = 1
     """Parts that a batch is run in, one after the other, to save memory."""
     amp: bool = False
@@ -237,6 +246,7 @@ class TrainConfig:
             f"positive and at most augment_high ({self.augment_high})",
             self.augment_low,
         )
+        _require(self.alignment_weight >= 0, "alignment_weight", "0 or more", self.alignment_weight)
 
 
 @dataclass(frozen=True)
@@ -247,6 +257,16 @@ class Config:
     """The preset it started from, for the record."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        one_shot = self.train.ways == self.train.shots == 1
+        _require(
+            one_shot or self.model.method != "senet",
+            "method",
+            f"another than 'senet', which is for 1 way and 1 shot, with {self.train.ways} ways and "
+            f"{self.train.shots} shots",
+            self.model.method,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings, ready for JSON."""

@@ -68,7 +68,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found, and everything it depended on."""
+    """What an evaluation found, and everything it depended on.
+
+    `scale` and `spacing` are those of the grid of windows, None for a method that has none.
+    """
 
     dataset: str
     model: str
@@ -80,11 +83,12 @@ class Evaluation:
     chunks: int
     align: str
     size: int
-    scale: float
-    spacing: float
+    scale: float | None
+    spacing: float | None
     seconds: float
     rows: tuple[Row, ...]
     skipped: tuple[Skipped, ...] = ()
+    method: str = "lslpn"
     examples: tuple[Example, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def scores(self, organ: str) -> list[float]:
@@ -138,8 +142,7 @@ class Evaluation:
         title = (
             f"{self.dataset}: {self.model}, protocol {self.protocol}, "
             f"{self.chunks} chunk{'s' * (self.chunks != 1)}, support {self.support}, "
-            f"{self.size}x{self.size}, scale {fraction(self.scale)}, "
-            f"spacing {fraction(self.spacing)}, align {self.align}"
+            f"{self.size}x{self.size}, {_grid(self)}align {self.align}"
         )
         by_key = {(row.organ, row.case): row.dice for row in self.rows}
         # Many cases do not fit on a line; their rows are in the JSON.
@@ -163,8 +166,10 @@ class Evaluation:
         return text
 
 
-def fraction(value: float) -> str:
-    """A scale or spacing as people write it: 0.125 as 1/8."""
+def fraction(value: float | None) -> str:
+    """A scale or spacing as people write it: 0.125 as 1/8, and - where there is none."""
+    if value is None:
+        return "-"
     near = Fraction(value).limit_denominator(64)
     return str(near) if abs(float(near) - value) < 1e-9 else f"{value:g}"
 
@@ -246,6 +251,12 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
             names = {i + 1: organ for i, organ in enumerate(first.organs)}
             written.append(overlay(root / "figures" / f"{case}.png", rows, names))
     return written
+
+
+def _grid(evaluation: Evaluation) -> str:
+    if evaluation.scale is None:
+        return ""
+    return f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}, "
 
 
 def _or_none(value: float) -> float | None:

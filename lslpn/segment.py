@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import InputError
-from .model import LSLPN
+from .methods import FewShotNetwork
 from .prepare import Prepared, prepare
 from .volumes import Volume
 
@@ -56,7 +56,7 @@ class Segmentation:
 
 
 def segment(
-    model: LSLPN,
+    model: FewShotNetwork,
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
@@ -71,8 +71,8 @@ def segment(
     grows with `batch` and not with the length of the scans, the volumes themselves aside.
 
     Args:
-        model: decides the size, window and grid; see `lslpn.model`. Runs where its parameters
-            are, in evaluation mode.
+        model: of any method; decides the size and the window, see `lslpn.model`. Runs where its
+            parameters are, in evaluation mode.
         supports: pairs of an image and its labels. Labels mean the same in all of them and come
             out with the same values. A label that a support lacks altogether is taken for not
             drawn there: that support is no shot for it, neither for nor against.
@@ -94,7 +94,7 @@ def segment(
 
 
 def segment_matched(
-    model: LSLPN,
+    model: FewShotNetwork,
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
@@ -126,7 +126,7 @@ def segment_matched(
 
 
 def _prepare(
-    model: LSLPN, image: Volume, labels: Volume | None, align: Literal["none", "body"]
+    model: FewShotNetwork, image: Volume, labels: Volume | None, align: Literal["none", "body"]
 ) -> Prepared:
     config = model.config
     return prepare(
@@ -143,7 +143,7 @@ def _prepare(
 
 
 def _match(
-    model: LSLPN, supports: Sequence[Prepared], query: Prepared, batch: int, progress: bool
+    model: FewShotNetwork, supports: Sequence[Prepared], query: Prepared, batch: int, progress: bool
 ) -> np.ndarray:
     """The slice of each support for each slice of the query: int [supports, Z]."""
     total = len(query.slices) + sum(len(support.slices) for support in supports)
@@ -158,7 +158,7 @@ def _match(
     return np.stack(matches)
 
 
-def _describe(model: LSLPN, slices: np.ndarray, batch: int, bar: tqdm) -> Tensor:
+def _describe(model: FewShotNetwork, slices: np.ndarray, batch: int, bar: tqdm) -> Tensor:
     """Features averaged over parts of each slice: [Z, D, cells, cells], on the CPU."""
     device = next(model.parameters()).device
     out = []
@@ -265,7 +265,7 @@ def _best_path(
 
 
 def _segment(
-    model: LSLPN,
+    model: FewShotNetwork,
     supports: Sequence[Prepared],
     query: Prepared,
     matches: np.ndarray,
@@ -276,13 +276,18 @@ def _segment(
     device = next(model.parameters()).device
     kinds = [support.labels.dtype for support in supports if support.labels is not None]
     out = np.zeros(query.slices.shape, np.result_type(*kinds))
-    parts = _parts(supports)
+    size = (query.slices.shape[1], query.slices.shape[2])
+    parts = _parts(supports, apart=model.one_shot)
     groups = list(_groups(supports, matches, batch))
     total = sum(len(queries) for queries, _ in groups)
     kept: dict[Shot, Tensor] = {}  # features of support slices
     with tqdm(total=total, desc="Segmenting", unit="slice", disable=not progress) as bar:
         for queries, matched in groups:
-            shots = [shot for match in matched for shot in _neighbours(supports, match)]
+            shots = (
+                matched
+                if model.one_shot
+                else [shot for match in matched for shot in _neighbours(supports, match)]
+            )
             # Matches never fall: what lies below these shots is not needed again.
             lowest = dict(reversed(shots))
             kept = {s: f for s, f in kept.items() if s[1] >= lowest.get(s[0], s[1] + 1)}
@@ -299,11 +304,11 @@ def _segment(
                 if not shown:
                     continue
                 masks = np.stack([[_slice(supports, shot) == v for v in shown] for shot in own])
-                logits = model.head(
+                support = model.describe(
                     torch.stack([kept[shot] for shot in own])[None],
                     torch.from_numpy(masks)[None].to(device),
-                    features[None, len(new) :],
-                )[0]
+                )
+                logits = model.match(features[None, len(new) :], support, size)[0]
                 organ, winner = logits[:, 1:].max(1)
                 lead = organ - logits[:, 0]
                 better = lead > best
@@ -314,19 +319,23 @@ def _segment(
     return out
 
 
-def _parts(supports: Sequence[Prepared]) -> list[tuple[frozenset[int], list[int]]]:
+def _parts(supports: Sequence[Prepared], *, apart: bool) -> list[tuple[frozenset[int], list[int]]]:
     """Label values by the supports that they are drawn in: (supports, values).
 
     Values that are drawn in the same supports are segmented at once, n-way, rather than each
     against all the rest: on four pairs of SABS and eight organs the mean Dice is the same (0.373),
     no organ differs by more than 0.005, and it takes one pass. Where an organ is drawn in some
     supports alone, the others would teach that it is background, so those values go apart.
+    `apart`, for a network of one way and one shot, has every value of every support alone; the
+    clearest of them wins.
     """
     drawn: dict[int, set[int]] = {}
     for i, support in enumerate(supports):
         for value in np.unique(_labels(support)).tolist():
             if value:
                 drawn.setdefault(value, set()).add(i)
+    if apart:
+        return [(frozenset({i}), [value]) for value in sorted(drawn) for i in sorted(drawn[value])]
     parts: dict[frozenset[int], list[int]] = {}
     for value in sorted(drawn):
         parts.setdefault(frozenset(drawn[value]), []).append(value)

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +33,8 @@ from .dataset import Dataset
 from .episodes import Batch, Episodes
 from .errors import InputError
 from .info import versions
-from .model import LSLPN, untrained
+from .methods import FewShotNetwork
+from .model import untrained
 from .presets import Config, TrainConfig
 
 _LOG_HEADER = "step,loss,lr,seconds_per_step\n"
@@ -52,7 +52,7 @@ def train(
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
-) -> LSLPN:
+) -> FewShotNetwork:
     """Trains the network and leaves it in `out`; returns it in evaluation mode.
 
     Args:
@@ -69,7 +69,7 @@ def train(
         InputError: `out` holds a run already and `resume` is False, or it holds none and `resume`
             is True, or the run in it had another configuration or other data; `out` cannot be
             written; the loss is no longer finite (the last good checkpoint stays); and
-            everything that `Episodes` and `LSLPN` raise.
+            everything that `Episodes` and the network raise.
     """
     folder = Path(out)
     file = folder / FILE_NAME
@@ -92,7 +92,7 @@ def train(
         load_weights(model, before, file)
     model.amp = options.amp
     if not options.channels_last:
-        model.encoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.to(device).train()
     optimizer = make_optimizer(model, options)
     first = 0
@@ -141,44 +141,28 @@ def train(
 
 
 def train_step(
-    model: LSLPN, optimizer: torch.optim.Optimizer, batch: Batch, options: TrainConfig
+    model: FewShotNetwork, optimizer: torch.optim.Optimizer, batch: Batch, options: TrainConfig
 ) -> Tensor:
     """One gradient step over a batch; returns its loss, a scalar that is still on the device."""
     optimizer.zero_grad(set_to_none=True)
     total = batch.query_images.new_zeros(())
     for part in batch.split(options.accumulate):
-        logits = model(part.support_images, part.support_masks, part.query_images)
-        loss = segmentation_loss(logits, part.query_labels, options.ignore_index)
-        loss = loss / options.accumulate
+        loss = model.loss(part, options) / options.accumulate
         loss.backward()
         total += loss.detach()
     optimizer.step()
     return total
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Mean cross-entropy over the pixels with a label; zero where there is none.
-
-    Args:
-        logits: [B, Q, C, H, W].
-        labels: int64 [B, Q, H, W]; `ignore_index` marks pixels without loss.
-    """
-    labels = labels.flatten(0, 1)
-    total = F.cross_entropy(
-        logits.flatten(0, 1), labels, ignore_index=ignore_index, reduction="sum"
-    )
-    return total / (labels != ignore_index).sum().clamp_min(1)
-
-
-def make_optimizer(model: LSLPN, options: TrainConfig) -> torch.optim.SGD:
+def make_optimizer(model: FewShotNetwork, options: TrainConfig) -> torch.optim.SGD:
     """SGD over everything that learns; the reduction layer has a learning rate of its own."""
-    reduction = list(model.encoder.reduction.parameters())
-    mine = {id(p) for p in reduction}
+    fresh = model.fresh_parameters()
+    mine = {id(p) for p in fresh}
     trunk = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
     return torch.optim.SGD(
         [
             {"params": trunk, "factor": 1.0},
-            {"params": reduction, "factor": options.reduction_lr_factor},
+            {"params": fresh, "factor": options.reduction_lr_factor},
         ],
         lr=options.lr,
         momentum=options.momentum,
@@ -226,7 +210,7 @@ def _finite(pending: list[Tensor], step: int, file: Path) -> float:
     return loss
 
 
-def _check_weights(model: LSLPN, step: int) -> None:
+def _check_weights(model: FewShotNetwork, step: int) -> None:
     """A finite loss does not vouch for the update that came after it."""
     if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
         raise InputError(

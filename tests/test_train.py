@@ -30,12 +30,12 @@ from lslpn.checkpoint import (
 from lslpn.dataset import Dataset
 from lslpn.episodes import Episodes
 from lslpn.errors import InputError
-from lslpn.model import LSLPN, untrained
+from lslpn.methods import LSLPN, segmentation_loss
+from lslpn.model import untrained
 from lslpn.presets import Config, preset, with_overrides
 from lslpn.train import (
     learning_rate,
     make_optimizer,
-    segmentation_loss,
     set_learning_rate,
     train,
     train_step,
@@ -410,7 +410,7 @@ def damaged(kind: str, finished: Path, path: Path) -> None:
     elif kind == "foreign":
         torch.save({"state_dict": {"a": torch.zeros(2)}}, path)
     elif kind == "method":
-        torch.save({**content, "method": "panet"}, path)
+        torch.save({**content, "method": "protonet"}, path)
     elif kind == "version":
         torch.save({**content, "version": 99}, path)
     elif kind == "option":
@@ -432,7 +432,7 @@ def damaged(kind: str, finished: Path, path: Path) -> None:
         ("text", "cannot be read"),
         ("module", "cannot be read"),
         ("foreign", "no checkpoint of lslpn"),
-        ("method", "method 'panet'.*expected 'lslpn'"),
+        ("method", "method 'protonet'.*expected one of lslpn, panet"),
         ("version", "version 99"),
         ("option", "'colour'"),
         (
