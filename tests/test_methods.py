@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import synthetic_ct, write_nifti, write_synthetic_dataset
 from torch import Tensor
 
 from lslpn.checkpoint import load_checkpoint, load_model, save_checkpoint
+from lslpn.cli import main
 from lslpn.dataset import Dataset
 from lslpn.episodes import Batch
 from lslpn.errors import InputError
@@ -452,3 +454,30 @@ def test_methods_are_named_as_the_option_has_them() -> None:
     with pytest.raises(InputError, match=r"method.*lslpn, panet"):
         ModelConfig(method="protonet")  # type: ignore[arg-type]
     assert (PANet.name, ALPNet.name, SENet.name) == ("panet", "alpnet", "senet")
+
+
+def test_the_command_line_trains_and_evaluates_a_method(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run_folder = f"--data={dataset.root}", tmp_path / "run"
+    settings = ["size=48", "steps=1", "batch=1", "weights=random", "channels=8"]
+    words = ["train", data, "--hold-out=kidney", "--method=panet", f"--out={run_folder}", "-q"]
+    assert main([*words, *(f"--set={s}" for s in settings)]) == 0
+    plain = ["evaluate", data, "--support=syn_00", "--query=syn_01", "--organ=kidney", "-q"]
+    assert main([*plain, f"--checkpoint={run_folder}", f"--out={tmp_path / 'a'}"]) == 0
+    untrained_words = ["--untrained", "--method=alpnet", "--size=48", f"--out={tmp_path / 'b'}"]
+    assert main([*plain, *untrained_words]) == 0
+    found = [
+        json.loads((tmp_path / name / "evaluation.json").read_text())["evaluations"][0]
+        for name in "ab"
+    ]
+    assert [(e["method"], e["scale"]) for e in found] == [("panet", None), ("alpnet", None)]
+    capsys.readouterr()
+    out = f"--out={tmp_path / 'c'}"
+    for bad, said in (
+        ([f"--checkpoint={run_folder}", "--method=panet"], "--method: a checkpoint has its own"),
+        ([f"--checkpoint={run_folder}", "--scale=1/4"], "--scale: panet has no grid"),
+        (["--untrained", "--method=protonet"], "protonet"),
+    ):
+        assert main([*plain, *bad, out]) == 2
+        assert said in capsys.readouterr().err

@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,8 @@ from .options import (
     DeviceOption,
     ForceOption,
     InterruptedByUserError,
+    MethodName,
+    MethodOption,
     Preset,
     PresetOption,
     ProtocolName,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from lslpn_kernels import GridSpec
 
     from ..dataset import Dataset
-    from ..model import LSLPN
+    from ..methods import FewShotNetwork
 
 app = typer.Typer(
     name="lslpn",
@@ -241,6 +243,7 @@ def train(
             "--out", metavar="RUN", help="Folder for checkpoint and log.", show_default=False
         ),
     ],
+    method: MethodOption = None,
     preset: PresetOption = Preset.published,
     case: Annotated[
         list[str] | None,
@@ -292,7 +295,10 @@ def train(
     from ..presets import PRESETS, with_overrides
     from ..train import train as run
 
-    config = with_overrides(PRESETS[preset.value], **settings_of(setting))
+    changes = settings_of(setting)
+    if method is not None:
+        changes["method"] = method.value
+    config = with_overrides(PRESETS[preset.value], **changes)
     run(
         config,
         dataset,
@@ -327,6 +333,7 @@ def evaluate(
             help="No checkpoint: ImageNet features and a random reduction layer.",
         ),
     ] = False,
+    method: MethodOption = None,
     query: Annotated[
         list[str] | None,
         typer.Option(
@@ -418,6 +425,8 @@ def evaluate(
     if (checkpoint is None) != untrained:
         given = "both" if untrained else "neither"
         raise InputError(f"expected one of --checkpoint RUN and --untrained, got {given}")
+    if checkpoint is not None and method is not None:
+        raise InputError("--method: a checkpoint has its own; give it with --untrained alone")
     result = out / "evaluation.json"
     _free(result, force)
     _writable(result)
@@ -431,27 +440,31 @@ def evaluate(
     for name in split(query):
         dataset.check_case(name)
 
+    from ..evaluate import evaluate as run
     from ..evaluate import evaluate_grids
+    from ..methods import LSLPN
     from ..results import save, summary
 
-    model = _model(checkpoint, preset, size, seed, device)
+    model = _model(checkpoint, preset, size, seed, device, method or MethodName.lslpn)
+    grids = _grids(scale, spacing, model)
     organs, queries, notes = _choices(checkpoint, dataset, support, split(organ), split(query))
     for note in notes:
         say(f"note: {note}")
-    results = evaluate_grids(
-        model,
-        dataset,
-        grids=_grids(scale, spacing, model),
-        support=support,
-        queries=queries,
-        organs=organs,
-        protocol=protocol.value,
-        align=align.value,
-        chunks=chunks,
-        batch=batch,
-        progress=not quiet,
-        name=f"untrained ({preset.value}, seed {seed})" if untrained else str(checkpoint),
-    )
+    options: dict[str, Any] = {
+        "support": support,
+        "queries": queries,
+        "organs": organs,
+        "protocol": protocol.value,
+        "align": align.value,
+        "chunks": chunks,
+        "batch": batch,
+        "progress": not quiet,
+        "name": _name(preset, seed, method) if untrained else str(checkpoint),
+    }
+    if isinstance(model, LSLPN):
+        results = evaluate_grids(model, dataset, grids=grids, **options)
+    else:
+        results = [run(model, dataset, **options)]
     written = save(results, out)
     for one in results:
         print(one.table(markdown=markdown), end="\n\n")
@@ -481,9 +494,19 @@ def info(
 # --- parts ----------------------------------------------------------------------------------
 
 
-def _grids(scales: Sequence[str] | None, spacing: str | None, model: LSLPN) -> list[GridSpec]:
+def _grids(
+    scales: Sequence[str] | None, spacing: str | None, model: FewShotNetwork
+) -> list[GridSpec]:
+    """The grids to evaluate LSLPN with; other methods have none."""
     from lslpn_kernels import GridSpec
 
+    from ..methods import LSLPN
+
+    if not isinstance(model, LSLPN):
+        if scales or spacing is not None:
+            option = "--scale" if scales else "--spacing"
+            raise InputError(f"{option}: {model.name} has no grid of windows; leave it away")
+        return []
     own = model.head.grid
     common = own.spacing if spacing is None else fraction(spacing, "--spacing")
     grids = []
@@ -495,8 +518,13 @@ def _grids(scales: Sequence[str] | None, spacing: str | None, model: LSLPN) -> l
 
 
 def _model(
-    checkpoint: Path | None, preset: Preset, size: int | None, seed: int, device: str
-) -> LSLPN:
+    checkpoint: Path | None,
+    preset: Preset,
+    size: int | None,
+    seed: int,
+    device: str,
+    method: MethodName = MethodName.lslpn,
+) -> FewShotNetwork:
     """The model of a checkpoint, or an untrained one; ready to run."""
     import dataclasses
 
@@ -507,13 +535,19 @@ def _model(
         model = load_model(checkpoint)
     else:
         from ..model import untrained
-        from ..presets import PRESETS
+        from ..presets import PRESETS, with_overrides
 
-        model = untrained(PRESETS[preset.value], seed=seed)
+        model = untrained(with_overrides(PRESETS[preset.value], method=method.value), seed=seed)
     if size is not None:
         # The network takes any size: only what its input is resized to changes.
         model.config = dataclasses.replace(model.config, size=size)
     return model.to(where).eval()
+
+
+def _name(preset: Preset, seed: int, method: MethodName | None) -> str:
+    """What the untrained model is called in results."""
+    which = "" if method is None else f"{method.value}, "
+    return f"untrained ({which}{preset.value}, seed {seed})"
 
 
 def _choices(

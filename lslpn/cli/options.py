@@ -33,6 +33,15 @@ class ProtocolName(str, Enum):
     adnet = "adnet"
 
 
+class MethodName(str, Enum):
+    """The few-shot networks; `lslpn.methods` has them."""
+
+    lslpn = "lslpn"
+    panet = "panet"
+    senet = "senet"
+    alpnet = "alpnet"
+
+
 class Preset(str, Enum):
     """The bundles of settings in `lslpn.presets`."""
 
@@ -106,6 +115,16 @@ PresetOption = Annotated[
     typer.Option(
         "--preset",
         help="Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold].",
+    ),
+]
+MethodOption = Annotated[
+    MethodName | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="The network: [bold]lslpn[/bold] (default), or one that the paper compares it with, "
+        "[bold]panet[/bold], [bold]senet[/bold] or [bold]alpnet[/bold].",
+        show_default=False,
     ),
 ]
 SeedOption = Annotated[
