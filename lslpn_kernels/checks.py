@@ -122,6 +122,7 @@ def cosine_match(
     grid: GridSpec,
     size: tuple[int, int],
     reduce: str,
+    factor: float,
 ) -> None:
     _tensor("features", features, "[B, Q, D, h, w]")
     _floating("features", features)
@@ -156,3 +157,7 @@ def cosine_match(
         )
     if not isinstance(reduce, str) or reduce not in ("max", "mean"):
         raise ValueError(f'reduce must be "max" or "mean", got {reduce!r}')
+    if isinstance(factor, bool) or not isinstance(factor, Real):
+        raise TypeError(f"factor must be a number, got {type(factor).__name__}")
+    if not -math.inf < factor < math.inf:  # false for NaN too
+        raise ValueError(f"factor must be a finite number, got {factor}")

@@ -21,11 +21,18 @@ def add_background(masks: Tensor) -> Tensor:
     Returns:
         [..., N + 1, H, W] in the dtype of `masks`.
     """
+    shape = (*masks.shape[:-3], masks.shape[-3] + 1, *masks.shape[-2:])
+    every = masks.new_empty(shape)
+    background, classes = every[..., :1, :, :], every[..., 1:, :, :]
+    classes.copy_(masks)
+    one = masks.shape[-3] == 1  # the usual case, and half the work
     if masks.is_floating_point():
-        background = (1 - masks.sum(-3, keepdim=True)).clamp_min(0)
+        held = masks if one else masks.sum(-3, keepdim=True)
+        background.copy_((1 - held).clamp_(min=0))
     else:
-        background = (masks == 0).all(-3, keepdim=True).to(masks.dtype)
-    return torch.cat((background, masks), -3)
+        held = masks if one else masks.any(-3, keepdim=True)
+        background.copy_(torch.logical_not(held))
+    return every
 
 
 class LocalPrototypeHead(nn.Module):
@@ -98,10 +105,9 @@ class LocalPrototypeHead(nn.Module):
 
     def match(self, query_features: Tensor, prototypes: Tensor, size: tuple[int, int]) -> Tensor:
         """The query half: logits [B, Q, N + 1, H, W]."""
-        scores = cosine_match(
-            query_features, prototypes, self.grid, size, self.reduce, self.backend
+        return cosine_match(
+            query_features, prototypes, self.grid, size, self.reduce, self.backend, self.scale
         )
-        return self.scale * scores
 
     def extra_repr(self) -> str:
         return (

@@ -92,6 +92,7 @@ def cosine_match(
     size: tuple[int, int],
     reduce: str = "max",
     backend: str = "auto",
+    factor: float = 1.0,
 ) -> Tensor:
     """The best cosine of each query pixel with the prototypes of the windows over it, eq. (3).
 
@@ -108,6 +109,7 @@ def cosine_match(
             p = prototypes[:, None, c, gy, gx, :, None, None]    # [B, 1, D, 1, 1]
             cosine = F.cosine_similarity(up[..., y, x], p, dim=2)
             scores[:, :, c, y, x] = torch.maximum(scores[:, :, c, y, x], cosine)
+        scores = factor * scores
 
     Args:
         features: query features [B, Q, D, h, w]; float64, float32, float16 or bfloat16, in any
@@ -117,9 +119,10 @@ def cosine_match(
         size: (H, W), the image resolution to score at.
         reduce: "max" as in the paper, or "mean" over the windows of a pixel.
         backend: as in `masked_average_pool`.
+        factor: on the cosines, for logits; at no cost in kernels.
 
     Returns:
-        cosines [B, Q, C, H, W], float32 (float64 for float64 features).
+        cosines, times `factor`, [B, Q, C, H, W], float32 (float64 for float64 features).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device.
@@ -127,14 +130,16 @@ def cosine_match(
     """
     eager = _is_eager(features, prototypes)
     pair = type(size) in (tuple, torch.Size)
-    key = _key(features, prototypes, grid, reduce, *size) if eager and pair else None
+    key = _key(features, prototypes, grid, reduce, factor, *size) if eager and pair else None
     if key is None or key not in _passed:
-        checks.cosine_match(features, prototypes, grid, size, reduce)
+        checks.cosine_match(features, prototypes, grid, size, reduce, factor)
         _remember(key)
     backend = _chosen(backend, features)
     H, W = size
+    factor = float(factor)
     if backend in _PLAIN:
-        return _PLAIN[backend].cosine_match(features, prototypes, grid, (H, W), reduce)
+        scores = _PLAIN[backend].cosine_match(features, prototypes, grid, (H, W), reduce)
+        return scores if factor == 1 else factor * scores
     prototypes = prototypes.to(accumulation_dtype(features.dtype)).contiguous()
     eager = _is_eager(features, prototypes)
     trained = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
@@ -144,8 +149,11 @@ def cosine_match(
         trained = True  # torch.func may know what the tensors do not
     elif trained:
         call = _CosineMatch.apply
-    scale, spacing = grid.scale, grid.spacing
-    return call(features, prototypes, scale, spacing, H, W, reduce, trained, backend)[0]
+    # A kernel finds the cosines in what it has written, which takes a factor to divide by.
+    inside = factor if abs(factor) > 1e-6 and _scales(backend) else 1.0
+    geometry = (grid.scale, grid.spacing, H, W)
+    scores = call(features, prototypes, *geometry, reduce, trained, inside, backend)[0]
+    return scores if inside == factor else factor * scores
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -235,6 +243,11 @@ def _kernels(backend: str) -> Kernels:
     return module
 
 
+@torch.compiler.assume_constant_result
+def _scales(backend: str) -> bool:
+    return getattr(_kernels(backend), "SCALES", False)
+
+
 # ---- the registered operators: geometry travels as plain numbers, so that graphs can hold it ----
 
 _library = torch.library.Library("lslpn_kernels", "DEF")
@@ -316,7 +329,7 @@ def _(
 
 @_register(
     "cosine_match(Tensor features, Tensor prototypes, float scale, float spacing, SymInt H, "
-    "SymInt W, str reduce, bool winners, str backend) "
+    "SymInt W, str reduce, bool winners, float factor, str backend) "
     "-> (Tensor scores, Tensor winners, Tensor gram)"
 )
 def _match(
@@ -328,12 +341,15 @@ def _match(
     W: int,
     reduce: str,
     winners: bool,
+    factor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = _grid(scale, spacing)
     prototypes = prototypes.contiguous()
-    scores, best, *gram = _kernels(backend).cosine_match(
-        features, prototypes, grid, (H, W), reduce, winners
+    kernels = _kernels(backend)
+    choice = {"factor": factor} if factor != 1 else {}
+    scores, best, *gram = kernels.cosine_match(
+        features, prototypes, grid, (H, W), reduce, winners, **choice
     )
     return scores, best, gram[0] if gram else scores.new_empty(0)
 
@@ -348,6 +364,7 @@ def _(
     W: int,
     reduce: str,
     winners: bool,
+    factor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, Q, _, h, w = features.shape
@@ -364,8 +381,8 @@ def _(
 
 @_register(
     "cosine_match_backward(Tensor grad, Tensor features, Tensor prototypes, Tensor scores, "
-    "Tensor winners, Tensor gram, float scale, float spacing, str reduce, str backend, "
-    "bool[2] wanted) -> (Tensor, Tensor)"
+    "Tensor winners, Tensor gram, float scale, float spacing, str reduce, float factor, "
+    "str backend, bool[2] wanted) -> (Tensor, Tensor)"
 )
 def _match_backward(
     grad: Tensor,
@@ -377,12 +394,17 @@ def _match_backward(
     scale: float,
     spacing: float,
     reduce: str,
+    factor: float,
     backend: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels(backend)
     kept = (gram.contiguous(),) if gram.numel() else ()
-    choice = {"wanted": (wanted[0], wanted[1])} if getattr(kernels, "SELECTIVE", False) else {}
+    choice: dict[str, Any] = {}
+    if getattr(kernels, "SELECTIVE", False):
+        choice["wanted"] = wanted[0], wanted[1]
+    if factor != 1:
+        choice["factor"] = factor
     grads = kernels.cosine_match_backward(
         grad.contiguous(),
         features,
@@ -409,6 +431,7 @@ def _(
     scale: float,
     spacing: float,
     reduce: str,
+    factor: float,
     backend: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
@@ -476,17 +499,17 @@ def _pool_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
 
 
 def _keep_match(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    features, prototypes, scale, spacing, _, _, reduce, _, backend = inputs
+    features, prototypes, scale, spacing, _, _, reduce, _, factor, backend = inputs
     _, winners, gram = output
     ctx.mark_non_differentiable(winners, gram)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(features, prototypes, *output)
-    ctx.settings = (scale, spacing, reduce, backend)
+    ctx.settings = (scale, spacing, reduce, factor, backend)
 
 
 def _match_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
     features, prototypes = saved[:2]
     wanted = ctx.needs_input_grad[:2]
@@ -497,7 +520,7 @@ def _match_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]
     if _may_differentiate():
         grads = _Final.apply("cosine_match", *grads, grad, features, prototypes)
     first, second = (g if w else None for g, w in zip(grads, wanted, strict=True))
-    return first, second, None, None, None, None, None, None, None
+    return first, second, *(None,) * 8
 
 
 torch.library.register_autograd(

@@ -296,7 +296,10 @@ def test_opcheck(kernels: Any) -> None:
     torch.library.opcheck(pooled, (features, masks, 1 / 4, 1 / 2, 0.0, "cuda"))
     prototypes = torch.randn(1, 2, *GridSpec(1 / 4).shape(24, 20), 8, requires_grad=True)
     match = torch.ops.lslpn_kernels.cosine_match.default
-    torch.library.opcheck(match, (features, prototypes, 1 / 4, 1 / 2, 24, 20, "max", True, "cuda"))
+    size = (24, 20)
+    torch.library.opcheck(
+        match, (features, prototypes, 1 / 4, 1 / 2, *size, "max", True, 1.0, "cuda")
+    )
 
 
 def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:

@@ -226,7 +226,7 @@ def test_opcheck(backend: str) -> None:
     prototypes = masked_average_pool(support, masks, case.grid, backend=backend)
     for reduce in ("max", "mean"):
         torch.library.opcheck(
-            ops.cosine_match.default, (query, prototypes, *grid, 20, 17, reduce, True, backend)
+            ops.cosine_match.default, (query, prototypes, *grid, 20, 17, reduce, True, 1.0, backend)
         )
 
 

@@ -78,6 +78,26 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 # ---- registration -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("factor", [20.0, -3.0, 1e-3, 1e-30, 0.0])
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_scores_times_a_factor(factor: float, reduce: str, backend: str) -> None:
+    support, masks, query = episode(torch.float64)
+    prototypes = masked_average_pool(support, masks, GRID).detach().requires_grad_()
+    size = masks.shape[-2:]
+
+    def match(query: Tensor, prototypes: Tensor) -> Tensor:
+        return cosine_match(query, prototypes, GRID, size, reduce, backend, factor)
+
+    def plain(query: Tensor, prototypes: Tensor) -> Tensor:
+        return factor * cosine_match(query, prototypes, GRID, size, reduce, "reference")
+
+    for actual, expected in zip(
+        gradients(match, query, prototypes), gradients(plain, query, prototypes), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10 * abs(factor))
+
+
 def test_opcheck() -> None:
     ops = torch.ops.lslpn_kernels
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -92,10 +112,10 @@ def test_opcheck() -> None:
         )
         for reduce in ("max", "mean"):
             for kept in (True, False):
-                match = (query, prototypes, *settings, 20, 17, reduce, kept, "cpu")
+                match = (query, prototypes, *settings, 20, 17, reduce, kept, 3.0, "cpu")
                 torch.library.opcheck(ops.cosine_match.default, match)
             scores, winners, gram = ops.cosine_match(
-                query, prototypes, *settings, 20, 17, reduce, True, "cpu"
+                query, prototypes, *settings, 20, 17, reduce, True, 3.0, "cpu"
             )
             for wanted in ((True, True), (True, False), (False, True)):
                 torch.library.opcheck(
@@ -109,6 +129,7 @@ def test_opcheck() -> None:
                         gram,
                         *settings,
                         reduce,
+                        3.0,
                         "cpu",
                         wanted,
                     ),
@@ -125,16 +146,16 @@ def test_operators_take_what_is_not_contiguous() -> None:
     expected = ops.masked_average_pool(support, masks, *settings, 0.0, "cpu")
     assert_same((prototypes, factor), expected)
     turned = prototypes.transpose(1, 4).contiguous().transpose(1, 4)
-    scores = ops.cosine_match(query, turned, *settings, 20, 17, "max", True, "cpu")
-    kept = ops.cosine_match(query, prototypes, *settings, 20, 17, "max", True, "cpu")
+    scores = ops.cosine_match(query, turned, *settings, 20, 17, "max", True, 2.0, "cpu")
+    kept = ops.cosine_match(query, prototypes, *settings, 20, 17, "max", True, 2.0, "cpu")
     assert_same(scores, kept)
     apart = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in kept[:2]]
     assert_same(
         ops.cosine_match_backward(
-            apart[0], query, turned, *apart, kept[2], *settings, "max", "cpu", (True, True)
+            apart[0], query, turned, *apart, kept[2], *settings, "max", 2.0, "cpu", (True, True)
         ),
         ops.cosine_match_backward(
-            kept[0], query, prototypes, *kept, *settings, "max", "cpu", (True, True)
+            kept[0], query, prototypes, *kept, *settings, "max", 2.0, "cpu", (True, True)
         ),
     )
 
@@ -454,6 +475,9 @@ BAD_MATCH: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduce": ["max"]}, ValueError, 'reduce must be "max" or "mean"'),
     ({"grid": None}, TypeError, "grid must be a GridSpec"),
     ({"backend": "triton2"}, ValueError, "backend must be one of"),
+    ({"factor": "20"}, TypeError, "factor must be a number"),
+    ({"factor": math.nan}, ValueError, "factor must be a finite number"),
+    ({"factor": -math.inf}, ValueError, "factor must be a finite number"),
 ]
 
 

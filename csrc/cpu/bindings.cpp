@@ -1,5 +1,7 @@
 // The CPU kernels as Python functions of DLPack capsules. Everything that a kernel relies on is
 // checked here, whoever calls.
+#include <cmath>
+
 #include "../binding.h"
 #include "dispatch.h"
 #include "geometry.h"
@@ -134,7 +136,7 @@ void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, 
 }
 
 void match(const Geometry& geometry, py::handle features, py::handle prototypes, bool mean,
-           py::handle scores, const py::object& winners, int threads) {
+           py::handle scores, const py::object& winners, double factor, int threads) {
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
@@ -156,14 +158,16 @@ void match(const Geometry& geometry, py::handle features, py::handle prototypes,
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     cosine_match(Match<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C), mean,
-                          out.as<A>(), winner_data, bytes, thread_count(threads)});
+                          out.as<A>(), winner_data, bytes, thread_count(threads),
+                          static_cast<A>(factor)});
   });
 }
 
 void match_backward(const Geometry& geometry, py::handle grad, py::handle features,
                     py::handle prototypes, py::handle scores, const py::object& winners, bool mean,
                     const py::object& grad_features, const py::object& grad_prototypes,
-                    int threads) {
+                    double factor, int threads) {
+  if (!(std::abs(factor) >= 1e-6)) throw py::value_error("factor must not be 0");
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
@@ -200,7 +204,8 @@ void match_backward(const Geometry& geometry, py::handle grad, py::handle featur
     using A = decltype(number);
     cosine_match(MatchBackward<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C),
                                   mean, s.as<const A>(), winner_data, bytes, g.as<const A>(), df,
-                                  static_cast<A*>(dp), thread_count(threads)});
+                                  static_cast<A*>(dp), thread_count(threads),
+                                  static_cast<A>(factor)});
   });
 }
 

@@ -80,7 +80,7 @@ struct PoolBackward {
   int threads;
 };
 
-// Scores and winners [B, Q, C, H, W]; winners may be null, else uint8 or int32.
+// Scores, times `factor`, and winners [B, Q, C, H, W]; winners may be null, else uint8 or int32.
 template <class A>
 struct Match {
   Tables<A> tables;
@@ -92,6 +92,7 @@ struct Match {
   void* winners;
   bool winners_are_bytes;
   int threads;
+  A factor = A(1);  // on the scores
 };
 
 template <class A>
@@ -108,6 +109,7 @@ struct MatchBackward {
   Features grad_features;  // shapes as features; null data where not wanted
   A* grad_prototypes;      // null where not wanted
   int threads;
+  A factor = A(1);  // that the scores have, not 0
 };
 
 // No call takes more threads than this.

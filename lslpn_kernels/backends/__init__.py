@@ -56,6 +56,7 @@ class Kernels(Protocol):
         size: tuple[int, int],
         reduce: str,
         winners: bool,
+        **choice: float,
     ) -> tuple[Tensor, ...]:
         """Scores [B, Q, C, H, W], and the winning windows [B, Q, C, H, W] of `reduce="max"`
         (empty for "mean", or where `winners` is false: no gradient is wanted).
@@ -67,6 +68,9 @@ class Kernels(Protocol):
         products of neighbouring locations [B, Q, GRAM_MAPS, h, w] (empty where `winners` is
         false), and is given it again as the last argument of `cosine_match_backward`: there it
         spares one reading of the features.
+
+        A backend that has `SCALES = True` may be given a number ``factor=``, not 0, to multiply
+        the scores with; `cosine_match_backward` is then given it too.
         """
 
     def cosine_match_backward(
@@ -79,7 +83,7 @@ class Kernels(Protocol):
         grid: GridSpec,
         reduce: str,
         *gram: Tensor,
-        **choice: tuple[bool, bool],
+        **choice: tuple[bool, bool] | float,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of `features` (its dtype and layout) and `prototypes`.
 

@@ -13,8 +13,9 @@ from ..geometry import GridSpec
 from ..reference import accumulation_dtype
 from . import native, winner_dtype
 
-# Told which gradients are wanted; see `Kernels.cosine_match_backward`.
+# See `Kernels`: told which gradients are wanted, and to scale the scores.
 SELECTIVE = True
+SCALES = True
 
 _native, _reason = native.module()
 
@@ -104,6 +105,8 @@ def cosine_match(
     size: tuple[int, int],
     reduce: str,
     winners: bool,
+    *,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
@@ -122,6 +125,7 @@ def cosine_match(
         reduce == "mean",
         to_dlpack(scores),
         to_dlpack(winner) if kept else None,
+        factor,
         torch.get_num_threads(),
     )
     return scores, winner
@@ -137,6 +141,7 @@ def cosine_match_backward(
     reduce: str,
     *,
     wanted: tuple[bool, bool] = (True, True),
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`. A gradient that is not wanted comes back empty."""
     h, w = features.shape[3:]
@@ -156,6 +161,7 @@ def cosine_match_backward(
         mean,
         to_dlpack(grad_features) if wanted[0] else None,
         to_dlpack(grad_prototypes) if wanted[1] else None,
+        factor,
         torch.get_num_threads(),
     )
     return grad_features, grad_prototypes
