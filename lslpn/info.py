@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,27 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def commit() -> str | None:
+    """The git commit that this package runs from, with "-dirty" behind it where tracked files were
+    changed since; None where it is installed, or where git cannot tell."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        # Not an error for the user: a result without a commit still has its versions.
+        done = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
+        )
+        return done.stdout.strip()
+
+    try:
+        # A package installed into an environment inside somebody's checkout is not part of it.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def collect() -> dict[str, Any]:

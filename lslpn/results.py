@@ -7,7 +7,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -137,6 +137,23 @@ class Evaluation:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`; without pictures, since JSON has none.
+
+        Raises:
+            KeyError, TypeError: `given` is not what `to_dict` made.
+        """
+        names = {f.name for f in dataclasses.fields(cls)} - {"rows", "skipped", "examples"}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names
+        }
+        return cls(
+            **fields,
+            rows=tuple(Row(**row) for row in given["rows"]),
+            skipped=tuple(Skipped(**skip) for skip in given["skipped"]),
+        )
+
     def table(self, *, markdown: bool = False) -> str:
         """Organs down, cases across, with mean and median; plain text or Markdown."""
         title = (
@@ -151,16 +168,16 @@ class Evaluation:
         lines = [
             [
                 organ,
-                *(_score(by_key.get((organ, case), math.nan)) for case in cases),
-                _score(self.mean(organ)),
-                _score(self.median(organ)),
+                *(format_score(by_key.get((organ, case), math.nan)) for case in cases),
+                format_score(self.mean(organ)),
+                format_score(self.median(organ)),
             ]
             for organ in self.organs
         ]
         if len(self.organs) > 1:
             blank = [""] * len(cases)
-            lines.append(["all", *blank, _score(self.mean()), _score(self.median())])
-        text = _render(title, header, lines, markdown)
+            lines.append(["all", *blank, format_score(self.mean()), format_score(self.median())])
+        text = render_table(title, header, lines, markdown)
         for skip in self.skipped:
             text += f"\nskipped: {skip.organ} in {skip.case}: {skip.reason}"
         return text
@@ -182,13 +199,13 @@ def summary(evaluations: Sequence[Evaluation], *, markdown: bool = False) -> str
         [
             fraction(e.scale),
             fraction(e.spacing),
-            *(_score(e.headline(o)) for o in first.organs),
-            _score(e.headline()),
+            *(format_score(e.headline(o)) for o in first.organs),
+            format_score(e.headline()),
         ]
         for e in evaluations
     ]
     title = f"{first.dataset}: {first.average} Dice over {len(first.queries)} cases, by grid"
-    return _render(title, header, lines, markdown)
+    return render_table(title, header, lines, markdown)
 
 
 def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
@@ -263,17 +280,21 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _score(value: float) -> str:
+def format_score(value: float) -> str:
+    """A Dice with three decimals; "-" for NaN."""
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def _render(title: str, header: Sequence[str], lines: Iterable[Sequence[str]], md: bool) -> str:
+def render_table(
+    title: str, header: Sequence[str], lines: Iterable[Sequence[str]], markdown: bool
+) -> str:
+    """A table with a title above it, the first column to the left; plain text or Markdown."""
     # rich comes with typer; imported here because nothing else in this module needs it.
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.MARKDOWN if md else box.SIMPLE_HEAD, title=None, pad_edge=md)
+    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, title=None, pad_edge=markdown)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for line in lines:
@@ -282,4 +303,4 @@ def _render(title: str, header: Sequence[str], lines: Iterable[Sequence[str]], m
     out = io.StringIO()
     Console(file=out, width=400, color_system=None).print(table)
     body = "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
-    return f"{title}\n\n{body}\n" if md else f"{title}\n{body}"
+    return f"{title}\n\n{body}\n" if markdown else f"{title}\n{body}"

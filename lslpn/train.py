@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ from .dataset import Dataset
 from .episodes import Batch, Episodes
 from .errors import InputError
 from .info import versions
+from .lock import locked
 from .methods import FewShotNetwork
 from .model import untrained
 from .presets import Config, TrainConfig
 
 _LOG_HEADER = "step,loss,lr,seconds_per_step\n"
 # These change neither the weights nor the batches, so a resumed run may differ in them.
-_FREE_ON_RESUME = ("log_every", "checkpoint_every")
+FREE_ON_RESUME = ("log_every", "checkpoint_every")
 
 
 def train(
@@ -66,17 +67,33 @@ def train(
         progress: show bars with rate and time left.
 
     Raises:
-        InputError: `out` holds a run already and `resume` is False, or it holds none and `resume`
-            is True, or the run in it had another configuration or other data; `out` cannot be
-            written; the loss is no longer finite (the last good checkpoint stays); and
-            everything that `Episodes` and the network raise.
+        InputError: another process is at work in `out`; it holds a run already and `resume` is
+            False, or it holds none and `resume` is True, or the run in it had another
+            configuration or other data; `out` cannot be written; the loss is no longer finite
+            (the last good checkpoint stays); and everything that `Episodes` and the network raise.
     """
     folder = Path(out)
+    _previous(folder, config, resume)  # refuse before a folder is made
+    check_writable(folder / FILE_NAME)
+    with locked(folder):
+        return _train(
+            config, dataset, hold_out, cases, folder, resume, torch.device(device), progress
+        )
+
+
+def _train(
+    config: Config,
+    dataset: Dataset,
+    hold_out: Sequence[str],
+    cases: Sequence[str],
+    folder: Path,
+    resume: bool,
+    device: torch.device,
+    progress: bool,
+) -> FewShotNetwork:
+    """`train`, with the folder held."""
     file = folder / FILE_NAME
     before = _previous(folder, config, resume)
-    check_writable(file)
-    device = torch.device(device)
-
     episodes = Episodes(dataset, config, cases=cases, hold_out=hold_out, progress=progress)
     data = {
         "dataset": dataset.name,
@@ -237,7 +254,7 @@ def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
             f"{folder}: holds no run to resume; check the path, or leave --resume away"
         )
     before = load_checkpoint(file)
-    changed = _differences(before.config.to_dict(), config.to_dict())
+    changed = differences(before.config.to_dict(), config.to_dict())
     if changed:
         raise InputError(
             f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
@@ -246,11 +263,16 @@ def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
     return before
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two configurations (`Config.to_dict`) differ in, of all that a result hangs on.
+
+    Returns:
+        lines such as "steps was 400, now 500".
+    """
     found = []
     for group in ("model", "train"):
         for name, value in now[group].items():
-            if name not in _FREE_ON_RESUME and before[group].get(name) != value:
+            if name not in FREE_ON_RESUME and before[group].get(name) != value:
                 found.append(f"{name} was {before[group].get(name)!r}, now {value!r}")
     return found
 

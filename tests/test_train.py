@@ -172,6 +172,7 @@ def test_the_run_folder_and_the_model_in_it(dataset: Dataset, tmp_path: Path) ->
     model = run(dataset, tmp_path / "run", config)
     assert not model.training
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock",
         FILE_NAME,
         "config.json",
         "log.csv",

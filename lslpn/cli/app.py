@@ -1,4 +1,4 @@
-"""The command line: `lslpn demo`, `segment`, `train`, `evaluate`, `prepare` and `info`.
+"""The command line: `lslpn demo`, `segment`, `train`, `evaluate`, `prepare`, `experiment`, `info`.
 
 Results go to stdout; progress, notes and errors go to stderr. Exit codes: 0 done; 1 a fault of
 ours or of the machine; 2 something given cannot be used, said in one line; 130 interrupted.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from .experiment import experiment_app
 from .options import (
     Align,
     CheckpointOption,
@@ -65,6 +66,7 @@ app = typer.Typer(
 
 
 app.add_typer(prepare_app, name="prepare")
+app.add_typer(experiment_app, name="experiment")
 
 
 def _print_version(wanted: bool) -> None:
