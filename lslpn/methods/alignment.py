@@ -26,9 +26,12 @@ class AlignedNetwork(EncoderNetwork):
 
     Attributes:
         class_weights: of background and foreground in the cross-entropy; None for equal ones.
+        needs_prediction: whether a class that was predicted nowhere in the query is left out of
+            the alignment, which has no prototype of it then.
     """
 
     class_weights: ClassVar[tuple[float, float] | None] = None
+    needs_prediction: ClassVar[bool] = True
 
     @abstractmethod
     def scores(self, features: Tensor, support: Any) -> Tensor:
@@ -61,8 +64,9 @@ class AlignedNetwork(EncoderNetwork):
         """Cross-entropy of the support, segmented by the query's predicted mask.
 
         Every support image is segmented for each class n that it shows, as class n against the
-        background; other classes have no loss there. A class that was predicted nowhere in the
-        query teaches nothing and counts zero. No gradient goes through the predicted mask.
+        background; other classes have no loss there. With `needs_prediction` a class that was
+        predicted nowhere in the query counts zero; otherwise its scores are zero, and its loss
+        that of the background's. No gradient goes through the predicted mask.
         """
         classes = masks.shape[2] + 1
         predicted = F.one_hot(coarse.argmax(2), classes).movedim(-1, 2)[:, :, 1:].to(torch.uint8)
@@ -77,7 +81,9 @@ class AlignedNetwork(EncoderNetwork):
         known = (~other).sum((-2, -1)).clamp_min(1)
         losses = pixels.masked_fill(other, 0).sum((-2, -1)) / known
         shown = given.flatten(3).any(3)
-        taught = shown & predicted.flatten(3).any(3).any(1)[:, None]
+        taught = shown
+        if self.needs_prediction:
+            taught = shown & predicted.flatten(3).any(3).any(1)[:, None]
         return (losses * taught).sum() / shown.sum().clamp_min(1)
 
 

@@ -40,6 +40,8 @@ class ALPNet(AlignedNetwork):
 
     name = "alpnet"
     class_weights = (0.05, 1.0)
+    # As its authors have it, against the ease of predicting nothing.
+    needs_prediction = False
 
     def describe(self, features: Tensor, masks: Tensor) -> Prototypes:
         """The prototypes, normalised, for each episode and class; the background's come first."""
