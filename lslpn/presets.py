@@ -146,6 +146,9 @@ class TrainConfig:
     """Support slices per class."""
     queries: int = 1
     """Query slices per episode."""
+    supervision: Literal["labels", "superpixels"] = "labels"
+    """Where an episode's classes come from: the data set's organs, or, as ALPNet was published,
+    regions of alike grey values in single slices, without any label; see `superpixels`."""
     organs: tuple[str, ...] | None = None
     """Organs to train on; None: every organ of the data set that is not held out."""
     drop_test_slices: bool = False
@@ -200,6 +203,18 @@ class TrainConfig:
             "accumulate",
             f"a divisor of batch ({self.batch})",
             self.accumulate,
+        )
+        _require(
+            self.supervision in ("labels", "superpixels"),
+            "supervision",
+            "'labels' or 'superpixels'",
+            self.supervision,
+        )
+        _require(
+            self.supervision == "labels" or self.ways == 1,
+            "ways",
+            "1 with superpixels, one of which is an episode's class",
+            self.ways,
         )
         _require(0 < self.lr < math.inf, "lr", "a positive number", self.lr)
         _require(

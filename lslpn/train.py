@@ -37,6 +37,7 @@ from .lock import locked
 from .methods import FewShotNetwork
 from .model import untrained
 from .presets import Config, TrainConfig
+from .superpixels import SuperpixelEpisodes
 
 _LOG_HEADER = "step,loss,lr,seconds_per_step\n"
 # These change neither the weights nor the batches, so a resumed run may differ in them.
@@ -94,7 +95,8 @@ def _train(
     """`train`, with the folder held."""
     file = folder / FILE_NAME
     before = _previous(folder, config, resume)
-    episodes = Episodes(dataset, config, cases=cases, hold_out=hold_out, progress=progress)
+    source = SuperpixelEpisodes if config.train.supervision == "superpixels" else Episodes
+    episodes = source(dataset, config, cases=cases, hold_out=hold_out, progress=progress)
     data = {
         "dataset": dataset.name,
         "cases": list(episodes.cases),
@@ -200,7 +202,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, options: TrainConfig, st
     return lr
 
 
-def _prefetched(episodes: Episodes, first: int, steps: int) -> Iterator[tuple[int, Batch]]:
+def _prefetched(
+    episodes: Episodes | SuperpixelEpisodes, first: int, steps: int
+) -> Iterator[tuple[int, Batch]]:
     """The batches of steps first .. steps - 1, each made while the one before it is in use."""
     with ThreadPoolExecutor(1, thread_name_prefix="episodes") as pool:
         following = pool.submit(episodes.batch, first)
