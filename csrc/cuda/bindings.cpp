@@ -147,9 +147,9 @@ void masked_average_pool(py::handle features, py::handle masks, py::handle proto
   call.prototypes = plain_view("prototypes", prototypes, v, a, {f.B, call.C, Gy, Gx, f.D}).data;
   call.factor = plain_view("factor", factor, v, a, {f.B, f.N, call.C, Gy, Gx}).data;
   call.min_pixels = min_pixels;
+  const OnDevice device(v.device_id);
   const Workspace workspace(allocate, pool_workspace(call, false, plain), v);
   call.workspace = workspace.data();
-  const OnDevice device(v.device_id);
   raise(pool_forward(call, stream_of(stream), plain));
 }
 
@@ -164,9 +164,9 @@ void masked_average_pool_backward(py::handle grad, py::handle masks, py::handle 
   const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
   call.prototypes = plain_view("grad", grad, v, a, {f.B, call.C, Gy, Gx, f.D}).data;
   call.factor = plain_view("factor", factor, v, a, {f.B, f.N, call.C, Gy, Gx}).data;
+  const OnDevice device(v.device_id);
   const Workspace workspace(allocate, pool_workspace(call, true, plain), v);
   call.workspace = workspace.data();
-  const OnDevice device(v.device_id);
   raise(pool_backward(call, stream_of(stream), plain));
 }
 
@@ -211,9 +211,9 @@ void cosine_match(py::handle features, py::handle prototypes, py::handle scores,
                   const py::function& allocate, bool plain) {
   const TensorView v = device_view("features", features, 5);
   Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean);
+  const OnDevice device(v.device_id);
   const Workspace workspace(allocate, match_workspace(call, false, plain), v);
   call.workspace = workspace.data();
-  const OnDevice device(v.device_id);
   raise(match_forward(call, stream_of(stream), plain));
 }
 
@@ -237,9 +237,9 @@ void cosine_match_backward(py::handle grad, py::handle features, py::handle prot
   call.grad_prototypes = plain_view("grad_prototypes", grad_prototypes, v, a,
                                     {f.B, call.C, call.y.windows, call.x.windows, f.D})
                              .data;
+  const OnDevice device(v.device_id);
   const Workspace workspace(allocate, match_workspace(call, true, plain), v);
   call.workspace = workspace.data();
-  const OnDevice device(v.device_id);
   raise(match_backward(call, stream_of(stream), plain));
 }
 

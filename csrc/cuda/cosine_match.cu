@@ -1106,11 +1106,10 @@ bool choose_groups(MatchTiles& t, std::int64_t images, int most_classes) {
   return true;
 }
 
-bool plan_tiles(const Match& call, MatchTiles& t) {
+// What follows from sizes alone.
+bool make_tiles(const Match& call, MatchTiles& t) {
   const Features& f = call.features;
   if (f.dtype == DType::float64 || f.D > kTiledAxis || call.C > kTiledAxis) return false;
-  if (!small_images(f)) return false;
-  t = {};
   // Fewer windows a tile, until a pass can hold them.
   const int most = f.dtype == DType::float32 ? kWindows<float> : kWindows<Half>;
   for (int limit = kAxisWindows; t.quads == 0 || 4 * t.quads > most; --limit) {
@@ -1120,6 +1119,18 @@ bool plan_tiles(const Match& call, MatchTiles& t) {
     t.tile_windows = t.tiles_y.windows * t.tiles_x.windows;
     t.quads = static_cast<int>(divide_up(t.tile_windows, 4));
   }
+  t.C = static_cast<int>(call.C);
+  t.D = static_cast<int>(f.D);
+  t.N = f.N;
+  t.images = f.B * f.N;
+  t.y = call.y;
+  t.x = call.x;
+  return choose_groups(t, t.images, most / 4 / t.quads);
+}
+
+// What is of this call.
+void set_arguments(MatchTiles& t, const Match& call) {
+  const Features& f = call.features;
   t.features = f.data;
   t.stride_b = f.stride[0];
   t.stride_n = f.stride[1];
@@ -1131,19 +1142,19 @@ bool plan_tiles(const Match& call, MatchTiles& t) {
   t.prototypes = static_cast<const float*>(call.prototypes);
   t.prototypes_aligned =
       f.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(call.prototypes) % 16 == 0;
-  t.C = static_cast<int>(call.C);
-  t.D = static_cast<int>(f.D);
-  t.N = f.N;
-  t.images = f.B * f.N;
-  t.y = call.y;
-  t.x = call.x;
   t.overlap_x = static_cast<int>(call.overlap_x);
   t.mean = call.mean;
   t.scores = static_cast<float*>(call.scores);
   t.winners = call.winners;
   t.wide_winners = call.wide_winners;
   t.gram = static_cast<float*>(call.gram);
-  return choose_groups(t, t.images, most / 4 / t.quads);
+}
+
+bool plan_tiles(const Match& call, MatchTiles& t) {
+  thread_local Plans<MatchTiles> plans;
+  const Features& f = call.features;
+  return small_images(f) && plans.find(plan_key(f, call.y, call.x, call.C), t,
+                                       [&](MatchTiles& made) { return make_tiles(call, made); });
 }
 
 template <class T>
@@ -1163,13 +1174,11 @@ struct BackwardPlan {
   std::int64_t prototypes() const { return march.B * march.C * march.y.windows * march.x.windows; }
 };
 
-bool plan_backward(const Match& call, BackwardPlan& plan) {
+bool make_backward(const Match& call, BackwardPlan& plan) {
   MatchTiles& t = plan.tiles;
-  if (call.mean || !call.gram || !plan_tiles(call, t) || !small_images(call.grad_features))
-    return false;
+  if (!make_tiles(call, t)) return false;
   const Features& f = call.features;
   March& m = plan.march;
-  m = {};
   m.tiles_y = t.tiles_y;
   m.tiles_x = t.tiles_x;
   m.B = f.B;
@@ -1189,10 +1198,21 @@ bool plan_backward(const Match& call, BackwardPlan& plan) {
   return true;
 }
 
+bool plan_backward(const Match& call, BackwardPlan& plan) {
+  thread_local Plans<BackwardPlan> plans;
+  const Features& f = call.features;
+  if (call.mean || !call.gram || !small_images(f) || !small_images(call.grad_features)) {
+    return false;
+  }
+  return plans.find(plan_key(f, call.y, call.x, call.C), plan,
+                    [&](BackwardPlan& made) { return make_backward(call, made); });
+}
+
 std::string tiled_backward(const Match& call, BackwardPlan& plan, Stream stream) {
   const Features& f = call.features;
   MatchTiles& t = plan.tiles;
   March& m = plan.march;
+  set_arguments(t, call);
   t.grad = static_cast<const float*>(call.grad);
   t.maps = static_cast<float*>(call.workspace);
   t.tile_sums = t.maps + plan.chunks.images * plan.map_floats;
@@ -1242,6 +1262,7 @@ std::int64_t match_workspace(const Match& call, bool backward, bool plain) {
 std::string match_forward(const Match& call, Stream stream, bool plain) {
   MatchTiles t;
   if (!plain && plan_tiles(call, t)) {
+    set_arguments(t, call);
     switch (call.features.dtype) {
       case DType::float16:
         return tiled_forward<Half>(t, stream);

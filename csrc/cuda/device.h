@@ -153,6 +153,7 @@ inline std::string error_text(cudaError_t error) {
 template <class P>
 std::string launch(void (*kernel)(P), std::int64_t blocks, std::int64_t blocks_y, int threads,
                    std::size_t shared, Stream stream, const P& parameters) {
+  static_assert(sizeof(P) <= 4096, "a kernel has 4 KiB for its parameters");
   if (blocks > 0x7fffffff || blocks_y > 0xffff) return "too many blocks for one launch";
   if (shared > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(

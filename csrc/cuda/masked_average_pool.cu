@@ -106,11 +106,10 @@ struct PoolPlan {
   Chunks chunks;
 };
 
-bool plan_pool(const Pool& call, bool backward, PoolPlan& plan) {
+bool make_plan(const Pool& call, bool backward, PoolPlan& plan) {
   const Features& f = call.features;
   if (f.dtype == DType::float64 || f.D > kTiledAxis || call.C > kTiledAxis) return false;
   March& m = plan.march;
-  m = {};
   if (!cut_at_windows(call.y, kTileRows, m.tiles_y)) return false;
   if (!cut_at_windows(call.x, kTileColumns, m.tiles_x)) return false;
   m.B = f.B;
@@ -127,6 +126,12 @@ bool plan_pool(const Pool& call, bool backward, PoolPlan& plan) {
   plan.count_floats = tiles * call.C;
   plan.chunks = Chunks::of(f, 4 * (plan.map_floats + plan.count_floats));
   return true;
+}
+
+bool plan_pool(const Pool& call, bool backward, PoolPlan& plan) {
+  thread_local Plans<PoolPlan> plans[2];
+  return plans[backward].find(plan_key(call.features, call.y, call.x, call.C), plan,
+                              [&](PoolPlan& made) { return make_plan(call, backward, made); });
 }
 
 std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream, bool backward) {

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <map>
+#include <optional>
 #include <vector>
 
 #include "common.h"
@@ -186,6 +189,56 @@ inline bool cut_at_windows(const Axis& axis, int cells, Tiles& tiles) {
   measure(axis, tiles);
   return true;
 }
+
+// Plans follow from sizes alone and take longer than a launch: a thread keeps those it has made.
+using PlanKey = std::array<std::int64_t, 18>;
+
+inline PlanKey plan_key(const Features& f, const Axis& y, const Axis& x, std::int64_t C) {
+  const Device device = this_device();
+  return {f.dtype == DType::float64   ? 8
+          : f.dtype == DType::float32 ? 4
+                                      : 2,
+          C,
+          f.B,
+          f.N,
+          f.D,
+          y.pixels,
+          y.cells,
+          y.window,
+          y.step,
+          y.windows,
+          x.pixels,
+          x.cells,
+          x.window,
+          x.step,
+          x.windows,
+          device.multiprocessors,
+          device.shared_memory,
+          device.workspace};
+}
+
+template <class Plan>
+class Plans {
+ public:
+  // Copies the plan for these sizes, or calls `make(plan)`, which says whether there is one.
+  template <class Make>
+  bool find(const PlanKey& key, Plan& plan, Make make) {
+    auto found = known_.find(key);
+    if (found == known_.end()) {
+      Plan made{};
+      const bool possible = make(made);
+      if (known_.size() == kMost) known_.clear();
+      found = known_.emplace(key, possible ? std::optional<Plan>(made) : std::nullopt).first;
+    }
+    if (!found->second) return false;
+    plan = *found->second;
+    return true;
+  }
+
+ private:
+  static constexpr std::size_t kMost = 64;  // of some 5 KB
+  std::map<PlanKey, std::optional<Plan>> known_;
+};
 
 // The tiles' maps lie in a workspace, which should not grow with the batch: images are taken in
 // chunks, whole episodes or parts of one.
