@@ -747,10 +747,13 @@ struct Marcher {
       for (; loaded <= row_cell(begin).last_window; ++loaded) load_vectors(loaded);
     }
     if constexpr (kFeatures) {
-      for (int i = begin - kHalo; i <= begin + 1; ++i) {
-        fetch_row(n, i, fetched);
-        keep_row(n, i, fetched);
-      }
+      Row before, after;  // all on their way before the first is waited for
+      if constexpr (kHalo > 0) fetch_row(n, begin - 1, before);
+      fetch_row(n, begin, fetched);
+      fetch_row(n, begin + 1, after);
+      if constexpr (kHalo > 0) keep_row(n, begin - 1, before);
+      keep_row(n, begin, fetched);
+      keep_row(n, begin + 1, after);
     }
     find_scales(n, image);
     if constexpr (kStencil) {
@@ -912,54 +915,75 @@ inline void lay_out(March& p, Pass pass) {
   m.total = static_cast<int>(std::min<std::int64_t>(bytes, 1 << 30));
 }
 
-// Cuts the image into parts, for p.B episodes: as few as fit into shared memory, preferably two
-// blocks at a time on a multiprocessor, and as many as keep the multiprocessors busy. Returns
-// whether they fit at all.
+// What a way to cut costs, for p.B episodes: rows that a multiprocessor's blocks walk down in turn,
+// those on the way to the first included, by the instructions of a warp in a row, roughly counted.
+inline std::int64_t march_cost(const March& p, Pass pass, const Device& device) {
+  const bool sums = pass != Pass::pool_backward, spread = pass != Pass::pool;
+  const Parts &y = p.parts_y, &x = p.parts_x;
+  const int together = 2 * p.memory.total <= device.shared_memory - 1024 ? 2 : 1;
+  const std::int64_t blocks = divide_up(p.D, kSlice) * p.B * y.count * x.count;
+  const std::int64_t turns = divide_up(blocks, std::int64_t{together} * device.multiprocessors);
+  std::int64_t row = 300;
+  if (sums) row += divide_up(std::int64_t{p.C} * x.windows, kMarchWarps) * (13 * x.span + 40);
+  if (spread) {
+    const std::int64_t share = divide_up(x.own, kMarchWarps);
+    row += p.C * (x.cell_windows * (12 * share + 10) + 10 * share);
+    if (pass == Pass::match_backward) row += 25 * share;
+  }
+  return turns * (y.visit + 4) * row;
+}
+
+// Cuts the image into parts: as few as fit into shared memory, preferably two blocks at a time on
+// a multiprocessor, or some more where that costs less. They overlap by a window or so, but fill
+// the multiprocessors. Returns whether they fit at all.
 inline bool plan_march(March& p, Pass pass) {
   const bool sums = pass != Pass::pool_backward, spread = pass != Pass::pool;
-  const bool halo = pass == Pass::match_backward;
   const auto most = [&](const Axis& axis) {
     int parts = kMaxParts;
     if (sums) parts = std::min(parts, axis.windows);
     if (spread) parts = std::min(parts, axis.cells);
     return parts;
   };
-  const auto cut = [&](int y, int x) {
-    cut_parts(p.y, p.tiles_y, y, sums, spread, halo, p.parts_y);
-    cut_parts(p.x, p.tiles_x, x, sums, spread, halo, p.parts_x);
-    lay_out(p, pass);
+  const auto cut = [&](const Axis& axis, const Tiles& tiles, int count) {
+    Parts parts;
+    cut_parts(axis, tiles, count, sums, spread, pass == Pass::match_backward, parts);
+    return parts;
   };
   const Device device = this_device();
-  const int most_y = most(p.y), most_x = most(p.x);
-  int x = 0;
+  const int most_x = most(p.x);
+  p.parts_y = cut(p.y, p.tiles_y, 1);
+  int fewest_x = 0;
   const auto fewest = [&](int memory, int columns) {
-    for (int parts = 1; parts <= most_x && x == 0; ++parts) {
-      cut(1, parts);
-      if (p.memory.total <= memory && p.parts_x.visit + 2 <= columns) x = parts;
+    for (int parts = 1; parts <= most_x && fewest_x == 0; ++parts) {
+      p.parts_x = cut(p.x, p.tiles_x, parts);
+      lay_out(p, pass);
+      if (p.memory.total <= memory && p.parts_x.visit + 2 <= columns) fewest_x = parts;
     }
   };
   const int half = device.shared_memory / 2 - 1024;
   fewest(half, kFetches * kWarp);
   fewest(half, kTiledAxis);
   fewest(device.shared_memory, kTiledAxis);
-  if (x == 0) return false;
-  // Parts overlap by a window or so; too many of them do the same work many times.
-  const std::int64_t slices = divide_up(p.D, kSlice) * p.B;
-  int y = 1;
-  const auto worth = [&](const Axis& axis, int parts, int limit) {
-    return parts <= limit && (!sums || axis.windows >= 2 * parts) && axis.cells >= 8 * parts;
-  };
-  while (slices * x * y < 2 * device.multiprocessors) {
-    if (worth(p.y, y + 1, most_y)) {
-      ++y;
-    } else if (worth(p.x, x + 1, most_x)) {
-      ++x;
-    } else {
-      break;
+  if (fewest_x == 0) return false;
+  std::vector<Parts> ways_y;
+  for (int parts = 1; parts <= std::min(most(p.y), 16); ++parts) {
+    ways_y.push_back(cut(p.y, p.tiles_y, parts));
+  }
+  std::int64_t least = -1;
+  March best = p;
+  for (int parts = fewest_x; parts <= std::min(most_x, fewest_x + 7); ++parts) {
+    p.parts_x = cut(p.x, p.tiles_x, parts);
+    for (const Parts& way : ways_y) {
+      p.parts_y = way;
+      lay_out(p, pass);
+      const std::int64_t cost = march_cost(p, pass, device);
+      if (p.memory.total > device.shared_memory || (least >= 0 && cost >= least)) continue;
+      least = cost;
+      best = p;
     }
   }
-  cut(y, x);
-  return p.memory.total <= device.shared_memory;
+  p = best;
+  return least >= 0;
 }
 
 // The features' side of the parameters.
