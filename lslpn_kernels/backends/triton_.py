@@ -342,6 +342,10 @@ def _dot(dtype: torch.dtype) -> str:
 # Launching
 
 
+# Left to itself, ptxas now and then takes fewer registers than there are, and spills.
+_OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
+
+
 class _Launch:
     """A kernel with its grid and all its arguments but the tensors, for one set of shapes.
 
@@ -355,13 +359,11 @@ class _Launch:
         programs: int,
         numbers: Sequence[int | float],
         constants: dict[str, Any],
-        **options: int,
     ) -> None:
         self.kernel = kernel
         self.grid = (programs, 1, 1)
         self.numbers = tuple(numbers)
         self.constants = constants
-        self.options = {"num_warps": 4, "num_stages": 1, **options}
         self.tail = (*numbers, *constants.values())
         self.compiled: Any = None
 
@@ -372,7 +374,7 @@ class _Launch:
         from . import triton_kernels
 
         kernel = getattr(triton_kernels, self.kernel)
-        self.compiled = kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        self.compiled = kernel[self.grid](*tensors, *self.numbers, **self.constants, **_OPTIONS)
 
 
 _plans: dict[tuple[Any, ...], Any] = {}
@@ -471,7 +473,6 @@ class _Pool:
                     "LONG": long,
                     "DOT": _dot(features.dtype),
                 },
-                maxnreg=160,
             )
             return
         GY, GX, BN = _group(C, geometry, B)
@@ -802,8 +803,6 @@ class _MatchBack:
                 "LONG": long,
                 "DOT": _dot(features.dtype),
             },
-            num_warps=4,
-            maxnreg=255,
         )
 
 
