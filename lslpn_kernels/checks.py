@@ -25,7 +25,7 @@ LONGEST = 1 << 30  # pixels or feature locations along an axis
 def windows(grid: GridSpec, pixels: Any) -> Any:
     """The number of windows along an axis of `pixels`, an int or a symbol for one."""
     largest = max if isinstance(pixels, int) else torch.sym_max
-    scale, spacing = _fractions(grid)
+    scale, spacing = _fractions(grid.written)
     window = largest(1, _part(grid.scale, scale, pixels))
     step = largest(1, _part(grid.spacing, spacing, window))
     # max(0, .) changes nothing, but lets a symbolic solver see that there is at least one.
@@ -41,8 +41,9 @@ def _part(factor: float, fraction: tuple[int, int], n: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _fractions(grid: GridSpec) -> tuple[tuple[int, int], tuple[int, int]]:
-    return _fraction(grid.scale), _fraction(grid.spacing)
+def _fractions(written: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    scale, spacing = map(float, written.split())
+    return _fraction(scale), _fraction(spacing)
 
 
 @lru_cache(maxsize=64)

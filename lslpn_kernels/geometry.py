@@ -8,7 +8,7 @@ over which both of these stay simple. Both axes are alike, so one axis is all th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
@@ -43,6 +43,8 @@ class GridSpec:
 
     scale: float = 1 / 8
     spacing: float = 1 / 2
+    # Both as text, for what traces programs: it takes numbers for variables, but text as it is.
+    written: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("scale", "spacing"):
@@ -52,6 +54,7 @@ class GridSpec:
             if not 0 < value <= 1:  # false for NaN too
                 raise ValueError(f"GridSpec: {name} must lie in (0, 1], got {value}")
             object.__setattr__(self, name, float(value))
+        object.__setattr__(self, "written", f"{self.scale!r} {self.spacing!r}")
 
     def shape(self, H: int, W: int) -> tuple[int, int]:
         """(Gy, Gx): the number of windows along the height and the width of an image."""
