@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import synthetic_ct, write_nifti, write_synthetic_dataset
+from conftest import CHECKOUT, synthetic_ct, write_nifti, write_synthetic_dataset
 from torch import Tensor
 
 from lslpn.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -23,7 +26,7 @@ from lslpn.methods.senet import dice_loss
 from lslpn.model import untrained
 from lslpn.presets import Config, ModelConfig, TrainConfig, preset, with_overrides
 from lslpn.segment import segment
-from lslpn.train import make_optimizer, train, train_step
+from lslpn.train import learning_rate, make_optimizer, train, train_step
 from lslpn.volumes import read_image, read_labels
 from lslpn_kernels import GridSpec
 
@@ -428,6 +431,18 @@ def test_checkpoints_from_before_there_were_methods_are_lslpns(tmp_path: Path) -
         load_model(file)
 
 
+def test_senet_in_bfloat16_gives_float32_near_the_exact() -> None:
+    model = network("senet")
+    data = batch()
+    with torch.no_grad():
+        exact = model(data.support_images, data.support_masks, data.query_images)
+        model.amp = True
+        rough = model(data.support_images, data.support_masks, data.query_images)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05 * float(exact.std()))
+
+
 def test_one_way_and_one_shot_for_senet() -> None:
     model = network("senet")
     images = torch.rand(1, 2, S, S)
@@ -493,3 +508,25 @@ def test_the_command_line_trains_and_evaluates_a_method(
     ):
         assert main([*plain, *bad, out]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_settings_as_published_are_settings() -> None:
+    """Those of docs/methods.md, as a shell would hand them over."""
+    text = (CHECKOUT / "docs" / "methods.md").read_text()
+    text = text.replace("$(seq -s, 1000 1000 99000)", ",".join(map(str, range(1000, 100000, 1000))))
+    commands = [
+        shlex.split(c.replace("\\\n", " "))
+        for c in re.findall(r"^lslpn train .*(?:\n    .*)*", text, re.M)
+    ]
+    steps = {}
+    for words in commands:
+        method = words[words.index("--method") + 1]
+        values = dict(w.split("=", 1) for before, w in pairwise(words) if before == "--set")
+        steps[method] = with_overrides(preset("published"), method=method, **values).train
+    assert {m: (t.steps, t.batch) for m, t in steps.items()} == {
+        "panet": (30_000, 1),
+        "alpnet": (100_000, 1),
+        "senet": (2000, 2),
+    }
+    assert learning_rate(steps["alpnet"], 99_999) == pytest.approx(1e-3 * 0.95**99)
+    assert learning_rate(steps["senet"], 1999) == 1e-3
