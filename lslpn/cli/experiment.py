@@ -16,6 +16,7 @@ from .options import (
     Align,
     DataOption,
     DeviceOption,
+    MethodName,
     Preset,
     PresetOption,
     ProtocolName,
@@ -323,6 +324,121 @@ def grid_scale(
     with _opened(given, experiment.own(grids)) as store:
         files = experiment.run(
             store, _seeds(seeds), grids=grids, classes=_one(classes), untrained=untrained
+        )
+    _print(files)
+
+
+@experiment_app.command("misalignment")
+@command
+def misalignment(
+    data: DataOption,
+    out: _Out,
+    method: Annotated[
+        MethodName, typer.Option("--method", metavar="NAME", help="lslpn, panet, senet or alpnet.")
+    ] = MethodName.lslpn,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="The network before training, in its place.")
+    ] = False,
+    classes: _OneClasses = ClassesName.all,
+    fold: _Fold = None,
+    folds: _Folds = None,
+    train_cases: _TrainCases = None,
+    test_cases: _TestCases = None,
+    support: _Support = None,
+    seeds: _Seeds = None,
+    setting: _Setting = Setting.one,
+    protocol: _Protocol = ProtocolName.published,
+    chunks: _Chunks = None,
+    align: _Align = Align.none,
+    preset: PresetOption = Preset.published,
+    sets: _Set = None,
+    runs: _Runs = None,
+    run: _Run = None,
+    batch: _Batch = 8,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Fig. 3, right: how well organs are found, against how alike support and query lie.
+
+    Every network is evaluated twice, with the scans as they lie and cropped to the body; --align
+    says how it is trained.
+    """
+    given = _Given(
+        data, out, fold, folds, train_cases, test_cases, support, setting, protocol, chunks, align,
+        preset, sets, runs, run, batch, device, quiet,
+    )  # fmt: skip
+    from ..experiments import misalignment as experiment
+
+    with _opened(given) as store:
+        files = experiment.run(
+            store, [method.value], _seeds(seeds), classes=_one(classes), untrained=untrained
+        )
+    _print(files)
+
+
+@experiment_app.command("figures")
+@command
+def figures(
+    data: DataOption,
+    out: _Out,
+    method: _Method = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--case",
+            metavar="CASE",
+            help="Test cases to show, repeated or with commas; default: the first two.",
+            show_default=False,
+        ),
+    ] = None,
+    organ: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--organ",
+            metavar="NAME",
+            help="Organs to show, repeated or with commas; default: all that are held out.",
+            show_default=False,
+        ),
+    ] = None,
+    untrained: _Untrained = False,
+    classes: _OneClasses = ClassesName.all,
+    fold: _Fold = None,
+    folds: _Folds = None,
+    train_cases: _TrainCases = None,
+    test_cases: _TestCases = None,
+    support: _Support = None,
+    seeds: _Seeds = None,
+    setting: _Setting = Setting.one,
+    protocol: _Protocol = ProtocolName.published,
+    chunks: _Chunks = None,
+    align: _Align = Align.none,
+    preset: PresetOption = Preset.published,
+    sets: _Set = None,
+    runs: _Runs = None,
+    run: _Run = None,
+    batch: _Batch = 8,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Fig. 2 and 4: support, query, ground truth and each method's result.
+
+    Shows the middle slice of an organ, never the best one; of several --seeds the first.
+    """
+    given = _Given(
+        data, out, fold, folds, train_cases, test_cases, support, setting, protocol, chunks, align,
+        preset, sets, runs, run, batch, device, quiet,
+    )  # fmt: skip
+    from ..experiments import figures as experiment
+
+    with _opened(given) as store:
+        files = experiment.run(
+            store,
+            split(method) or ["lslpn"],
+            _seeds(seeds)[0],
+            cases=split(case),
+            organs=split(organ),
+            classes=_one(classes),
+            untrained=untrained,
         )
     _print(files)
 
