@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
-from instrumented import launcher
-from sanitizers.build import build_driver
+from instrumented import ROOT, compiler, launcher
+from sanitizers.build import build_driver, build_module
 
 ADDRESS, THREAD = "address,undefined", "thread"
 OPTIONS = {
@@ -96,3 +97,50 @@ def test_sanitizers_see_planted_mistakes(sanitizer: str, mistake: str, report: s
     status, output = run(sanitizer, mistake)
     assert status != 0
     assert re.search(report, output), output[-6000:]
+
+
+FUZZ = """
+import importlib.util, sys
+import pytest
+spec = importlib.util.spec_from_file_location("lslpn_kernels._native", sys.argv[1])
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from lslpn_kernels.backends import native
+assert native.module()[0] is module
+sys.exit(pytest.main(["-v", "tests/test_ops.py", "-k", "fuzz or capsules"]))
+"""
+
+
+def test_no_call_of_the_binding_reads_or_writes_out_of_bounds() -> None:
+    """The fuzz tests again, under AddressSanitizer."""
+    need(ADDRESS)
+    pytest.importorskip("pybind11")
+    module = build_module()
+    # A sanitizer must come before all else, and before the C++ exceptions that it listens to.
+    preload = [
+        subprocess.run(
+            [compiler() or "", f"-print-file-name={name}"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    done = subprocess.run(
+        [*launcher(ADDRESS), sys.executable, "-c", FUZZ, str(module)],
+        check=False,
+        cwd=ROOT,
+        # Python itself never frees some of its memory.
+        env={
+            **os.environ,
+            **OPTIONS,
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+            "LD_PRELOAD": " ".join(preload),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert re.search(r"\b4 passed\b", done.stdout), done.stdout[-2000:]

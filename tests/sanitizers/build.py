@@ -11,6 +11,8 @@ from __future__ import annotations
 import ast
 import platform
 import sys
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from instrumented import ROOT, Unit, build, launcher
@@ -40,7 +42,7 @@ def build_driver(sanitizer: str) -> Path:
     Raises:
         RuntimeError: there is no compiler, or it refuses the sources.
     """
-    instruction_sets, kernels = _setup_constants()
+    instruction_sets, _ = _setup_constants()
     variants: dict[str, list[str]] = {"plain": []}
     flags = [*FLAGS, "-fopenmp"]
     if platform.machine().lower() in ("x86_64", "amd64"):
@@ -55,19 +57,45 @@ def build_driver(sanitizer: str) -> Path:
         link.remove("-fopenmp")
         # The driver starts no threads of its own but to call kernels, and is quicker like this.
         driver_flags = [*flags, "-DLSLPN_OWN_THREADS"]
-    units = []
-    for source in sorted(CPU.glob("*.cpp")):
-        if source.name in kernels:
-            units += [
-                Unit(source, (*flags, *extra, *instrument, f"-DLSLPN_ISA={isa}"), f"_{isa}")
-                for isa, extra in variants.items()
-            ]
-        elif source.name != "bindings.cpp":
-            units.append(Unit(source, (*flags, *instrument)))
+    units = list(_units(variants, [*flags, *instrument], leave_out="bindings.cpp"))
     units.sort(key=lambda unit: -unit.source.stat().st_size)  # the longest first
     units += [Unit(source, tuple(driver_flags)) for source in helpers]
     headers = [CPU, ROOT / "csrc" / "core", HERE]
     return build(f"sanitizers-{sanitizer.partition(',')[0]}", "driver", units, link, headers)
+
+
+def build_module() -> Path:
+    """The package's compiled module under "address,undefined", with the plain kernels alone.
+
+    Raises:
+        RuntimeError: there is no compiler, or it refuses the sources.
+        ImportError: there is no pybind11.
+    """
+    import pybind11
+
+    includes = ["-I", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    instrument = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [*FLAGS, *includes, "-fopenmp", "-fPIC", "-fvisibility=hidden"]
+    units = [
+        *_units({"plain": []}, [*flags, *instrument]),
+        Unit(ROOT / "csrc" / "module.cpp", tuple(flags)),
+    ]
+    headers = [CPU, ROOT / "csrc" / "core", ROOT / "csrc"]
+    name = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
+    return build("fuzzed", name, units, ["-shared", *instrument, "-fopenmp"], headers)
+
+
+def _units(
+    variants: Mapping[str, Sequence[str]], flags: Sequence[str], leave_out: str = ""
+) -> Iterator[Unit]:
+    """The sources of csrc/cpu; the kernels once for each instruction set and its flags."""
+    _, kernels = _setup_constants()
+    for source in sorted(CPU.glob("*.cpp")):
+        if source.name in kernels:
+            for isa, extra in variants.items():
+                yield Unit(source, (*flags, *extra, f"-DLSLPN_ISA={isa}"), f"_{isa}")
+        elif source.name != leave_out:
+            yield Unit(source, tuple(flags))
 
 
 if __name__ == "__main__":
