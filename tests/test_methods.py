@@ -8,6 +8,7 @@ import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lslpn.checkpoint import load_checkpoint, load_model, save_checkpoint
 from lslpn.cli import main
+from lslpn.cli.options import MethodName
 from lslpn.dataset import Dataset
 from lslpn.episodes import Batch
 from lslpn.errors import InputError
@@ -24,7 +26,7 @@ from lslpn.evaluate import evaluate, evaluate_grids
 from lslpn.methods import METHODS, ALPNet, FewShotNetwork, PANet, SENet
 from lslpn.methods.senet import dice_loss
 from lslpn.model import untrained
-from lslpn.presets import Config, ModelConfig, TrainConfig, preset, with_overrides
+from lslpn.presets import Config, Method, ModelConfig, TrainConfig, preset, with_overrides
 from lslpn.segment import segment
 from lslpn.train import learning_rate, make_optimizer, train, train_step
 from lslpn.volumes import read_image, read_labels
@@ -480,7 +482,7 @@ def test_methods_are_named_as_the_option_has_them() -> None:
         with_overrides(preset("published"), method="protonet")
     with pytest.raises(InputError, match=r"method.*lslpn, panet"):
         ModelConfig(method="protonet")  # type: ignore[arg-type]
-    assert (PANet.name, ALPNet.name, SENet.name) == ("panet", "alpnet", "senet")
+    assert list(METHODS) == list(get_args(Method)) == [name.value for name in MethodName]
 
 
 def test_the_command_line_trains_and_evaluates_a_method(
