@@ -30,6 +30,11 @@ pytestmark = pytest.mark.skipif(
     not backends()["cpu"].usable, reason=f"cpu: {backends()['cpu'].reason}"
 )
 
+SYMBOLIC = pytest.mark.skipif(
+    tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11),
+    reason="PyTorch 2.6 fails to solve for such sizes, 2.11 does; between them it was not tried",
+)
+
 
 def episode(
     dtype: torch.dtype = torch.float32,
@@ -223,7 +228,7 @@ def test_compile_says_what_is_wrong() -> None:
         compiled(support, masks[:1], query)
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=SYMBOLIC), False])
 def test_export(strict: bool) -> None:
     module = LocalPrototypeHead(GRID).eval()
     support, masks, query = (t.detach() for t in episode())
@@ -408,6 +413,7 @@ def test_windows_are_counted_as_the_geometry_counts_them(scale: float, spacing: 
         assert checks.windows(grid, pixels) == grid.axis(pixels).windows
 
 
+@SYMBOLIC
 def test_compile_small_images_with_symbolic_sizes() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(head, fullgraph=True, dynamic=True)
