@@ -58,6 +58,15 @@ class Batch:
             self.query_labels.to(device, non_blocking=True),
         )
 
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return Batch(
+            self.support_images.pin_memory(),
+            self.support_masks.pin_memory(),
+            self.query_images.pin_memory(),
+            self.query_labels.pin_memory(),
+        )
+
     def split(self, parts: int) -> list[Batch]:
         """`parts` batches of equally many episodes."""
         fields = (self.support_images, self.support_masks, self.query_images, self.query_labels)
@@ -219,10 +228,15 @@ class Episodes:
                 value = zlib.crc32(np.ascontiguousarray(array).data.cast("B"), value)
         return value
 
-    def batch(self, step: int) -> Batch:
-        """The batch of training step `step`; the same whenever it is asked for."""
-        train = self.config.train
-        episodes = [self._episode(step, index) for index in range(train.batch)]
+    def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
+        """The batch of training step `step`; the same whenever it is asked for.
+
+        Args:
+            step: from 0.
+            share: which of its episodes to make, counted from 0; default: all.
+        """
+        share = range(self.config.train.batch) if share is None else share
+        episodes = [self._episode(step, index) for index in share]
         support, masks, queries, labels = (
             torch.from_numpy(np.stack(part)) for part in zip(*episodes, strict=True)
         )

@@ -180,6 +180,9 @@ class TrainConfig:
     """Run the encoder in bfloat16 (autocast); the head and the loss stay in float32."""
     channels_last: bool = True
     """Memory layout of the encoder: faster on most devices, equal to rounding."""
+    compile: bool = False
+    """Let torch.compile make the convolutions' code: a minute or more at the start, faster steps
+    after it, equal to rounding."""
     log_every: int = 10
     """Steps between lines of the log; the loss is looked at for NaN as often."""
     checkpoint_every: int = 100

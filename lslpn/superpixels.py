@@ -144,10 +144,11 @@ class SuperpixelEpisodes:
         """A checksum of all slices: equal data draws equal batches."""
         return zlib.crc32(np.ascontiguousarray(self._slices).data.cast("B"))
 
-    def batch(self, step: int) -> Batch:
-        """The batch of training step `step`; the same whenever it is asked for."""
+    def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
+        """As `Episodes.batch`."""
         train = self.config.train
-        views = [self._episode(step, index) for index in range(train.batch)]
+        share = range(train.batch) if share is None else share
+        views = [self._episode(step, index) for index in share]
         images, masks = (torch.from_numpy(np.stack(part)) for part in zip(*views, strict=True))
         K = train.shots
         return Batch(images[:, :K], masks[:, :K, None], images[:, K:], masks[:, K:].long())

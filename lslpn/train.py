@@ -3,33 +3,44 @@
 A run is a folder:
 
     config.json     every number of it, and the data it was trained on
-    log.csv         step, loss, lr, seconds per step
+    log.csv         step, loss, lr, seconds per step, and how many of them it waited for its batch
     checkpoint.pt   the latest state; also the result, once the last step is done
 
 Every random number is a function of the seed and the step (see episodes.py; dropout is seeded
 anew each step), so that a run that was stopped and resumed ends with the same weights, bit for
-bit, as one that was not: on the same machine, with the same torch, kernels and threads.
+bit, as one that was not: on the same machine, with the same torch, kernels, threads and number of
+processes.
+
+Several processes (see distributed.py) share the episodes of a batch, which is the same whatever
+their number; the weights that come out are the same to rounding where nothing else differs by
+process: dropout draws by process, and on the CPU live batch norm sees the process's images alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .atomic import check_writable, write_text
 from .checkpoint import FILE_NAME, Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from .dataset import Dataset
+from .distributed import World, world
 from .episodes import Batch, Episodes
 from .errors import InputError
 from .info import versions
@@ -39,7 +50,7 @@ from .model import untrained
 from .presets import Config, TrainConfig
 from .superpixels import SuperpixelEpisodes
 
-_LOG_HEADER = "step,loss,lr,seconds_per_step\n"
+_LOG_HEADER = "step,loss,lr,seconds_per_step,waiting_per_step\n"
 # These change neither the weights nor the batches, so a resumed run may differ in them.
 FREE_ON_RESUME = ("log_every", "checkpoint_every")
 
@@ -74,29 +85,41 @@ def train(
             (the last good checkpoint stays); and everything that `Episodes` and the network raise.
     """
     folder = Path(out)
-    _previous(folder, config, resume)  # refuse before a folder is made
-    check_writable(folder / FILE_NAME)
-    with locked(folder):
-        return _train(
-            config, dataset, hold_out, cases, folder, resume, torch.device(device), progress
+    processes = world()
+    each = processes.size * config.train.accumulate
+    if config.train.batch % each:
+        raise InputError(
+            f"batch: expected a multiple of {each} ({processes.size} processes x accumulate "
+            f"{config.train.accumulate}), got {config.train.batch}; change batch or accumulate"
         )
+    with contextlib.ExitStack() as held:
+        before = None
+        if processes.first:
+            _previous(folder, config, resume)  # refuse before a folder is made
+            check_writable(folder / FILE_NAME)
+            held.enter_context(locked(folder))
+            before = _previous(folder, config, resume)
+        before = processes.from_first(before)
+        source = SuperpixelEpisodes if config.train.supervision == "superpixels" else Episodes
+        episodes = source(
+            dataset, config, cases=cases, hold_out=hold_out, progress=progress and processes.first
+        )
+        device = torch.device(device)
+        return _train(config, dataset, episodes, folder, before, device, progress, processes)
 
 
 def _train(
     config: Config,
     dataset: Dataset,
-    hold_out: Sequence[str],
-    cases: Sequence[str],
+    episodes: Episodes | SuperpixelEpisodes,
     folder: Path,
-    resume: bool,
+    before: Checkpoint | None,
     device: torch.device,
     progress: bool,
+    processes: World,
 ) -> FewShotNetwork:
-    """`train`, with the folder held."""
+    """`train`, with the folder held and the scans read."""
     file = folder / FILE_NAME
-    before = _previous(folder, config, resume)
-    source = SuperpixelEpisodes if config.train.supervision == "superpixels" else Episodes
-    episodes = source(dataset, config, cases=cases, hold_out=hold_out, progress=progress)
     data = {
         "dataset": dataset.name,
         "cases": list(episodes.cases),
@@ -104,6 +127,7 @@ def _train(
         "hold_out": list(episodes.hold_out),
         "fingerprint": episodes.fingerprint(),
     }
+    processes.agree((config.to_dict(), data), "data and options")
     options = config.train
     model = untrained(config, seed=options.seed)
     if before is not None:
@@ -112,15 +136,27 @@ def _train(
     model.amp = options.amp
     if not options.channels_last:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    model.to(device).train()
+    model = _synchronised(model, device, processes).to(device).train()
     optimizer = make_optimizer(model, options)
     first = 0
     if before is not None:
         optimizer.load_state_dict(before.optimizer)
         first = before.step
-    log = _Log(folder / "log.csv", first)
-    record = {"config": config.to_dict(), "data": data, "versions": versions()}
-    write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    if options.compile:
+        for module in model.convolutions():
+            module.compile()
+    learner = _Learner(model, options)
+    parallel = _parallel(learner, device) if processes.size > 1 else None
+    log = None
+    if processes.first:
+        log = _Log(folder / "log.csv", first)
+        record = {
+            "config": config.to_dict(),
+            "data": data,
+            "processes": processes.size,
+            "versions": versions(),
+        }
+        write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
     def save(step: int) -> None:
         _check_weights(model, step)
@@ -129,45 +165,117 @@ def _train(
             Checkpoint(config, step, model.state_dict(), optimizer.state_dict(), data, versions()),
         )
 
-    bar = tqdm(
-        total=options.steps, initial=first, desc="training", unit="step", disable=not progress
-    )
+    def make(step: int) -> Batch:
+        batch = episodes.batch(step, processes.share(options.batch))
+        return batch.pinned() if device.type == "cuda" else batch
+
+    show = progress and processes.first
+    bar = tqdm(total=options.steps, initial=first, desc="training", unit="step", disable=not show)
     pending: list[Tensor] = []
-    since = time.perf_counter()
+    since, waited = time.perf_counter(), 0.0
     # Dropout draws from torch's own generator; leave the caller's as it was.
     devices = [device] if device.type == "cuda" else []
-    with bar, torch.random.fork_rng(devices=devices):
-        for step, batch in _prefetched(episodes, first, options.steps):
+    batches = _prefetched(make, first, options.steps, _workers(device))
+    with bar, torch.random.fork_rng(devices=devices), contextlib.closing(batches):
+        for step in range(first, options.steps):
+            asked = time.perf_counter()
+            batch = next(batches).to(device)
+            waited += time.perf_counter() - asked
             lr = set_learning_rate(optimizer, options, step)
-            torch.manual_seed(_mixed(options.seed, step))
-            pending.append(train_step(model, optimizer, batch.to(device), options))
+            torch.manual_seed(_mixed(options.seed, step, processes.rank))
+            pending.append(train_step(model, optimizer, batch, options, parallel))
             done = step + 1
             bar.update()
             last = done == options.steps
             saving = last or done % options.checkpoint_every == 0
+            logging = saving or done % options.log_every == 0
             # Reading the loss waits for the device; on the CPU there is nothing to wait for.
-            if saving or done % options.log_every == 0 or device.type == "cpu":
-                loss = _finite(pending, done, file)
+            if logging or device.type == "cpu":
+                loss = _finite(pending, done, file, processes)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.0e}", refresh=False)
-            if saving or done % options.log_every == 0:
-                now = time.perf_counter()
-                log.write(done, loss, lr, (now - since) / len(pending))
-                pending, since = [], now
-            if saving:
+            if logging:
+                now, count = time.perf_counter(), len(pending)
+                if log is not None:
+                    log.write(done, loss, lr, (now - since) / count, waited / count)
+                pending, since, waited = [], now, 0.0
+            if saving and processes.first:
                 save(done)
+            if saving:
                 since = time.perf_counter()
     return model.eval()
 
 
+class _Learner(nn.Module):
+    """A network whose forward is its loss: what DistributedDataParallel wants to be called."""
+
+    def __init__(self, model: FewShotNetwork, options: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.model.loss(batch, self.options)
+
+
+def _parallel(learner: _Learner, device: torch.device) -> DistributedDataParallel:
+    return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
+
+
+def _synchronised(model: FewShotNetwork, device: torch.device, processes: World) -> FewShotNetwork:
+    """With live batch norm, statistics over the images of all processes, where torch has that."""
+    live = any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.train().modules())
+    if processes.size == 1 or not live:
+        return model
+    if device.type == "cuda":
+        converted: FewShotNetwork = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
+    warnings.warn(
+        "on the CPU each process takes batch-norm statistics over its own share of a batch, and "
+        "those of the first are kept; with --set batch_norm=frozen the number of processes makes "
+        "no difference",
+        stacklevel=2,
+    )
+    return model
+
+
 def train_step(
-    model: FewShotNetwork, optimizer: torch.optim.Optimizer, batch: Batch, options: TrainConfig
+    model: FewShotNetwork,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    options: TrainConfig,
+    parallel: DistributedDataParallel | None = None,
 ) -> Tensor:
-    """One gradient step over a batch; returns its loss, a scalar that is still on the device."""
+    """One gradient step over a batch.
+
+    The loss is the mean over the pixels with a label of the whole batch, in however many parts and
+    processes it is computed; a method whose loss is another mean is weighted likewise.
+
+    Args:
+        model: the network.
+        optimizer: of its parameters.
+        batch: of this process, on the network's device.
+        options: of the run.
+        parallel: the network in the midst of several processes.
+
+    Returns:
+        the loss, a scalar that is still on the device; of several processes, this one's part in
+        the sum.
+    """
     optimizer.zero_grad(set_to_none=True)
+    processes = World() if parallel is None else world()
+    compute = _Learner(model, options) if parallel is None else parallel
+    labelled = (batch.query_labels != options.ignore_index).sum()
+    whole = processes.sum(labelled).clamp_min(1)
     total = batch.query_images.new_zeros(())
-    for part in batch.split(options.accumulate):
-        loss = model.loss(part, options) / options.accumulate
-        loss.backward()
+    parts = batch.split(options.accumulate)
+    for number, part in enumerate(parts, 1):
+        weight = (part.query_labels != options.ignore_index).sum() / whole
+        # Gradients are summed up here and exchanged once, with the last part.
+        waits = parallel is not None and number < len(parts)
+        with parallel.no_sync() if waits and parallel is not None else contextlib.nullcontext():
+            loss = compute(part) * weight
+            # DistributedDataParallel takes the mean over the processes.
+            (loss * processes.size).backward()
         total += loss.detach()
     optimizer.step()
     return total
@@ -203,26 +311,35 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, options: TrainConfig, st
 
 
 def _prefetched(
-    episodes: Episodes | SuperpixelEpisodes, first: int, steps: int
-) -> Iterator[tuple[int, Batch]]:
-    """The batches of steps first .. steps - 1, each made while the one before it is in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="episodes") as pool:
-        following = pool.submit(episodes.batch, first)
+    make: Callable[[int], Batch], first: int, steps: int, workers: int
+) -> Generator[Batch, None, None]:
+    """The batches of steps first .. steps - 1, made in threads while those before are in use."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="episodes")
+    try:
+        ahead = deque(pool.submit(make, step) for step in range(first, min(steps, first + workers)))
         for step in range(first, steps):
-            batch = following.result()
-            if step + 1 < steps:
-                following = pool.submit(episodes.batch, step + 1)
-            yield step, batch
+            batch = ahead.popleft().result()
+            if step + workers < steps:
+                ahead.append(pool.submit(make, step + workers))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _mixed(seed: int, step: int) -> int:
-    """A seed for one step: neighbouring steps and seeds give unrelated ones."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def _workers(device: torch.device) -> int:
+    """Threads that make batches. On the CPU training itself needs the cores."""
+    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
-def _finite(pending: list[Tensor], step: int, file: Path) -> float:
+def _mixed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for one step of one process: neighbouring steps and seeds give unrelated ones."""
+    entropy = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+def _finite(pending: list[Tensor], step: int, file: Path, processes: World) -> float:
     """Mean of the losses since the last line of the log, which must be a number."""
-    loss = float(torch.stack(pending).mean())
+    loss = float(processes.sum(torch.stack(pending)).mean())
     if not math.isfinite(loss):
         raise InputError(
             f"training diverged: the loss is {loss} at step {step}; lower lr, or run without amp. "
@@ -295,6 +412,26 @@ def _same_data(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
+def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
+    """What the log of a run adds up to.
+
+    Returns:
+        seconds of all its steps, and how many of them it waited for its batches, which is the
+        share of reading and host work that training did not hide; None without a readable log.
+    """
+    total, waited, before = 0.0, 0.0, 0
+    try:
+        with open(Path(folder) / "log.csv", encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                steps = int(row["step"]) - before
+                total += steps * float(row["seconds_per_step"])
+                waited += steps * float(row.get("waiting_per_step") or 0)
+                before += steps
+    except (OSError, KeyError, ValueError, TypeError):
+        return None
+    return (total, waited) if total else None
+
+
 class _Log:
     """log.csv; a resumed run drops the lines after its checkpoint and goes on."""
 
@@ -308,6 +445,6 @@ class _Log:
                     lines.append(line + "\n")
         write_text(path, _LOG_HEADER + "".join(lines))
 
-    def write(self, step: int, loss: float, lr: float, seconds: float) -> None:
+    def write(self, step: int, loss: float, lr: float, seconds: float, waiting: float) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{step},{loss:.6f},{lr:.3g},{seconds:.3f}\n")
+            file.write(f"{step},{loss:.6f},{lr:.3g},{seconds:.3f},{waiting:.4f}\n")

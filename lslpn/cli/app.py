@@ -276,25 +276,49 @@ def train(
     """Train the network on episodes of all organs but those held out.
 
     No choice is made on held-out organs or on other cases: the checkpoint is the last one.
-    A run that was stopped goes on with --resume, to the same weights bit for bit.
+    A run that was stopped goes on with --resume, to the same weights bit for bit. Several GPUs
+    share a batch with torchrun --nproc_per_node=N -m lslpn train.
 
     [bold]lslpn train --data DIR --hold-out liver --preset published --out RUN[/bold]
     """
+    from ..distributed import joined
+
+    with joined(device) as own:
+        _train(data, split(hold_out), out, preset, method, case, setting, resume, own, quiet)
+
+
+def _train(
+    data: Path,
+    hold_out: list[str],
+    out: Path,
+    preset: Preset,
+    method: MethodName | None,
+    case: list[str] | None,
+    setting: list[str] | None,
+    resume: bool,
+    device: str,
+    quiet: bool,
+) -> None:
+    """`train`, in one process or each of several."""
     from ..dataset import Dataset
+    from ..distributed import world
 
     dataset = Dataset.open(data)
-    for organ in split(hold_out):
+    for organ in hold_out:
         dataset.label_of(organ)
     cases = split(case) or list(dataset.cases)
     for name in cases:
         dataset.check_case(name)
-    if not resume and (out / "checkpoint.pt").exists():
+    first = world().first
+    if first and not resume and (out / "checkpoint.pt").exists():
         raise InputError(
             f"{out}: holds a training run already; resume it with --resume, or give another --out"
         )
-    _writable(out / "checkpoint.pt")
+    if first:
+        _writable(out / "checkpoint.pt")
 
     from ..presets import PRESETS, with_overrides
+    from ..train import time_spent
     from ..train import train as run
 
     changes = settings_of(setting)
@@ -304,14 +328,17 @@ def train(
     run(
         config,
         dataset,
-        hold_out=split(hold_out),
+        hold_out=hold_out,
         cases=cases,
         out=out,
         resume=resume,
         device=torch_device(device),
         progress=not quiet,
     )
-    print(f"written: {out}")
+    if first:
+        spent = time_spent(out)
+        waited = f"; it waited for data {spent[1] / spent[0]:.1%} of the time" if spent else ""
+        print(f"written: {out}{waited}")
 
 
 @app.command()

@@ -474,11 +474,17 @@ class _Given:
 def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Store]:
     """The experiment's folder, with everything that was given checked."""
     from ..dataset import Dataset
+    from ..distributed import launched
     from ..experiments.plan import Setup, organ_folds, subject_folds
     from ..experiments.store import opened
     from ..presets import PRESETS, with_overrides
     from ..protocols import protocol_of
 
+    if launched():
+        raise InputError(
+            "torchrun: an experiment runs in one process; train its networks with "
+            "`torchrun -m lslpn train` and give them with --run"
+        )
     dataset = Dataset.open(given.data)
     changes = settings_of(given.sets)
     for name, option in (

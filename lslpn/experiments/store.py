@@ -11,7 +11,6 @@ again: what is complete is taken as it is, a run that was begun goes on from its
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 import time
@@ -37,7 +36,7 @@ from ..methods import LSLPN
 from ..model import untrained
 from ..presets import Config
 from ..results import Evaluation, Example
-from ..train import differences, train
+from ..train import differences, time_spent, train
 from .plan import Align, Run, Setup, common_settings, fixed
 
 if TYPE_CHECKING:
@@ -214,16 +213,8 @@ class Store:
 
     def _training_seconds(self, run: Run) -> float | None:
         """What the log of a run adds up to."""
-        try:
-            with open(self.run_folder(run) / "log.csv", encoding="utf-8", newline="") as stream:
-                total, before = 0.0, 0
-                for row in csv.DictReader(stream):
-                    step = int(row["step"])
-                    total += (step - before) * float(row["seconds_per_step"])
-                    before = step
-        except (OSError, KeyError, ValueError, TypeError):
-            return None
-        return total
+        spent = time_spent(self.run_folder(run))
+        return None if spent is None else spent[0]
 
     # --- evaluation -------------------------------------------------------------------------
 

@@ -103,6 +103,10 @@ class FewShotNetwork(nn.Module, ABC):
         logits = self(batch.support_images, batch.support_masks, batch.query_images)
         return segmentation_loss(logits, batch.query_labels, options.ignore_index)
 
+    def convolutions(self) -> list[nn.Module]:
+        """The modules that take the time, which `TrainConfig.compile` compiles."""
+        return [self]
+
     def fresh_parameters(self) -> list[nn.Parameter]:
         """Those that start from noise beside a pretrained trunk: TrainConfig.reduction_lr_factor
         is theirs. None by default."""
@@ -172,6 +176,10 @@ class EncoderNetwork(FewShotNetwork):
         else:
             features = torch.cat([self._encode(part) for part in flat.split(_INFERENCE_CHUNK)])
         return features.reshape(*images.shape[:-2], *features.shape[1:])
+
+    def convolutions(self) -> list[nn.Module]:
+        """The encoder."""
+        return [self.encoder]
 
     def fresh_parameters(self) -> list[nn.Parameter]:
         """The reduction layer's."""

@@ -84,6 +84,10 @@ class SENet(FewShotNetwork):
             logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         return logits.unflatten(0, features.shape[:2])
 
+    def convolutions(self) -> list[nn.Module]:
+        """Both arms."""
+        return [self.conditioner, self.segmenter]
+
     def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
         """Dice loss; see `dice_loss`."""
         logits = self(batch.support_images, batch.support_masks, batch.query_images)

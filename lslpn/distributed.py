@@ -1,0 +1,184 @@
+"""Several processes that train one network: `torchrun --nproc_per_node=N -m lslpn train ...`.
+
+`joined` brings the processes that torchrun started together, `world` says who one is among them.
+Without torchrun there is one process, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_T = TypeVar("_T")
+# How long one process waits for another: reading many scans takes minutes.
+_PATIENCE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that work together.
+
+    Attributes:
+        rank: this one's number, from 0; number 0 writes the files and shows progress.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """The numbers of `count`, a multiple of the size, that are this process's."""
+        each = count // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes; `value` stays as it is."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def from_first(self, value: _T) -> _T:
+        """What the first process has, in all of them. Only for what that one made itself."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def agree(self, value: Any, what: str) -> None:
+        """Check that all processes hold an equal value.
+
+        Raises:
+            InputError: they do not.
+        """
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        held: list[Any] = [None] * self.size
+        dist.all_gather_object(held, value)
+        if any(other != held[0] for other in held):
+            raise InputError(
+                f"{what}: the {self.size} processes were given different ones; give every "
+                "machine the same files and options"
+            )
+
+
+def world() -> World:
+    """This process among those that were `joined`."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun started this process as one of several."""
+    told = all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return told and int(environment["WORLD_SIZE"]) > 1
+
+
+@contextlib.contextmanager
+def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """Bring together the processes that torchrun started; one alone is left as it is.
+
+    The processes of GPUs talk through NCCL and take one GPU each, those of CPUs through gloo.
+    Within, only the first process gives warnings. Where one fails the others end as well, and
+    only the one that failed first raises its error: the others leave with SystemExit.
+
+    Args:
+        device: "auto", "cpu" or "cuda[:N]".
+        environment: where torchrun says who is who.
+
+    Yields:
+        the device of this process.
+
+    Raises:
+        InputError: a GPU was named by number, or there are fewer GPUs than processes.
+    """
+    if not launched(environment):
+        yield device
+        return
+    import torch
+    import torch.distributed as dist
+
+    local = int(environment.get("LOCAL_RANK", "0"))
+    store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    failures = dist.PrefixStore("lslpn/failures", store)
+    try:
+        own = _own(_kind(device), local)
+        if own != "cpu":
+            torch.cuda.set_device(own)
+        dist.init_process_group(
+            "gloo" if own == "cpu" else "nccl",
+            store=dist.PrefixStore("lslpn/group", store),
+            rank=rank,
+            world_size=size,
+            timeout=_PATIENCE,
+        )
+        with warnings.catch_warnings():
+            if rank:
+                warnings.simplefilter("ignore")
+            yield own
+    except BaseException as error:
+        if _failed_first(failures):
+            raise
+        raise SystemExit(1) from error
+    # Not after an error: it may wait for those that are gone.
+    dist.destroy_process_group()
+
+
+def _kind(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise InputError(
+            f"--device: expected auto, cpu or cuda under torchrun, got {device!r}; every process "
+            "takes a GPU of its own"
+        )
+    return device
+
+
+def _own(kind: str, local: int) -> str:
+    import torch
+
+    if kind == "cpu":
+        return kind
+    if local >= torch.cuda.device_count():
+        raise InputError(
+            f"torchrun: process {local} of this machine has no GPU, torch finds "
+            f"{torch.cuda.device_count()}; start at most as many with --nproc_per_node"
+        )
+    return f"cuda:{local}"
+
+
+def _failed_first(failures: Any) -> bool:
+    """Whether this process is the first to fail; the others fail because of it."""
+    try:
+        return int(failures.add("count", 1)) == 1
+    except Exception:  # the store went with the process that failed
+        return False

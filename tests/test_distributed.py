@@ -1,0 +1,189 @@
+"""Training in several processes: the weights of one, and one message where something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHECKOUT, write_synthetic_dataset
+from torch import nn
+
+from lslpn.checkpoint import Checkpoint, load_checkpoint
+from lslpn.cli import main
+from lslpn.dataset import Dataset
+from lslpn.distributed import World, joined
+from lslpn.episodes import Batch, Episodes
+from lslpn.errors import InputError
+from lslpn.model import untrained
+from lslpn.presets import Config, preset, with_overrides
+from lslpn.train import make_optimizer, time_spent, train, train_step
+
+# Nothing that differs by process: no dropout, stored batch-norm statistics.
+SMALL = {
+    "size": 32, "channels": 8, "weights": "random", "batch": 4, "steps": 3,
+    "batch_norm": "frozen", "dropout": 0, "log_every": 1, "lr": 0.01,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic_dataset(tmp_path_factory.mktemp("data"), cases=3)
+
+
+def words(data: Path, out: Path, *more: str, **changes: object) -> list[str]:
+    settings = [f"--set={k}={v}" for k, v in {**SMALL, **changes}.items()]
+    where = ["--data", str(data), "--out", str(out), "--hold-out", "liver", "--device", "cpu"]
+    return ["train", *where, *settings, *more, "--quiet"]
+
+
+def two_processes(command: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, "--nproc_per_node=2", "-m", "lslpn", *command],
+        cwd=CHECKOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def moved(run: Checkpoint, config: Config) -> dict[str, torch.Tensor]:
+    """What training did to the weights."""
+    start = untrained(config, seed=config.train.seed).state_dict()
+    return {k: v - start[k] for k, v in run.model.items() if v.is_floating_point()}
+
+
+def test_two_processes_reach_the_weights_of_one_on_the_whole_batch(
+    data: Path, tmp_path: Path
+) -> None:
+    done = two_processes(words(data, tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written:") == 1
+    assert main(words(data, tmp_path / "one")) == 0
+    assert main(words(data, tmp_path / "half", batch=2)) == 0
+    one, two, half = (load_checkpoint(tmp_path / name) for name in ("one", "two", "half"))
+    assert one.data == two.data
+    assert two.step == 3
+    steps, others, fewer = moved(one, one.config), moved(two, two.config), moved(half, half.config)
+    for name, step in steps.items():
+        torch.testing.assert_close(others[name], step, rtol=1e-3, atol=1e-7, msg=name)
+    # The comparison would notice: half of the batch leads elsewhere.
+    name = "encoder.reduction.weight"
+    assert (steps[name] - fewer[name]).norm() > 0.05 * steps[name].norm() > 0
+    logs = [list(csv.DictReader((tmp_path / n / "log.csv").open())) for n in ("one", "two")]
+    for first, second in zip(*logs, strict=True):
+        assert float(first["loss"]) == pytest.approx(float(second["loss"]), abs=2e-6)
+
+
+def test_what_is_wrong_is_said_once(data: Path, tmp_path: Path) -> None:
+    # All processes find this out, each by itself.
+    done = two_processes(words(data, tmp_path / "a", "--hold-out", "lung"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "error: organ 'lung': not in data set" in done.stderr
+    # Only the first looks at the folder; the other waits for it.
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    done = two_processes(words(data, tmp_path / "b", "--resume"))
+    assert done.returncode != 0
+    assert done.stderr.count("lslpn: error: ") == 1, done.stderr
+    assert "checkpoint.pt" in done.stderr
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(data: Path, tmp_path: Path) -> None:
+    config = with_overrides(preset("published"), **{**SMALL, "batch": 3, "accumulate": 3})
+    dataset = Dataset.open(data)
+    arguments = {"hold_out": ["liver"], "cases": dataset.cases, "progress": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lslpn.train.world", lambda: World(0, 2))
+        with pytest.raises(InputError, match=r"multiple of 6 \(2 processes x accumulate 3\)"):
+            train(config, dataset, out=tmp_path / "run", **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_shares_are_the_batch(data: Path) -> None:
+    config = with_overrides(preset("published"), **SMALL)
+    episodes = Episodes(
+        Dataset.open(data), config, cases=["syn_00", "syn_01"], hold_out=["liver"], progress=False
+    )
+    whole = episodes.batch(7)
+    shares = [episodes.batch(7, World(rank, 2).share(4)) for rank in range(2)]
+    for name in vars(whole):
+        parts = torch.cat([getattr(share, name) for share in shares])
+        assert torch.equal(getattr(whole, name), parts)
+    assert not torch.equal(shares[0].query_images, shares[1].query_images)
+
+
+def test_parts_with_fewer_labelled_pixels_weigh_less() -> None:
+    """The loss of a batch is one mean over its pixels, in however many parts it is run."""
+    config = with_overrides(preset("published"), **SMALL)
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (2, 1, 32, 32))
+    labels[0, :, 3:] = 255
+    masks = (torch.rand(2, 1, 1, 32, 32) > 0.5).to(torch.uint8)
+    batch = Batch(torch.rand(2, 1, 32, 32), masks, torch.rand(2, 1, 32, 32), labels)
+    found = []
+    for accumulate in (1, 2):
+        options = with_overrides(config, batch=2, accumulate=accumulate).train
+        model = untrained(config).train()
+        loss = train_step(model, make_optimizer(model, options), batch, options)
+        found.append((loss, model.state_dict()))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(value, found[1][1][name], msg=name)
+
+
+def test_without_torchrun_nothing_is_joined() -> None:
+    for environment in ({}, {"WORLD_SIZE": "4"}, {"RANK": "0", "WORLD_SIZE": "1"}):
+        with joined("cuda:3", environment) as device:
+            assert device == "cuda:3"
+    assert World().first
+    assert list(World(1, 2).share(4)) == [2, 3]
+
+
+def test_compiling_changes_nothing_but_the_time(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    real = nn.Module.compile
+
+    def eager(module: nn.Module, **_: object) -> None:
+        compiled.append(type(module).__name__)
+        real(module, backend="eager")  # traced as any, but no compiler is waited for
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    for name in ("plain", "compiled"):
+        more = {"batch": 1, "steps": 1, "compile": name == "compiled"}
+        assert main(words(data, tmp_path / name, **more)) == 0
+    assert compiled == ["Encoder"]
+    plain, other = (load_checkpoint(tmp_path / name).model for name in ("plain", "compiled"))
+    assert plain.keys() == other.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_the_log_says_how_long_training_waited_for_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    real = Episodes.batch
+
+    def slow(*arguments: object, **options: object) -> Batch:
+        time.sleep(0.3)
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Episodes, "batch", slow)
+    assert main(words(data, tmp_path / "run", batch=1)) == 0
+    spent = time_spent(tmp_path / "run")
+    assert spent is not None
+    seconds, waited = spent
+    # Three batches; each but the first is made during the step before it.
+    assert 0.3 <= waited < seconds
+    assert time_spent(tmp_path) is None
