@@ -26,7 +26,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,8 @@ def _train(
             waited += time.perf_counter() - asked
             lr = set_learning_rate(optimizer, options, step)
             torch.manual_seed(_mixed(options.seed, step, processes.rank))
-            pending.append(train_step(model, optimizer, batch, options, parallel))
+            with _compiling():
+                pending.append(train_step(model, optimizer, batch, options, parallel))
             done = step + 1
             bar.update()
             last = done == options.steps
@@ -203,6 +204,21 @@ def _train(
             if saving:
                 since = time.perf_counter()
     return model.eval()
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """torch.compile works in the first step; what it cannot do on this machine is said."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"compile: torch.compile fails here ({reason[0] if reason else type(error).__name__}); "
+            "run with compile=false"
+        ) from error
 
 
 class _Learner(nn.Module):

@@ -168,6 +168,20 @@ def test_compiling_changes_nothing_but_the_time(
         torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
+def test_a_compiler_that_fails_is_said_in_words(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: real(module, backend=broken))
+    assert main(words(data, tmp_path / "run", batch=1, compile=True)) == 2
+    said = capsys.readouterr().err
+    assert "compile: torch.compile fails here" in said
+    assert "no compiler" in said
+
+
 def test_the_log_says_how_long_training_waited_for_data(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

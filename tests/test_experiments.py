@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import CHECKOUT, write_synthetic_dataset
@@ -30,6 +31,7 @@ from lslpn.experiments.stats import compare, correlate, holm, spread
 from lslpn.lock import locked
 from lslpn.presets import preset, with_overrides
 from lslpn.protocols import protocol_of
+from lslpn.recipes.visceral import GOLD, SILVER
 
 SMALL = {"size": 32, "channels": 8, "weights": "random", "batch": 1, "steps": 2}
 
@@ -440,6 +442,71 @@ def test_without_added_classes_the_other_folds_are_trained_on(data: Path) -> Non
     alone = Setup(dataset, setup.config, (("liver",),), setup.subject_folds)
     with pytest.raises(InputError, match="one fold alone"):
         plan_runs(alone, ["lslpn"], [1], classes=["tested"])
+
+
+def test_the_commands_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (CHECKOUT / "docs" / "experiments.md").read_text("utf-8")
+    known = ""
+    for name in ("table1", "grid-scale", "misalignment", "figures"):
+        assert main(["experiment", name, "--help"]) == 0
+        known += capsys.readouterr().out
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
+    assert len(options) > 15
+    assert {o for o in options if o not in known} - {"--hold-out", "--nproc"} == set()
+
+    sabs, visceral = text.split("## VISCERAL")[:2]
+    found = []
+    for part, cases in ((sabs, [f"sabs_{i:02d}" for i in range(18)]), (visceral, GOLD + SILVER)):
+        given = dict(re.findall(r"--(test-cases|train-cases|support) +'?([^ '\n]+)'?", part))
+        dataset = Dataset(CHECKOUT, "made up", {"liver": 1}, tuple(sorted(cases)))
+        (fold,) = subject_folds(
+            dataset,
+            train=given.get("train-cases", "").split(",") if "train-cases" in given else [],
+            test=given["test-cases"].split(","),
+            support=given["support"],
+        )
+        found.append(fold)
+    assert found[0].train == tuple(f"sabs_{i:02d}" for i in range(12))
+    assert found[0].test == tuple(f"sabs_{i:02d}" for i in range(12, 18))
+    assert set(found[1].train) == set(SILVER)
+    assert set(found[1].test) == set(GOLD) - {"10000132"}
+
+
+def test_settings_of_one_method_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = ("--method", "lslpn,panet", "--seeds", "1", "--classes", "all")
+    own = ("--set", "panet.steps=1", "--set", "panet.channels=4")
+    assert main(words("table1", data, tmp_path, *part, *own)) == 0
+    for method, steps, channels in (("lslpn", 2, 8), ("panet", 1, 4)):
+        record = loaded(tmp_path / f"runs/{method}/liver/seed1", "config")["config"]
+        assert (record["train"]["steps"], record["model"]["channels"]) == (steps, channels)
+    assert "panet.steps=1" in (tmp_path / "table1.md").read_text("utf-8")
+    capsys.readouterr()
+    for wrong, expected in (
+        ("panet.steps=2", "steps was '1', now '2'"),
+        ("panet.foo=2", "There is no option 'foo'"),
+        ("unet.steps=2", "unet"),
+        ("panet.seed=2", "--seeds"),
+    ):
+        more = ("--set", "panet.channels=4", "--set", wrong)
+        assert main(words("table1", data, tmp_path, *part, *more)) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_a_support_without_the_organ_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_synthetic_dataset(tmp_path / "data", cases=3)
+    path = data / "labelsTr" / "syn_00.nii.gz"
+    image = nib.load(path)
+    kept = np.asarray(image.dataobj)
+    kept[kept == 3] = 0
+    nib.save(nib.Nifti1Image(kept, image.affine, image.header), path)
+    assert main(words("table1", data, tmp_path / "out", "--seeds", "1")) == 2
+    said = capsys.readouterr().err
+    assert "the support syn_00 does not show enough of kidney" in said
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 # --- statistics -----------------------------------------------------------------------------

@@ -48,8 +48,9 @@ def test_the_options_that_the_readme_names_exist(capsys: Any) -> None:
     from lslpn.cli import main
 
     known = ""
-    for command in ("demo", "segment", "train", "evaluate", "info"):
-        assert main([command, "--help"]) == 0
+    commands = ("demo", "segment", "train", "evaluate", "info", "experiment table1")
+    for command in commands:
+        assert main([*command.split(), "--help"]) == 0
         known += capsys.readouterr().out
     known = re.sub(r"\s+", " ", known)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))

@@ -172,8 +172,9 @@ _Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        metavar="NAME=VALUE",
-        help="Change one setting of the preset, such as --set size=257; repeat for more.",
+        metavar="[METHOD.]NAME=VALUE",
+        help="Change one setting of the preset, such as --set size=257, or of one method alone: "
+        "--set alpnet.supervision=superpixels; repeat for more.",
         show_default=False,
     ),
 ]
@@ -486,14 +487,14 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
             "`torchrun -m lslpn train` and give them with --run"
         )
     dataset = Dataset.open(given.data)
-    changes = settings_of(given.sets)
+    changes, own = _own_settings(settings_of(given.sets))
     for name, option in (
         ("method", "--method"),
         ("seed", "--seeds"),
         ("organs", "--fold and --classes"),
         ("drop_test_slices", "--setting"),
     ):
-        if name in changes:
+        if any(name in some for some in (changes, *own.values())):
             raise InputError(f"--set {name}: is set by {option}; use that")
     # Scans are trained on as they are tested, unless --set says otherwise.
     changes = {"align": given.align.value, **changes}
@@ -514,7 +515,10 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
         chunks=protocol_of(given.protocol.value, given.chunks).chunks,
         align=given.align.value,
         batch=given.batch,
+        own=own,
     )
+    for method in own:
+        setup.config_of(method, 0)  # refuses what is not known
     with opened(
         given.out,
         setup,
@@ -526,6 +530,19 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
         say=say,
     ) as store:
         yield store
+
+
+def _own_settings(given: dict[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Settings of all methods, and those of METHOD.NAME=VALUE by method."""
+    common: dict[str, str] = {}
+    own: dict[str, dict[str, str]] = {}
+    for name, value in given.items():
+        method, dot, rest = name.partition(".")
+        if dot:
+            own.setdefault(method, {})[rest] = value
+        else:
+            common[name] = value
+    return common, own
 
 
 def _seeds(given: list[str] | None) -> list[int]:

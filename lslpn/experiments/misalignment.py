@@ -74,7 +74,7 @@ def run(
         ]
     )
     alike: dict[tuple[str, str], dict[str, dict[str, float]]] = {
-        (fold.name, align): _alignments(store, fold, align)
+        (fold.name, align): _alignments(store, runs[0].config.model, fold, align)
         for fold in setup.subject_folds
         for align in _ALIGNS
     }
@@ -194,10 +194,12 @@ def summarise(found: Sequence[Mapping[str, Any]], organs: Sequence[str]) -> list
     return lines
 
 
-def _alignments(store: Store, fold: SubjectFold, align: Align) -> dict[str, dict[str, float]]:
+def _alignments(
+    store: Store, model: ModelConfig, fold: SubjectFold, align: Align
+) -> dict[str, dict[str, float]]:
     """Alignment Dice of every test case and organ of a fold; made once, then read back."""
     setup = store.setup
-    rule, model = setup.rule, setup.config.model
+    rule = setup.rule
     name = f"{fold.support}-{rule.name}-{rule.chunks}-{align}"
     file = store.folder / "alignments" / f"{name}.json"
     key = {

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,7 @@ class Setup:
         subject_folds: who is trained on, and who tested.
         protocol, chunks, align: of the evaluation; `chunks` None is the protocol's own number.
         batch: query slices encoded at once.
+        own: changes of the configuration for one method alone, by the method's name.
     """
 
     dataset: Dataset
@@ -68,6 +69,12 @@ class Setup:
     chunks: int | None = None
     align: Align = "none"
     batch: int = 8
+    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def config_of(self, method: str, seed: int) -> Config:
+        """The configuration of a method's run; InputError where there is no such method."""
+        config = with_overrides(self.config, method=method, seed=seed)
+        return with_overrides(config, **self.own.get(method, {}))
 
     @property
     def organs(self) -> tuple[str, ...]:
@@ -93,6 +100,7 @@ class Setup:
             "align": self.align,
             "setting": "II" if self.config.train.drop_test_slices else "I",
             **common_settings(self.config),
+            "own": {method: dict(changes) for method, changes in self.own.items()},
         }
 
 
@@ -204,12 +212,12 @@ def plan_runs(
             for subjects in setup.subject_folds:
                 for m, method in enumerate(dict.fromkeys(methods)):
                     for kind in dict.fromkeys(classes):
-                        config = with_overrides(setup.config, method=method, seed=seed)
+                        config = setup.config_of(method, seed)
                         train = dataclasses.replace(config.train, organs=organs_of[kind][i])
                         config = dataclasses.replace(config, train=train)
                         runs.append(Run(method, kind, fold, subjects, seed, config))
                     if untrained and m == 0:
-                        config = with_overrides(setup.config, method=method, seed=seed)
+                        config = setup.config_of(method, seed)
                         runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
     return runs
 

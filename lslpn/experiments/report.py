@@ -153,7 +153,8 @@ def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _changes(content: Mapping[str, Any]) -> str:
-    return " ".join(f"{k}={v}" for k, v in content["changed_from_preset"].items())
+    own = {f"{m}.{k}": v for m, changes in content["own"].items() for k, v in changes.items()}
+    return " ".join(f"{k}={v}" for k, v in {**content["changed_from_preset"], **own}.items())
 
 
 # --- Markdown -------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from ..lock import locked
 from ..methods import LSLPN
 from ..model import untrained
 from ..presets import Config
+from ..protocols import areas
 from ..results import Evaluation, Example
 from ..train import differences, time_spent, train
 from .plan import Align, Run, Setup, common_settings, fixed
@@ -133,6 +134,8 @@ class Store:
             f"{len(runs)} networks to train, {len(runs) - len(to_train)} of them trained already; "
             f"{len(tasks)} evaluations, {len(tasks) - to_evaluate} of them done already"
         )
+        if to_train:
+            self._check_supports(tasks)
         clock = _Clock(len(to_train), to_evaluate)
         for key, run in runs.items():
             if key not in to_train:
@@ -146,6 +149,21 @@ class Store:
                 done = self._evaluate(task, clock)
             found.append(done)
         return found
+
+    def _check_supports(self, tasks: Sequence[Task]) -> None:
+        """Refuse a support that does not show an organ, before days of training and not after."""
+        rule, dataset = self.setup.rule, self.setup.dataset
+        wanted: dict[str, set[str]] = {}
+        for task in tasks:
+            wanted.setdefault(task.run.subjects.support, set()).update(task.run.organs)
+        for case, organs in wanted.items():
+            labels = dataset.load_labels(case)
+            for organ in sorted(organs):
+                if not rule.support_slices(areas(labels.data, dataset.label_of(organ))):
+                    raise InputError(
+                        f"{labels.path}: the support {case} does not show enough of {organ} for "
+                        f"protocol {rule.name}; choose another --support, or other folds"
+                    )
 
     def run_folder(self, run: Run) -> Path:
         """Where a run lies."""
@@ -391,6 +409,7 @@ def _agree(file: Path, settings: dict[str, Any]) -> None:
             common = before["all experiments"]
             config = Config.from_dict({name: common[name] for name in ("preset", "model", "train")})
             common.update(common_settings(config))
+            common.setdefault("own", {})
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             raise InputError(
                 f"{file}: cannot be read as the settings of an experiment ({error}); give "
