@@ -214,10 +214,10 @@ def _compiling() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = str(error).strip().splitlines()
+        # Two lines: what failed, and why. What follows is advice on debugging torch.
+        reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
         raise InputError(
-            f"compile: torch.compile fails here ({reason[0] if reason else type(error).__name__}); "
-            "run with compile=false"
+            f"compile: torch.compile fails here ({reason}); run with compile=false"
         ) from error
 
 
