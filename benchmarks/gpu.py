@@ -2,22 +2,28 @@
 
     python -m benchmarks.gpu --out DIR
 
-Builds the compiled module for this machine's GPU, runs the tests marked `gpu` over the triton and
-cuda backends, the memory and race checkers of the CUDA toolkit where they are there, and then the
-benchmark of the head. Needs torch, pytest, and for the cuda backend nvcc; no network. Each step
-has its time, and one that fails or runs out of it is written down and does not stop the rest.
+Builds the compiled module for this machine's GPU, runs the tests marked `gpu` over the cuda and the
+triton backend, the memory and race checkers of the CUDA toolkit where they are there, and then the
+benchmark of the head. Needs torch, pytest, and for the cuda backend nvcc, pybind11 and ninja; no
+network. Each step has its time, and one that fails or runs out of it is written down and does not
+stop the rest.
 
-`DIR` gets `gpu.json` (device, driver, versions, commit, and every step's outcome), `summary.txt`,
-and the record and plot of `benchmarks.head`. Exits with 0 if every step passed, 1 if one did not,
-2 where there is no GPU.
+`DIR` gets `gpu.json` (device, driver, versions, commit, and every step's outcome so far),
+`summary.txt` with what was to be reached and what was (benchmarks/goals.py), the record and plot of
+`benchmarks.head`, and each step's whole output as `STEP.log`. Exits with 0 if every step passed, 1
+if one did not, 2 where there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,9 +35,10 @@ from typing import Any
 
 import torch
 
-from . import machine
+from . import goals, machine
 
 _TAIL = 4000  # characters of a step's output that the record keeps
+_GRACE = 10.0  # seconds from being asked to stop to being stopped
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,13 @@ class Step:
     Attributes:
         name: what it is called in the record.
         command: program and arguments.
-        share: of the time that is left when it begins, how much it may take.
+        seconds: how long it may take, at most.
         environment: variables set for it.
     """
 
     name: str
     command: tuple[str, ...]
-    share: float
+    seconds: float
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -62,77 +69,94 @@ class Outcome:
     tail: str
 
 
-def plan(out: Path, capability: str | None, quick: bool = False) -> list[Step]:
-    """The steps for a GPU of this compute capability, such as "90"."""
+def plan(
+    out: Path, capability: str | None, quick: bool = False, checker: str | None = None
+) -> list[Step]:
+    """The steps for a GPU of this compute capability, such as "90"; `checker` is
+    compute-sanitizer, where it is there."""
     python = sys.executable
-    tests = (
-        python,
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-q",
-        "-rs",
-        "-m",
-        "gpu",
-        "tests/test_gpu.py",
+    build = (
+        ("LSLPN_REQUIRE", "cuda"),
+        *((("LSLPN_CUDA_ARCHS", capability),) if capability else ()),
     )
-    # The checkers slow a kernel down some hundred times: one small case for each kernel.
-    small = (*tests, "-k", "situation and float32 and cuda", "-x")
     steps = [
-        Step(
-            "build",
-            (python, "setup.py", "build_ext", "--inplace"),
-            0.4,
-            (("LSLPN_CUDA_ARCHS", capability),) if capability else (),
-        ),
-        Step("tests", tests, 0.5),
+        Step("build", (python, "setup.py", "build_ext", "--inplace"), 120, build),
+        Step("tests-cuda", _tests("not triton"), 100, (("LSLPN_REQUIRE", "cuda"),)),
+        # Triton compiles for most of the time, on one core.
+        Step("tests-triton", _tests("triton", workers=8), 130, (("LSLPN_REQUIRE", "triton"),)),
     ]
-    checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if Path(checker).exists():
+    if checker:
+        # The checkers slow a kernel down some hundred times: one small case for each kernel. They
+        # know what lies beyond an allocation, not what torch makes of it.
+        small = _tests("test_situation and float32 and not triton", "-x")
+        alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("LSLPN_REQUIRE", "cuda"))
         steps += [
-            Step(tool, (checker, "--tool", tool, "--error-exitcode", "9", *small), 0.3)
+            Step(tool, (checker, "--tool", tool, "--error-exitcode", "9", *small), 45, alone)
             for tool in ("memcheck", "racecheck")
         ]
     benchmark = (python, "-m", "benchmarks.head", "--device", "cuda", "--out", str(out))
-    steps.append(Step("benchmark", (*benchmark, *(("--quick",) if quick else ())), 1.0))
+    steps.append(Step("benchmark", (*benchmark, *(("--quick",) if quick else ())), 600))
     return steps
 
 
-def run(steps: Sequence[Step], seconds: float) -> list[Outcome]:
-    """Runs the steps in turn, within `seconds` all together."""
+def _tests(which: str, *options: str, workers: int = 0) -> tuple[str, ...]:
+    """pytest over the tests marked `gpu` whose names fit, several at a time where it can."""
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-q", "-rs"]
+    if workers and importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(workers, os.cpu_count() or 1))]
+    return (*command, *options, "-m", "gpu", "-k", which, "tests/test_gpu.py")
+
+
+def run(steps: Sequence[Step], seconds: float, out: Path, device: dict[str, Any]) -> list[Outcome]:
+    """Runs the steps in turn, within `seconds` all together, and writes down after each how it
+    went."""
     ends = time.monotonic() + seconds
-    outcomes = []
+    outcomes: list[Outcome] = []
     for step in steps:
-        left = ends - time.monotonic()
-        print(f"== {step.name} (at most {max(left, 0) * step.share:.0f} s)", flush=True)
-        outcome = _run(step, left * step.share) if left > 5 else _not_run(step)
+        least = min(step.seconds, ends - time.monotonic() - _GRACE)
+        print(f"== {step.name} (at most {max(least, 0):.0f} s)", flush=True)
+        outcome = _run(step, least, out / f"{step.name}.log") if least > 0 else _not_run(step)
         print(f"{outcome.tail}\n-- {step.name}: {outcome.outcome}, {outcome.seconds:.0f} s")
         outcomes.append(outcome)
+        _write(out / "gpu.json", json.dumps(record_of(outcomes, device), indent=2) + "\n")
     return outcomes
 
 
-def _run(step: Step, seconds: float) -> Outcome:
+def _run(step: Step, seconds: float, log: Path) -> Outcome:
     began = time.monotonic()
-    environment = {**os.environ, **dict(step.environment)}
-    try:
-        done = subprocess.run(
-            step.command,
-            cwd=machine.ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=seconds,
-            check=False,
-        )
-        outcome, output = "passed" if done.returncode == 0 else "failed", done.stdout
-    except subprocess.TimeoutExpired as error:
-        outcome, output = "out of time", error.stdout or b""
-    except OSError as error:
-        outcome, output = "failed", str(error).encode()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(step.environment)}
+    with log.open("wb") as file:
+        try:
+            process = subprocess.Popen(
+                step.command,
+                cwd=machine.ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Outcome(step.name, "failed", 0.0, " ".join(step.command), str(error))
+        try:
+            outcome = "passed" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            outcome = "out of time"
+            _signal(process, signal.SIGINT)  # pytest then tells what has failed so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+        finally:
+            _signal(process, signal.SIGKILL)  # with all that it has started and left running
+            process.wait()
     taken = round(time.monotonic() - began, 1)
-    tail = output.decode(errors="replace")[-_TAIL:]
+    tail = log.read_bytes().decode(errors="replace")[-_TAIL:]
     return Outcome(step.name, outcome, taken, " ".join(step.command), tail)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
 
 
 def _not_run(step: Step) -> Outcome:
@@ -166,23 +190,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     capability = None
     if torch.cuda.is_available():
         capability = "{}{}".format(*torch.cuda.get_device_capability())
-    steps = plan(out, capability, options.quick)
+    checker = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    steps = plan(out, capability, options.quick, checker)
     if options.dry_run:
         for step in steps:
-            print(f"{step.name}: {' '.join(step.command)}")
+            print(f"{step.name}: {shlex.join(step.command)}")
         return 0
     if capability is None:
         print("benchmarks.gpu: torch finds no GPU here; nothing was run", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the step
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = run(steps, options.minutes * 60)
-    record = record_of(outcomes, machine.describe("cuda"))
-    (out / "gpu.json").write_text(json.dumps(record, indent=2) + "\n")
-    lines = [f"{o.name:10} {o.outcome:12} {o.seconds:6.1f} s" for o in outcomes]
-    summary = "\n".join([record["device"]["name"], record["date"], *lines]) + "\n"
-    (out / "summary.txt").write_text(summary)
-    print(summary)
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    outcomes = run(steps, options.minutes * 60, out, machine.describe("cuda"))
+    text = summary(outcomes, machine.describe("cuda")["name"], _newest(out, began))
+    _write(out / "summary.txt", text)
+    print(text)
     return 0 if all(o.outcome == "passed" for o in outcomes) else 1
+
+
+def summary(outcomes: Sequence[Outcome], device: str, record: dict[str, Any] | None) -> str:
+    """How every step went, and what was reached by the record of `benchmarks.head`."""
+    lines = [device, *(f"{o.name:14} {o.outcome:12} {o.seconds:6.1f} s" for o in outcomes), ""]
+    lines += goals.lines(record) if record else ["no record of benchmarks.head"]
+    return "\n".join(lines) + "\n"
+
+
+def _newest(out: Path, began: str) -> dict[str, Any] | None:
+    """The record of `benchmarks.head` that was made since."""
+    records = (json.loads(path.read_text("utf-8")) for path in out.glob("head-*.json"))
+    made = [record for record in records if record["date"] >= began]
+    return max(made, key=lambda record: str(record["date"]), default=None)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

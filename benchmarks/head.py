@@ -79,13 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = _free_name(options.out, record)
     names = options.backends or _default_backends(options.device, options.quick)
     _measure_rates(record, options.device, sizes)
-    for size in sizes:
-        _say(f"{size.key}: {size.describe()}")
-        of_size = [name for name in names if _takes_part(name, size, options)]
-        _measure(record, size, of_size, options, seconds)
-        _release(options.device)
-        _compare(record)
-        _save(path, record)  # what was measured so far, should the run be cut short
+    try:
+        for size in sizes:
+            _say(f"{size.key}: {size.describe()}")
+            of_size = [name for name in names if _takes_part(name, size, options)]
+            _measure(record, size, of_size, options, seconds)
+            _release(options.device)
+            _compare(record)
+            _save(path, record)  # what was measured so far, should the run be cut short
+    except KeyboardInterrupt:  # also of benchmarks.gpu, when the time is up
+        record["failures"].append(_failure(size, "all", "all", "run", "interrupted"))
+        options.no_memory = True
     if options.device == "cpu" and not options.no_memory:
         _measure_memory(record, sizes, names, options)
     _measure_rates(record, options.device, sizes)
@@ -273,7 +277,13 @@ def _measure(
         if size.replayed:
             slots += _replays(record, size, works)
     _say(f"  timing for {seconds:g} s and more")
-    in_turn(slots, device, seconds)
+    try:
+        in_turn(slots, device, seconds)
+    finally:
+        _collect(record, size, slots)
+
+
+def _collect(record: dict[str, Any], size: Size, slots: Sequence[Slot]) -> None:
     for slot in slots:
         if slot.failure:
             how = " ".join((slot.how, *slot.names))

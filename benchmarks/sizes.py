@@ -95,7 +95,7 @@ def chosen(
     if names is None:
         names = list(QUICK if quick else _OF_CPU)
         if device == "cuda":  # first what matters most, should the run be cut short
-            first = ("batch-4", "paper", "large")
+            first = ("batch-4", "large", "paper")
             names = [*first, *(name for name in names if name not in first)]
     found = []
     for name in names:

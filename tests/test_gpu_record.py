@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,36 +12,102 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, table
+from benchmarks import goals, gpu, machine, table
 from benchmarks.gpu import Step
 
+PYTHON = sys.executable
+# Starts another process that outlives it unless it is ended as well, and both ignore nothing.
+HANGS = "import subprocess, sys, time; print('so far', flush=True); subprocess.run(['sleep', '60'])"
 
-def test_a_step_that_fails_or_hangs_is_written_down_and_the_rest_runs() -> None:
-    python = sys.executable
+
+def test_a_step_that_fails_or_hangs_is_written_down_and_the_rest_runs(tmp_path: Path) -> None:
     steps = [
-        Step("fails", (python, "-c", "print('why'); raise SystemExit(3)"), 1.0),
-        Step("hangs", (python, "-c", "import time; time.sleep(60)"), 0.1),
-        Step("absent", ("/no/such/program",), 1.0),
-        Step("passes", (python, "-c", "import os; print(os.environ['A'])"), 1.0, (("A", "b"),)),
+        Step("fails", (PYTHON, "-c", "print('why'); raise SystemExit(3)"), 30),
+        Step("hangs", (PYTHON, "-c", HANGS), 1),
+        Step("absent", ("/no/such/program",), 30),
+        Step("passes", (PYTHON, "-c", "import os; print(os.environ['A'])"), 30, (("A", "b"),)),
     ]
-    outcomes = gpu.run(steps, 15)
+    outcomes = gpu.run(steps, 120, tmp_path, {"name": "n"})
     assert [o.outcome for o in outcomes] == ["failed", "out of time", "failed", "passed"]
     assert "why" in outcomes[0].tail
-    assert outcomes[1].seconds < 10
+    assert "so far" in outcomes[1].tail
+    assert outcomes[1].seconds < 20
     assert outcomes[3].tail.strip() == "b"
-    assert json.loads(json.dumps(gpu.record_of(outcomes, {"name": "n"})))["steps"][3]["name"]
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["outcome"] for step in record["steps"]] == [o.outcome for o in outcomes]
+    assert "why" in (tmp_path / "fails.log").read_text()
 
 
-def test_a_step_without_time_is_said_not_to_have_run() -> None:
-    [outcome] = gpu.run([Step("late", (sys.executable, "-c", "1"), 1.0)], 1)
+def test_the_record_is_there_after_every_step(tmp_path: Path) -> None:
+    read = "import json; print(len(json.load(open('gpu.json'))['steps']))"
+    command = (PYTHON, "-c", f"import os; os.chdir({str(tmp_path)!r}); {read}")
+    outcomes = gpu.run(
+        [Step("one", (PYTHON, "-c", "1"), 30), Step("two", command, 30)], 90, tmp_path, {}
+    )
+    assert outcomes[1].tail.strip() == "1"
+
+
+def test_a_step_without_time_is_said_not_to_have_run(tmp_path: Path) -> None:
+    [outcome] = gpu.run([Step("late", (PYTHON, "-c", "1"), 30)], 1, tmp_path, {})
     assert outcome.outcome == "not run"
 
 
 def test_the_plan_builds_for_this_gpu_and_ends_with_the_benchmark(tmp_path: Path) -> None:
     steps = gpu.plan(tmp_path, "90")
-    assert steps[0].environment == (("LSLPN_CUDA_ARCHS", "90"),)
+    assert ("LSLPN_CUDA_ARCHS", "90") in steps[0].environment
     assert steps[-1].command[-1] == str(tmp_path)
-    assert [s.name for s in steps][:2] == ["build", "tests"]
+    assert [s.name for s in steps][:3] == ["build", "tests-cuda", "tests-triton"]
+    assert sum(s.seconds for s in steps[:-1]) < 9.5 * 60 - 120  # the rest is the benchmark's
+
+
+COLLECT = """
+import json, pytest, sys
+
+class Names(list):
+    def pytest_collection_finish(self, session):
+        self += [item.nodeid for item in session.items]
+
+found = {}
+for name, options in json.loads(sys.argv[1]).items():
+    found[name] = Names()
+    command = ["--noconftest", "-o", "addopts=", "-qq", "--collect-only", *options]
+    pytest.main(command, [found[name]])
+print("\\n" + json.dumps(found))
+"""
+
+
+def test_every_selection_of_tests_finds_some(tmp_path: Path) -> None:
+    """And those of the two backends together are all tests marked `gpu`."""
+    steps = gpu.plan(tmp_path, "90", checker="compute-sanitizer")
+    commands = {s.name: s.command for s in steps if "pytest" in s.command}
+    options = {name: command[command.index("gpu") - 1 :] for name, command in commands.items()}
+    options["all"] = ("-m", "gpu", "tests/test_gpu.py")
+    done = subprocess.run(
+        [PYTHON, "-c", COLLECT, json.dumps(options)],
+        check=True,
+        cwd=machine.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    tests = {k: set(v) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
+    assert set(tests) == {"tests-cuda", "tests-triton", "memcheck", "racecheck", "all"}
+    assert all(tests.values())
+    assert all("cuda" in name and "float32" in name for name in tests["memcheck"])
+    assert len(tests["memcheck"]) < 30
+    assert not tests["tests-cuda"] & tests["tests-triton"]
+    assert tests["tests-cuda"] | tests["tests-triton"] == tests["all"]
+
+
+@pytest.mark.parametrize("name", ["test_gpu.py", "cases.py"])
+def test_the_gpu_tests_need_no_more_than_torch_and_pytest(name: str) -> None:
+    """What a GPU machine may not have must not be imported, not even by way of conftest.py."""
+    allowed = {"torch", "pytest", "cases", "lslpn_kernels", *sys.stdlib_module_names}
+    tree = ast.parse((Path(__file__).parent / name).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] in allowed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
@@ -81,6 +149,50 @@ def test_the_table_shows_the_newest_record_and_what_is_not_measured(tmp_path: Pa
     assert again.endswith("\nb\n")
     assert "old" not in again
     assert table.rewritten(again, text) == again
+
+
+def test_goals_are_set_against_what_a_record_says() -> None:
+    def measured(size: str, backend: str, how: str, passes: str, ms: float) -> dict[str, Any]:
+        return {
+            "size": size, "part": "head", "backend": backend, "how": how, "pass": passes,
+            "median_ms": ms, "share_of_copy": 0.75,
+        }  # fmt: skip
+
+    size = {"B": 256, "K": 1, "Q": 1, "C": 2, "D": 256, "cells": 65, "pixels": 512,
+            "dtype": "float32"}  # fmt: skip
+    record = {
+        "sizes": {"large float32": size},
+        "memory": [{"size": "large float32", "backend": "cuda", "extra_mib": {"both": 3000.0}}],
+        "measurements": [
+            measured("batch-4 float32", "torch", "called", "both", 4.0),
+            measured("batch-4 float32", "triton", "called", "both", 0.25),
+            measured("batch-4 float32", "cuda", "called", "both", 0.2),
+            measured("batch-4 float32", "cuda", "replayed", "both", 0.1),
+            measured("large float32", "cuda", "called", "forward", 9.0),
+            measured("large float32", "cuda", "called", "backward", 9.0),
+        ],
+    }
+    found = {
+        (goal.backend, goal.what): goals.value(record, goal, "float32") for goal in goals.GOALS
+    }
+    assert found["cuda", "faster than torch"] == pytest.approx(20)
+    assert found["cuda", "faster than triton"] == pytest.approx(1.25)
+    assert found["cuda", "forward of copy"] == 0.75
+    # 3000 MiB over scores of 512 MiB and features of 1056.25 MiB a side, 110 % of them
+    assert found["cuda", "memory"] == pytest.approx(3000 / (512 + 1.1 * 2112.5))
+    lines = goals.lines(record)
+    assert len(lines) == 2 * len(goals.GOALS)
+
+    def verdict(backend: str, what: str) -> str:
+        fits = [line for line in lines if backend in line and what in line and "float32" in line]
+        return fits[-1].split("  ")[0].strip()
+
+    assert verdict("triton", "faster than torch ") == "met"
+    assert verdict("cuda", "replayed") == "MISSED"
+    assert verdict("cuda", "backward of copy") == "met"
+    assert verdict("cuda", "forward of copy") == "MISSED"
+    assert verdict("cuda", "compile-max") == "not measured"
+    assert "MISSED" in gpu.summary([], "a GPU", record)
 
 
 def test_the_readme_holds_what_the_records_say() -> None:
