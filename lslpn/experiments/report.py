@@ -92,7 +92,7 @@ def write(
     files = [folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
     write_text(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_text(files[1], _csv(rows))
-    parts = [f"# {title}", *sections, circumstances(content)]
+    parts = [f"# {title}", *filter(None, sections), circumstances(content)]
     write_text(files[2], "\n\n".join(part.strip() for part in parts) + "\n")
     return files
 
