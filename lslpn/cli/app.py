@@ -681,7 +681,9 @@ def _run(words: list[str], debug: bool) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "lslpn"
-            say(f"error: {error.format_message().rstrip('.')}; see `{path} --help`")
+            # A group of commands without one has printed its help, and has nothing to add.
+            if message := error.format_message().rstrip("."):
+                say(f"error: {message}; see `{path} --help`")
             return 2
         if debug:
             traceback.print_exc()
