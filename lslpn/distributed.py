@@ -123,17 +123,20 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     local = int(environment.get("LOCAL_RANK", "0"))
-    store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
-    failures = dist.PrefixStore("lslpn/failures", store)
+    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    # torchrun may start all of them again, with the same store.
+    attempt = f"lslpn/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    failures = dist.PrefixStore(f"{attempt}/failures", store)
     try:
         own = _own(_kind(device), local)
         if own != "cpu":
             torch.cuda.set_device(own)
         dist.init_process_group(
             "gloo" if own == "cpu" else "nccl",
-            store=dist.PrefixStore("lslpn/group", store),
+            store=dist.PrefixStore(f"{attempt}/group", store),
             rank=rank,
             world_size=size,
             timeout=_PATIENCE,
