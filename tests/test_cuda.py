@@ -27,7 +27,14 @@ from hypothesis import HealthCheck, given, settings
 from strategies import cases
 from torch import Tensor
 
-from lslpn_kernels import GridSpec, LocalPrototypeHead, backends, masked_average_pool, ops
+from lslpn_kernels import (
+    GridSpec,
+    LocalPrototypeHead,
+    backends,
+    cosine_match,
+    masked_average_pool,
+    ops,
+)
 from lslpn_kernels.backends import _obstacle, cuda, load
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -265,6 +272,25 @@ def test_any_strides(kernels: Any, dtype: torch.dtype) -> None:
         assert torch.equal(support, other), name
 
 
+@pytest.mark.parametrize("factor", [20.0, -3.0])
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_scores_times_a_factor(kernels: Any, reduce: str, factor: float) -> None:
+    """Tiled ("max") and plain ("mean"), forward and backward."""
+    grid, size = GridSpec(1 / 4), (40, 44)
+    query = torch.randn(1, 2, 16, 6, 7, requires_grad=True)
+    prototypes = torch.randn(1, 2, *grid.shape(*size), 16, requires_grad=True)
+    weight = torch.randn(1, 2, 2, *size, dtype=torch.float64)
+    results = {}
+    for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
+        inputs = query.to(dtype), prototypes.to(dtype)
+        scores = cosine_match(*inputs, grid, size, reduce, backend, factor)
+        grads = torch.autograd.grad((scores * weight.to(dtype)).sum(), inputs)
+        results[backend] = dict(
+            zip(("scores", "query", "prototypes"), (scores, *grads), strict=True)
+        )
+    assert_near(results["cuda"], results["reference"], 1e-5)
+
+
 def test_equal_scores_go_to_the_lowest_window(kernels: Any) -> None:
     grid = GridSpec(1 / 4)
     features = torch.rand(1, 1, 16, 5, 5)
@@ -375,7 +401,7 @@ def test_bindings_survive_anything(kernels: Any) -> None:
         try:
             kernels.cuda_cosine_match_backward(
                 *(tensor() for _ in range(8)), axis(), axis(), int(generator.integers(-1, 3)),
-                bool(generator.integers(2)), 0, allocate, bool(generator.integers(2)),
+                bool(generator.integers(2)), 1.0, 0, allocate, bool(generator.integers(2)),
             )  # fmt: skip
         except (TypeError, ValueError):
             refused += 1

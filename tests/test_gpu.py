@@ -255,10 +255,10 @@ def test_opcheck(any_backend: str) -> None:
         (prototypes, masks, factor, support, *settings, any_backend),
     )
     for reduce in ("max", "mean"):
-        match = (query, prototypes, *settings, 20, 17, reduce, True, 1.0, any_backend)
+        match = (query, prototypes, *settings, 20, 17, reduce, True, 3.0, any_backend)
         torch.library.opcheck(ops.cosine_match.default, match)
         scores, winners, gram = ops.cosine_match(*match)
-        kept = (prototypes, scores, winners, gram, *settings, reduce, 1.0, any_backend)
+        kept = (prototypes, scores, winners, gram, *settings, reduce, 3.0, any_backend)
         for wanted in ((True, True), (False, True)):
             torch.library.opcheck(ops.cosine_match_backward.default, (scores, query, *kept, wanted))
 

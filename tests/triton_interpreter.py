@@ -89,6 +89,23 @@ def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch, reduce: str) -> Non
     assert_near(run(case, "triton", torch.float32), expected, 2e-6)
 
 
+@pytest.mark.parametrize("images", [0, 4])
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_scores_times_a_factor(monkeypatch: pytest.MonkeyPatch, reduce: str, images: int) -> None:
+    """In the kernels, and where they leave it to the `torch` backend."""
+    monkeypatch.setattr(triton_, "_images", lambda *_: images)
+    grid, size = TINY.grid, (TINY.H, TINY.W)
+    _, _, query, weight = TINY.draw(torch.float32)
+    prototypes = torch.randn(1, 2, *grid.shape(*size), TINY.D)
+    results = {}
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (query, prototypes)]
+        scores = cosine_match(inputs[0], inputs[1], grid, size, reduce, backend, -3.0)
+        grads = torch.autograd.grad(scores, inputs, weight.to(dtype))
+        results[backend] = {"scores": scores.detach(), "query": grads[0], "prototypes": grads[1]}
+    assert_near(results["triton"], results["reference"], 2e-6)
+
+
 def test_images_summed_by_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are programs enough without one for each image of an episode."""
     monkeypatch.setattr(triton_, "_splits", lambda programs, images: 1)

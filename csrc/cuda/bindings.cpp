@@ -172,7 +172,7 @@ void masked_average_pool_backward(py::handle grad, py::handle masks, py::handle 
 
 Match match_call(const TensorView& features, py::handle prototypes, py::handle scores,
                  const py::object& winners, const py::object& gram, const AxisNumbers& y,
-                 const AxisNumbers& x, std::int64_t overlap_x, bool mean) {
+                 const AxisNumbers& x, std::int64_t overlap_x, bool mean, double factor) {
   Match call;
   call.features = features_of(features);
   call.y = axis_of(y);
@@ -189,6 +189,7 @@ Match match_call(const TensorView& features, py::handle prototypes, py::handle s
   const std::initializer_list<std::int64_t> image{f.B, f.N, call.C, call.y.pixels, call.x.pixels};
   call.scores = plain_view("scores", scores, features, a, image).data;
   call.mean = mean;
+  call.factor = factor;
   if (overlap_x < 1 || overlap_x > call.x.windows) refuse("overlap_x", "is out of range");
   call.overlap_x = overlap_x;
   if (!winners.is_none()) {
@@ -207,10 +208,10 @@ Match match_call(const TensorView& features, py::handle prototypes, py::handle s
 
 void cosine_match(py::handle features, py::handle prototypes, py::handle scores,
                   const py::object& winners, const py::object& gram, const AxisNumbers& y,
-                  const AxisNumbers& x, std::int64_t overlap_x, bool mean, std::uintptr_t stream,
-                  const py::function& allocate, bool plain) {
+                  const AxisNumbers& x, std::int64_t overlap_x, bool mean, double factor,
+                  std::uintptr_t stream, const py::function& allocate, bool plain) {
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean);
+  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, factor);
   const OnDevice device(v.device_id);
   const Workspace workspace(allocate, match_workspace(call, false, plain), v);
   call.workspace = workspace.data();
@@ -221,10 +222,10 @@ void cosine_match_backward(py::handle grad, py::handle features, py::handle prot
                            py::handle scores, const py::object& winners, const py::object& gram,
                            py::handle grad_features, py::handle grad_prototypes,
                            const AxisNumbers& y, const AxisNumbers& x, std::int64_t overlap_x,
-                           bool mean, std::uintptr_t stream, const py::function& allocate,
-                           bool plain) {
+                           bool mean, double factor, std::uintptr_t stream,
+                           const py::function& allocate, bool plain) {
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean);
+  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, factor);
   const Features& f = call.features;
   const DType a = accumulate(f.dtype);
   const std::int64_t H = call.y.pixels, W = call.x.pixels;

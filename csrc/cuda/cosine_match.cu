@@ -61,6 +61,7 @@ struct MatchTiles {
   int quads;               // of the windows of a tile
   int overlap_x;
   bool mean;
+  float factor;  // on the scores
   float* scores;
   void* winners;  // [images, C, H, W] of uint8, or int32 if wide
   bool wide_winners;
@@ -759,7 +760,7 @@ LSLPN_DEVICE void score_pixels(const Matcher<T>& m, int c, int first) {
     if (p.mean) {
       best = sum / static_cast<float>((last_y - first_y + 1) * (cx.last - cx.first + 1));
     }
-    p.scores[pixel] = best * scale;
+    p.scores[pixel] = best * (scale * p.factor);
     if (p.winners) {
       const int wy = winner * reciprocal >> 8;
       const int place = (wy - first_y) * p.overlap_x + winner - wy * windows_x - cx.first;
@@ -847,7 +848,7 @@ match_forward(LSLPN_PARAMETERS MatchTiles p) {
 struct alignas(16) GradientMemory {
   float4 gram[kTileCells];
   TileTable table;
-  float inverse[kTilePixels * kWarp];  // 1 / |u| of every pixel
+  float inverse[kTilePixels * kWarp];  // factor / |u| of every pixel
   float board[kBoard];
 };
 
@@ -895,8 +896,8 @@ struct TileGradients {
     return ((image * p.C + c) * p.y.pixels + y.begin) * p.x.pixels + x.begin + lane;
   }
 
-  // Norms: |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2. The sums go over the pixels of a
-  // row of feature locations, then over the columns that touch one.
+  // Norms: |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2; any factor is in the scores. The
+  // sums go over the pixels of a row of feature locations, then over the columns that touch one.
   LSLPN_DEVICE void norms() const {
     const TileTaps& taps = memory.table.taps;
     const Column column(taps.x[minimum(lane, width - 1)]);
@@ -936,7 +937,7 @@ struct TileGradients {
         current = t.lower;
       }
       const float scale = norm.inverse_length(t.upper);
-      memory.inverse[py * kWarp + lane] = scale;
+      memory.inverse[py * kWarp + lane] = scale * p.factor;
       float product = 0;
       if (lane < width) {
         for (int c = 0; c < p.C; ++c) {
@@ -1144,6 +1145,7 @@ void set_arguments(MatchTiles& t, const Match& call) {
       f.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(call.prototypes) % 16 == 0;
   t.overlap_x = static_cast<int>(call.overlap_x);
   t.mean = call.mean;
+  t.factor = static_cast<float>(call.factor);
   t.scores = static_cast<float*>(call.scores);
   t.winners = call.winners;
   t.wide_winners = call.wide_winners;

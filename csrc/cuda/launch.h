@@ -45,6 +45,7 @@ struct Match {
   void* winners = nullptr;           // [B, Q, C, H, W] of uint8 or int32, or null; likewise
   bool wide_winners = false;         // int32
   bool mean = false;
+  double factor = 1;                // on the scores that are written; not 0
   std::int64_t overlap_x = 1;       // the most windows over a pixel along x
   void* gram = nullptr;             // A [B, Q, 4, h, w], or null; backward: read only
   const void* grad = nullptr;       // backward: A [B, Q, C, H, W]

@@ -20,6 +20,7 @@ from ..geometry import Axis, GridSpec
 from ..reference import accumulation_dtype
 from . import native, winner_dtype
 
+SCALES = True
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = 4
 
@@ -159,6 +160,7 @@ def cosine_match(
     size: tuple[int, int],
     reduce: str,
     winners: bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, Q, _, h, w = features.shape
     (H, W), C, device = size, prototypes.shape[1], features.device
@@ -181,6 +183,7 @@ def cosine_match(
         x,
         _overlap(grid, W),
         reduce == "mean",
+        factor,
         _stream(device),
         _allocator(device),
         _PLAIN,
@@ -197,6 +200,7 @@ def cosine_match_backward(
     grid: GridSpec,
     reduce: str,
     *gram: Tensor,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     h, w = features.shape[-2:]
     H, W = scores.shape[-2:]
@@ -216,6 +220,7 @@ def cosine_match_backward(
         x,
         _overlap(grid, W),
         reduce == "mean",
+        factor,
         _stream(features.device),
         _allocator(features.device),
         _PLAIN,

@@ -33,6 +33,7 @@ from . import torch_, winner_dtype
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _OLDEST = (3, 4)
 
+SCALES = True
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = 4
 
@@ -347,7 +348,8 @@ _OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
 
 
 class _Launch:
-    """A kernel with its grid and all its arguments but the tensors, for one set of shapes.
+    """A kernel with its grid and all its arguments but the first, for one set of shapes: these are
+    the tensors, and numbers that change from call to call.
 
     The first call goes through Triton, which specialises the kernel on its arguments and compiles
     it; later ones go straight to the compiled kernel, in a third of the time.
@@ -367,14 +369,14 @@ class _Launch:
         self.tail = (*numbers, *constants.values())
         self.compiled: Any = None
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, *first: Tensor | float) -> None:
         if self.compiled is not None:
-            self.compiled[self.grid](*tensors, *self.tail)
+            self.compiled[self.grid](*first, *self.tail)
             return
         from . import triton_kernels
 
         kernel = getattr(triton_kernels, self.kernel)
-        self.compiled = kernel[self.grid](*tensors, *self.numbers, **self.constants, **_OPTIONS)
+        self.compiled = kernel[self.grid](*first, *self.numbers, **self.constants, **_OPTIONS)
 
 
 _plans: dict[tuple[Any, ...], Any] = {}
@@ -668,6 +670,7 @@ def cosine_match(
     size: tuple[int, int],
     reduce: str,
     winners: bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
@@ -680,17 +683,17 @@ def cosine_match(
     places = features.new_empty(shape if kept else (0,), dtype=winner_dtype(grid, size))
     gram = features.new_empty((B, Q, GRAM_MAPS, h, w), dtype=torch.float32)
     if not images:
-        scores = torch_.cosine_match(features, prototypes, grid, size, reduce)
+        scores = factor * torch_.cosine_match(features, prototypes, grid, size, reduce)
         return scores, places.zero_(), gram.zero_() if winners else gram.new_empty(0)
     scores = features.new_empty(shape, dtype=torch.float32)
     if images >= B * Q:
-        _match(features, prototypes, grid, size, reduce, scores, places, gram)
+        _match(features, prototypes, grid, size, reduce, scores, places, gram, factor)
     else:
         for b, q in _image_parts(B, Q, images):
             won = places[b, q] if kept else places
             _match(
                 *(features[b, q], prototypes[b], grid, size, reduce),
-                *(scores[b, q], won, gram[b, q]),
+                *(scores[b, q], won, gram[b, q], factor),
             )
     return scores, places, gram if winners else gram.new_empty(0)
 
@@ -704,6 +707,7 @@ def _match(
     scores: Tensor,
     winners: Tensor,
     gram: Tensor,
+    factor: float,
 ) -> None:
     with _on(features.device):
         C = prototypes.shape[1]
@@ -718,7 +722,7 @@ def _match(
         )
         dots = features.new_empty(plan.size, dtype=torch.float32)
         plan.dots(features, prototypes, dots, gram, plan.table)
-        plan.scores(dots, gram, scores, winners, plan.table)
+        plan.scores(dots, gram, scores, winners, plan.table, factor)
 
 
 class _MatchBack:
@@ -815,6 +819,7 @@ def cosine_match_backward(
     grid: GridSpec,
     reduce: str,
     *gram: Tensor,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
@@ -822,12 +827,12 @@ def cosine_match_backward(
     geometry = _geometry(grid, H, W, h, w)
     images = _images(geometry, C, reduce)
     if not images:
-        return _match_back_torch(grad, features, prototypes, grid, reduce)
+        return _match_back_torch(factor * grad, features, prototypes, grid, reduce)
     (maps,) = gram
     result = torch.empty_like(features)
     if images >= B * Q:
         tensors = (grad, features, prototypes, scores, winners, maps, result)
-        return result, _match_back(tensors, grid, reduce)
+        return result, _match_back(tensors, grid, reduce, factor)
     to_prototypes = torch.zeros_like(prototypes)
     for b, q in _image_parts(B, Q, images):
         won = winners[b, q] if winners.numel() else winners
@@ -835,11 +840,11 @@ def cosine_match_backward(
             *(grad[b, q], features[b, q], prototypes[b], scores[b, q], won),
             *(maps[b, q], result[b, q]),
         )
-        to_prototypes[b] += _match_back(tensors, grid, reduce)
+        to_prototypes[b] += _match_back(tensors, grid, reduce, factor)
     return result, to_prototypes
 
 
-def _match_back(tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str) -> Tensor:
+def _match_back(tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str, factor: float) -> Tensor:
     """The gradient of the prototypes; that of the features is written to the last tensor."""
     grad, features, prototypes, scores, winners, gram, result = tensors
     with _on(features.device):
@@ -855,7 +860,7 @@ def _match_back(tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str) -> Ten
         tiles = features.new_empty(plan.size, dtype=torch.float32)
         lengths = features.new_empty(plan.lengths, dtype=torch.float32)
         to_prototypes = features.new_empty(plan.shape, dtype=torch.float32)
-        plan.tiles(grad, scores, winners, gram, prototypes, lengths, tiles, plan.table)
+        plan.tiles(grad, scores, winners, gram, prototypes, lengths, tiles, plan.table, factor)
         plan.back(tiles, features, prototypes, lengths, result, to_prototypes, plan.table)
         return to_prototypes.sum(0) if plan.splits > 1 else to_prototypes[0]
 

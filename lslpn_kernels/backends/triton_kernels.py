@@ -396,6 +396,7 @@ def scores_kernel(
     scores,  # [B, Q, C, H, W]
     winners,  # the same, uint8 or int32
     table,
+    factor,  # on the scores
     length,
     C,
     H,
@@ -443,7 +444,7 @@ def scores_kernel(
     square = ((1 - wy) * (1 - wy))[:, None] * row[None, :]
     square += (wy * wy)[:, None] * row_below[None, :]
     square += (2 * (1 - wy) * wy)[:, None] * across[None, :]
-    inverse = _inverse_length(square)
+    inverse = factor * _inverse_length(square)
     if MEAN:
         inverse /= ((y_last - y_first + 1) * (x_last - x_first + 1)).to(tl.float32)[None, :]
 
@@ -599,6 +600,7 @@ def _match_weights(
     first_place,
     piece,
     columns,
+    factor,
     T_Y: tl.constexpr,
     T_X: tl.constexpr,
     S: tl.constexpr,
@@ -607,8 +609,9 @@ def _match_weights(
     BETWEEN: tl.constexpr,
     LONG: tl.constexpr,
 ):
-    """The sums of dS / |Up F| of a class, for PLACES places of the winning window; or of all
-    pixels alike and divided by the number of windows over them, where PLACES is 0 (the mean)."""
+    """`factor` times the sums of dS / |Up F| of a class, for PLACES places of the winning window;
+    or of all pixels alike and divided by the number of windows over them, where PLACES is 0 (the
+    mean)."""
     grad, winners = pixels[0], pixels[2]
     H, W, h, w, R, strips = shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]
     strip, there, x, x_in, j, wx = columns
@@ -645,8 +648,8 @@ def _match_weights(
         to = tiles + (i - lower) * strips + strip[None, :]
         to += _wide(c * P + first_place + place, LONG)[:, None] * (2 * R * strips)
         mask = there[None, :] & (first_place + place < P)[:, None]
-        tl.store(to, tl.sum(here * (1 - wx)[None, :, :], 2), mask=mask)
-        tl.store(to + R * strips, tl.sum(here * wx[None, :, :], 2), mask=mask)
+        tl.store(to, factor * tl.sum(here * (1 - wx)[None, :, :], 2), mask=mask)
+        tl.store(to + R * strips, factor * tl.sum(here * wx[None, :, :], 2), mask=mask)
 
 
 @triton.jit
@@ -713,6 +716,7 @@ def match_tiles_kernel(
     inverse_lengths,  # [B, C, Gy, Gx]: 1 / |p|
     tiles,
     table,
+    factor,  # on the scores
     length,
     C,
     D,
@@ -781,6 +785,7 @@ def match_tiles_kernel(
                 (role - 1) % chunks * PLACES,
                 piece,
                 columns,
+                factor,
                 T_Y,
                 T_X,
                 S,
