@@ -356,8 +356,18 @@ def test_dice_loss_by_hand() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_everything_that_learns_and_steps_lower_the_loss(method: str) -> None:
-    lr = 0.3 if method == "senet" else 0.02
-    settings = config(method, batch_norm="frozen", lr=lr, weights="imagenet", channels=32)
+    # No dropout, no momentum and small steps: the loss goes down on its own account, whatever the
+    # rounding of the machine.
+    lr = 0.3 if method == "senet" else 0.001
+    settings = config(
+        method,
+        batch_norm="frozen",
+        lr=lr,
+        momentum=0,
+        dropout=0,
+        weights="imagenet",
+        channels=32,
+    )
     model = untrained(settings).train()
     optimizer = make_optimizer(model, settings.train)
     given = {id(p) for group in optimizer.param_groups for p in group["params"]}
