@@ -388,6 +388,8 @@ def _plan(key: tuple[Any, ...], tensors: Sequence[Tensor], build: Callable[[], A
     key = (*key, *(tensor.data_ptr() % 16 == 0 for tensor in tensors))
     plan = _plans.get(key)
     if plan is None:
+        if len(_plans) >= 1024:
+            _plans.clear()
         plan = _plans[key] = build()
     return plan
 
