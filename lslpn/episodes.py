@@ -125,13 +125,7 @@ class Episodes:
     ) -> None:
         self.config = config
         self.size = config.model.size
-        if not cases:
-            raise InputError("cases: none given; name the scans to train on")
-        for case in cases:
-            dataset.check_case(case)
-            if list(cases).count(case) > 1:
-                raise InputError(f"cases: {case!r} is given twice; name each scan once")
-        self.cases = tuple(cases)
+        self.cases = training_cases(dataset, cases)
         self.hold_out = tuple(hold_out)
         self.labels = _training_labels(dataset, config.train, self.hold_out)
         held_out = [dataset.label_of(organ) for organ in self.hold_out]
@@ -313,6 +307,21 @@ class Episodes:
             low=train.augment_low,
             high=train.augment_high,
         )
+
+
+def training_cases(dataset: Dataset, cases: Sequence[str]) -> tuple[str, ...]:
+    """The scans to train on.
+
+    Raises:
+        InputError: there are none, one is unknown, or one is given twice.
+    """
+    if not cases:
+        raise InputError("cases: none given; name the scans to train on")
+    for case in cases:
+        dataset.check_case(case)
+        if list(cases).count(case) > 1:
+            raise InputError(f"cases: {case!r} is given twice; name each scan once")
+    return tuple(cases)
 
 
 def _training_labels(

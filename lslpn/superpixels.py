@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .augment import deformed
 from .dataset import Dataset
-from .episodes import Batch
+from .episodes import Batch, training_cases
 from .errors import InputError
 from .prepare import prepare
 from .presets import Config
@@ -100,14 +100,8 @@ class SuperpixelEpisodes:
     ) -> None:
         _felzenszwalb()
         self.config = config
-        self.cases = tuple(cases)
+        self.cases = training_cases(dataset, cases)
         self.hold_out = tuple(hold_out)
-        if not cases:
-            raise InputError("cases: none given; name the scans to train on")
-        for case in cases:
-            dataset.check_case(case)
-            if list(cases).count(case) > 1:
-                raise InputError(f"cases: {case!r} is given twice; name each scan once")
         held_out = [dataset.label_of(organ) for organ in self.hold_out]
         bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
         self._slices = np.concatenate([self._read(dataset, case, held_out) for case in bar])
