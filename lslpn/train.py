@@ -95,7 +95,7 @@ def train(
     with contextlib.ExitStack() as held:
         before = None
         if processes.first:
-            _previous(folder, config, resume)  # refuse before a folder is made
+            _check_start(folder, resume)  # refuse before a folder is made
             check_writable(folder / FILE_NAME)
             held.enter_context(locked(folder))
             before = _previous(folder, config, resume)
@@ -373,23 +373,27 @@ def _check_weights(model: FewShotNetwork, step: int) -> None:
         )
 
 
-def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, None for a fresh start."""
-    file = folder / FILE_NAME
-    if not resume:
-        if file.exists():
-            raise InputError(
-                f"{folder}: holds a training run already; resume it with --resume, or give "
-                "another folder"
-            )
-        return None
-    if not file.exists():
-        # A run killed before its first checkpoint left a config.json; it starts over.
-        if (folder / "config.json").is_file():
-            return None
+def _check_start(folder: Path, resume: bool) -> None:
+    """Refuse to begin where a run lies already, and to resume where none does."""
+    begun = (folder / FILE_NAME).exists()
+    if begun and not resume:
+        raise InputError(
+            f"{folder}: holds a training run already; resume it with --resume, or give "
+            "another folder"
+        )
+    # A run killed before its first checkpoint left a config.json; it starts over.
+    if resume and not begun and not (folder / "config.json").is_file():
         raise InputError(
             f"{folder}: holds no run to resume; check the path, or leave --resume away"
         )
+
+
+def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, None for a fresh start."""
+    _check_start(folder, resume)
+    file = folder / FILE_NAME
+    if not file.exists():
+        return None
     before = load_checkpoint(file)
     changed = differences(before.config.to_dict(), config.to_dict())
     if changed:

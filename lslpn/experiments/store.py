@@ -137,6 +137,7 @@ class Store:
         if to_train:
             self._check_supports(tasks)
         clock = _Clock(len(to_train), to_evaluate)
+        waiting = set(to_train)
         for key, run in runs.items():
             if key not in to_train:
                 clock.known_training(self._training_seconds(run))
@@ -144,7 +145,9 @@ class Store:
         for number, task in enumerate(tasks, 1):
             done = self._read(task)
             if done is None:
-                self._train(task.run, number, len(tasks), clock)
+                if task.run.key in waiting:
+                    waiting.remove(task.run.key)
+                    self._train(task.run, number, len(tasks), clock)
                 self._say(task.run, number, len(tasks), f"evaluating, {task.name}", clock)
                 done = self._evaluate(task, clock)
             found.append(done)
@@ -209,8 +212,6 @@ class Store:
         return complete
 
     def _train(self, run: Run, number: int, total: int, clock: _Clock) -> None:
-        if not run.trained or self._trained(run):
-            return
         folder = self.run_folder(run)
         begun = (folder / FILE_NAME).exists() or (folder / "config.json").is_file()
         steps = run.config.train.steps
