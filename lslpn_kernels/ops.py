@@ -150,7 +150,7 @@ def cosine_match(
     elif trained:
         call = _CosineMatch.apply
     # A kernel finds the cosines in what it has written, which takes a factor to divide by.
-    inside = factor if abs(factor) > 1e-6 and _scales(backend) else 1.0
+    inside = factor if abs(factor) > 1e-6 else 1.0
     geometry = (grid.scale, grid.spacing, H, W)
     scores = call(features, prototypes, *geometry, reduce, trained, inside, backend)[0]
     return scores if inside == factor else factor * scores
@@ -241,11 +241,6 @@ def _kernels(backend: str) -> Kernels:
     if module is None:
         raise RuntimeError(f'backend="{backend}" is not usable: {reason}')
     return module
-
-
-@torch.compiler.assume_constant_result
-def _scales(backend: str) -> bool:
-    return getattr(_kernels(backend), "SCALES", False)
 
 
 # ---- the registered operators: geometry travels as plain numbers, so that graphs can hold it ----
@@ -346,10 +341,8 @@ def _match(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = _grid(scale, spacing)
     prototypes = prototypes.contiguous()
-    kernels = _kernels(backend)
-    choice = {"factor": factor} if factor != 1 else {}
-    scores, best, *gram = kernels.cosine_match(
-        features, prototypes, grid, (H, W), reduce, winners, **choice
+    scores, best, *gram = _kernels(backend).cosine_match(
+        features, prototypes, grid, (H, W), reduce, winners, factor=factor
     )
     return scores, best, gram[0] if gram else scores.new_empty(0)
 
@@ -400,11 +393,7 @@ def _match_backward(
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels(backend)
     kept = (gram.contiguous(),) if gram.numel() else ()
-    choice: dict[str, Any] = {}
-    if getattr(kernels, "SELECTIVE", False):
-        choice["wanted"] = wanted[0], wanted[1]
-    if factor != 1:
-        choice["factor"] = factor
+    choice = {"wanted": (wanted[0], wanted[1])} if getattr(kernels, "SELECTIVE", False) else {}
     grads = kernels.cosine_match_backward(
         grad.contiguous(),
         features,
@@ -414,6 +403,7 @@ def _match_backward(
         _grid(scale, spacing),
         reduce,
         *kept,
+        factor=factor,
         **choice,
     )
     first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))

@@ -56,7 +56,8 @@ class Kernels(Protocol):
         size: tuple[int, int],
         reduce: str,
         winners: bool,
-        **choice: float,
+        *,
+        factor: float = 1.0,
     ) -> tuple[Tensor, ...]:
         """Scores [B, Q, C, H, W], and the winning windows [B, Q, C, H, W] of `reduce="max"`
         (empty for "mean", or where `winners` is false: no gradient is wanted).
@@ -69,8 +70,8 @@ class Kernels(Protocol):
         false), and is given it again as the last argument of `cosine_match_backward`: there it
         spares one reading of the features.
 
-        A backend that has `SCALES = True` may be given a number ``factor=``, not 0, to multiply
-        the scores with; `cosine_match_backward` is then given it too.
+        The scores are multiplied with `factor`, which is not 0 where a gradient is wanted;
+        `cosine_match_backward` is given it too.
         """
 
     def cosine_match_backward(
@@ -83,7 +84,8 @@ class Kernels(Protocol):
         grid: GridSpec,
         reduce: str,
         *gram: Tensor,
-        **choice: tuple[bool, bool] | float,
+        factor: float = 1.0,
+        **choice: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         """Gradients of `features` (its dtype and layout) and `prototypes`.
 

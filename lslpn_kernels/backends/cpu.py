@@ -13,9 +13,8 @@ from ..geometry import GridSpec
 from ..reference import accumulation_dtype
 from . import native, winner_dtype
 
-# See `Kernels`: told which gradients are wanted, and to scale the scores.
+# Told which gradients are wanted; see `Kernels.cosine_match_backward`.
 SELECTIVE = True
-SCALES = True
 
 _native, _reason = native.module()
 

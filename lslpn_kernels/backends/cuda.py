@@ -20,7 +20,6 @@ from ..geometry import Axis, GridSpec
 from ..reference import accumulation_dtype
 from . import native, winner_dtype
 
-SCALES = True
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = 4
 

@@ -33,7 +33,6 @@ from . import torch_, winner_dtype
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _OLDEST = (3, 4)
 
-SCALES = True
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = 4
 
