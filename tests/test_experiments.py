@@ -290,6 +290,61 @@ def test_a_run_trained_before_is_taken(
     assert "lslpn:spleen:1 is no run of this experiment" in capsys.readouterr().err
 
 
+def test_without_labels_one_network_serves_all_organ_folds(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("skimage")
+    out = tmp_path / "out"
+    part = ("--seeds", "1", "--method", "lslpn,alpnet", "--set", "alpnet.supervision=superpixels")
+    assert main(words("table1", data, out, *part, "--classes", "none,all", size=64)) == 0
+    trained = sorted(str(p.parent.relative_to(out)) for p in out.rglob("checkpoint.pt"))
+    assert trained == [
+        "runs/alpnet-none/any/seed1",
+        "runs/lslpn-none/any/seed1",
+        "runs/lslpn/kidney/seed1",
+        "runs/lslpn/liver/seed1",
+    ]
+    content = loaded(out, "table1")
+    assert [row["label"] for row in content["table"]] == [
+        "lslpn, no classes",
+        "lslpn, all classes",
+        "alpnet, no classes",
+    ]
+    assert "4 training runs took" in (out / "table1.md").read_text("utf-8")
+    # What lslpn train made is taken, whatever it was told to hold out.
+    run = tmp_path / "run"
+    settings = {**SMALL, "size": 64, "supervision": "superpixels", "seed": 1}
+    assert (
+        main(
+            ["train", "--data", str(data), "--cases", "syn_00,syn_01", "--hold-out", "kidney"]
+            + [f"--set={k}={v}" for k, v in settings.items()]
+            + ["--out", str(run), "--device", "cpu", "--quiet"]
+        )
+        == 0
+    )
+    monkeypatch.setattr(store_module, "train", None)
+    given = ("--run", f"lslpn-none:any:1={run}", "--classes", "none", "--seeds", "1")
+    assert main(words("grid-scale", data, tmp_path / "b", *given, size=64)) == 0
+    assert "on no classes" in (tmp_path / "b" / "grid-scale-none.md").read_text("utf-8")
+    again = loaded(tmp_path / "b", "grid-scale-none")["table"]
+    (same,) = [row for row in again if (row["scale"], row["spacing"]) == (1 / 8, 1 / 2)]
+    assert same["mean"] == content["table"][0]["mean"]
+    capsys.readouterr()
+    assert main(words("table1", data, tmp_path / "c", "--classes", "some")) == 2
+    assert "expected some of all, tested, none, got 'some'" in capsys.readouterr().err
+
+
+def test_setting_two_holds_out_slices_even_without_labels(data: Path) -> None:
+    dataset = Dataset.open(data)
+    config = with_overrides(preset("published"), drop_test_slices=True)
+    setup = Setup(
+        dataset, config, (("liver",), ("kidney",)), subject_folds(dataset, train=["syn_00"])
+    )
+    runs = plan_runs(setup, ["lslpn"], [1], classes=["none"])
+    assert [run.hold_out for run in runs] == [("liver",), ("kidney",)]
+    assert len({run.key for run in runs}) == len({run.training_path for run in runs}) == 2
+
+
 # --- the other experiments ------------------------------------------------------------------
 
 

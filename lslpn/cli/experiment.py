@@ -57,7 +57,7 @@ class ClassesName(str, Enum):
 
     all = "all"
     tested = "tested"
-    both = "both"
+    none = "none"
 
 
 # --- options that several experiments share -------------------------------------------------
@@ -143,7 +143,8 @@ _OneClasses = Annotated[
     ClassesName,
     typer.Option(
         "--classes",
-        help="Train on all labels that are not held out, or on those of the other --fold alone.",
+        help="Train on all labels that are not held out, on those of the other --fold alone "
+        "(tested), or on superpixels, without any label (none).",
     ),
 ]
 _Protocol = Annotated[
@@ -223,13 +224,16 @@ def table1(
     out: _Out,
     method: _Method = None,
     classes: Annotated[
-        ClassesName,
+        list[str] | None,
         typer.Option(
             "--classes",
-            help="Train with added classes (all labels that are not held out), without them (the "
-            "organs of the other --fold alone: tested), or both.",
+            metavar="NAME",
+            help="Train with added classes (all labels that are not held out: all), without them "
+            "(the organs of the other --fold alone: tested), or on superpixels, without any label "
+            "(none); repeated or with commas; default: all,tested.",
+            show_default=False,
         ),
-    ] = ClassesName.both,
+    ] = None,
     fold: _Fold = None,
     folds: _Folds = None,
     train_cases: _TrainCases = None,
@@ -256,13 +260,12 @@ def table1(
     )  # fmt: skip
     from ..experiments import table1 as experiment
 
-    kinds: Any = ("all", "tested") if classes is ClassesName.both else (classes.value,)
     with _opened(given) as store:
         files = experiment.run(
             store,
             split(method) or ["lslpn"],
             _seeds(seeds),
-            classes=kinds,
+            classes=_classes(classes),
             untrained=untrained,
         )
     _print(files)
@@ -324,7 +327,7 @@ def grid_scale(
         grids.append(GridSpec(fraction(size, "--scale"), wide))
     with _opened(given, experiment.own(grids)) as store:
         files = experiment.run(
-            store, _seeds(seeds), grids=grids, classes=_one(classes), untrained=untrained
+            store, _seeds(seeds), grids=grids, classes=classes.value, untrained=untrained
         )
     _print(files)
 
@@ -372,7 +375,7 @@ def misalignment(
 
     with _opened(given) as store:
         files = experiment.run(
-            store, [method.value], _seeds(seeds), classes=_one(classes), untrained=untrained
+            store, [method.value], _seeds(seeds), classes=classes.value, untrained=untrained
         )
     _print(files)
 
@@ -438,7 +441,7 @@ def figures(
             _seeds(seeds)[0],
             cases=split(case),
             organs=split(organ),
-            classes=_one(classes),
+            classes=classes.value,
             untrained=untrained,
         )
     _print(files)
@@ -555,10 +558,12 @@ def _seeds(given: list[str] | None) -> list[int]:
     return [int(text) for text in texts] or list(DEFAULT_SEEDS)
 
 
-def _one(classes: ClassesName) -> Any:
-    if classes is ClassesName.both:
-        raise InputError("--classes: expected all or tested; both is for table1")
-    return classes.value
+def _classes(given: list[str] | None) -> list[Any]:
+    known = [kind.value for kind in ClassesName]
+    for text in split(given):
+        if text not in known:
+            raise InputError(f"--classes: expected some of {', '.join(known)}, got {text!r}")
+    return split(given) or ["all", "tested"]
 
 
 def _given_runs(given: list[str] | None) -> dict[str, Path]:

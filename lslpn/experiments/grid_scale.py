@@ -18,7 +18,7 @@ from lslpn_kernels import GridSpec
 from ..figures import colour
 from ..results import fraction
 from . import report
-from .plan import Classes, Setup, plan_runs
+from .plan import Classes, Setup, in_words, plan_runs
 from .stats import Spread, spread
 from .store import Done, Store, Task
 
@@ -62,7 +62,7 @@ def run(
 
     Returns:
         grid-scale.json, grid-scale.csv, grid-scale.md and grid-scale.png in the folder; their
-        names end in -untrained or -tested for these networks.
+        names end in -untrained, -tested or -none for these networks.
 
     Raises:
         InputError: as `plan_runs` and `Store.results`.
@@ -146,7 +146,7 @@ def _table(content: Mapping[str, Any]) -> str:
         "the network before training"
         if content["classes"] is None
         else "networks trained with windows of "
-        f"{fraction(content['model']['grid_scale'])} on {content['classes']} classes, "
+        f"{fraction(content['model']['grid_scale'])} on {in_words(content['classes'])}, "
         "the same for every line"
     )
     return report.table(

@@ -26,7 +26,7 @@ from ..prepare import Prepared, prepare
 from ..presets import ModelConfig
 from ..protocols import Protocol, areas
 from . import report
-from .plan import Align, Classes, SubjectFold, plan_runs
+from .plan import Align, Classes, SubjectFold, in_words, plan_runs
 from .stats import Correlation, correlate, spread
 from .store import Done, Store, Task
 
@@ -58,7 +58,7 @@ def run(
 
     Returns:
         misalignment.json, misalignment.csv, misalignment.md and misalignment.png in the folder;
-        their names end in -untrained or -tested for these networks.
+        their names end in -untrained, -tested or -none for these networks.
 
     Raises:
         InputError: as `plan_runs` and `Store.results`.
@@ -273,7 +273,7 @@ def _table(content: Mapping[str, Any]) -> str:
     network = (
         f"{content['method']} before training"
         if content["classes"] is None
-        else f"{content['method']} trained on {content['classes']} classes"
+        else f"{content['method']} trained on {in_words(content['classes'])}"
     )
     return report.table(
         "A point for each support-query pair and organ. Alignment Dice: of the organ's masks in "

@@ -3,12 +3,12 @@
 Two kinds of folds cross. An *organ fold* is a group of organs that are held out of training and
 tested together (a left and a right kidney, say). A *subject fold* parts the cases into those to
 train on and those to test on. Every run, that is method x classes x organ fold x subject fold x
-seed, trains one network.
+seed, has one network. Where no label is trained on there is nothing to hold out: the runs of all
+organ folds share theirs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from ..presets import Config, with_overrides
 from ..protocols import Protocol, protocol_of
 from ..train import FREE_ON_RESUME
 
-Classes = Literal["all", "tested"]
+Classes = Literal["all", "tested", "none"]
 Align = Literal["none", "body"]
 
 DEFAULT_SEEDS = (1234, 1235, 1236)
@@ -111,7 +111,8 @@ class Run:
     Attributes:
         method: the network's name.
         classes: "all": trained on every label that is not held out (the paper's "added classes");
-            "tested": on the organs of the other organ folds alone.
+            "tested": on the organs of the other organ folds alone; "none": on superpixels, without
+            any label.
         organs: the organ fold.
         subjects: the subject fold.
         seed: of training, and of the untrained layers.
@@ -128,34 +129,49 @@ class Run:
     trained: bool = True
 
     @property
-    def fold(self) -> str:
-        """The folds' name, as folders and `--run` have it: "liver", "kidney_a+kidney_b@2"."""
-        subjects = f"@{self.subjects.name}" if self.subjects.name else ""
-        return _file_name("+".join(self.organs) + subjects)
+    def hold_out(self) -> tuple[str, ...]:
+        """Organs that training must not see: the organ fold, where training reads labels at all."""
+        reads = self.classes != "none" or self.config.train.drop_test_slices
+        return self.organs if reads else ()
 
     @property
     def variant(self) -> str:
         """Method and classes, as folders and `--run` have it."""
         if not self.trained:
             return f"{self.method}-untrained"
-        return self.method if self.classes == "all" else f"{self.method}-tested"
+        return self.method if self.classes == "all" else f"{self.method}-{self.classes}"
 
     @property
     def label(self) -> str:
         """Method and classes for people: a row of the table."""
         if not self.trained:
             return f"{self.method}, untrained"
-        return f"{self.method}, {'all classes' if self.classes == 'all' else 'tested classes'}"
+        return f"{self.method}, {in_words(self.classes)}"
 
     @property
     def path(self) -> Path:
-        """Where its files lie, below the folder of the runs."""
-        return Path(self.variant, self.fold, f"seed{self.seed}")
+        """Where its evaluations lie, below the folder of evaluations."""
+        return Path(self.variant, self._fold(self.organs), f"seed{self.seed}")
+
+    @property
+    def training_path(self) -> Path:
+        """Where its network lies, below the folder of the runs."""
+        return Path(self.variant, self._fold(self.hold_out), f"seed{self.seed}")
 
     @property
     def key(self) -> str:
-        """METHOD:FOLD:SEED, as `--run` has it."""
-        return f"{self.variant}:{self.fold}:{self.seed}"
+        """METHOD:FOLD:SEED of its network, as `--run` has it."""
+        return f"{self.variant}:{self._fold(self.hold_out)}:{self.seed}"
+
+    def _fold(self, organs: tuple[str, ...]) -> str:
+        """The folds' name: "liver", "kidney_a+kidney_b@2", "any"."""
+        subjects = f"@{self.subjects.name}" if self.subjects.name else ""
+        return _file_name(("+".join(organs) or "any") + subjects)
+
+
+def in_words(classes: Classes) -> str:
+    """What a network is trained on, for people."""
+    return "no classes" if classes == "none" else f"{classes} classes"
 
 
 def fixed(config: Config) -> dict[str, Any]:
@@ -186,9 +202,10 @@ def plan_runs(
 
     Args:
         setup: what they have in common.
-        methods: names of networks.
+        methods: names of networks. One that is set to superpixels is trained on no classes, once,
+            whatever `classes` says.
         seeds: one run each.
-        classes: "all", "tested" or both.
+        classes: some of "all", "tested" and "none".
         untrained: the first method's network before training, too.
 
     Raises:
@@ -200,6 +217,7 @@ def plan_runs(
     organs_of: dict[Classes, list[tuple[str, ...] | None]] = {
         "all": [None for _ in setup.organ_folds],
         "tested": [tuple(o for o in setup.organs if o not in fold) for fold in setup.organ_folds],
+        "none": [None for _ in setup.organ_folds],
     }
     if "tested" in classes and len(setup.organ_folds) < 2:
         raise InputError(
@@ -211,13 +229,16 @@ def plan_runs(
         for i, fold in enumerate(setup.organ_folds):
             for subjects in setup.subject_folds:
                 for m, method in enumerate(dict.fromkeys(methods)):
-                    for kind in dict.fromkeys(classes):
-                        config = setup.config_of(method, seed)
-                        train = dataclasses.replace(config.train, organs=organs_of[kind][i])
-                        config = dataclasses.replace(config, train=train)
-                        runs.append(Run(method, kind, fold, subjects, seed, config))
+                    config = setup.config_of(method, seed)
+                    unlabelled = config.train.supervision == "superpixels"
+                    kinds: Sequence[Classes] = ("none",) if unlabelled else classes
+                    for kind in dict.fromkeys(kinds):
+                        changes: dict[str, Any] = {"organs": organs_of[kind][i]}
+                        if kind == "none":
+                            changes["supervision"] = "superpixels"
+                        changed = with_overrides(config, **changes)
+                        runs.append(Run(method, kind, fold, subjects, seed, changed))
                     if untrained and m == 0:
-                        config = setup.config_of(method, seed)
                         runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
     return runs
 

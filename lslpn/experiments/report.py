@@ -51,6 +51,7 @@ def record(
 def _run(done: Done) -> dict[str, Any]:
     run = done.task.run
     return {
+        "run": run.key,
         "method": run.method,
         "classes": run.classes if run.trained else None,
         "trained": run.trained,
@@ -192,12 +193,12 @@ def circumstances(content: Mapping[str, Any]) -> str:
     if evaluated:
         facts.append(f"Some evaluations were made at commit {', '.join(map(str, evaluated))}.")
     times = {
-        (run["method"], run["classes"], tuple(run["organs"]), run["subject_fold"], run["seed"]): run
+        run["run"]: run["training_seconds"]
         for run in content["runs"]
         if run["training_seconds"] is not None
     }
     if times:
-        total = sum(run["training_seconds"] for run in times.values())
+        total = sum(times.values())
         facts.append(
             f"{len(times)} training runs took {duration(total)} together, by their own logs."
         )

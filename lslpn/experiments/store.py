@@ -170,7 +170,7 @@ class Store:
 
     def run_folder(self, run: Run) -> Path:
         """Where a run lies."""
-        return self.given.get(run.key, self.runs / run.path)
+        return self.given.get(run.key, self.runs / run.training_path)
 
     # --- training ---------------------------------------------------------------------------
 
@@ -193,7 +193,10 @@ class Store:
         else:
             return False
         changed = differences(config, run.config.to_dict())
-        for name, now in (("cases", run.subjects.train), ("hold_out", run.organs)):
+        wanted = {"cases": run.subjects.train}
+        if run.hold_out:  # where no label is read, it makes no difference what was held out
+            wanted["hold_out"] = run.hold_out
+        for name, now in wanted.items():
             if sorted(data.get(name, ())) != sorted(now):
                 changed.append(f"{name} was {list(data.get(name, ()))!r}, now {list(now)!r}")
         if data.get("dataset") != self.setup.dataset.name:
@@ -221,7 +224,7 @@ class Store:
         train(
             run.config,
             self.setup.dataset,
-            hold_out=run.organs,
+            hold_out=run.hold_out,
             cases=run.subjects.train,
             out=folder,
             resume=begun,
@@ -248,7 +251,7 @@ class Store:
             "dataset": setup.dataset.name,
             "config": fixed(run.config),
             "train_cases": run.subjects.train if run.trained else (),
-            "hold_out": run.organs if run.trained else (),
+            "hold_out": run.hold_out if run.trained else (),
             "support": run.subjects.support,
             "queries": task.queries or run.subjects.test,
             "organs": task.organs or run.organs,

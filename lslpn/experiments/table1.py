@@ -72,7 +72,7 @@ def run(
         store: the experiment's folder.
         methods: the networks to compare.
         seeds: of their runs.
-        classes: "all" (with added classes), "tested" (without), or both.
+        classes: some of "all" (with added classes), "tested" (without) and "none" (no label).
         untrained: a line for the first method's network before training.
 
     Returns:
@@ -164,7 +164,8 @@ def _table(content: Mapping[str, Any]) -> str:
         + (f"mean ± deviation over {count} seeds" if count > 1 else "one seed")
         + f" ({', '.join(map(str, content['seeds']))}). A network is never trained on the organs "
         "that it is tested on, nor on their cases. All classes: trained on every label that is "
-        "not held out. Tested classes: on the organs of the other folds alone."
+        "not held out. Tested classes: on the organs of the other folds alone. No classes: on "
+        "superpixels, without any label."
     )
     if folded:
         text += " Mean of folds counts organs that are held out together once, as the paper does."
