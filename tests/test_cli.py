@@ -319,7 +319,7 @@ def test_wrong_words_to_evaluate(
         (["--hold-out=liver", "--set=stps=3"], "stps"),
         (["--hold-out=liver", "--set=steps=many"], "steps"),
         (["--hold-out=liver,spleen,kidney"], "held out"),
-        ([], "--hold-out"),
+        (["--hold-out=", "--set=size=48", "--set=steps=1"], "--hold-out: expected an organ"),
     ],
 )
 def test_wrong_words_to_train(
@@ -443,6 +443,22 @@ def test_train_then_evaluate_what_was_held_out(
     assert code == 0, err
     assert "did not hold out spleen" in err
     assert "the training saw syn_01" in err
+
+
+def test_train_on_every_organ(synthetic_dataset: Path, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    small = (f"--set={s}" for s in ("size=48", "steps=1", "batch=1", "min_organ_pixels=10"))
+    code, _, err = run(
+        "train", f"--data={synthetic_dataset}", f"--out={folder}", *small, "--device=cpu", "-q"
+    )
+    assert code == 0, err
+    record = json.loads((folder / "config.json").read_text())["data"]
+    assert (record["hold_out"], record["organs"]) == ([], ["liver", "spleen", "kidney"])
+    # Nothing was held out, so what to evaluate must be said.
+    words = ["evaluate", f"--data={synthetic_dataset}", f"--checkpoint={folder}", "-q"]
+    code, _, err = run(*words, "--support=syn_00", f"--out={tmp_path / 'e'}")
+    assert code == 2
+    is_one_line(err, "--organ: expected at least one")
 
 
 def test_segment_writes_into_the_grid_of_the_query(scans: Scans, run: Run) -> None:

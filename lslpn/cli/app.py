@@ -230,21 +230,22 @@ def segment(
 @command
 def train(
     data: DataOption,
-    hold_out: Annotated[
-        list[str],
-        typer.Option(
-            "--hold-out",
-            metavar="ORGAN",
-            help="An organ that training must not see; repeat for more.",
-            show_default=False,
-        ),
-    ],
     out: Annotated[
         Path,
         typer.Option(
             "--out", metavar="RUN", help="Folder for checkpoint and log.", show_default=False
         ),
     ],
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--hold-out",
+            metavar="ORGAN",
+            help="An organ that training must not see, to evaluate on it; repeat for more. "
+            "Default: none, for organs that the data set has no labels of.",
+            show_default=False,
+        ),
+    ] = None,
     method: MethodOption = None,
     preset: PresetOption = Preset.published,
     case: Annotated[
@@ -283,6 +284,8 @@ def train(
     """
     from ..distributed import joined
 
+    if hold_out and not split(hold_out):
+        raise InputError("--hold-out: expected an organ, got none; leave it out to hold out none")
     with joined(device) as own:
         _train(data, split(hold_out), out, preset, method, case, setting, resume, own, quiet)
 
@@ -588,12 +591,14 @@ def _choices(
 ) -> tuple[list[str], list[str], list[str]]:
     """Organs and query cases to evaluate on, and what a reader of the result should know."""
     held_out: list[str] = []
+    learnt: list[str] = []
     trained: list[str] = []
     if checkpoint is not None:
         from ..checkpoint import load_checkpoint
 
         record = load_checkpoint(checkpoint).data
-        held_out, trained = list(record["hold_out"]), list(record["cases"])
+        held_out, learnt = list(record["hold_out"]), list(record["organs"])
+        trained = list(record["cases"])
     notes = []
     if not organs:
         organs = [name for name in held_out if name in dataset.labels]
@@ -602,7 +607,7 @@ def _choices(
                 "--organ: expected at least one, got none; known organs: "
                 + ", ".join(dataset.labels)
             )
-    elif checkpoint is not None and (seen := [o for o in organs if o not in held_out]):
+    elif seen := [organ for organ in organs if organ in learnt]:
         notes.append(f"the training did not hold out {', '.join(seen)}")
     if not queries:
         queries = [c for c in dataset.cases if c != support and c not in trained]
