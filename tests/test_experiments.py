@@ -332,6 +332,8 @@ def test_without_labels_one_network_serves_all_organ_folds(
     capsys.readouterr()
     assert main(words("table1", data, tmp_path / "c", "--classes", "some")) == 2
     assert "expected some of all, tested, none, got 'some'" in capsys.readouterr().err
+    assert main(words("table1", data, tmp_path / "d", "--set", "supervision=superpixels")) == 2
+    assert "is set by --classes none" in capsys.readouterr().err
 
 
 def test_setting_two_holds_out_slices_even_without_labels(data: Path) -> None:

@@ -499,6 +499,11 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     ):
         if any(name in some for some in (changes, *own.values())):
             raise InputError(f"--set {name}: is set by {option}; use that")
+    if "supervision" in changes:
+        raise InputError(
+            "--set supervision: is set by --classes none; use that, or METHOD.supervision for one "
+            "method alone"
+        )
     # Scans are trained on as they are tested, unless --set says otherwise.
     changes = {"align": given.align.value, **changes}
     if given.setting is Setting.two:

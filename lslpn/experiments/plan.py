@@ -185,7 +185,12 @@ def fixed(config: Config) -> dict[str, Any]:
 def common_settings(config: Config) -> dict[str, Any]:
     """`fixed`, without what differs from run to run of one experiment."""
     plain = fixed(config)
-    for group, name in (("model", "method"), ("train", "seed"), ("train", "organs")):
+    for group, name in (
+        ("model", "method"),
+        ("train", "seed"),
+        ("train", "organs"),
+        ("train", "supervision"),
+    ):
         del plain[group][name]
     return plain
 
