@@ -1,4 +1,4 @@
-"""nnU-Net's raw data set layout.
+"""Where scans lie on disk: nnU-Net's raw data set layout, or a plain folder of scans.
 
     DIR/dataset.json
     DIR/imagesTr/CASE_0000.nii.gz
@@ -6,6 +6,8 @@
 
 Both styles of `labels` in dataset.json are read: {"background": 0, "liver": 1} of nnU-Net v2 and
 {"0": "background", "1": "liver"} of v1 and the Medical Segmentation Decathlon.
+
+What reads no labels takes a folder without them as well: DIR/CASE.nii.gz or DIR/CASE.nii.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .volumes import Volume, check_same_grid, read_image, read_labels
+
+_ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,61 @@ class Dataset:
         return image, labels
 
 
+@dataclass(frozen=True)
+class UnlabelledScans(Dataset):
+    """A folder with a NIfTI file per scan and no labels.
+
+    Attributes:
+        files: case to file name; a case is named as its file, without the ending.
+    """
+
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str]) -> UnlabelledScans:
+        """List the .nii.gz and .nii files of a folder, not of those below it; none is read yet.
+
+        Raises:
+            InputError: the folder is missing, has no such file, or two of the same case.
+        """
+        folder = Path(root)
+        files: dict[str, str] = {}
+        for ending in _ENDINGS:
+            for name in _listing(folder, ending, "a folder of scans, .nii.gz or .nii"):
+                case = name[: -len(ending)]
+                if case in files:
+                    raise InputError(
+                        f"{folder / name}: {files[case]} lies beside it, expected one file per "
+                        "scan; remove or rename one"
+                    )
+                files[case] = name
+        if not files:
+            raise InputError(
+                f"{folder}: holds no file that ends in {' or '.join(_ENDINGS)} and no "
+                "dataset.json, expected scans, or a data set in nnU-Net's raw layout; "
+                "check the path"
+            )
+        return cls(folder, folder.resolve().name, {}, tuple(sorted(files)), files=files)
+
+    def label_of(self, organ: str) -> int:
+        """Always an InputError: there are no labels."""
+        raise InputError(
+            f"organ {organ!r}: {self.root} holds scans without labels (it has no dataset.json); "
+            "name no organ"
+        )
+
+    def image_path(self, case: str) -> Path:
+        """Where a scan lies; InputError for an unknown case."""
+        return self.root / self.files[self.check_case(case)]
+
+    def labels_path(self, case: str) -> Path:
+        """Always an InputError: there are no labels."""
+        raise InputError(
+            f"case {case!r}: {self.root} holds scans without labels (it has no dataset.json), "
+            "expected a data set in nnU-Net's raw layout"
+        )
+
+
 def _load_json(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text("utf-8"))
@@ -137,7 +196,7 @@ def _load_json(path: Path) -> dict[str, Any]:
 
 def _file_ending(path: Path, meta: dict[str, Any]) -> str:
     ending = meta.get("file_ending", ".nii.gz")
-    if ending not in (".nii.gz", ".nii"):
+    if ending not in _ENDINGS:
         raise InputError(
             f'{path}: "file_ending" is {ending!r}, expected ".nii.gz" or ".nii"; '
             "convert the data set to NIfTI"
@@ -229,7 +288,9 @@ def _cases(folder: Path, ending: str) -> tuple[str, ...]:
     return tuple(sorted(images))
 
 
-def _listing(folder: Path, ending: str) -> list[str]:
+def _listing(
+    folder: Path, ending: str, expected: str = "the folder of nnU-Net's raw layout"
+) -> list[str]:
     try:
         # Names with a leading dot are other tools' leavings (macOS writes ._CASE_0000.nii.gz).
         return sorted(
@@ -237,8 +298,8 @@ def _listing(folder: Path, ending: str) -> list[str]:
         )
     except OSError as error:
         raise InputError(
-            f"{folder}: cannot be listed ({error.strerror or error}), expected the folder of "
-            "nnU-Net's raw layout; check the path of the data set"
+            f"{folder}: cannot be listed ({error.strerror or error}), expected {expected}; "
+            "check the path of the data set"
         ) from error
 
 

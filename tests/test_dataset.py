@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import SYNTHETIC_ORGANS, write_nifti
 
-from lslpn.dataset import Dataset
+from lslpn.dataset import Dataset, UnlabelledScans
 from lslpn.errors import InputError
 
 
@@ -163,3 +163,33 @@ def test_sabs(shared_path: Callable[[str], Path]) -> None:
     assert image.data.shape == (147, 257, 257)
     liver, spleen = (np.argwhere(labels.data == v).mean(axis=0) for v in (6, 1))
     assert liver[2] < spleen[2]
+
+
+def test_a_folder_of_scans_without_labels(synthetic_dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    image = synthetic_dataset / "imagesTr" / "syn_00_0000.nii.gz"
+    shutil.copy(image, folder / "b.x.nii.gz")
+    write_nifti(folder / "a.nii", np.arange(24.0).reshape(2, 3, 4))
+    (folder / "._a.nii").write_bytes(b"macOS")
+    (folder / "notes.txt").write_text("hello")
+    scans = UnlabelledScans.open(folder)
+    assert (scans.name, scans.cases, scans.organs) == ("mine", ("a", "b.x"), ())
+    np.testing.assert_array_equal(
+        scans.image("b.x").data, Dataset.open(synthetic_dataset).image("syn_00").data
+    )
+    for ask, said in (
+        (lambda: scans.label_of("liver"), "organ 'liver': .*without labels"),
+        (lambda: scans.load("a"), "case 'a': .*without labels"),
+        (lambda: scans.image("c"), "case 'c'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            ask()
+    shutil.copy(image, folder / "a.nii.gz")
+    with pytest.raises(InputError, match=r"a\.nii: a\.nii\.gz lies beside it"):
+        UnlabelledScans.open(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no file that ends in"):
+        UnlabelledScans.open(tmp_path / "empty")
+    with pytest.raises(InputError, match="cannot be listed"):
+        UnlabelledScans.open(tmp_path / "nowhere")

@@ -532,10 +532,11 @@ def test_the_settings_as_published_are_settings() -> None:
     ]
     steps = {}
     for words in commands:
-        method = words[words.index("--method") + 1]
+        method = words[words.index("--method") + 1] if "--method" in words else "lslpn"
         values = dict(w.split("=", 1) for before, w in pairwise(words) if before == "--set")
         steps[method] = with_overrides(preset("published"), method=method, **values).train
     assert {m: (t.steps, t.batch) for m, t in steps.items()} == {
+        "lslpn": (2500, 4),  # without labels
         "panet": (30_000, 1),
         "alpnet": (100_000, 1),
         "senet": (2000, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scipy import ndimage
 
 from lslpn.augment import deformed
 from lslpn.checkpoint import load_checkpoint
+from lslpn.cli import main
 from lslpn.dataset import Dataset
 from lslpn.errors import InputError
 from lslpn.presets import Config, preset, with_overrides
@@ -167,6 +169,40 @@ def test_alpnet_trains_on_superpixels_and_resumes(dataset: Dataset, tmp_path: Pa
             resume=True,
             **options,  # type: ignore[arg-type]
         )
+
+
+def test_a_plain_folder_of_scans_trains_as_a_data_set_does(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for case in dataset.cases:
+        shutil.copy(dataset.image_path(case), folder / f"{case}.nii.gz")
+    settings = [
+        f"--set={name}={value}"
+        for name, value in {
+            **{"supervision": "superpixels", "size": 64, "batch": 1, "steps": 1},
+            **{"weights": "random", "channels": 8},
+        }.items()
+    ]
+    weights = []
+    for number, root in enumerate((folder, dataset.root)):
+        out = tmp_path / str(number)
+        words = ["train", f"--data={root}", f"--out={out}", *settings, "--device=cpu", "-q"]
+        assert main(words) == 0, capsys.readouterr().err
+        kept = load_checkpoint(out)
+        assert kept.data["cases"] == list(dataset.cases)
+        weights.append(kept.model)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    capsys.readouterr()
+    words = ["train", f"--data={folder}", f"--out={tmp_path / 'x'}", *settings, "-q"]
+    for more, said in (
+        (["--hold-out=liver"], "scans without labels"),
+        (["--set=drop_test_slices=true"], "scans without labels"),
+        (["--set=supervision=labels"], "dataset.json: there is no such file"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_cannot_be_used_is_said(

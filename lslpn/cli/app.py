@@ -303,10 +303,16 @@ def _train(
     quiet: bool,
 ) -> None:
     """`train`, in one process or each of several."""
-    from ..dataset import Dataset
+    from ..dataset import Dataset, UnlabelledScans
     from ..distributed import world
+    from ..presets import PRESETS, with_overrides
 
-    dataset = Dataset.open(data)
+    changes = settings_of(setting)
+    if method is not None:
+        changes["method"] = method.value
+    config = with_overrides(PRESETS[preset.value], **changes)
+    plain = config.train.supervision == "superpixels" and not (data / "dataset.json").exists()
+    dataset = UnlabelledScans.open(data) if plain else Dataset.open(data)
     for organ in hold_out:
         dataset.label_of(organ)
     cases = split(case) or list(dataset.cases)
@@ -320,14 +326,9 @@ def _train(
     if first:
         _writable(out / "checkpoint.pt")
 
-    from ..presets import PRESETS, with_overrides
     from ..train import time_spent
     from ..train import train as run
 
-    changes = settings_of(setting)
-    if method is not None:
-        changes["method"] = method.value
-    config = with_overrides(PRESETS[preset.value], **changes)
     run(
         config,
         dataset,
