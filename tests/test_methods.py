@@ -536,7 +536,7 @@ def test_the_settings_as_published_are_settings() -> None:
         values = dict(w.split("=", 1) for before, w in pairwise(words) if before == "--set")
         steps[method] = with_overrides(preset("published"), method=method, **values).train
     assert {m: (t.steps, t.batch) for m, t in steps.items()} == {
-        "lslpn": (2500, 4),  # without labels
+        "lslpn": (1000, 4),  # without labels
         "panet": (30_000, 1),
         "alpnet": (100_000, 1),
         "senet": (2000, 2),
