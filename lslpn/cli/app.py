@@ -318,13 +318,6 @@ def _train(
     cases = split(case) or list(dataset.cases)
     for name in cases:
         dataset.check_case(name)
-    first = world().first
-    if first and not resume and (out / "checkpoint.pt").exists():
-        raise InputError(
-            f"{out}: holds a training run already; resume it with --resume, or give another --out"
-        )
-    if first:
-        _writable(out / "checkpoint.pt")
 
     from ..train import time_spent
     from ..train import train as run
@@ -339,7 +332,7 @@ def _train(
         device=torch_device(device),
         progress=not quiet,
     )
-    if first:
+    if world().first:
         spent = time_spent(out)
         waited = f"; it waited for data {spent[1] / spent[0]:.1%} of the time" if spent else ""
         print(f"written: {out}{waited}")
