@@ -178,13 +178,8 @@ def test_a_plain_folder_of_scans_trains_as_a_data_set_does(
     folder.mkdir()
     for case in dataset.cases:
         shutil.copy(dataset.image_path(case), folder / f"{case}.nii.gz")
-    settings = [
-        f"--set={name}={value}"
-        for name, value in {
-            **{"supervision": "superpixels", "size": 64, "batch": 1, "steps": 1},
-            **{"weights": "random", "channels": 8},
-        }.items()
-    ]
+    settings = ["--set=supervision=superpixels", "--set=size=64", "--set=batch=1", "--set=steps=1"]
+    settings += ["--set=weights=random", "--set=channels=8"]
     weights = []
     for number, root in enumerate((folder, dataset.root)):
         out = tmp_path / str(number)

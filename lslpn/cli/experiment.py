@@ -564,11 +564,11 @@ def _seeds(given: list[str] | None) -> list[int]:
 
 
 def _classes(given: list[str] | None) -> list[Any]:
-    known = [kind.value for kind in ClassesName]
-    for text in split(given):
+    known, texts = [kind.value for kind in ClassesName], split(given)
+    for text in texts:
         if text not in known:
             raise InputError(f"--classes: expected some of {', '.join(known)}, got {text!r}")
-    return split(given) or ["all", "tested"]
+    return texts or ["all", "tested"]
 
 
 def _given_runs(given: list[str] | None) -> dict[str, Path]:

@@ -219,11 +219,6 @@ def plan_runs(
     for what, values in (("method", methods), ("seeds", seeds), ("classes", classes)):
         if not values:
             raise InputError(f"{what}: expected at least one, got none")
-    organs_of: dict[Classes, list[tuple[str, ...] | None]] = {
-        "all": [None for _ in setup.organ_folds],
-        "tested": [tuple(o for o in setup.organs if o not in fold) for fold in setup.organ_folds],
-        "none": [None for _ in setup.organ_folds],
-    }
     if "tested" in classes and len(setup.organ_folds) < 2:
         raise InputError(
             "classes: without added classes a network is trained on the organs of the other "
@@ -231,17 +226,19 @@ def plan_runs(
         )
     runs = []
     for seed in dict.fromkeys(seeds):
-        for i, fold in enumerate(setup.organ_folds):
+        for fold in setup.organ_folds:
+            others = tuple(organ for organ in setup.organs if organ not in fold)
             for subjects in setup.subject_folds:
                 for m, method in enumerate(dict.fromkeys(methods)):
                     config = setup.config_of(method, seed)
                     unlabelled = config.train.supervision == "superpixels"
                     kinds: Sequence[Classes] = ("none",) if unlabelled else classes
                     for kind in dict.fromkeys(kinds):
-                        changes: dict[str, Any] = {"organs": organs_of[kind][i]}
-                        if kind == "none":
-                            changes["supervision"] = "superpixels"
-                        changed = with_overrides(config, **changes)
+                        changed = with_overrides(
+                            config,
+                            organs=others if kind == "tested" else None,
+                            supervision="superpixels" if kind == "none" else "labels",
+                        )
                         runs.append(Run(method, kind, fold, subjects, seed, changed))
                     if untrained and m == 0:
                         runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
