@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, cosine_match, masked_average_pool
-from lslpn_kernels.backends import torch_
+from lslpn_kernels._backends import torch_
 from lslpn_kernels.geometry import Axis
-from lslpn_kernels.head import add_background
+from lslpn_kernels.reference import class_masks
 from lslpn_kernels.reference import accumulation_dtype, unit
 
 from .sizes import Size
@@ -63,7 +63,7 @@ def _assemble(part: str, size: Size, pool: Call, match: Call) -> Call:
         return lambda query, prototypes: match(query, prototypes, grid, shape)
 
     def head(support: Tensor, foreground: Tensor, query: Tensor) -> Tensor:
-        prototypes = pool(support, add_background(foreground), grid)
+        prototypes = pool(support, class_masks(foreground, foreground.shape[2] + 1), grid)
         return LOGIT_SCALE * match(query, prototypes, grid, shape)
 
     return head

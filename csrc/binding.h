@@ -16,6 +16,7 @@
 
 #include "core/dtype.h"
 #include "core/geometry.h"
+#include "core/masks.h"
 
 namespace lslpn {
 
@@ -84,12 +85,13 @@ inline DType dtype_of(const char* name, const dlpack::Tensor& t) {
     if (t.code == dlpack::kUInt && t.bits == 8) return DType::uint8;
     if (t.code == dlpack::kBool && t.bits == 8) return DType::boolean;
     if (t.code == dlpack::kInt && t.bits == 32) return DType::int32;
+    if (t.code == dlpack::kInt && t.bits == 64) return DType::int64;
   }
   throw py::type_error(std::string(name) + " has a dtype that no kernel takes");
 }
 
-// Reads a capsule of `rank` dimensions, none of them empty.
-inline TensorView view(const char* name, py::handle capsule, int rank) {
+// Reads a capsule of `rank` dimensions, or of `or_rank`, none of them empty.
+inline TensorView view(const char* name, py::handle capsule, int rank, int or_rank = -1) {
   if (!PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
     throw py::type_error(std::string(name) + " must be a DLPack capsule that was not used before");
   }
@@ -97,16 +99,16 @@ inline TensorView view(const char* name, py::handle capsule, int rank) {
       *static_cast<const dlpack::Tensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   TensorView v;
   v.name = name;
-  if (t.ndim != rank) {
+  if (t.ndim != rank && t.ndim != or_rank) {
     refuse(name,
            "must have " + std::to_string(rank) + " dimensions, got " + std::to_string(t.ndim));
   }
   v.dtype = dtype_of(name, t);
   v.device_type = t.device_type;
   v.device_id = t.device_id;
-  v.rank = rank;
+  v.rank = t.ndim;
   std::int64_t contiguous = 1;
-  for (int i = rank - 1; i >= 0; --i) {
+  for (int i = v.rank - 1; i >= 0; --i) {
     if (t.shape[i] < 1) refuse(name, "must not be empty");
     v.shape[i] = t.shape[i];
     v.stride[i] = t.strides ? t.strides[i] : contiguous;
@@ -140,6 +142,24 @@ inline void expect_shape(const TensorView& v, std::initializer_list<std::int64_t
 
 inline void expect_contiguous(const TensorView& v) {
   if (!v.contiguous()) refuse(v.name, "must be contiguous");
+}
+
+// The masks of C classes in K support images of H x W pixels for each of B episodes. Their kind
+// follows from their shape; see core/masks.h.
+inline Masks masks_of(const TensorView& v, std::int64_t B, std::int64_t K, std::int64_t C,
+                      std::int64_t H, std::int64_t W, DType floating) {
+  Masks masks{v.data, MaskKind::labels, v.dtype, C};
+  if (v.rank == 4) {
+    expect_shape(v, {B, K, H, W});
+    if (v.dtype != DType::uint8) expect_dtype(v, DType::int64);
+  } else {
+    const bool whole = v.shape[2] == C;
+    masks.kind = whole ? MaskKind::classes : MaskKind::foreground;
+    expect_shape(v, {B, K, whole ? C : C - 1, H, W});
+    if (!masks_are_bytes(masks)) expect_dtype(v, floating);
+  }
+  expect_contiguous(v);
+  return masks;
 }
 
 // An axis as Python describes it; see csrc/core/geometry.h.

@@ -4,8 +4,8 @@ Masked average pooling over an overlapping grid of windows, and cosine matching 
 them, at image resolution. Depends on torch alone; works with any encoder.
 """
 
-from .backends import BackendStatus
-from .backends import status as _status
+from ._backends import BackendStatus
+from ._backends import status as _status
 from .geometry import GridSpec
 from .head import LocalPrototypeHead
 from .ops import cosine_match, masked_average_pool

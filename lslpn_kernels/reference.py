@@ -6,6 +6,10 @@ here is clever, so that it can be checked by eye against the paper. Run it in fl
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +17,7 @@ from torch import Tensor
 from .geometry import GridSpec
 
 EPS = 1e-8
+P = ParamSpec("P")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,6 +40,35 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     return torch.where(gone, 0, vectors * torch.where(gone, 1, square).rsqrt())
 
 
+def class_masks(masks: Tensor, C: int) -> Tensor:
+    """Masks [B, K, C, H, W] of all classes: from those of the foreground [B, K, C - 1, H, W], whose
+    rest is the background, class 0, or from a label map [B, K, H, W]."""
+    if masks.dim() == 4:
+        return masks[:, :, None] == torch.arange(C, device=masks.device)[:, None, None]
+    if masks.shape[2] == C:
+        return masks
+    if masks.is_floating_point():
+        background = (1 - masks.sum(2, keepdim=True)).clamp(min=0)
+    else:
+        background = (~masks.bool().any(2, keepdim=True)).to(masks.dtype)
+    return torch.cat((background, masks), 2)
+
+
+def without_autocast(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """The function in the dtypes of its arguments, inside `torch.autocast` as well."""
+
+    @functools.wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        device = args[0].device.type  # type: ignore[attr-defined]
+        if not torch.amp.is_autocast_available(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return exact
+
+
+@without_autocast
 def masked_average_pool(
     features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float = 0
 ) -> Tensor:
@@ -58,6 +92,7 @@ def masked_average_pool(
     return torch.stack(prototypes, 1).reshape(shape)
 
 
+@without_autocast
 def cosine_match(
     features: Tensor,
     prototypes: Tensor,

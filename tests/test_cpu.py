@@ -15,7 +15,7 @@ from strategies import cases
 from torch import Tensor
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, backends, cosine_match, masked_average_pool
-from lslpn_kernels.backends import native
+from lslpn_kernels._backends import native
 from lslpn_kernels.reference import upsample
 
 _native, _ = native.module()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ from lslpn_kernels import (
     masked_average_pool,
     ops,
 )
-from lslpn_kernels.backends import _obstacle, cuda, load
+from lslpn_kernels._autograd import _kernels
+from lslpn_kernels._backends import _obstacle, choose, cuda, load, native
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 EXAMPLES = int(os.environ.get("LSLPN_EXAMPLES", "25"))
@@ -57,16 +59,18 @@ def emulated() -> Any:
 
 def forget() -> None:
     """What was found out about backends, once for all."""
-    for cached in (load, _obstacle, ops._choose_once):
+    for cached in (load, _obstacle, _kernels, ops._choose_once):
         cached.cache_clear()
 
 
 @pytest.fixture
 def kernels(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Makes `backend="cuda"` run the emulated kernels, on tensors of the CPU."""
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "device_types", lambda: ("cpu",))
-    monkeypatch.setattr(cuda, "_module", lambda: emulated)
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    monkeypatch.setattr(cuda, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(
+        cuda, "_call", lambda name, device, *arguments: getattr(emulated, name)(*arguments)
+    )
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     forget()
     yield emulated
@@ -200,9 +204,9 @@ def test_launches(kernels: Any) -> None:
         counts[name] = kernels.launches() - before
         return result
 
-    _, factor = count("pool", cuda.masked_average_pool, features, masks, grid, 0.0)
-    count("pool backward", cuda.masked_average_pool_backward, prototypes, masks, factor, features,
-          grid)  # fmt: skip
+    _, factor = count("pool", cuda.masked_average_pool, features, masks, 2, grid, 0.0)
+    count("pool backward", cuda.masked_average_pool_backward, prototypes, masks, 2, factor,
+          features, grid)  # fmt: skip
     scores, winners, gram = count(
         "match", cuda.cosine_match, features, prototypes, grid, (512, 512), "max", True
     )
@@ -256,8 +260,8 @@ def test_any_strides(kernels: Any, dtype: torch.dtype) -> None:
     for name, view in views.items():
         view = view[:, :, :, :7, :8]
         dense = view.contiguous()
-        pooled, factor = cuda.masked_average_pool(view, masks, grid, 0.0)
-        expected, _ = cuda.masked_average_pool(dense, masks, grid, 0.0)
+        pooled, factor = cuda.masked_average_pool(view, masks, 2, grid, 0.0)
+        expected, _ = cuda.masked_average_pool(dense, masks, 2, grid, 0.0)
         assert torch.equal(pooled, expected), name
         scores, winners, gram = cuda.cosine_match(view, prototypes, grid, (40, 44), "max", True)
         again, *_ = cuda.cosine_match(dense, prototypes, grid, (40, 44), "max", True)
@@ -267,14 +271,14 @@ def test_any_strides(kernels: Any, dtype: torch.dtype) -> None:
         others = cuda.cosine_match_backward(scores, dense, *arguments)
         for a, b in zip(grads, others, strict=True):
             assert torch.equal(a, b), name
-        support = cuda.masked_average_pool_backward(pooled, masks, factor, view, grid)
-        other = cuda.masked_average_pool_backward(pooled, masks, factor, dense, grid)
+        support = cuda.masked_average_pool_backward(pooled, masks, 2, factor, view, grid)
+        other = cuda.masked_average_pool_backward(pooled, masks, 2, factor, dense, grid)
         assert torch.equal(support, other), name
 
 
-@pytest.mark.parametrize("factor", [20.0, -3.0])
+@pytest.mark.parametrize("logit_scale", [20.0, -3.0])
 @pytest.mark.parametrize("reduce", ["max", "mean"])
-def test_scores_times_a_factor(kernels: Any, reduce: str, factor: float) -> None:
+def test_scores_times_a_logit_scale(kernels: Any, reduce: str, logit_scale: float) -> None:
     """Tiled ("max") and plain ("mean"), forward and backward."""
     grid, size = GridSpec(1 / 4), (40, 44)
     query = torch.randn(1, 2, 16, 6, 7, requires_grad=True)
@@ -283,7 +287,7 @@ def test_scores_times_a_factor(kernels: Any, reduce: str, factor: float) -> None
     results = {}
     for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
         inputs = query.to(dtype), prototypes.to(dtype)
-        scores = cosine_match(*inputs, grid, size, reduce, backend, factor)
+        scores = cosine_match(*inputs, grid, size, reduce, backend, logit_scale)
         grads = torch.autograd.grad((scores * weight.to(dtype)).sum(), inputs)
         results[backend] = dict(
             zip(("scores", "query", "prototypes"), (scores.detach(), *grads), strict=True)
@@ -319,7 +323,7 @@ def test_opcheck(kernels: Any) -> None:
     masks = torch.rand(1, 2, 2, 24, 20) < 0.5
     features = torch.randn(1, 2, 8, 6, 5, requires_grad=True)
     pooled = torch.ops.lslpn_kernels.masked_average_pool.default
-    torch.library.opcheck(pooled, (features, masks, 1 / 4, 1 / 2, 0.0, "cuda"))
+    torch.library.opcheck(pooled, (features, masks, 2, 1 / 4, 1 / 2, 0.0, "cuda"))
     prototypes = torch.randn(1, 2, *GridSpec(1 / 4).shape(24, 20), 8, requires_grad=True)
     match = torch.ops.lslpn_kernels.cosine_match.default
     size = (24, 20)
@@ -334,6 +338,7 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
     good = {
         "features": torch.randn(1, 1, 8, 6, 6),
         "masks": torch.ones(1, 1, 2, 24, 24, dtype=torch.bool),
+        "C": 2,
         "prototypes": torch.empty(1, 2, 7, 7, 8),
         "factor": torch.empty(1, 1, 2, 7, 7),
     }
@@ -364,6 +369,11 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
         (ValueError, {"masks": torch.ones(1, 1, 2, 24, 23, dtype=torch.bool)}),
         (ValueError, {"masks": torch.ones(1, 1, 2, 24, 48, dtype=torch.bool)[..., ::2]}),
         (TypeError, {"masks": torch.ones(1, 1, 2, 24, 24, dtype=torch.float64)}),
+        (ValueError, {"masks": torch.ones(1, 1, 24, 23, dtype=torch.uint8)}),
+        (TypeError, {"masks": torch.ones(1, 1, 24, 24, dtype=torch.bool)}),
+        (ValueError, {"C": 1}),
+        (ValueError, {"C": 0}),
+        (ValueError, {"C": 2**62}),
         (ValueError, {"prototypes": torch.empty(1, 2, 7, 7, 7)}),
         (TypeError, {"prototypes": torch.empty(1, 2, 7, 7, 8, dtype=torch.float64)}),
         (ValueError, {"factor": torch.empty(1, 2, 2, 7, 7)}),
@@ -408,15 +418,45 @@ def test_bindings_survive_anything(kernels: Any) -> None:
     assert refused == 500  # hardly any random call fits together
 
 
-def test_reasons() -> None:
-    """Why a build does not fit a GPU, in one line that says how to mend it."""
-    assert cuda._unsupported((9, 0), "80;90;100") == ""
-    assert cuda._unsupported((8, 9), "80;90;100") == ""  # runs code for 8.0
-    assert cuda._unsupported((12, 0), "80;90;100") == ""  # translates the PTX
-    for capability, archs in (((7, 5), "80;90;100"), ((8, 0), "86"), ((9, 0), "80;100")):
-        reason = cuda._unsupported(capability, archs)
-        assert "LSLPN_CUDA_ARCHS" in reason
+def test_a_driver_that_refuses_the_kernels_sends_auto_to_the_next_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A driver older than the kernels, say; asked for each GPU of its own."""
+    module = SimpleNamespace(
+        with_cuda=True,
+        cuda_archs="80;90",
+        cuda_probe=lambda: "the provided PTX was compiled with an unsupported toolchain.",
+    )
+    monkeypatch.setattr(native, "module", lambda: (module, ""))
+    monkeypatch.setattr(cuda, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    forget()
+    try:
+        device = torch.device("cpu")
+        reason = cuda.unavailable(device)
+        assert reason is not None
+        for part in ("Tesla T4", "sm_75", "sm_80, sm_90", "unsupported toolchain", '"75"'):
+            assert part in reason
         assert "\n" not in reason
+        assert choose("auto", device, torch.float32, GridSpec(), "max") in ("cpu", "torch")
+        with pytest.raises(RuntimeError, match="Tesla T4"):
+            choose("cuda", device, torch.float32, GridSpec(), "max")
+    finally:
+        forget()
+
+
+def test_auto_leaves_to_others_what_only_the_plain_kernels_take(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(grid: GridSpec, reduce: str) -> str:
+        return choose("auto", torch.device("cpu"), torch.float32, grid, reduce)
+
+    assert chosen(GridSpec(), "max") == "cuda"
+    assert chosen(GridSpec(), "mean") in ("cpu", "torch")
+    assert chosen(GridSpec(1 / 8, 1 / 5), "max") in ("cpu", "torch")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

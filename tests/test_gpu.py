@@ -247,12 +247,12 @@ def test_opcheck(any_backend: str) -> None:
     support, masks, query, _ = (t.to(DEVICE) for t in case.draw(torch.float32))
     settings = (case.grid.scale, case.grid.spacing)
     ops = torch.ops.lslpn_kernels
-    pool = (support, masks, *settings, 0.0, any_backend)
+    pool = (support, masks, 2, *settings, 0.0, any_backend)
     torch.library.opcheck(ops.masked_average_pool.default, pool)
     prototypes, factor = ops.masked_average_pool(*pool)
     torch.library.opcheck(
         ops.masked_average_pool_backward.default,
-        (prototypes, masks, factor, support, *settings, any_backend),
+        (prototypes, masks, 2, factor, support, *settings, any_backend),
     )
     for reduce in ("max", "mean"):
         match = (query, prototypes, *settings, 20, 17, reduce, True, 3.0, any_backend)
@@ -491,10 +491,10 @@ def test_distributed_data_parallel(any_backend: str, tmp_path: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="PyTorch finds no NVIDIA GPU")
 def test_auto_takes_the_fastest() -> None:
-    from lslpn_kernels.backends import choose
+    from lslpn_kernels._backends import choose
 
     wanted = next((n for n in ("cuda", "triton") if backends()[n].usable), "torch")
-    assert choose("auto", torch.device("cuda"), torch.float32) == wanted
+    assert choose("auto", torch.device("cuda", 0), torch.float32, GridSpec(), "max") == wanted
 
 
 def test_wrong_device(backend: str) -> None:

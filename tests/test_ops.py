@@ -18,11 +18,11 @@ from lslpn_kernels import (
     GridSpec,
     LocalPrototypeHead,
     backends,
-    checks,
     cosine_match,
     masked_average_pool,
 )
-from lslpn_kernels.backends import winner_dtype
+from lslpn_kernels._arguments import windows
+from lslpn_kernels._backends import winner_dtype
 
 GRID = GridSpec(1 / 3, 1 / 2)
 
@@ -83,24 +83,24 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 # ---- registration -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [20.0, -3.0, 1e-3, 1e-30, 0.0])
+@pytest.mark.parametrize("logit_scale", [20.0, -3.0, 1e-3, 1e-30, 0.0])
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_scores_times_a_factor(factor: float, reduce: str, backend: str) -> None:
+def test_scores_times_a_logit_scale(logit_scale: float, reduce: str, backend: str) -> None:
     support, masks, query = episode(torch.float64)
     prototypes = masked_average_pool(support, masks, GRID).detach().requires_grad_()
     size = masks.shape[-2:]
 
     def match(query: Tensor, prototypes: Tensor) -> Tensor:
-        return cosine_match(query, prototypes, GRID, size, reduce, backend, factor)
+        return cosine_match(query, prototypes, GRID, size, reduce, backend, logit_scale)
 
     def plain(query: Tensor, prototypes: Tensor) -> Tensor:
-        return factor * cosine_match(query, prototypes, GRID, size, reduce, "reference")
+        return logit_scale * cosine_match(query, prototypes, GRID, size, reduce, "reference")
 
     for actual, expected in zip(
         gradients(match, query, prototypes), gradients(plain, query, prototypes), strict=True
     ):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10 * abs(factor))
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10 * abs(logit_scale))
 
 
 def test_opcheck() -> None:
@@ -108,12 +108,12 @@ def test_opcheck() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         support, masks, query = (t.detach() for t in episode(dtype))
         settings = (GRID.scale, GRID.spacing)
-        pool = (support, masks, *settings, 1.0, "cpu")
+        pool = (support, masks, 2, *settings, 1.0, "cpu")
         torch.library.opcheck(ops.masked_average_pool.default, pool)
         prototypes, factor = ops.masked_average_pool(*pool)
         torch.library.opcheck(
             ops.masked_average_pool_backward.default,
-            (prototypes, masks, factor, support, *settings, "cpu"),
+            (prototypes, masks, 2, factor, support, *settings, "cpu"),
         )
         for reduce in ("max", "mean"):
             for kept in (True, False):
@@ -147,8 +147,8 @@ def test_operators_take_what_is_not_contiguous() -> None:
     support, masks, query = (t.detach() for t in episode())
     flipped = masks.flip(-1).transpose(-1, -2).contiguous().transpose(-1, -2).flip(-1)
     settings = (GRID.scale, GRID.spacing)
-    prototypes, factor = ops.masked_average_pool(support, flipped, *settings, 0.0, "cpu")
-    expected = ops.masked_average_pool(support, masks, *settings, 0.0, "cpu")
+    prototypes, factor = ops.masked_average_pool(support, flipped, 2, *settings, 0.0, "cpu")
+    expected = ops.masked_average_pool(support, masks, 2, *settings, 0.0, "cpu")
     assert_same((prototypes, factor), expected)
     turned = prototypes.transpose(1, 4).contiguous().transpose(1, 4)
     scores = ops.cosine_match(query, turned, *settings, 20, 17, "max", True, 2.0, "cpu")
@@ -410,7 +410,7 @@ def test_forward_mode_is_refused_rather_than_lost() -> None:
 def test_windows_are_counted_as_the_geometry_counts_them(scale: float, spacing: float) -> None:
     grid = GridSpec(scale, spacing)
     for pixels in (*range(1, 700), 4097, 65535, 1 << 20):
-        assert checks.windows(grid, pixels) == grid.axis(pixels).windows
+        assert windows(grid, pixels) == grid.axis(pixels).windows
 
 
 @SYMBOLIC
@@ -442,9 +442,9 @@ BAD_POOL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": F.expand(2, -1, -1, -1, -1)}, ValueError, "masks must hold as many episodes"),
     ({"features": F.expand(-1, 2, -1, -1, -1)}, ValueError, "as many support images K"),
     ({"masks": M.tolist()}, TypeError, "masks must be a torch.Tensor"),
-    ({"masks": M[0]}, ValueError, "masks must have 5 dimensions"),
+    ({"masks": M[0]}, ValueError, "labels .* must be integers, got torch.bool"),
     ({"masks": M[..., :0]}, ValueError, "masks .* must not be empty, got W = 0"),
-    ({"masks": M.long()}, TypeError, "masks must be bool, uint8 or floating"),
+    ({"masks": M.long()}, TypeError, "masks .* must be bool, uint8 or floating"),
     ({"masks": M.float().requires_grad_()}, ValueError, "masks get no gradient"),
     ({"grid": (1 / 3, 1 / 2)}, TypeError, "grid must be a GridSpec"),
     ({"min_pixels": "10"}, TypeError, "min_pixels must be a number"),
@@ -481,9 +481,9 @@ BAD_MATCH: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduce": ["max"]}, ValueError, 'reduce must be "max" or "mean"'),
     ({"grid": None}, TypeError, "grid must be a GridSpec"),
     ({"backend": "triton2"}, ValueError, "backend must be one of"),
-    ({"factor": "20"}, TypeError, "factor must be a number"),
-    ({"factor": math.nan}, ValueError, "factor must be a finite number"),
-    ({"factor": -math.inf}, ValueError, "factor must be a finite number"),
+    ({"logit_scale": "20"}, TypeError, "logit_scale must be a number"),
+    ({"logit_scale": math.nan}, ValueError, "logit_scale must be a finite number"),
+    ({"logit_scale": -math.inf}, ValueError, "logit_scale must be a finite number"),
 ]
 
 
@@ -594,14 +594,14 @@ def test_fuzz_the_public_functions() -> None:
 
 def test_fuzz_the_backend() -> None:
     """Behind the checks: whatever gets there, the binding checks again."""
-    from lslpn_kernels.backends import cpu
+    from lslpn_kernels._backends import cpu
 
     rng = random.Random(1)
-    pooled, factor = cpu.masked_average_pool(F, M, GRID, 0.0)
+    pooled, factor = cpu.masked_average_pool(F, M, 2, GRID, 0.0)
     scores, winners = cpu.cosine_match(F, pooled, GRID, (9, 9), "max", True)
     calls: list[tuple[Callable[..., Any], list[Any]]] = [
-        (cpu.masked_average_pool, [F, M, GRID, 0.0]),
-        (cpu.masked_average_pool_backward, [pooled, M, factor, F, GRID]),
+        (cpu.masked_average_pool, [F, M, 2, GRID, 0.0]),
+        (cpu.masked_average_pool_backward, [pooled, M, 2, factor, F, GRID]),
         (cpu.cosine_match, [F, pooled, GRID, (9, 9), "max", True]),
         (cpu.cosine_match_backward, [scores, F, pooled, scores, winners, GRID, "max"]),
     ]
@@ -623,7 +623,7 @@ def test_fuzz_the_binding() -> None:
     """The compiled functions themselves, with capsules of any tensors in any place."""
     from torch.utils.dlpack import to_dlpack
 
-    from lslpn_kernels.backends import native
+    from lslpn_kernels._backends import native
 
     module, _ = native.module()
     assert module is not None
@@ -645,7 +645,7 @@ def test_fuzz_the_binding() -> None:
         return value
 
     names = [name for name in dir(module) if name.startswith("cpu_") and "instruction" not in name]
-    arity = {"cpu_masked_average_pool": 7, "cpu_masked_average_pool_backward": 6}
+    arity = {"cpu_masked_average_pool": 8, "cpu_masked_average_pool_backward": 7}
     arity |= {"cpu_cosine_match": 8, "cpu_cosine_match_backward": 11}
     assert sorted(names) == sorted(arity)
     built = 0
@@ -661,7 +661,7 @@ def test_fuzz_the_binding() -> None:
             args[-1] = rng.choice([1, 2, -5, 10**6])
             args[0] = geometry
         flags = {
-            "cpu_masked_average_pool": 3,
+            "cpu_masked_average_pool": 4,
             "cpu_cosine_match": 3,
             "cpu_cosine_match_backward": 6,
         }
@@ -669,6 +669,8 @@ def test_fuzz_the_binding() -> None:
             args[-2] = rng.choice([1.0, 20.0, -3.0, 0.0, math.nan])
         if name in flags and rng.random() < 0.9:
             args[flags[name]] = rng.choice([True, False, 0.0, 3.0])
+        if "pool" in name and rng.random() < 0.9:
+            args[3] = rng.choice([-1, 0, 1, 2, 3, 2**62])  # C; the masks may be a label map
         with contextlib.suppress(ValueError, TypeError):
             getattr(module, name)(*args)
     assert built > 1000
@@ -677,7 +679,7 @@ def test_fuzz_the_binding() -> None:
 def test_capsules_are_read_once_and_wholly_checked() -> None:
     from torch.utils.dlpack import from_dlpack, to_dlpack
 
-    from lslpn_kernels.backends import native
+    from lslpn_kernels._backends import native
 
     module, _ = native.module()
     assert module is not None
@@ -713,4 +715,4 @@ def test_capsules_are_read_once_and_wholly_checked() -> None:
     tensors = (torch.zeros_like(P), M, torch.zeros(1, 1, 2, *GRID.shape(9, 9)), overlapping)
     capsules = [to_dlpack(t) for t in tensors]
     with pytest.raises(ValueError, match="grad_features must not overlap itself"):
-        module.cpu_masked_average_pool_backward(geometry, *capsules, 1)
+        module.cpu_masked_average_pool_backward(geometry, *capsules[:2], 2, *capsules[2:], 1)

@@ -10,15 +10,18 @@ import torch
 import torch.nn.functional as F
 from cases import GOLDEN
 
-from lslpn_kernels import GridSpec, LocalPrototypeHead, cosine_match, masked_average_pool
-from lslpn_kernels.backends import NAMES, load
-from lslpn_kernels.backends import status as backend_status
+from lslpn_kernels import (
+    GridSpec,
+    LocalPrototypeHead,
+    cosine_match,
+    masked_average_pool,
+)
+from lslpn_kernels import backends as backend_status
 
 BACKENDS = [
     name
-    for name in NAMES
-    if backend_status()[name].usable
-    and (name in ("reference", "torch") or "cpu" in load(name)[0].device_types())
+    for name, status in backend_status().items()
+    if status.usable and {"cpu", "any device"} & {*status.devices}
 ]
 
 

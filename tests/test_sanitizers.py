@@ -105,7 +105,7 @@ import pytest
 spec = importlib.util.spec_from_file_location("lslpn_kernels._native", sys.argv[1])
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-from lslpn_kernels.backends import native
+from lslpn_kernels._backends import native
 assert native.module()[0] is module
 sys.exit(pytest.main(["-v", "tests/test_ops.py", "-k", "fuzz or capsules"]))
 """

@@ -9,7 +9,7 @@ from hypothesis import given
 from strategies import cases
 
 from lslpn_kernels import GridSpec, cosine_match, masked_average_pool
-from lslpn_kernels.backends import torch_
+from lslpn_kernels._backends import torch_
 
 # In float64. Where neighbouring features nearly cancel, |Up F| is small and its gradient, some
 # 1 / |Up F|, large: the absolute part is for the sums of such terms, whose true value may be 0.

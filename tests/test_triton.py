@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lslpn_kernels.backends import triton_
+from lslpn_kernels._backends import triton_
 
 TESTS = Path(__file__).parent
 # What keeps Triton from running at all; a missing GPU does not.
-REASON = triton_.unavailable() or ""
+REASON = triton_.unavailable(torch.device("cuda")) or ""
 pytestmark = pytest.mark.skipif(
     "Triton" in REASON, reason=f"the Triton kernels cannot be compiled: {REASON}"
 )

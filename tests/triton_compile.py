@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lslpn_kernels import GridSpec
-from lslpn_kernels.backends import triton_
+from lslpn_kernels._backends import triton_
 
 GRID = GridSpec()
 K, Q, C, D, h, H = 1, 1, 2, 256, 65, 512
@@ -67,11 +67,11 @@ def compile_all(variant: str) -> dict[str, Any]:
     features = torch.empty(B, K, D, h, h, dtype=dtype)
     if "channels_last" in options:
         features = torch.empty(B, K, h, h, D, dtype=dtype).movedim(-1, 2)
-    masks = torch.empty(B, K, C, H, H, dtype=torch.bool)
+    masks = torch.empty(B, K, C - 1, H, H, dtype=torch.bool)  # the background is derived
     JITFunction.run = only_compile
     try:
-        prototypes, factor = triton_.masked_average_pool(features, masks, GRID, 0.0)
-        triton_.masked_average_pool_backward(prototypes, masks, factor, features, GRID)
+        prototypes, factor = triton_.masked_average_pool(features, masks, C, GRID, 0.0)
+        triton_.masked_average_pool_backward(prototypes, masks, C, factor, features, GRID)
         scores, winners, gram = triton_.cosine_match(
             features, prototypes, GRID, (H, H), reduce, True
         )

@@ -17,7 +17,7 @@ import torch
 from cases import GOLDEN, SITUATIONS, Case, assert_near, run
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, backends, cosine_match
-from lslpn_kernels.backends import torch_, triton_
+from lslpn_kernels._backends import torch_, triton_
 
 if os.environ.get("TRITON_INTERPRET") != "1" or not backends()["triton"].usable:
     raise RuntimeError(f"TRITON_INTERPRET=1 and Triton are needed: {backends()['triton']}")

@@ -34,11 +34,12 @@ LSLPN_HD A inverse_length(A square) {
 //   between(i) = p^2 below(i, j) + q^2 below(i, j + 1) + p q (diagonal(i, j) + other(i, j))
 
 // What |Up F|^2 is worth, given row(i), row(i + 1), between(i), and the upper weight b. In exact
-// arithmetic it is never negative; where the taps cancel, rounding can make it so.
+// arithmetic it is never negative; where the taps cancel, rounding can make it so. A row of weight
+// 0 is not looked at: it may hold a NaN that is none of this pixel's business.
 template <class A>
 LSLPN_HD A squared_length(A row, A next_row, A between, A b) {
   const A a = A(1) - b;
-  const A square = a * a * row + b * b * next_row + A(2) * a * b * between;
+  const A square = b > A(0) ? a * a * row + b * b * next_row + A(2) * a * b * between : row;
   return square < A(0) ? A(0) : square;
 }
 

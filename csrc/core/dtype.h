@@ -9,7 +9,12 @@
 
 namespace lslpn {
 
-enum class DType { float64, float32, float16, bfloat16, uint8, boolean, int32 };
+enum class DType { float64, float32, float16, bfloat16, uint8, boolean, int32, int64 };
+
+inline bool is_floating(DType dtype) {
+  return dtype == DType::float64 || dtype == DType::float32 || dtype == DType::float16 ||
+         dtype == DType::bfloat16;
+}
 
 // Storage types: 16 bits that the host never calculates with.
 struct Half {

@@ -19,15 +19,15 @@ int thread_count(int threads) {
   return threads < 1 ? 1 : (threads > kMostThreads ? kMostThreads : threads);
 }
 
-TensorView cpu_view(const char* name, py::handle capsule, int rank) {
-  const TensorView v = view(name, capsule, rank);
+TensorView cpu_view(const char* name, py::handle capsule, int rank, int or_rank = -1) {
+  const TensorView v = view(name, capsule, rank, or_rank);
   expect_device(v, dlpack::kCpu);
   return v;
 }
 
 // [B, N, D, h, w] in a floating dtype, of the geometry's feature size.
 Features features_of(const TensorView& v, const Geometry& geometry) {
-  if (v.dtype == DType::uint8 || v.dtype == DType::boolean || v.dtype == DType::int32) {
+  if (!is_floating(v.dtype)) {
     throw py::type_error(std::string(v.name) + " must be floating");
   }
   expect_shape(v, {v.shape[0], v.shape[1], v.shape[2], geometry.y().cells, geometry.x().cells});
@@ -65,12 +65,6 @@ TensorView dense(const char* name, py::handle capsule, DType dtype,
   return v;
 }
 
-bool mask_bytes(const TensorView& masks, DType floating) {
-  const bool bytes = masks.dtype == DType::uint8 || masks.dtype == DType::boolean;
-  if (!bytes) expect_dtype(masks, floating);
-  return bytes;
-}
-
 bool winner_bytes(const TensorView& winners, const Geometry& geometry) {
   const auto& tables = geometry.tables<float>();
   if (winners.dtype == DType::int32) return false;
@@ -92,51 +86,41 @@ void without_lock(DType dtype, F call) {
   }
 }
 
-void pool(const Geometry& geometry, py::handle features, py::handle masks, double min_pixels,
-          py::handle prototypes, py::handle factor, int threads) {
+void pool(const Geometry& geometry, py::handle features, py::handle masks, std::int64_t C,
+          double min_pixels, py::handle prototypes, py::handle factor, int threads) {
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
-  const TensorView m = cpu_view("masks", masks, 5);
-  const std::int64_t C = m.shape[2];
-  const bool bytes = mask_bytes(m, dtype);
-  expect_shape(m, {f.B, f.N, C, y.pixels, x.pixels});
-  expect_contiguous(m);
+  const Masks m = masks_of(cpu_view("masks", masks, 5, 4), f.B, f.N, C, y.pixels, x.pixels, dtype);
   const TensorView out =
       dense("prototypes", prototypes, dtype, {f.B, C, y.windows, x.windows, f.D});
   const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
-    masked_average_pool(Pool<A>{geometry.tables<A>(), f, m.data, bytes, static_cast<int>(C),
-                                static_cast<A>(min_pixels), out.as<A>(), scale.as<A>(),
-                                thread_count(threads)});
+    masked_average_pool(Pool<A>{geometry.tables<A>(), f, m, static_cast<A>(min_pixels), out.as<A>(),
+                                scale.as<A>(), thread_count(threads)});
   });
 }
 
-void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, py::handle factor,
-                   py::handle grad_features, int threads) {
+void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, std::int64_t C,
+                   py::handle factor, py::handle grad_features, int threads) {
   const TensorView written = cpu_view("grad_features", grad_features, 5);
   const Features f = features_of(written, geometry);
   expect_apart(written);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
-  const TensorView m = cpu_view("masks", masks, 5);
-  const std::int64_t C = m.shape[2];
-  const bool bytes = mask_bytes(m, dtype);
-  expect_shape(m, {f.B, f.N, C, y.pixels, x.pixels});
-  expect_contiguous(m);
+  const Masks m = masks_of(cpu_view("masks", masks, 5, 4), f.B, f.N, C, y.pixels, x.pixels, dtype);
   const TensorView g = dense("grad", grad, dtype, {f.B, C, y.windows, x.windows, f.D});
   const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
-    masked_average_pool(PoolBackward<A>{geometry.tables<A>(), f, m.data, bytes, static_cast<int>(C),
-                                        scale.as<const A>(), g.as<const A>(),
-                                        thread_count(threads)});
+    masked_average_pool(PoolBackward<A>{geometry.tables<A>(), f, m, scale.as<const A>(),
+                                        g.as<const A>(), thread_count(threads)});
   });
 }
 
 void match(const Geometry& geometry, py::handle features, py::handle prototypes, bool mean,
-           py::handle scores, const py::object& winners, double factor, int threads) {
+           py::handle scores, const py::object& winners, double logit_scale, int threads) {
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
@@ -159,15 +143,15 @@ void match(const Geometry& geometry, py::handle features, py::handle prototypes,
     using A = decltype(number);
     cosine_match(Match<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C), mean,
                           out.as<A>(), winner_data, bytes, thread_count(threads),
-                          static_cast<A>(factor)});
+                          static_cast<A>(logit_scale)});
   });
 }
 
 void match_backward(const Geometry& geometry, py::handle grad, py::handle features,
                     py::handle prototypes, py::handle scores, const py::object& winners, bool mean,
                     const py::object& grad_features, const py::object& grad_prototypes,
-                    double factor, int threads) {
-  if (!(std::abs(factor) >= 1e-6)) throw py::value_error("factor must not be 0");
+                    double logit_scale, int threads) {
+  if (!(std::abs(logit_scale) >= 1e-6)) throw py::value_error("logit_scale must not be 0");
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
@@ -205,7 +189,7 @@ void match_backward(const Geometry& geometry, py::handle grad, py::handle featur
     cosine_match(MatchBackward<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C),
                                   mean, s.as<const A>(), winner_data, bytes, g.as<const A>(), df,
                                   static_cast<A*>(dp), thread_count(threads),
-                                  static_cast<A>(factor)});
+                                  static_cast<A>(logit_scale)});
   });
 }
 

@@ -14,7 +14,7 @@
 //   dF(l)       = sum over c, m of da(l) q_{c,m}  +  what the inner products of l hand on
 //   dq_{c,m}    = sum over l of da(l) F(l),          dp = (dq - <q, dq> q) / |p|
 //
-// What is written may be factor * S, the logits of the head: then g has the factor as well.
+// What is written may be logit_scale * S, the logits of the head: then g is scaled as well.
 #include <array>
 
 #include "parallel.h"
@@ -39,9 +39,9 @@ struct Problem {
   std::int64_t C, D, width;  // width: channels of a packed location, filled up
   std::int64_t pitch;        // from one packed location to the next
   std::int64_t windows;      // Gy * Gx
-  A factor;                  // on the scores
+  A logit_scale;             // multiplies the cosines
 
-  Problem(const Tables<A>& t, const Features& f, const A* p, int classes, A times)
+  Problem(const Tables<A>& t, const Features& f, const A* p, int classes, A scale)
       : tables(t),
         features(f),
         prototypes(p),
@@ -50,7 +50,7 @@ struct Problem {
         width(padded(f.D)),
         pitch(pitch_of<A>(width)),
         windows(static_cast<std::int64_t>(t.y.windows) * t.x.windows),
-        factor(times) {}
+        logit_scale(scale) {}
 
   int threads(int wanted) const {
     const double pixels = double(tables.y.pixels) * tables.x.pixels;
@@ -250,7 +250,7 @@ struct TileScratch {
   A* columns = nullptr;  // [kAtOnce, R rows, T] a carried to the pixels' columns
   A* row = nullptr;      // [R rows, T] row(i) of |u|^2
   A* between = nullptr;  // [R rows, T]
-  A* length = nullptr;   // [T rows, T] factor / |u|
+  A* length = nullptr;   // [T rows, T] logit_scale / |u|
 
   TileScratch(Arena& arena, const Problem<A>& p) {
     const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
@@ -261,7 +261,7 @@ struct TileScratch {
     length = arena.take<A>(y.length * x.length);
   }
 
-  // factor / |u| of every pixel of the tile.
+  // logit_scale / |u| of every pixel of the tile.
   void lengths(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows) const {
     const Side<A>& x = tile.x;
     const int T = tile.T;
@@ -288,7 +288,7 @@ struct TileScratch {
           [&](int i, A b) {
             const A a = A(1) - b;
             const Vec<A> square = (a * a) * one + (b * b) * next + (A(2) * a * b) * both;
-            store(length + i * T + t, p.factor * inverse_lengths<A>(square));
+            store(length + i * T + t, p.logit_scale * inverse_lengths<A>(square));
           },
           [](int, int) {});
     }
@@ -459,7 +459,7 @@ void match_not_finite(const Problem<A>& p, const Tile<A>& tile, const MatchScrat
       if (height == 2 && breadth == 2) between += wx[0] * wx[1] * rows.across.row(low)[left];
       A square = wy[0] * wy[0] * row[0];
       if (height == 2) square += wy[1] * wy[1] * row[1] + A(2) * wy[0] * wy[1] * between;
-      const A length = p.factor * inverse_length(square);
+      const A length = p.logit_scale * inverse_length(square);
 
       A best = A(0);
       int winner = 0;
@@ -560,7 +560,7 @@ void match_tile(const Match<A>& args, const Problem<A>& p, const Directions<A>& 
 
 template <class A>
 void forward(const Match<A>& args) {
-  const Problem<A> p(args.tables, args.features, args.prototypes, args.C, args.factor);
+  const Problem<A> p(args.tables, args.features, args.prototypes, args.C, args.logit_scale);
   const int threads = p.threads(args.threads);
   const Memory<Directions<A>, MatchScratch<A>> memory(p, threads);
   const Directions<A>& directions = memory.shared();
@@ -591,7 +591,7 @@ struct BackwardProblem : Problem<A> {
   const MatchBackward<A>& args;
 
   explicit BackwardProblem(const MatchBackward<A>& a)
-      : Problem<A>(a.tables, a.features, a.prototypes, a.C, a.factor), args(a) {}
+      : Problem<A>(a.tables, a.features, a.prototypes, a.C, a.logit_scale), args(a) {}
 };
 
 // The gradient of the feature rows of one band of tiles, and of their inner products.
@@ -733,8 +733,8 @@ struct BackwardScratch {
   }
 };
 
-// Reads one class of a tile: slope = g = factor dS / |u|, the winners, and adds dS S to energy,
-// which is the same for any factor.
+// Reads one class of a tile: slope = g = logit_scale dS / |u|, the winners, and adds dS S to
+// energy, which is the same for any scale.
 template <class A>
 void read_class(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
                 std::int64_t b, std::int64_t n, std::int64_t c) {
@@ -820,7 +820,7 @@ void gather(int n, const BackwardProblem<A>& p, const Tile<A>& tile, const Backw
 template <class A>
 void gather_lengths(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s) {
   const int T = tile.T, rows = tile.y.cells, cells = tile.x.cells;
-  const A unscaled = A(1) / p.factor;
+  const A unscaled = A(1) / p.logit_scale;
   std::memset(s.tile.row, 0, sizeof(A) * rows * T);
   std::memset(s.tile.between, 0, sizeof(A) * rows * T);
   for (int t = 0; t < T; t += kLanes<A>) {

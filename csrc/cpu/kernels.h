@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "../core/masks.h"
 
 namespace lslpn {
 
@@ -53,14 +54,12 @@ struct Features {
   std::int64_t stride[5];
 };
 
-// Prototypes [B, C, Gy, Gx, D] and factor [B, K, C, Gy, Gx] in A; masks [B, K, C, H, W].
+// Prototypes [B, C, Gy, Gx, D] and factor [B, K, C, Gy, Gx] in A.
 template <class A>
 struct Pool {
   Tables<A> tables;
   Features features;
-  const void* masks;
-  bool masks_are_bytes;  // bool or uint8; else A
-  int C;
+  Masks masks;
   A min_pixels;
   A* prototypes;
   A* factor;
@@ -72,15 +71,14 @@ template <class A>
 struct PoolBackward {
   Tables<A> tables;
   Features features;
-  const void* masks;
-  bool masks_are_bytes;
-  int C;
+  Masks masks;
   const A* factor;
   const A* grad;
   int threads;
 };
 
-// Scores, times `factor`, and winners [B, Q, C, H, W]; winners may be null, else uint8 or int32.
+// Scores, times `logit_scale`, and winners [B, Q, C, H, W]; winners may be null, else uint8 or
+// int32.
 template <class A>
 struct Match {
   Tables<A> tables;
@@ -92,7 +90,7 @@ struct Match {
   void* winners;
   bool winners_are_bytes;
   int threads;
-  A factor = A(1);  // on the scores
+  A logit_scale = A(1);
 };
 
 template <class A>
@@ -109,7 +107,7 @@ struct MatchBackward {
   Features grad_features;  // shapes as features; null data where not wanted
   A* grad_prototypes;      // null where not wanted
   int threads;
-  A factor = A(1);  // that the scores have, not 0
+  A logit_scale = A(1);  // of the scores; not 0
 };
 
 // No call takes more threads than this.

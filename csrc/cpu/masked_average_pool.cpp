@@ -28,19 +28,17 @@ template <class A>
 struct Problem {
   const Tables<A>& tables;
   const Features& features;
-  const void* masks;
-  bool bytes;
+  const Masks& masks;
   std::int64_t C, D, width;  // width: channels of a packed location, filled up
   std::int64_t pitch;        // from one packed location to the next
   std::int64_t windows;      // Gy * Gx
   bool backward;
 
-  Problem(const Tables<A>& t, const Features& f, const void* m, bool b, int classes, bool back)
+  Problem(const Tables<A>& t, const Features& f, const Masks& m, bool back)
       : tables(t),
         features(f),
         masks(m),
-        bytes(b),
-        C(classes),
+        C(m.C),
         D(f.D),
         width(padded(f.D)),
         pitch(pitch_of<A>(width)),
@@ -53,16 +51,89 @@ struct Problem {
     const double work = double(features.B) * features.N * C * (pixels + 2 * locations * D);
     return work < kWorthThreads ? 1 : wanted;
   }
+};
 
-  // The mask of class c of image n, from pixel (y, x) on: bytes or A.
-  const char* mask(std::int64_t b, std::int64_t n, std::int64_t c, int y, int x) const {
-    const std::int64_t H = tables.y.pixels, W = tables.x.pixels;
-    const std::int64_t at = (((b * features.N + n) * C + c) * H + y) * W + x;
-    return static_cast<const char*>(masks) + at * (bytes ? 1 : static_cast<int>(sizeof(A)));
+// The mask of one class of one image, from a pixel on. A mask that is stored is read where it lies;
+// one that is derived is written to a buffer first, as long as a row of a tile.
+template <class A>
+class ClassMask {
+ public:
+  ClassMask(const Problem<A>& p, std::int64_t b, std::int64_t n, std::int64_t c, int y, int x)
+      : label_(c) {
+    const Masks& m = p.masks;
+    const std::int64_t H = p.tables.y.pixels, W = p.tables.x.pixels;
+    const bool bytes = masks_are_bytes(m), labels = m.kind == MaskKind::labels;
+    std::int64_t stored = 1, plane = 0;  // planes of an image, and the one to begin with
+    if (!labels) {
+      stored = m.kind == MaskKind::foreground ? m.C - 1 : m.C;
+      plane = c - (m.C - stored);
+    }
+    if (plane < 0) {
+      read_ = bytes ? Read::rest_of_bytes : Read::rest_of_floats;
+      foreground_ = static_cast<int>(stored);
+      plane = 0;
+    } else if (labels) {
+      read_ = bytes ? Read::labels8 : Read::labels64;
+    } else {
+      read_ = bytes ? Read::bytes : Read::floats;
+    }
+    size_ = bytes ? 1 : labels ? 8 : static_cast<int>(sizeof(A));
+    pitch_ = W * size_;
+    plane_ = H * pitch_;
+    const std::int64_t image = b * p.features.N + n;
+    at_ = static_cast<const char*>(m.data) + (image * stored + plane) * plane_ +
+          (static_cast<std::int64_t>(y) * W + x) * size_;
   }
-  std::int64_t mask_pitch() const {
-    return tables.x.pixels * static_cast<std::int64_t>(bytes ? 1 : sizeof(A));
+
+  // Whether rows are bytes; else A.
+  bool bytes() const { return read_ != Read::floats && read_ != Read::rest_of_floats; }
+
+  // n pixels of row i from column j on, both counted from the first pixel.
+  const char* row(int i, int j, int n, char* buffer) const {
+    const char* at = at_ + i * pitch_ + j * size_;
+    switch (read_) {
+      case Read::bytes:
+      case Read::floats:
+        return at;
+      case Read::labels8:
+        for (int t = 0; t < n; ++t) {
+          buffer[t] = static_cast<unsigned char>(at[t]) == label_;
+        }
+        break;
+      case Read::labels64:
+        for (int t = 0; t < n; ++t) {
+          buffer[t] = reinterpret_cast<const std::int64_t*>(at)[t] == label_;
+        }
+        break;
+      case Read::rest_of_bytes:
+        for (int t = 0; t < n; ++t) buffer[t] = at[t] == 0;
+        for (int k = 1; k < foreground_; ++k) {
+          const char* next = at + k * plane_;
+          for (int t = 0; t < n; ++t) buffer[t] &= next[t] == 0;
+        }
+        break;
+      case Read::rest_of_floats:
+        A* const rest = reinterpret_cast<A*>(buffer);
+        for (int t = 0; t < n; ++t) rest[t] = 0;
+        for (int k = 0; k < foreground_; ++k) {
+          const A* next = reinterpret_cast<const A*>(at + k * plane_);
+          for (int t = 0; t < n; ++t) rest[t] += next[t];
+        }
+        // NaN stays NaN.
+        for (int t = 0; t < n; ++t) rest[t] = rest[t] > A(1) ? A(0) : A(1) - rest[t];
+        break;
+    }
+    return buffer;
   }
+
+ private:
+  enum class Read { bytes, floats, labels8, labels64, rest_of_bytes, rest_of_floats };
+  Read read_;
+  std::int64_t label_;
+  int foreground_ = 0;  // masks that take their pixels from the background
+  int size_;            // bytes of a pixel
+  std::int64_t pitch_, plane_;
+  const char* at_;
 };
 
 // Reads n <= kLanes pixels of a mask.
@@ -84,15 +155,17 @@ void count_tiles(const Problem<A>& p, std::int64_t b, std::int64_t n, std::int64
   for (int sx = 0; sx < x.segments; ++sx) {
     const Segment& columns = x.segment[sx];
     const int width = columns.end - columns.begin;
-    const char* mask = p.mask(b, n, c, rows.begin, columns.begin);
+    const ClassMask<A> mask(p, b, n, c, rows.begin, columns.begin);
     double total = 0;
-    for (int i = rows.begin; i < rows.end; ++i, mask += p.mask_pitch()) {
-      if (p.bytes) {
+    for (int i = 0; i < rows.end - rows.begin; ++i) {
+      alignas(64) char buffer[kTilePixels * sizeof(A)];
+      const char* row = mask.row(i, 0, width, buffer);
+      if (mask.bytes()) {
         int sum = 0;
-        for (int j = 0; j < width; ++j) sum += static_cast<unsigned char>(mask[j]);
+        for (int j = 0; j < width; ++j) sum += static_cast<unsigned char>(row[j]);
         total += sum;
       } else {
-        for (int j = 0; j < width; ++j) total += reinterpret_cast<const A*>(mask)[j];
+        for (int j = 0; j < width; ++j) total += reinterpret_cast<const A*>(row)[j];
       }
     }
     counts[sx] = total;
@@ -144,19 +217,21 @@ struct TileScratch {
   bool weigh(const Problem<A>& p, const Side<A>& y, const Side<A>& x, std::int64_t b,
              std::int64_t n, std::int64_t c, A* out) const {
     const int T = p.tables.x.length;
-    const std::int64_t pitch = p.mask_pitch();
-    const char* const mask = p.mask(b, n, c, y.begin, x.begin);
+    const ClassMask<A> mask(p, b, n, c, y.begin, x.begin);
+    const bool bytes = mask.bytes();
+    alignas(64) char buffer[kLanes<A> * sizeof(A)];
     std::memset(columns, 0, sizeof(A) * y.cells * T);
     Index<A> any{};
     for (int t = 0; t < x.pixels; t += kLanes<A>) {
-      const char* at = mask + t * static_cast<int>(p.bytes ? 1 : sizeof(A));
+      const int count = x.pixels - t < kLanes<A> ? x.pixels - t : kLanes<A>;
+      int row = 0;
       Vec<A> low{}, high{};
       walk(
           p.tables.y, y, [&](int, int) { low = high = Vec<A>{}; },
           [&](int, A down) {
-            const Vec<A> M = load_mask<A>(at, p.bytes, x.pixels - t);
+            const char* at = mask.row(row++, t, count, buffer);
+            const Vec<A> M = load_mask<A>(at, bytes, count);
             __builtin_prefetch(at + 64);  // of the next tile
-            at += pitch;
             any |= M != Vec<A>{};
             low += (A(1) - down) * M;
             high += down * M;
@@ -285,7 +360,7 @@ void pool_tile(const Pool<A>& args, const Problem<A>& p, const ForwardScratch<A>
 
 template <class A>
 void forward(const Pool<A>& args) {
-  const Problem<A> p(args.tables, args.features, args.masks, args.masks_are_bytes, args.C, false);
+  const Problem<A> p(args.tables, args.features, args.masks, false);
   const int threads = p.threads(args.threads);
   const Memory<ForwardShared<A>, ForwardScratch<A>> memory(p, threads);
   const ForwardShared<A>& shared = memory.shared();
@@ -426,7 +501,7 @@ void unpool_tile(const PoolBackward<A>& args, const Problem<A>& p, const Backwar
 
 template <class A>
 void backward(const PoolBackward<A>& args) {
-  const Problem<A> p(args.tables, args.features, args.masks, args.masks_are_bytes, args.C, true);
+  const Problem<A> p(args.tables, args.features, args.masks, true);
   const int threads = p.threads(args.threads);
   const Memory<BackwardShared<A>, BackwardScratch<A>> memory(p, threads);
   const BackwardShared<A>& shared = memory.shared();

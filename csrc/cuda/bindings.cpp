@@ -20,34 +20,21 @@ Axis axis_of(const AxisNumbers& n) {
 
 #ifdef LSLPN_EMULATION
 constexpr int kDevice = dlpack::kCpu;
-struct OnDevice {
-  explicit OnDevice(int) {}
-};
+void make_current(int) {}
 #else
 constexpr int kDevice = dlpack::kCuda;
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess)
+// Python has made the tensors' device torch's current one, and this module's CUDA runtime, which is
+// its own, asks the driver for the same context. So nothing is switched back here: that could
+// create a context on a device that the process does not use.
+void make_current(int device) {
+  int current = -1;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+  if (error != cudaSuccess) {
     throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  }
 }
-
-// Makes a device the current one for as long as it lives. The CUDA runtime in this module is its
-// own, so torch's idea of the current device is not known to it.
-struct OnDevice {
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before));
-    if (before == device) return;
-    check(cudaSetDevice(device));
-    changed = true;
-  }
-  ~OnDevice() {
-    if (changed) cudaSetDevice(before);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  int before = 0;
-  bool changed = false;
-};
 #endif
 
 DType accumulate(DType dtype) {
@@ -71,15 +58,7 @@ TensorView plain_view(const char* name, py::handle capsule, const TensorView& li
 }
 
 Features features_of(const TensorView& v) {
-  switch (v.dtype) {
-    case DType::float64:
-    case DType::float32:
-    case DType::float16:
-    case DType::bfloat16:
-      break;
-    default:
-      throw py::type_error(std::string(v.name) + " must be floating");
-  }
+  if (!is_floating(v.dtype)) throw py::type_error(std::string(v.name) + " must be floating");
   Features f{v.data, v.dtype, v.shape[0], v.shape[1], v.shape[2], v.shape[3], v.shape[4], {}};
   for (int i = 0; i < 5; ++i) f.stride[i] = v.stride[i];
   return f;
@@ -115,7 +94,7 @@ void raise(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("CUDA: " + error);
 }
 
-Pool pool_call(const TensorView& features, py::handle masks, const AxisNumbers& y,
+Pool pool_call(const TensorView& features, py::handle masks, std::int64_t C, const AxisNumbers& y,
                const AxisNumbers& x) {
   Pool call;
   call.features = features_of(features);
@@ -123,48 +102,42 @@ Pool pool_call(const TensorView& features, py::handle masks, const AxisNumbers& 
   call.x = axis_of(x);
   const Features& f = call.features;
   expect_axes(f, call.y, call.x);
-  const TensorView m = device_view("masks", masks, 5, &features);
-  call.C = m.shape[2];
-  expect_shape(m, {f.B, f.N, call.C, call.y.pixels, call.x.pixels});
-  expect_contiguous(m);
-  if (m.dtype != DType::boolean && m.dtype != DType::uint8) {
-    expect_dtype(m, accumulate(f.dtype));
-  }
-  call.masks = m.data;
-  call.mask_dtype = m.dtype;
+  const TensorView m = view("masks", masks, 5, 4);
+  expect_device(m, kDevice, &features);
+  call.masks = masks_of(m, f.B, f.N, C, call.y.pixels, call.x.pixels, accumulate(f.dtype));
   return call;
 }
 
-void masked_average_pool(py::handle features, py::handle masks, py::handle prototypes,
-                         py::handle factor, const AxisNumbers& y, const AxisNumbers& x,
-                         double min_pixels, std::uintptr_t stream, const py::function& allocate,
-                         bool plain) {
+void masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
+                         py::handle prototypes, py::handle factor, const AxisNumbers& y,
+                         const AxisNumbers& x, double min_pixels, std::uintptr_t stream,
+                         const py::function& allocate, bool plain) {
   const TensorView v = device_view("features", features, 5);
-  Pool call = pool_call(v, masks, y, x);
+  Pool call = pool_call(v, masks, C, y, x);
   const Features& f = call.features;
   const DType a = accumulate(f.dtype);
   const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
-  call.prototypes = plain_view("prototypes", prototypes, v, a, {f.B, call.C, Gy, Gx, f.D}).data;
-  call.factor = plain_view("factor", factor, v, a, {f.B, f.N, call.C, Gy, Gx}).data;
+  call.prototypes = plain_view("prototypes", prototypes, v, a, {f.B, C, Gy, Gx, f.D}).data;
+  call.factor = plain_view("factor", factor, v, a, {f.B, f.N, C, Gy, Gx}).data;
   call.min_pixels = min_pixels;
-  const OnDevice device(v.device_id);
+  make_current(v.device_id);
   const Workspace workspace(allocate, pool_workspace(call, false, plain), v);
   call.workspace = workspace.data();
   raise(pool_forward(call, stream_of(stream), plain));
 }
 
-void masked_average_pool_backward(py::handle grad, py::handle masks, py::handle factor,
-                                  py::handle grad_features, const AxisNumbers& y,
+void masked_average_pool_backward(py::handle grad, py::handle masks, std::int64_t C,
+                                  py::handle factor, py::handle grad_features, const AxisNumbers& y,
                                   const AxisNumbers& x, std::uintptr_t stream,
                                   const py::function& allocate, bool plain) {
   const TensorView v = device_view("grad_features", grad_features, 5);
-  Pool call = pool_call(v, masks, y, x);
+  Pool call = pool_call(v, masks, C, y, x);
   const Features& f = call.features;
   const DType a = accumulate(f.dtype);
   const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
-  call.prototypes = plain_view("grad", grad, v, a, {f.B, call.C, Gy, Gx, f.D}).data;
-  call.factor = plain_view("factor", factor, v, a, {f.B, f.N, call.C, Gy, Gx}).data;
-  const OnDevice device(v.device_id);
+  call.prototypes = plain_view("grad", grad, v, a, {f.B, C, Gy, Gx, f.D}).data;
+  call.factor = plain_view("factor", factor, v, a, {f.B, f.N, C, Gy, Gx}).data;
+  make_current(v.device_id);
   const Workspace workspace(allocate, pool_workspace(call, true, plain), v);
   call.workspace = workspace.data();
   raise(pool_backward(call, stream_of(stream), plain));
@@ -172,7 +145,7 @@ void masked_average_pool_backward(py::handle grad, py::handle masks, py::handle 
 
 Match match_call(const TensorView& features, py::handle prototypes, py::handle scores,
                  const py::object& winners, const py::object& gram, const AxisNumbers& y,
-                 const AxisNumbers& x, std::int64_t overlap_x, bool mean, double factor) {
+                 const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale) {
   Match call;
   call.features = features_of(features);
   call.y = axis_of(y);
@@ -189,7 +162,7 @@ Match match_call(const TensorView& features, py::handle prototypes, py::handle s
   const std::initializer_list<std::int64_t> image{f.B, f.N, call.C, call.y.pixels, call.x.pixels};
   call.scores = plain_view("scores", scores, features, a, image).data;
   call.mean = mean;
-  call.factor = factor;
+  call.logit_scale = logit_scale;
   if (overlap_x < 1 || overlap_x > call.x.windows) refuse("overlap_x", "is out of range");
   call.overlap_x = overlap_x;
   if (!winners.is_none()) {
@@ -208,11 +181,11 @@ Match match_call(const TensorView& features, py::handle prototypes, py::handle s
 
 void cosine_match(py::handle features, py::handle prototypes, py::handle scores,
                   const py::object& winners, const py::object& gram, const AxisNumbers& y,
-                  const AxisNumbers& x, std::int64_t overlap_x, bool mean, double factor,
+                  const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale,
                   std::uintptr_t stream, const py::function& allocate, bool plain) {
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, factor);
-  const OnDevice device(v.device_id);
+  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, logit_scale);
+  make_current(v.device_id);
   const Workspace workspace(allocate, match_workspace(call, false, plain), v);
   call.workspace = workspace.data();
   raise(match_forward(call, stream_of(stream), plain));
@@ -222,10 +195,10 @@ void cosine_match_backward(py::handle grad, py::handle features, py::handle prot
                            py::handle scores, const py::object& winners, const py::object& gram,
                            py::handle grad_features, py::handle grad_prototypes,
                            const AxisNumbers& y, const AxisNumbers& x, std::int64_t overlap_x,
-                           bool mean, double factor, std::uintptr_t stream,
+                           bool mean, double logit_scale, std::uintptr_t stream,
                            const py::function& allocate, bool plain) {
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, factor);
+  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, logit_scale);
   const Features& f = call.features;
   const DType a = accumulate(f.dtype);
   const std::int64_t H = call.y.pixels, W = call.x.pixels;
@@ -238,7 +211,7 @@ void cosine_match_backward(py::handle grad, py::handle features, py::handle prot
   call.grad_prototypes = plain_view("grad_prototypes", grad_prototypes, v, a,
                                     {f.B, call.C, call.y.windows, call.x.windows, f.D})
                              .data;
-  const OnDevice device(v.device_id);
+  make_current(v.device_id);
   const Workspace workspace(allocate, match_workspace(call, true, plain), v);
   call.workspace = workspace.data();
   raise(match_backward(call, stream_of(stream), plain));
@@ -254,6 +227,7 @@ void register_cuda(py::module_& m) {
   m.def("cuda_masked_average_pool_backward", &cuda::masked_average_pool_backward);
   m.def("cuda_cosine_match", &cuda::cosine_match);
   m.def("cuda_cosine_match_backward", &cuda::cosine_match_backward);
+  m.def("cuda_probe", &cuda::probe);
 #ifdef LSLPN_CUDA_ARCHS
   m.attr("cuda_archs") = LSLPN_CUDA_ARCHS;
 #endif

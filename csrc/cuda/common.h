@@ -51,7 +51,11 @@ inline std::int64_t round_up(std::int64_t a, std::int64_t b) {
 inline bool eights(const Features& f) {
   const int size = f.dtype == DType::float32 ? 4 : 2;
   bool whole = f.stride[2] == 1 && f.D % 8 == 0;
-  for (const int i : {0, 1, 3, 4}) whole = whole && f.stride[i] * size % 16 == 0;
+  const std::int64_t length[5] = {f.B, f.N, f.D, f.h, f.w};
+  for (const int i : {0, 1, 3, 4}) {
+    // The stride of a single image or location means nothing: some releases of torch export 1.
+    whole = whole && (length[i] == 1 || f.stride[i] * size % 16 == 0);
+  }
   return whole && reinterpret_cast<std::uintptr_t>(f.data) % 16 == 0;
 }
 
@@ -64,13 +68,6 @@ inline bool small_images(const Features& f) {
     last += (size[i] - 1) * f.stride[2 + i];
   }
   return last <= 0x7fffffff;
-}
-
-// A mask's value at an element.
-template <class A>
-LSLPN_DEVICE A mask_at(const void* masks, bool bytes, std::int64_t i) {
-  return bytes ? static_cast<A>(static_cast<const std::uint8_t*>(masks)[i])
-               : static_cast<const A*>(masks)[i];
 }
 
 // Channel d of Up F at a pixel.

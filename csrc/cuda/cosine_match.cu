@@ -61,7 +61,7 @@ struct MatchTiles {
   int quads;               // of the windows of a tile
   int overlap_x;
   bool mean;
-  float factor;  // on the scores
+  float logit_scale;  // multiplies the cosines
   float* scores;
   void* winners;  // [images, C, H, W] of uint8, or int32 if wide
   bool wide_winners;
@@ -751,7 +751,7 @@ LSLPN_DEVICE void score_pixels(const Matcher<T>& m, int c, int first) {
     LSLPN_UNROLL
     for (int w = 0; w < 4 * kQuads; ++w) {
       if (!(over >> w & 1)) continue;
-      const float value = (1 - t.upper) * here[w] + t.upper * next[w];
+      const float value = t.upper > 0 ? (1 - t.upper) * here[w] + t.upper * next[w] : here[w];
       if (value > best) winner = w;
       best = max_or_nan(best, value);
       sum += value;
@@ -760,7 +760,7 @@ LSLPN_DEVICE void score_pixels(const Matcher<T>& m, int c, int first) {
     if (p.mean) {
       best = sum / static_cast<float>((last_y - first_y + 1) * (cx.last - cx.first + 1));
     }
-    p.scores[pixel] = best * (scale * p.factor);
+    p.scores[pixel] = best * (scale * p.logit_scale);
     if (p.winners) {
       const int wy = winner * reciprocal >> 8;
       const int place = (wy - first_y) * p.overlap_x + winner - wy * windows_x - cx.first;
@@ -848,7 +848,7 @@ match_forward(LSLPN_PARAMETERS MatchTiles p) {
 struct alignas(16) GradientMemory {
   float4 gram[kTileCells];
   TileTable table;
-  float inverse[kTilePixels * kWarp];  // factor / |u| of every pixel
+  float inverse[kTilePixels * kWarp];  // logit_scale / |u| of every pixel
   float board[kBoard];
 };
 
@@ -896,7 +896,7 @@ struct TileGradients {
     return ((image * p.C + c) * p.y.pixels + y.begin) * p.x.pixels + x.begin + lane;
   }
 
-  // Norms: |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2; any factor is in the scores. The
+  // Norms: |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2; any scale is in the scores. The
   // sums go over the pixels of a row of feature locations, then over the columns that touch one.
   LSLPN_DEVICE void norms() const {
     const TileTaps& taps = memory.table.taps;
@@ -937,7 +937,7 @@ struct TileGradients {
         current = t.lower;
       }
       const float scale = norm.inverse_length(t.upper);
-      memory.inverse[py * kWarp + lane] = scale * p.factor;
+      memory.inverse[py * kWarp + lane] = scale * p.logit_scale;
       float product = 0;
       if (lane < width) {
         for (int c = 0; c < p.C; ++c) {
@@ -1145,7 +1145,7 @@ void set_arguments(MatchTiles& t, const Match& call) {
       f.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(call.prototypes) % 16 == 0;
   t.overlap_x = static_cast<int>(call.overlap_x);
   t.mean = call.mean;
-  t.factor = static_cast<float>(call.factor);
+  t.logit_scale = static_cast<float>(call.logit_scale);
   t.scores = static_cast<float*>(call.scores);
   t.winners = call.winners;
   t.wide_winners = call.wide_winners;

@@ -149,6 +149,16 @@ inline std::string error_text(cudaError_t error) {
   return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
 }
 
+// Why the driver cannot run a kernel on the current device, in words; empty where it can.
+template <class P>
+std::string probe_kernel(void (*kernel)(P)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  cudaGetLastError();  // so that torch does not find it
+  return error_text(error);
+}
+
 // Launches a kernel on a stream of the current device. Returns what went wrong, empty if nothing.
 template <class P>
 std::string launch(void (*kernel)(P), std::int64_t blocks, std::int64_t blocks_y, int threads,
@@ -156,8 +166,10 @@ std::string launch(void (*kernel)(P), std::int64_t blocks, std::int64_t blocks_y
   static_assert(sizeof(P) <= 4096, "a kernel has 4 KiB for its parameters");
   if (blocks > 0x7fffffff || blocks_y > 0xffff) return "too many blocks for one launch";
   if (shared > 48 * 1024) {
+    // Always the device's maximum: a lower limit, set by one thread, could fail the launch of
+    // another that has just set its own.
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, this_device().shared_memory);
     if (error != cudaSuccess) return error_text(error);
   }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));

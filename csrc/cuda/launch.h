@@ -6,6 +6,7 @@
 
 #include "core/dtype.h"
 #include "core/geometry.h"
+#include "core/masks.h"
 
 namespace lslpn::cuda {
 
@@ -27,14 +28,15 @@ struct Features {
 struct Pool {
   Features features;  // backward: the gradient, to be written
   Axis y, x;
-  std::int64_t C = 0;
-  const void* masks = nullptr;        // [B, K, C, H, W]
-  DType mask_dtype = DType::boolean;  // boolean, uint8 or A
-  void* prototypes = nullptr;         // A [B, C, Gy, Gx, D]; backward: their gradient, read only
-  void* factor = nullptr;             // A [B, K, C, Gy, Gx]; backward: read only
+  Masks masks;
+  void* prototypes = nullptr;  // A [B, C, Gy, Gx, D]; backward: their gradient, read only
+  void* factor = nullptr;      // A [B, K, C, Gy, Gx]; backward: read only
   double min_pixels = 0;
   void* workspace = nullptr;
 };
+
+// Why the driver cannot run these kernels on the current device; empty where it can.
+std::string probe();
 
 struct Match {
   Features features;
@@ -45,7 +47,7 @@ struct Match {
   void* winners = nullptr;           // [B, Q, C, H, W] of uint8 or int32, or null; likewise
   bool wide_winners = false;         // int32
   bool mean = false;
-  double factor = 1;                // on the scores that are written; not 0
+  double logit_scale = 1;           // multiplies the cosines; not 0
   std::int64_t overlap_x = 1;       // the most windows over a pixel along x
   void* gram = nullptr;             // A [B, Q, 4, h, w], or null; backward: read only
   const void* grad = nullptr;       // backward: A [B, Q, C, H, W]

@@ -16,8 +16,7 @@ constexpr int kWeightsWarps = 4;
 constexpr int kWeightsRows = 8;  // rows of masks on their way at a time
 
 struct PoolWeights {
-  const void* masks;  // [images, C, H, W]
-  bool bytes;
+  Masks masks;
   int C;
   std::int64_t first_image, images;
   Axis y, x;
@@ -72,9 +71,9 @@ pool_weights(LSLPN_PARAMETERS PoolWeights p) {
         for (int e = 0; e < 4; ++e) {
           m[k][e] = 0;
           if (lane < width && i0 + k < height && c0 + e < p.C) {
-            const std::int64_t mask = (p.first_image + image) * p.C + c0 + e;
-            const std::int64_t pixel = (mask * p.y.pixels + y.begin + i0 + k) * p.x.pixels;
-            m[k][e] = mask_at<float>(p.masks, p.bytes, pixel + x.begin + lane);
+            const std::int64_t row = static_cast<std::int64_t>(y.begin + i0 + k) * p.x.pixels;
+            m[k][e] = mask_at<float>(p.masks, p.first_image + image, c0 + e, row + x.begin + lane,
+                                     static_cast<std::int64_t>(p.y.pixels) * p.x.pixels);
           }
         }
       }
@@ -108,13 +107,13 @@ struct PoolPlan {
 
 bool make_plan(const Pool& call, bool backward, PoolPlan& plan) {
   const Features& f = call.features;
-  if (f.dtype == DType::float64 || f.D > kTiledAxis || call.C > kTiledAxis) return false;
+  if (f.dtype == DType::float64 || f.D > kTiledAxis || call.masks.C > kTiledAxis) return false;
   March& m = plan.march;
   if (!cut_at_windows(call.y, kTileRows, m.tiles_y)) return false;
   if (!cut_at_windows(call.x, kTileColumns, m.tiles_x)) return false;
   m.B = f.B;
   m.N = f.N;
-  m.C = static_cast<int>(call.C);
+  m.C = static_cast<int>(call.masks.C);
   m.D = static_cast<int>(f.D);
   m.y = call.y;
   m.x = call.x;
@@ -123,14 +122,14 @@ bool make_plan(const Pool& call, bool backward, PoolPlan& plan) {
   if (!plan_march(m, backward ? Pass::pool_backward : Pass::pool)) return false;
   const std::int64_t tiles = static_cast<std::int64_t>(m.tiles_y.count) * m.tiles_x.count;
   plan.map_floats = tiles * m.layout.tile;
-  plan.count_floats = tiles * call.C;
+  plan.count_floats = tiles * call.masks.C;
   plan.chunks = Chunks::of(f, 4 * (plan.map_floats + plan.count_floats));
   return true;
 }
 
 bool plan_pool(const Pool& call, bool backward, PoolPlan& plan) {
   thread_local Plans<PoolPlan> plans[2];
-  return plans[backward].find(plan_key(call.features, call.y, call.x, call.C), plan,
+  return plans[backward].find(plan_key(call.features, call.y, call.x, call.masks.C), plan,
                               [&](PoolPlan& made) { return make_plan(call, backward, made); });
 }
 
@@ -139,7 +138,6 @@ std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream, bool bac
   March& m = plan.march;
   PoolWeights w{};
   w.masks = call.masks;
-  w.bytes = call.mask_dtype == DType::boolean || call.mask_dtype == DType::uint8;
   w.C = m.C;
   w.y = call.y;
   w.x = call.x;
@@ -199,6 +197,10 @@ std::int64_t pool_workspace(const Pool& call, bool backward, bool plain) {
   PoolPlan plan;
   if (plain || !plan_pool(call, backward, plan)) return 0;
   return 4 * plan.chunks.images * (plan.map_floats + plan.count_floats);
+}
+
+std::string probe() {
+  return probe_kernel(pool_weights);
 }
 
 std::string pool_forward(const Pool& call, Stream stream, bool plain) {

@@ -14,7 +14,7 @@ struct PlainMatch {
   A* scores;
   void* winners;
   bool wide_winners, mean;
-  A factor;  // on the scores
+  A logit_scale;  // multiplies the cosines
   int overlap_x;
   Axis y, x;
   std::int64_t B, Q, C, D;
@@ -82,7 +82,7 @@ plain_match_forward(LSLPN_PARAMETERS PlainMatch<T, A> p) {
     }
     const std::int64_t pixel = ((image * p.C + c) * p.y.pixels + py) * p.x.pixels + px;
     const int windows = (cy.last - cy.first + 1) * (cx.last - cx.first + 1);
-    p.scores[pixel] = p.factor * (p.mean ? sum / static_cast<A>(windows) : best);
+    p.scores[pixel] = p.logit_scale * (p.mean ? sum / static_cast<A>(windows) : best);
     if (!p.winners) continue;
     if (p.wide_winners) {
       static_cast<std::int32_t*>(p.winners)[pixel] = winner;
@@ -150,7 +150,7 @@ plain_prototype_scale(LSLPN_PARAMETERS PlainMatch<T, A> p) {
 }
 
 // d<u / |u|, q> / du = (q - S u / |u|) / |u| for unit q, at each pixel that touches the feature.
-// The scores have the factor already.
+// The scores are scaled already.
 template <class T, class A>
 LSLPN_KERNEL(kPlainThreads, 1)
 plain_match_backward_features(LSLPN_PARAMETERS PlainMatch<T, A> p) {
@@ -184,7 +184,8 @@ plain_match_backward_features(LSLPN_PARAMETERS PlainMatch<T, A> p) {
             sum += share * p.prototype_scale[prototype] * p.prototypes[prototype * p.D + d];
           }
         }
-        gradient += weight * scale * p.grad[pixel] * (p.factor * sum - p.scores[pixel] * direction);
+        gradient +=
+            weight * scale * p.grad[pixel] * (p.logit_scale * sum - p.scores[pixel] * direction);
       }
     }
   }
@@ -217,7 +218,7 @@ plain_match_backward_directions(LSLPN_PARAMETERS PlainMatch<T, A> p) {
         const A scale = p.feature_scale[(image * p.y.pixels + py) * p.x.pixels + px];
         if (share == A(0) || scale == A(0)) continue;
         const A u = interpolate(p.features, b, q, d, y, p.x.template taps<A>(px));
-        sum += share * p.factor * p.grad[pixel] * scale * u;
+        sum += share * p.logit_scale * p.grad[pixel] * scale * u;
       }
     }
   }
@@ -261,7 +262,7 @@ std::string plain_match(const Match& call, Stream stream, bool backward) {
   p.winners = call.winners;
   p.wide_winners = call.wide_winners;
   p.mean = call.mean;
-  p.factor = static_cast<A>(call.factor);
+  p.logit_scale = static_cast<A>(call.logit_scale);
   p.overlap_x = static_cast<int>(call.overlap_x);
   p.y = call.y;
   p.x = call.x;

@@ -10,8 +10,7 @@ namespace {
 template <class T, class A>
 struct PlainPool {
   View<T> features;
-  const void* masks;
-  bool mask_bytes;
+  Masks masks;
   A* prototypes;
   A* factor;
   Axis y, x;
@@ -30,9 +29,10 @@ plain_pool_factor(LSLPN_PARAMETERS PlainPool<T, A> p) {
   const std::int64_t image = element / p.x.windows / p.y.windows;  // and class
   A n = 0;
   for (int i = 0; i < p.y.window; ++i) {
-    const std::int64_t row = (image * p.y.pixels + p.y.start(gy) + i) * p.x.pixels;
+    const std::int64_t row = static_cast<std::int64_t>(p.y.start(gy) + i) * p.x.pixels;
     for (int j = 0; j < p.x.window; ++j) {
-      n += mask_at<A>(p.masks, p.mask_bytes, row + p.x.start(gx) + j);
+      n += mask_at<A>(p.masks, image / p.C, image % p.C, row + p.x.start(gx) + j,
+                      static_cast<std::int64_t>(p.y.pixels) * p.x.pixels);
     }
   }
   p.factor[element] = n > p.min_pixels ? A(1) / (n * static_cast<A>(p.K)) : A(0);
@@ -63,7 +63,9 @@ plain_pool_sum(LSLPN_PARAMETERS PlainPool<T, A> p) {
       const Taps<A> y = p.y.template taps<A>(py);
       for (int j = 0; j < p.x.window; ++j) {
         const int px = p.x.start(gx) + j;
-        const A m = mask_at<A>(p.masks, p.mask_bytes, (image * p.y.pixels + py) * p.x.pixels + px);
+        const A m =
+            mask_at<A>(p.masks, b * p.K + k, c, static_cast<std::int64_t>(py) * p.x.pixels + px,
+                       static_cast<std::int64_t>(p.y.pixels) * p.x.pixels);
         if (m != A(0)) sum += m * interpolate(f, b, k, d, y, p.x.template taps<A>(px));
       }
     }
@@ -96,7 +98,8 @@ plain_pool_backward(LSLPN_PARAMETERS PlainPool<T, A> p) {
       const Covering cx = p.x.covering(px);
       for (std::int64_t c = 0; c < p.C; ++c) {
         const std::int64_t mask = image * p.C + c, prototype = b * p.C + c;
-        const A m = mask_at<A>(p.masks, p.mask_bytes, (mask * p.y.pixels + py) * p.x.pixels + px);
+        const A m = mask_at<A>(p.masks, image, c, static_cast<std::int64_t>(py) * p.x.pixels + px,
+                               static_cast<std::int64_t>(p.y.pixels) * p.x.pixels);
         if (m == A(0)) continue;
         A sum = 0;
         for (int gy = cy.first; gy <= cy.last; ++gy) {
@@ -118,17 +121,16 @@ std::string plain_pool(const Pool& call, Stream stream, bool backward) {
   const Features& f = call.features;
   const PlainPool<T, A> p{view_of<T>(f),
                           call.masks,
-                          call.mask_dtype == DType::boolean || call.mask_dtype == DType::uint8,
                           static_cast<A*>(call.prototypes),
                           static_cast<A*>(call.factor),
                           call.y,
                           call.x,
                           f.B,
                           f.N,
-                          call.C,
+                          call.masks.C,
                           f.D,
                           static_cast<A>(call.min_pixels)};
-  const std::int64_t windows = call.C * call.y.windows * call.x.windows;
+  const std::int64_t windows = call.masks.C * call.y.windows * call.x.windows;
   if (backward) {
     return launch_each(plain_pool_backward<T, A>, f.B * f.N * f.D * f.h * f.w, stream, p);
   }

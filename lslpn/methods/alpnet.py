@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lslpn_kernels.head import add_background
+from lslpn_kernels.reference import class_masks
 
 from .alignment import AlignedNetwork
 
@@ -46,7 +46,7 @@ class ALPNet(AlignedNetwork):
     def describe(self, features: Tensor, masks: Tensor) -> Prototypes:
         """The prototypes, normalised, for each episode and class; the background's come first."""
         size = features.shape[-2:]
-        classes = add_background(masks).to(features.dtype)
+        classes = class_masks(masks, masks.shape[2] + 1).to(features.dtype)
         small = F.interpolate(classes.flatten(0, 1), size, mode="bilinear", align_corners=False)
         small = small.unflatten(0, masks.shape[:2])
         cell = min(_TRAINING_CELL if self.training else _TEST_CELL, *size)

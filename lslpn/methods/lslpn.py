@@ -69,5 +69,5 @@ class LSLPN(EncoderNetwork):
 
 def _head(config: ModelConfig, grid: GridSpec) -> LocalPrototypeHead:
     return LocalPrototypeHead(
-        grid, scale=config.logit_scale, min_pixels=config.min_pixels, reduce=config.reduce
+        grid, logit_scale=config.logit_scale, min_pixels=config.min_pixels, reduce=config.reduce
     )

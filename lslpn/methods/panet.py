@@ -31,7 +31,7 @@ class PANet(AlignedNetwork):
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__(config, generator=generator)
         # One window as large as the image: the same head, with global prototypes.
-        self.head = LocalPrototypeHead(GridSpec(scale=1), scale=_LOGIT_SCALE, min_pixels=0)
+        self.head = LocalPrototypeHead(GridSpec(scale=1), logit_scale=_LOGIT_SCALE, min_pixels=0)
 
     def describe(self, features: Tensor, masks: Tensor) -> Tensor:
         """Global prototypes [B, N + 1, 1, 1, D]; a support image without the class counts zero."""

@@ -152,19 +152,21 @@ bool run_case(int index) {
   pool.features = f;
   pool.y = y;
   pool.x = x;
-  pool.C = C;
-  Bytes masks(f.B * f.N * C * pixels);
+  pool.masks.C = C;
+  if (C > 1 && draw(0, 1)) pool.masks.kind = MaskKind::foreground;
+  const std::int64_t stored = pool.masks.kind == MaskKind::foreground ? C - 1 : C;
+  Bytes masks(f.B * f.N * stored * pixels);
   if (draw(0, 1)) {
     for (char& m : masks) m = static_cast<char>(draw(0, 2) == 0);
-    pool.mask_dtype = DType::uint8;
+    pool.masks.dtype = DType::uint8;
   } else {
     masks = normals(static_cast<std::int64_t>(masks.size()));
-    pool.mask_dtype = DType::float32;
+    pool.masks.dtype = DType::float32;
     for (std::int64_t i = 0; i < static_cast<std::int64_t>(masks.size()) / 4; ++i) {
       set(masks, DType::float32, i, std::abs(get(masks, DType::float32, i)));
     }
   }
-  pool.masks = masks.data();
+  pool.masks.data = masks.data();
   if (pool_is_tiled(pool)) {
     tiled = true;
     Bytes prototypes[3], factor[3];

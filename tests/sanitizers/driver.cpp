@@ -286,7 +286,7 @@ Case any_case() {
   return {"drawn", any_axis(), any_axis(), draw(1, 2), draw(1, 3), draw(1, 4), D};
 }
 
-enum class Masks { booleans, bytes, floats };
+enum class Values { booleans, bytes, floats };
 
 // Runs a problem in one dtype, accumulated in A.
 template <class A>
@@ -344,10 +344,12 @@ class Runner {
   FeatureBuffer features_;
   Layout gradient_layout_ = Layout::any(false);
   Numbers up_;
-  Masks kind_;
+  Values values_;
+  lslpn::MaskKind mask_kind_;
   Numbers masks_;
   Buffer<unsigned char> mask_bytes_;
   Buffer<A> mask_floats_;
+  Buffer<std::int64_t> mask_labels_;
   double min_pixels_;
   Numbers factor_, pooled_, pool_grad_, unpooled_;
   Buffer<A> factor_in_, pool_grad_in_;
@@ -361,9 +363,14 @@ class Runner {
   const lslpn::Tables<A>& tables() const { return geometry_.tables<A>(); }
   int classes() const { return static_cast<int>(case_.C); }
   double tolerance(double scale) const { return (exact_ ? 1e-11 : 3e-5) * scale + 1e-30; }
-  bool bytes() const { return kind_ != Masks::floats; }
-  const void* masks() const {
-    return bytes() ? static_cast<const void*>(mask_bytes_.data) : mask_floats_.data;
+  bool bytes() const { return values_ != Values::floats; }
+  lslpn::Masks masks() const {
+    const lslpn::DType whole = mask_labels_.data ? lslpn::DType::int64 : lslpn::DType::uint8;
+    const lslpn::DType floating = exact_ ? lslpn::DType::float64 : lslpn::DType::float32;
+    const void* data = mask_labels_.data ? static_cast<const void*>(mask_labels_.data)
+                       : bytes()         ? static_cast<const void*>(mask_bytes_.data)
+                                         : mask_floats_.data;
+    return {data, mask_kind_, bytes() ? whole : floating, case_.C};
   }
   FeatureBuffer gradient() const {
     return lay_out(gradient_layout_, dtype_, {case_.B, case_.N, case_.D, p_.y.cells, p_.x.cells});
@@ -400,7 +407,9 @@ class Runner {
   }
 
   void make_masks() {
-    kind_ = static_cast<Masks>(draw(0, 2));
+    values_ = static_cast<Values>(draw(0, 2));
+    mask_kind_ = static_cast<lslpn::MaskKind>(draw(0, 2));
+    if (mask_kind_ == lslpn::MaskKind::labels) return make_labels();
     const std::int64_t planes = case_.B * case_.N * case_.C, pixels = p_.pixels();
     masks_.resize(planes * pixels);
     for (std::int64_t plane = 0; plane < planes; ++plane) {
@@ -408,16 +417,56 @@ class Runner {
       const int much = draw(1, 4);
       for (std::int64_t i = plane * pixels; i < (plane + 1) * pixels; ++i) {
         if (!one_in(much)) continue;
-        masks_[i] = kind_ == Masks::booleans ? 1
-                    : kind_ == Masks::bytes  ? draw(1, 255)
-                                             : static_cast<float>(draw(1, 1000)) / 1000.f;
+        masks_[i] = values_ == Values::booleans ? 1
+                    : values_ == Values::bytes  ? draw(1, 255)
+                                                : static_cast<float>(draw(1, 1000)) / 1000.f;
       }
     }
-    if (bytes()) {
-      mask_bytes_ = Buffer<unsigned char>(masks_);
+    Numbers stored = masks_;
+    if (mask_kind_ == lslpn::MaskKind::foreground && case_.C > 1) {
+      // The planes but the first of each image, which is what they leave.
+      stored.clear();
+      for (std::int64_t image = 0; image < case_.B * case_.N; ++image) {
+        double* const first = &masks_[image * case_.C * pixels];
+        stored.insert(stored.end(), first + pixels, first + case_.C * pixels);
+        for (std::int64_t i = 0; i < pixels; ++i) {
+          A held = 0;  // as the kernel adds it: what is left may be next to nothing
+          for (std::int64_t c = 1; c < case_.C; ++c) held += static_cast<A>(first[c * pixels + i]);
+          first[i] = held > 1 ? 0 : A(1) - held;
+        }
+      }
     } else {
-      mask_floats_ = Buffer<A>(masks_);
+      mask_kind_ = lslpn::MaskKind::classes;
     }
+    if (bytes()) {
+      mask_bytes_ = Buffer<unsigned char>(stored);
+    } else {
+      mask_floats_ = Buffer<A>(stored);
+    }
+    pool_all();
+  }
+
+  // A label map; some labels are no class.
+  void make_labels() {
+    values_ = Values::bytes;
+    const std::int64_t images = case_.B * case_.N, pixels = p_.pixels();
+    masks_.resize(images * case_.C * pixels);
+    Numbers labels(images * pixels);
+    for (std::int64_t i = 0; i < images * pixels; ++i) {
+      const int label = one_in(5) ? 255 : draw(0, static_cast<int>(case_.C));
+      labels[i] = label;
+      if (label >= case_.C) continue;
+      masks_[(i / pixels * case_.C + label) * pixels + i % pixels] = 1;
+    }
+    if (one_in(2)) {
+      mask_bytes_ = Buffer<unsigned char>(labels);
+    } else {
+      mask_labels_ = Buffer<std::int64_t>(labels);
+    }
+    pool_all();
+  }
+
+  void pool_all() {
     min_pixels_ = one_in(2) ? 0 : draw(1, 5) + 0.37;
     factor_ = oracle::factors(p_, masks_, min_pixels_);
     factor_in_ = Buffer<A>(factor_);
@@ -470,8 +519,8 @@ class Runner {
     for (int threads = 1; threads <= kThreads; ++threads) {
       Buffer<A> out[2] = {Buffer<A>(static_cast<std::int64_t>(pooled_.size())),
                           Buffer<A>(static_cast<std::int64_t>(factor_.size()))};
-      lslpn::masked_average_pool(lslpn::Pool<A>{tables(), features_.view, masks(), bytes(),
-                                                classes(), static_cast<A>(min_pixels_), out[0].data,
+      lslpn::masked_average_pool(lslpn::Pool<A>{tables(), features_.view, masks(),
+                                                static_cast<A>(min_pixels_), out[0].data,
                                                 out[1].data, threads});
       if (threads > 1) {
         require(same(out[0], first[0]), "prototypes change with the number of threads");
@@ -491,9 +540,8 @@ class Runner {
     for (const double value : unpooled_) scale = std::max(scale, std::abs(value));
     for (int threads = 1; threads <= kThreads; ++threads) {
       FeatureBuffer out = gradient();
-      lslpn::masked_average_pool(lslpn::PoolBackward<A>{tables(), out.view, masks(), bytes(),
-                                                        classes(), factor_in_.data,
-                                                        pool_grad_in_.data, threads});
+      lslpn::masked_average_pool(lslpn::PoolBackward<A>{
+          tables(), out.view, masks(), factor_in_.data, pool_grad_in_.data, threads});
       if (threads > 1) {
         require(same(out.bytes, first.bytes), "pooled gradients change with the number of threads");
         continue;

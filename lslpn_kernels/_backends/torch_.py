@@ -20,8 +20,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .._torch_internals import in_dispatch_mode
 from ..geometry import Axis, GridSpec
-from ..reference import EPS, accumulation_dtype, unit
+from ..reference import EPS, accumulation_dtype, unit, without_autocast
 
 # Tiles are handled in groups of rows whose scores take no more than this many numbers.
 _GROUP = 1 << 23
@@ -47,8 +48,21 @@ class _Tables:
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
 def _tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
+    # Tables are kept for calls to come, so they must not take after the first: ordinary tensors,
+    # neither inference tensors nor what a dispatch mode makes of them, whatever the default device.
+    if in_dispatch_mode():
+        return _make_tables(axis, dtype, device)
+    return _kept_tables(axis, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _make_tables(axis, dtype, device)
+
+
+def _make_tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
     segments = axis.segments
     T = max(s.end - s.begin for s in segments)
     R = max(s.upper - s.lower + 1 for s in segments)
@@ -95,6 +109,7 @@ def _tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
     )
 
 
+@without_autocast
 def masked_average_pool(
     features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float = 0
 ) -> Tensor:
@@ -129,6 +144,7 @@ def masked_average_pool(
     return torch.where(enough[..., None], total * scale, 0).sum(1)
 
 
+@without_autocast
 def cosine_match(
     features: Tensor,
     prototypes: Tensor,

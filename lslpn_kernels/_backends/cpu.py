@@ -16,22 +16,15 @@ from . import native, winner_dtype
 # Told which gradients are wanted; see `Kernels.cosine_match_backward`.
 SELECTIVE = True
 
+DEVICE_TYPES = ("cpu",)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 _native, _reason = native.module()
 
 
-def unavailable() -> str | None:
-    """One line on why the backend cannot be used on this machine; None where it can."""
+def unavailable(device: torch.device) -> str | None:
+    """See `Kernels`."""
     return _reason or None
-
-
-def device_types() -> tuple[str, ...]:
-    """The device types it runs on."""
-    return ("cpu",)
-
-
-def dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes of features that it takes."""
-    return (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @lru_cache(maxsize=64)
@@ -55,11 +48,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def masked_average_pool(
-    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float
+    features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     B, K, D, h, w = features.shape
-    _, _, C, H, W = masks.shape
+    H, W = masks.shape[-2:]
     geometry, Gy, Gx, _ = _geometry(grid, H, h, W, w)
     dtype = accumulation_dtype(features.dtype)
     prototypes = _empty((B, C, Gy, Gx, D), dtype)
@@ -69,6 +62,7 @@ def masked_average_pool(
         geometry,
         to_dlpack(features),
         to_dlpack(masks),
+        C,
         min_pixels,
         to_dlpack(prototypes),
         to_dlpack(factor),
@@ -78,11 +72,11 @@ def masked_average_pool(
 
 
 def masked_average_pool_backward(
-    grad: Tensor, masks: Tensor, factor: Tensor, features: Tensor, grid: GridSpec
+    grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
 ) -> Tensor:
     """See `Kernels`."""
     h, w = features.shape[3:]
-    H, W = masks.shape[3:]
+    H, W = masks.shape[-2:]
     geometry = _geometry(grid, H, h, W, w)[0]
     grad_features = torch.empty_like(features)
     _call(
@@ -90,6 +84,7 @@ def masked_average_pool_backward(
         geometry,
         to_dlpack(grad),
         to_dlpack(masks),
+        C,
         to_dlpack(factor),
         to_dlpack(grad_features),
         torch.get_num_threads(),
@@ -105,7 +100,7 @@ def cosine_match(
     reduce: str,
     winners: bool,
     *,
-    factor: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
@@ -124,7 +119,7 @@ def cosine_match(
         reduce == "mean",
         to_dlpack(scores),
         to_dlpack(winner) if kept else None,
-        factor,
+        logit_scale,
         torch.get_num_threads(),
     )
     return scores, winner
@@ -140,7 +135,7 @@ def cosine_match_backward(
     reduce: str,
     *,
     wanted: tuple[bool, bool] = (True, True),
-    factor: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`. A gradient that is not wanted comes back empty."""
     h, w = features.shape[3:]
@@ -160,7 +155,7 @@ def cosine_match_backward(
         mean,
         to_dlpack(grad_features) if wanted[0] else None,
         to_dlpack(grad_prototypes) if wanted[1] else None,
-        factor,
+        logit_scale,
         torch.get_num_threads(),
     )
     return grad_features, grad_prototypes

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils.dlpack import to_dlpack
 
 from ..geometry import Axis, GridSpec
 from ..reference import accumulation_dtype
-from . import native, winner_dtype
+from . import current_device, native, winner_dtype
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = 4
@@ -27,8 +26,12 @@ GRAM_MAPS = 4
 # tiled ones do not: float64, averages, and grids where very many windows meet. For tests.
 _PLAIN = False
 
+DEVICE_TYPES = ("cuda",)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-def unavailable() -> str | None:
+
+def unavailable(device: torch.device) -> str | None:
+    """See `Kernels`."""
     module, reason = native.module()
     if module is None:
         return reason
@@ -38,39 +41,29 @@ def unavailable() -> str | None:
         return "this PyTorch was built without CUDA (torch.version.cuda is None)"
     if not torch.cuda.is_available():
         return "no NVIDIA GPU can be used here (torch.cuda.is_available() is False)"
-    for index in range(torch.cuda.device_count()):
-        problem = _unsupported(torch.cuda.get_device_capability(index), module.cuda_archs)
-        if problem:
-            return f"{torch.cuda.get_device_name(index)} {problem}"
-    return None
+    with current_device(device):
+        refusal = module.cuda_probe()
+        if not refusal:
+            return None
+        major, minor = torch.cuda.get_device_capability()
+        return (
+            f"the driver does not run the kernels on {torch.cuda.get_device_name()} "
+            f"(sm_{major}{minor}; they were built for sm_{module.cuda_archs.replace(';', ', sm_')}): "
+            f"{refusal}. Update the driver, or install again with "
+            f'LSLPN_CUDA_ARCHS="{major}{minor}"'
+        )
 
 
-def _unsupported(capability: tuple[int, int], archs: str) -> str:
-    """Why code for `archs`, as "80;90;100", does not run on a GPU; empty where it does. There is
-    machine code for each of them, and of the newest also PTX, which newer GPUs translate."""
-    built = sorted(divmod(int(arch.rstrip("af")), 10) for arch in archs.split(";"))
-    same = any(arch[0] == capability[0] and arch[1] <= capability[1] for arch in built)
-    if same or capability >= built[-1]:
-        return ""
-    name = f"sm_{capability[0]}{capability[1]}"
-    return (
-        f"({name}) is not among the GPUs that the kernels were built for "
-        f"({', '.join(f'sm_{major}{minor}' for major, minor in built)}): install again with "
-        f"LSLPN_CUDA_ARCHS including {capability[0]}{capability[1]}"
-    )
+def declines(grid: GridSpec, reduce: str) -> bool:
+    """See `Kernels`. The tiled kernels do not take averages, nor grids of more than four windows
+    over a pixel along an axis, and the plain kernels are slow."""
+    return reduce == "mean" or grid.spacing < 1 / 3
 
 
-def device_types() -> tuple[str, ...]:
-    return ("cuda",)
-
-
-def dtypes() -> tuple[torch.dtype, ...]:
-    return torch.float64, torch.float32, torch.float16, torch.bfloat16
-
-
-def _module() -> Any:
-    module: ModuleType | None = native.module()[0]
-    return module
+def _call(name: str, device: torch.device, *args: Any) -> None:
+    """A function of the compiled module, with the tensors' device as the current one."""
+    with current_device(device):
+        getattr(native.module()[0], name)(*args)
 
 
 def _stream(device: torch.device) -> int:
@@ -108,17 +101,21 @@ def _winner_dtype(grid: GridSpec, H: int, W: int) -> torch.dtype:
 
 
 def masked_average_pool(
-    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float
+    features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
 ) -> tuple[Tensor, Tensor]:
+    """See `Kernels`."""
     B, K, D, h, w = features.shape
-    C, H, W = masks.shape[2:]
+    H, W = masks.shape[-2:]
     y, x = _axes(grid, H, W, h, w)
     dtype, device = accumulation_dtype(features.dtype), features.device
     prototypes = torch.empty((B, C, y[4], x[4], D), dtype=dtype, device=device)
     factor = torch.empty((B, K, C, y[4], x[4]), dtype=dtype, device=device)
-    _module().cuda_masked_average_pool(
+    _call(
+        "cuda_masked_average_pool",
+        device,
         to_dlpack(features),
         to_dlpack(masks),
+        C,
         to_dlpack(prototypes),
         to_dlpack(factor),
         y,
@@ -132,15 +129,19 @@ def masked_average_pool(
 
 
 def masked_average_pool_backward(
-    grad: Tensor, masks: Tensor, factor: Tensor, features: Tensor, grid: GridSpec
+    grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
 ) -> Tensor:
+    """See `Kernels`."""
     H, W = masks.shape[-2:]
     h, w = features.shape[-2:]
     y, x = _axes(grid, H, W, h, w)
     grad_features = torch.empty_like(features)
-    _module().cuda_masked_average_pool_backward(
+    _call(
+        "cuda_masked_average_pool_backward",
+        features.device,
         to_dlpack(grad),
         to_dlpack(masks),
+        C,
         to_dlpack(factor),
         to_dlpack(grad_features),
         y,
@@ -159,7 +160,7 @@ def cosine_match(
     size: tuple[int, int],
     reduce: str,
     winners: bool,
-    factor: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, Q, _, h, w = features.shape
     (H, W), C, device = size, prototypes.shape[1], features.device
@@ -172,7 +173,9 @@ def cosine_match(
     gram = torch.empty(
         (B, Q, GRAM_MAPS, h, w) if winners else (0,), dtype=prototypes.dtype, device=device
     )
-    _module().cuda_cosine_match(
+    _call(
+        "cuda_cosine_match",
+        device,
         to_dlpack(features),
         to_dlpack(prototypes),
         to_dlpack(scores),
@@ -182,7 +185,7 @@ def cosine_match(
         x,
         _overlap(grid, W),
         reduce == "mean",
-        factor,
+        logit_scale,
         _stream(device),
         _allocator(device),
         _PLAIN,
@@ -199,14 +202,16 @@ def cosine_match_backward(
     grid: GridSpec,
     reduce: str,
     *gram: Tensor,
-    factor: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     h, w = features.shape[-2:]
     H, W = scores.shape[-2:]
     y, x = _axes(grid, H, W, h, w)
     grad_features = torch.empty_like(features)
     grad_prototypes = torch.empty_like(prototypes)
-    _module().cuda_cosine_match_backward(
+    _call(
+        "cuda_cosine_match_backward",
+        features.device,
         to_dlpack(grad),
         to_dlpack(features),
         to_dlpack(prototypes),
@@ -219,7 +224,7 @@ def cosine_match_backward(
         x,
         _overlap(grid, W),
         reduce == "mean",
-        factor,
+        logit_scale,
         _stream(features.device),
         _allocator(features.device),
         _PLAIN,

@@ -396,7 +396,7 @@ def scores_kernel(
     scores,  # [B, Q, C, H, W]
     winners,  # the same, uint8 or int32
     table,
-    factor,  # on the scores
+    logit_scale,
     length,
     C,
     H,
@@ -444,7 +444,7 @@ def scores_kernel(
     square = ((1 - wy) * (1 - wy))[:, None] * row[None, :]
     square += (wy * wy)[:, None] * row_below[None, :]
     square += (2 * (1 - wy) * wy)[:, None] * across[None, :]
-    inverse = factor * _inverse_length(square)
+    inverse = logit_scale * _inverse_length(square)
     if MEAN:
         inverse /= ((y_last - y_first + 1) * (x_last - x_first + 1)).to(tl.float32)[None, :]
 
@@ -516,8 +516,29 @@ def _strips_of(axes, piece, i):
 
 
 @triton.jit
+def _class_mask(masks, at, inside, c, C, plane, KIND: tl.constexpr):
+    """Pixels of the mask of class c, 0 outside. `masks` is an image's; `plane` its pixels."""
+    if KIND == "labels":
+        label = tl.load(masks + at, mask=inside, other=0)
+        return tl.where(inside & (label == c), 1.0, 0.0)
+    elif KIND == "foreground":
+        first = tl.maximum(c - 1, 0)
+        last = tl.where(c == 0, C - 1, c)
+        value = tl.zeros(at.shape, tl.float32)
+        for k in range(first, last):
+            here = masks + tl.cast(k, tl.int64) * plane
+            value += tl.load(here + at, mask=inside, other=0).to(tl.float32)
+        # What the foreground leaves. NaN stays NaN.
+        rest = tl.where(value > 1, 0.0, 1 - value)
+        return tl.where(inside, tl.where(c == 0, rest, value), 0.0)
+    else:
+        here = masks + tl.cast(c, tl.int64) * plane
+        return tl.load(here + at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
 def mask_tiles_kernel(
-    masks,  # [B, K, C, H, W], uint8 or float32
+    masks,  # of one of `mask_kind`: uint8, float32 or (labels only) int64
     tiles,
     counts,  # [B, K, pieces, C, strips], the sum of the mask
     table,
@@ -532,6 +553,7 @@ def mask_tiles_kernel(
     T_Y: tl.constexpr,
     T_X: tl.constexpr,
     S: tl.constexpr,
+    KIND: tl.constexpr,
     LONG: tl.constexpr,
 ):
     """One program: a piece of rows and S strips of columns, one class."""
@@ -541,7 +563,9 @@ def mask_tiles_kernel(
     image = (pid // (blocks * C * pieces)).to(tl.int64)
     axes = (table, length)
     strip, there, x, x_in, _j, wx = _columns(axes, pid % blocks, strips, S, T_X)
-    masks += (image * C + c) * H * W
+    stored = 1 if KIND == "labels" else C - 1 if KIND == "foreground" else C
+    plane = tl.cast(H, tl.int64) * W
+    masks += image * stored * plane
     record = (image * pieces + piece) * C + c
     tiles += record * (2 * R * strips)
     lower = _one(axes, Y, PIECE_LOWER, piece)
@@ -555,7 +579,7 @@ def mask_tiles_kernel(
         for rows in range(begin, end):
             y, y_in, wy, _next_row = _rows(axes, rows, T_Y)
             at = _wide(y, LONG) * W + x[None, :, :]
-            value = tl.load(masks + at, mask=y_in & x_in[None, :, :], other=0).to(tl.float32)
+            value = _class_mask(masks, at, y_in & x_in[None, :, :], c, C, plane, KIND)
             total = tl.sum(value, 0)
             high = tl.sum(value * wy, 0)
             count += total
@@ -600,7 +624,7 @@ def _match_weights(
     first_place,
     piece,
     columns,
-    factor,
+    logit_scale,
     T_Y: tl.constexpr,
     T_X: tl.constexpr,
     S: tl.constexpr,
@@ -609,7 +633,7 @@ def _match_weights(
     BETWEEN: tl.constexpr,
     LONG: tl.constexpr,
 ):
-    """`factor` times the sums of dS / |Up F| of a class, for PLACES places of the winning window;
+    """`logit_scale` times the sums of dS / |Up F| of a class, for PLACES places of the winning window;
     or of all pixels alike and divided by the number of windows over them, where PLACES is 0 (the
     mean)."""
     grad, winners = pixels[0], pixels[2]
@@ -648,8 +672,8 @@ def _match_weights(
         to = tiles + (i - lower) * strips + strip[None, :]
         to += _wide(c * P + first_place + place, LONG)[:, None] * (2 * R * strips)
         mask = there[None, :] & (first_place + place < P)[:, None]
-        tl.store(to, factor * tl.sum(here * (1 - wx)[None, :, :], 2), mask=mask)
-        tl.store(to + R * strips, factor * tl.sum(here * wx[None, :, :], 2), mask=mask)
+        tl.store(to, logit_scale * tl.sum(here * (1 - wx)[None, :, :], 2), mask=mask)
+        tl.store(to + R * strips, logit_scale * tl.sum(here * wx[None, :, :], 2), mask=mask)
 
 
 @triton.jit
@@ -716,7 +740,7 @@ def match_tiles_kernel(
     inverse_lengths,  # [B, C, Gy, Gx]: 1 / |p|
     tiles,
     table,
-    factor,  # on the scores
+    logit_scale,
     length,
     C,
     D,
@@ -785,7 +809,7 @@ def match_tiles_kernel(
                 (role - 1) % chunks * PLACES,
                 piece,
                 columns,
-                factor,
+                logit_scale,
                 T_Y,
                 T_X,
                 S,

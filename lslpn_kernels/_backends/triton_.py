@@ -17,7 +17,6 @@ import os
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
@@ -27,11 +26,14 @@ import torch
 from torch import Tensor
 
 from ..geometry import Axis, GridSpec
-from . import torch_, winner_dtype
+from . import current_device, mask_kind, torch_, winner_dtype
 
 # With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on tensors of the CPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _OLDEST = (3, 4)
+
+DEVICE_TYPES = ("cpu", "cuda") if _INTERPRETED else ("cuda",)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = 4
@@ -45,7 +47,7 @@ _PIECE, _STRIP = 32, 8
 _NEAR_FIRST, _NEAR_LAST = 4, 5  # rows of the table, as in `triton_kernels`
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """See `Kernels`."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
@@ -63,20 +65,10 @@ def unavailable() -> str | None:
         return "this build of PyTorch has no CUDA"
     if not torch.cuda.is_available():
         return "PyTorch finds no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"the GPU is sm_{capability[0]}{capability[1]}: sm_80 or newer is needed"
     return None
-
-
-def device_types() -> tuple[str, ...]:
-    """See `Kernels`."""
-    return ("cpu", "cuda") if _INTERPRETED else ("cuda",)
-
-
-def dtypes() -> tuple[torch.dtype, ...]:
-    """See `Kernels`."""
-    return torch.float32, torch.float16, torch.bfloat16
 
 
 # Geometry
@@ -245,6 +237,7 @@ def _table(y: Axis, x: Axis, device: torch.device) -> Tensor:
     table = torch.tensor(
         [[(*row, *([0] * (length - len(row)))) for row in rows] for rows in axes],
         dtype=torch.int32,
+        device="cpu",
     ).to(device)
     if device.type == "cuda":
         # Once only: other streams may be the next to read it.
@@ -393,13 +386,6 @@ def _plan(key: tuple[Any, ...], tensors: Sequence[Tensor], build: Callable[[], A
     return plan
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """The device as the current one, as Triton launches on that."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 def _needs_long(features: Tensor, strides: Sequence[int], *extents: int) -> bool:
     """Whether offsets within an image need 64 bits."""
     span = sum((n - 1) * s for n, s in zip(features.shape[2:], strides[2:], strict=True))
@@ -426,12 +412,13 @@ class _Pool:
         self,
         features: Tensor,
         masks: Tensor,
+        C: int,
         grid: GridSpec,
         min_pixels: float | None,
     ) -> None:
         """`features`: their gradient in the backward direction, where `min_pixels` is None."""
         B, K, D, h, w = features.shape
-        C, H, W = masks.shape[2:]
+        H, W = masks.shape[-2:]
         strides = features.stride()
         geometry = _geometry(grid, H, W, h, w)
         rows, columns = geometry.rows, geometry.columns
@@ -454,6 +441,7 @@ class _Pool:
                 "T_Y": _power(rows.strip, 1, _STRIP),
                 "T_X": T_X,
                 "S": 128 // T_X,
+                "KIND": mask_kind(masks, C),
                 "LONG": long,
             },
         )
@@ -508,11 +496,11 @@ class _Pool:
 
 
 def masked_average_pool(
-    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float
+    features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     B, K, _, h, w = features.shape
-    C, H, W = masks.shape[2:]
+    H, W = masks.shape[-2:]
     geometry = _geometry(grid, H, W, h, w)
     Gy, Gx = geometry.y.windows, geometry.x.windows
     factor = features.new_empty((B, K, C, Gy, Gx), dtype=torch.float32)
@@ -520,25 +508,25 @@ def masked_average_pool(
         masks = masks.view(torch.uint8)
     episodes = max(1, WORKSPACE // (4 * K * geometry.pool_tiles(C)))
     if episodes >= B:
-        return _pool(features, masks, grid, min_pixels, factor), factor
+        return _pool(features, masks, C, grid, min_pixels, factor), factor
     prototypes = [
-        _pool(features[part], masks[part], grid, min_pixels, factor[part])
+        _pool(features[part], masks[part], C, grid, min_pixels, factor[part])
         for part in _parts(B, episodes)
     ]
     return torch.cat(prototypes), factor
 
 
 def _pool(
-    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float, factor: Tensor
+    features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float, factor: Tensor
 ) -> Tensor:
-    with _on(features.device):
+    with current_device(features.device):
         plan = _plan(
             (
-                *("pool", grid, min_pixels, features.dtype, features.shape, features.stride()),
+                *("pool", C, grid, min_pixels, features.dtype, features.shape, features.stride()),
                 *(masks.dtype, masks.shape, features.device),
             ),
             (features, masks, factor),
-            lambda: _Pool(features, masks, grid, min_pixels),
+            lambda: _Pool(features, masks, C, grid, min_pixels),
         )
         prototypes = features.new_empty(plan.shape, dtype=torch.float32)
         tiles = features.new_empty(plan.size, dtype=torch.float32)
@@ -549,33 +537,35 @@ def _pool(
 
 
 def masked_average_pool_backward(
-    grad: Tensor, masks: Tensor, factor: Tensor, features: Tensor, grid: GridSpec
+    grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
 ) -> Tensor:
     """See `Kernels`."""
     B, K, _, h, w = features.shape
-    C, H, W = masks.shape[2:]
+    H, W = masks.shape[-2:]
     geometry = _geometry(grid, H, W, h, w)
     if masks.dtype == torch.bool:
         masks = masks.view(torch.uint8)
     result = torch.empty_like(features)
     episodes = max(1, WORKSPACE // (4 * K * geometry.pool_tiles(C)))
     if episodes >= B:
-        _pool_back(grad, masks, factor, result, grid)
+        _pool_back(grad, masks, C, factor, result, grid)
     else:
         for part in _parts(B, episodes):
-            _pool_back(grad[part], masks[part], factor[part], result[part], grid)
+            _pool_back(grad[part], masks[part], C, factor[part], result[part], grid)
     return result
 
 
-def _pool_back(grad: Tensor, masks: Tensor, factor: Tensor, result: Tensor, grid: GridSpec) -> None:
-    with _on(result.device):
+def _pool_back(
+    grad: Tensor, masks: Tensor, C: int, factor: Tensor, result: Tensor, grid: GridSpec
+) -> None:
+    with current_device(result.device):
         plan = _plan(
             (
-                *("pool back", grid, result.dtype, result.shape, result.stride()),
+                *("pool back", C, grid, result.dtype, result.shape, result.stride()),
                 *(masks.dtype, masks.shape, result.device),
             ),
             (grad, masks, factor, result),
-            lambda: _Pool(result, masks, grid, None),
+            lambda: _Pool(result, masks, C, grid, None),
         )
         tiles = result.new_empty(plan.size, dtype=torch.float32)
         counts = result.new_empty(plan.counts, dtype=torch.float32)
@@ -671,7 +661,7 @@ def cosine_match(
     size: tuple[int, int],
     reduce: str,
     winners: bool,
-    factor: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
@@ -684,17 +674,17 @@ def cosine_match(
     places = features.new_empty(shape if kept else (0,), dtype=winner_dtype(grid, size))
     gram = features.new_empty((B, Q, GRAM_MAPS, h, w), dtype=torch.float32)
     if not images:
-        scores = factor * torch_.cosine_match(features, prototypes, grid, size, reduce)
+        scores = logit_scale * torch_.cosine_match(features, prototypes, grid, size, reduce)
         return scores, places.zero_(), gram.zero_() if winners else gram.new_empty(0)
     scores = features.new_empty(shape, dtype=torch.float32)
     if images >= B * Q:
-        _match(features, prototypes, grid, size, reduce, scores, places, gram, factor)
+        _match(features, prototypes, grid, size, reduce, scores, places, gram, logit_scale)
     else:
         for b, q in _image_parts(B, Q, images):
             won = places[b, q] if kept else places
             _match(
                 *(features[b, q], prototypes[b], grid, size, reduce),
-                *(scores[b, q], won, gram[b, q], factor),
+                *(scores[b, q], won, gram[b, q], logit_scale),
             )
     return scores, places, gram if winners else gram.new_empty(0)
 
@@ -708,9 +698,9 @@ def _match(
     scores: Tensor,
     winners: Tensor,
     gram: Tensor,
-    factor: float,
+    logit_scale: float,
 ) -> None:
-    with _on(features.device):
+    with current_device(features.device):
         C = prototypes.shape[1]
         kept = winners.numel() > 0
         plan = _plan(
@@ -723,7 +713,7 @@ def _match(
         )
         dots = features.new_empty(plan.size, dtype=torch.float32)
         plan.dots(features, prototypes, dots, gram, plan.table)
-        plan.scores(dots, gram, scores, winners, plan.table, factor)
+        plan.scores(dots, gram, scores, winners, plan.table, logit_scale)
 
 
 class _MatchBack:
@@ -820,7 +810,7 @@ def cosine_match_backward(
     grid: GridSpec,
     reduce: str,
     *gram: Tensor,
-    factor: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
@@ -828,12 +818,12 @@ def cosine_match_backward(
     geometry = _geometry(grid, H, W, h, w)
     images = _images(geometry, C, reduce)
     if not images:
-        return _match_back_torch(factor * grad, features, prototypes, grid, reduce)
+        return _match_back_torch(logit_scale * grad, features, prototypes, grid, reduce)
     (maps,) = gram
     result = torch.empty_like(features)
     if images >= B * Q:
         tensors = (grad, features, prototypes, scores, winners, maps, result)
-        return result, _match_back(tensors, grid, reduce, factor)
+        return result, _match_back(tensors, grid, reduce, logit_scale)
     to_prototypes = torch.zeros_like(prototypes)
     for b, q in _image_parts(B, Q, images):
         won = winners[b, q] if winners.numel() else winners
@@ -841,14 +831,14 @@ def cosine_match_backward(
             *(grad[b, q], features[b, q], prototypes[b], scores[b, q], won),
             *(maps[b, q], result[b, q]),
         )
-        to_prototypes[b] += _match_back(tensors, grid, reduce, factor)
+        to_prototypes[b] += _match_back(tensors, grid, reduce, logit_scale)
     return result, to_prototypes
 
 
-def _match_back(tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str, factor: float) -> Tensor:
+def _match_back(tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str, logit_scale: float) -> Tensor:
     """The gradient of the prototypes; that of the features is written to the last tensor."""
     grad, features, prototypes, scores, winners, gram, result = tensors
-    with _on(features.device):
+    with current_device(features.device):
         C, H, W = scores.shape[2:]
         plan = _plan(
             (
@@ -861,7 +851,7 @@ def _match_back(tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str, factor
         tiles = features.new_empty(plan.size, dtype=torch.float32)
         lengths = features.new_empty(plan.lengths, dtype=torch.float32)
         to_prototypes = features.new_empty(plan.shape, dtype=torch.float32)
-        plan.tiles(grad, scores, winners, gram, prototypes, lengths, tiles, plan.table, factor)
+        plan.tiles(grad, scores, winners, gram, prototypes, lengths, tiles, plan.table, logit_scale)
         plan.back(tiles, features, prototypes, lengths, result, to_prototypes, plan.table)
         return to_prototypes.sum(0) if plan.splits > 1 else to_prototypes[0]
 

@@ -7,9 +7,11 @@ into plain numbers, so that the graph stays good for other sizes.
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -54,7 +56,8 @@ def _fraction(factor: float) -> tuple[int, int]:
     return (fraction.numerator, fraction.denominator) if near else (0, 0)
 
 
-def _tensor(name: str, value: object, axes: str) -> None:
+def _tensor(name: str, value: object, axes: str, empty: str = "") -> None:
+    """`empty` holds the letters of the axes that may have a length of 0."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {axes}, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
@@ -66,7 +69,7 @@ def _tensor(name: str, value: object, axes: str) -> None:
             f"{name} must have {wanted} dimensions {axes}, got {value.dim()}: {tuple(value.shape)}"
         )
     for letter, length in zip(axes.strip("[]").split(", "), value.shape, strict=True):
-        if length < 1:
+        if length < 1 and letter not in empty.split():
             raise ValueError(
                 f"{name} {axes} must not be empty, got {letter} = {length}: {tuple(value.shape)}"
             )
@@ -91,17 +94,36 @@ def _together(name: str, value: Tensor, features: Tensor) -> None:
         )
 
 
-def _grid(grid: object) -> None:
+def check_grid(grid: object) -> None:
     if not isinstance(grid, GridSpec):
         raise TypeError(f"grid must be a GridSpec, got {type(grid).__name__}")
 
 
-def masked_average_pool(features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float) -> None:
-    _tensor("features", features, "[B, K, D, h, w]")
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+IGNORED = 255  # the label of pixels that are in no class, by convention
+
+
+def masked_average_pool(
+    features: Tensor,
+    masks: Tensor,
+    grid: GridSpec,
+    min_pixels: float,
+    background: bool,
+    num_classes: int | None,
+) -> None:
+    _tensor("features", features, "[B, K, D, h, w]", empty="B")
     _floating("features", features)
-    _tensor("masks", masks, "[B, K, C, H, W]")
-    if masks.dtype not in (torch.bool, torch.uint8, *FLOATING):
-        raise TypeError(f"masks must be bool, uint8 or floating, got {masks.dtype}")
+    if isinstance(masks, Tensor) and masks.dim() == 4:
+        _labels(masks, background, num_classes)
+    else:
+        _tensor("masks", masks, "[B, K, N, H, W]" if background else "[B, K, C, H, W]", empty="B")
+        if masks.dtype not in (torch.bool, torch.uint8, *FLOATING):
+            raise TypeError(
+                f"masks {tuple(masks.shape)} must be bool, uint8 or floating, or a label map "
+                f"[B, K, H, W] of integers, got {masks.dtype}"
+            )
+        if num_classes is not None:
+            raise ValueError("num_classes is for label maps [B, K, H, W]: masks show their classes")
     if masks.requires_grad:
         raise ValueError("masks get no gradient: pass masks.detach()")
     _together("masks", masks, features)
@@ -110,11 +132,61 @@ def masked_average_pool(features: Tensor, masks: Tensor, grid: GridSpec, min_pix
             f"masks must hold as many support images K as features, {features.shape[1]}, "
             f"got {masks.shape[1]}"
         )
-    _grid(grid)
+    check_grid(grid)
+    check_min_pixels(min_pixels)
+
+
+def _labels(labels: Tensor, background: bool, num_classes: object) -> None:
+    _tensor("labels", labels, "[B, K, H, W]", empty="B")
+    if labels.dtype not in INTEGERS:
+        raise TypeError(
+            f"labels {tuple(labels.shape)} must be integers, got {labels.dtype}: class masks are "
+            f"[B, K, {'N' if background else 'C'}, H, W]"
+        )
+    if num_classes is None:
+        return
+    if isinstance(num_classes, bool) or not isinstance(num_classes, (Integral, torch.SymInt)):
+        raise TypeError(f"num_classes must be an integer, got {type(num_classes).__name__}")
+    if not num_classes >= 1:  # type: ignore[operator]
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+
+
+def plain_size(size: Sequence[Any]) -> tuple[int, int]:
+    """(H, W) as integers that a graph can hold: of NumPy's, say, or of a trace's zero-dimensional
+    tensors."""
+    H, W = (
+        n if type(n) is int or isinstance(n, torch.SymInt) else _whole(letter, n)
+        for letter, n in zip("HW", size, strict=True)
+    )
+    return H, W
+
+
+def _whole(letter: str, n: Any) -> int:
+    try:
+        if not isinstance(n, bool):
+            return operator.index(n)
+    except TypeError:
+        pass
+    raise TypeError(f"size must hold integers, got {letter} = {n!r}")
+
+
+def check_min_pixels(min_pixels: object) -> None:
     if isinstance(min_pixels, bool) or not isinstance(min_pixels, Real):
         raise TypeError(f"min_pixels must be a number, got {type(min_pixels).__name__}")
     if not 0 <= min_pixels < 1 << 62:  # false for NaN too
         raise ValueError(f"min_pixels must be 0 or more, got {min_pixels}")
+
+
+def check_reduce(reduce: object) -> None:
+    if not isinstance(reduce, str) or reduce not in ("max", "mean"):
+        raise ValueError(f'reduce must be "max" or "mean", got {reduce!r}')
+
+
+def check_logit_scale(logit_scale: object) -> None:
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, Real):
+        raise TypeError(f"logit_scale must be a number, got {type(logit_scale).__name__}")
+    if not -math.inf < logit_scale < math.inf:  # false for NaN too
+        raise ValueError(f"logit_scale must be a finite number, got {logit_scale}")
 
 
 def cosine_match(
@@ -123,11 +195,11 @@ def cosine_match(
     grid: GridSpec,
     size: tuple[int, int],
     reduce: str,
-    factor: float,
+    logit_scale: float,
 ) -> None:
-    _tensor("features", features, "[B, Q, D, h, w]")
+    _tensor("features", features, "[B, Q, D, h, w]", empty="B Q")
     _floating("features", features)
-    _tensor("prototypes", prototypes, "[B, C, Gy, Gx, D]")
+    _tensor("prototypes", prototypes, "[B, C, Gy, Gx, D]", empty="B")
     _floating("prototypes", prototypes)
     if prototypes.dtype not in (features.dtype, accumulation_dtype(features.dtype)):
         raise TypeError(
@@ -140,12 +212,11 @@ def cosine_match(
             f"prototypes must have as many channels D as features, {features.shape[2]}, "
             f"got {prototypes.shape[4]}"
         )
-    _grid(grid)
+    check_grid(grid)
     if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
         raise TypeError(f"size must be (H, W), got {size!r}")
+    size = plain_size(size)
     for letter, length in zip("HW", size, strict=True):
-        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
-            raise TypeError(f"size must hold integers, got {letter} = {length!r}")
         if length < 1:
             raise ValueError(f"size must be at least 1 pixel, got {letter} = {length}")
         if length > LONGEST:
@@ -154,11 +225,7 @@ def cosine_match(
     if prototypes.shape[2] != Gy or prototypes.shape[3] != Gx:
         raise ValueError(
             f"prototypes must have (Gy, Gx) = ({Gy}, {Gx}) windows for {grid} and size "
-            f"{tuple(size)}, got {tuple(prototypes.shape[2:4])}"
+            f"{size}, got {tuple(prototypes.shape[2:4])}"
         )
-    if not isinstance(reduce, str) or reduce not in ("max", "mean"):
-        raise ValueError(f'reduce must be "max" or "mean", got {reduce!r}')
-    if isinstance(factor, bool) or not isinstance(factor, Real):
-        raise TypeError(f"factor must be a number, got {type(factor).__name__}")
-    if not -math.inf < factor < math.inf:  # false for NaN too
-        raise ValueError(f"factor must be a finite number, got {factor}")
+    check_reduce(reduce)
+    check_logit_scale(logit_scale)

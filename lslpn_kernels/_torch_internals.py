@@ -1,0 +1,64 @@
+"""The private parts of PyTorch that the direct calls of eager mode rest on, all in one place.
+
+A release of PyTorch that lacks one of them costs speed, nothing else: every call then goes through
+the registered operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+try:
+    from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+    from torch._C._functorch import peek_interpreter_stack
+    from torch.autograd import forward_ad
+
+    _known = isinstance(forward_ad._current_level, int)
+except (ImportError, AttributeError):  # pragma: no cover - no release so far
+    _known = False
+
+
+def in_transform() -> bool:
+    """Whether a `torch.func` transform (`vmap`, `grad`, ...) is at work."""
+    return _known and peek_interpreter_stack() is not None
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a dispatch mode, such as that of fake tensors, sees every operator."""
+    return not _known or _len_torch_dispatch_stack() > 0
+
+
+def is_eager(a: Any, b: Any) -> bool:
+    """Whether these are ordinary tensors with memory of their own, and nobody is watching: no
+    trace, no `torch.func` transform, no dispatch mode.
+
+    Raises:
+        RuntimeError: one carries a forward-mode derivative, which would be lost in a kernel.
+    """
+    if torch.compiler.is_compiling() or not _known:
+        return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(a, b)
+    return (
+        type(a) in _ORDINARY
+        and type(b) in _ORDINARY
+        and _len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
+        and _get_tracing_state() is None
+        and not (a.is_nested or b.is_nested)
+        and not (a.is_neg() or b.is_neg())
+    )
+
+
+def _refuse_tangents(*values: Any) -> None:
+    for value in values:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                "the kernels of lslpn_kernels have no forward-mode derivative (jvp); "
+                'backend="torch" and backend="reference" have one'
+            )
