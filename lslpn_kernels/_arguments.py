@@ -154,14 +154,13 @@ def _labels(labels: Tensor, background: bool, num_classes: object) -> None:
 def plain_size(size: Sequence[Any]) -> tuple[int, int]:
     """(H, W) as integers that a graph can hold: of NumPy's, say, or of a trace's zero-dimensional
     tensors."""
-    H, W = (
-        n if type(n) is int or isinstance(n, torch.SymInt) else _whole(letter, n)
-        for letter, n in zip("HW", size, strict=True)
-    )
-    return H, W
+    H, W = size
+    return _whole("H", H), _whole("W", W)
 
 
-def _whole(letter: str, n: Any) -> int:
+def _whole(letter: str, n: Any) -> Any:
+    if type(n) is int or isinstance(n, torch.SymInt):
+        return n
     try:
         if not isinstance(n, bool):
             return operator.index(n)
@@ -170,7 +169,7 @@ def _whole(letter: str, n: Any) -> int:
     raise TypeError(f"size must hold integers, got {letter} = {n!r}")
 
 
-def check_min_pixels(min_pixels: object) -> None:
+def check_min_pixels(min_pixels: float) -> None:
     if isinstance(min_pixels, bool) or not isinstance(min_pixels, Real):
         raise TypeError(f"min_pixels must be a number, got {type(min_pixels).__name__}")
     if not 0 <= min_pixels < 1 << 62:  # false for NaN too
@@ -182,7 +181,7 @@ def check_reduce(reduce: object) -> None:
         raise ValueError(f'reduce must be "max" or "mean", got {reduce!r}')
 
 
-def check_logit_scale(logit_scale: object) -> None:
+def check_logit_scale(logit_scale: float) -> None:
     if isinstance(logit_scale, bool) or not isinstance(logit_scale, Real):
         raise TypeError(f"logit_scale must be a number, got {type(logit_scale).__name__}")
     if not -math.inf < logit_scale < math.inf:  # false for NaN too

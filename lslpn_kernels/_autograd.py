@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._arguments import windows
 from ._backends import Kernels, load, winner_dtype
-from ._torch_internals import in_transform, is_eager
+from ._torch_internals import in_transform, is_eager, refuse_tangents
 from .geometry import GridSpec
 from .reference import accumulation_dtype
 
@@ -26,6 +26,7 @@ def pool(
     features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float, backend: str
 ) -> Tensor:
     """Prototypes by the kernels of `backend`; `masks` as in `_backends.Kernels`."""
+    refuse_tangents(features)
     call: Any = _pool
     if not is_eager(features, masks):
         call = _outside_eager(torch.ops.lslpn_kernels.masked_average_pool, _TransformedPool)
@@ -47,6 +48,7 @@ def match(
     backend: str,
 ) -> Tensor:
     """Cosines times `logit_scale`, by the kernels of `backend`."""
+    refuse_tangents(features, prototypes)
     call: Any = _match
     trained = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
     if not is_eager(features, prototypes):

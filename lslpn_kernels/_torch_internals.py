@@ -35,15 +35,9 @@ def in_dispatch_mode() -> bool:
 
 def is_eager(a: Any, b: Any) -> bool:
     """Whether these are ordinary tensors with memory of their own, and nobody is watching: no
-    trace, no `torch.func` transform, no dispatch mode.
-
-    Raises:
-        RuntimeError: one carries a forward-mode derivative, which would be lost in a kernel.
-    """
+    trace, no `torch.func` transform, no dispatch mode."""
     if torch.compiler.is_compiling() or not _known:
         return False
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(a, b)
     return (
         type(a) in _ORDINARY
         and type(b) in _ORDINARY
@@ -55,7 +49,13 @@ def is_eager(a: Any, b: Any) -> bool:
     )
 
 
-def _refuse_tangents(*values: Any) -> None:
+def refuse_tangents(*values: Any) -> None:
+    """
+    Raises:
+        RuntimeError: a tensor carries a forward-mode derivative, which would be lost in a kernel.
+    """
+    if torch.compiler.is_compiling() or not _known or forward_ad._current_level < 0:
+        return
     for value in values:
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(

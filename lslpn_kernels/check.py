@@ -1,7 +1,7 @@
 """Is the swap safe? Every backend against the equations, on tensors of the caller's own.
 
-    python -m lslpn_kernels.check                 on random tensors, for every device that is here
-    head.check(support_features, support_masks, query_features)      on yours
+python -m lslpn_kernels.check                 on random tensors, for every device that is here
+head.check(support_features, support_masks, query_features)      on yours
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -78,7 +79,11 @@ class Report:
         widths = (12, 12, 12, 12, 10)
         head = "".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True))
         rows = [f"{'backend':10}{head}", *map(str, self.lines)]
-        return "\n".join([*rows, f"this head uses {self.chosen}"])
+        used = next(line for line in self.lines if line.backend == self.chosen)
+        worst = max(used.logits, used.support_gradient, used.query_gradient)
+        return "\n".join(
+            [*rows, f"this head uses {self.chosen}: within {worst:.1e} of the equations in float64"]
+        )
 
 
 def check(
@@ -121,10 +126,13 @@ def check(
             lines.append(Line(name, reason))
             continue
         found = run(name, dtype)
-        differences = [_difference(a, b) for a, b in zip(found, expected, strict=True)]
+        logits, to_support, to_query = map(_difference, found, expected)
         del found
-        milliseconds, mebibytes = _measure(lambda name=name: run(name, dtype), device)
-        lines.append(Line(name, "", *differences, milliseconds, mebibytes))
+        lines.append(
+            Line(
+                name, "", logits, to_support, to_query, *_measure(partial(run, name, dtype), device)
+            )
+        )
     chosen = choose(head.backend, device, dtype, head.grid, head.reduce)
     return Report(chosen, tuple(lines))
 

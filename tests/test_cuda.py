@@ -6,7 +6,6 @@ with tensors of the CPU. What needs a GPU is in test_gpu.py.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from cases import GOLDEN, SITUATIONS, Case, assert_agree, assert_near, run
 from emulation import build as emulation
+from emulation.fixtures import emulated, forget, kernels  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from strategies import cases
 from torch import Tensor
@@ -34,47 +34,12 @@ from lslpn_kernels import (
     backends,
     cosine_match,
     masked_average_pool,
-    ops,
 )
-from lslpn_kernels._autograd import _kernels
-from lslpn_kernels._backends import _obstacle, choose, cuda, load, native
+from lslpn_kernels._backends import choose, cuda, native
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 EXAMPLES = int(os.environ.get("LSLPN_EXAMPLES", "25"))
 DEVICE = (132, 227 * 1024, 16 << 20)  # multiprocessors, shared memory, workspace
-
-
-@pytest.fixture(scope="module")
-def emulated() -> Any:
-    """The bindings over the emulated kernels, as a module."""
-    if emulation.compiler() is None:
-        pytest.skip("the emulated kernels need a C++ compiler (g++, or CXX)")
-    spec = importlib.util.spec_from_file_location("emulated_kernels", emulation.build())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def forget() -> None:
-    """What was found out about backends, once for all."""
-    for cached in (load, _obstacle, _kernels, ops._choose_once):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def kernels(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Makes `backend="cuda"` run the emulated kernels, on tensors of the CPU."""
-    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
-    monkeypatch.setattr(cuda, "DEVICE_TYPES", ("cpu",))
-    monkeypatch.setattr(
-        cuda, "_call", lambda name, device, *arguments: getattr(emulated, name)(*arguments)
-    )
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
-    forget()
-    yield emulated
-    forget()
 
 
 @pytest.fixture
@@ -465,7 +430,7 @@ def test_without_a_gpu_the_backend_says_why() -> None:
     assert not status.usable
     assert status.reason
     assert "\n" not in status.reason
-    with pytest.raises(RuntimeError, match='backend="cuda" is not usable'):
+    with pytest.raises(RuntimeError, match='backend="cuda" runs on cuda tensors'):
         masked_average_pool(
             torch.rand(1, 1, 2, 3, 3), torch.ones(1, 1, 1, 6, 6), GridSpec(), backend="cuda"
         )

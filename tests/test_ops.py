@@ -442,7 +442,7 @@ BAD_POOL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": F.expand(2, -1, -1, -1, -1)}, ValueError, "masks must hold as many episodes"),
     ({"features": F.expand(-1, 2, -1, -1, -1)}, ValueError, "as many support images K"),
     ({"masks": M.tolist()}, TypeError, "masks must be a torch.Tensor"),
-    ({"masks": M[0]}, ValueError, "labels .* must be integers, got torch.bool"),
+    ({"masks": M[0]}, TypeError, "labels .* must be integers, got torch.bool"),
     ({"masks": M[..., :0]}, ValueError, "masks .* must not be empty, got W = 0"),
     ({"masks": M.long()}, TypeError, "masks .* must be bool, uint8 or floating"),
     ({"masks": M.float().requires_grad_()}, ValueError, "masks get no gradient"),

@@ -67,7 +67,9 @@ pool_weights(LSLPN_PARAMETERS PoolWeights p) {
     };
     for (int i0 = 0; i0 < height; i0 += kWeightsRows) {
       float m[kWeightsRows][4];
+      LSLPN_UNROLL
       for (int k = 0; k < kWeightsRows; ++k) {
+        LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) {
           m[k][e] = 0;
           if (lane < width && i0 + k < height && c0 + e < p.C) {
@@ -77,7 +79,9 @@ pool_weights(LSLPN_PARAMETERS PoolWeights p) {
           }
         }
       }
-      for (int k = 0; k < kWeightsRows && i0 + k < height; ++k) {
+      LSLPN_UNROLL
+      for (int k = 0; k < kWeightsRows; ++k) {
+        if (i0 + k >= height) break;
         const Taps<float> t = taps.y[i0 + k];
         while (row < t.lower) finish_row();
         for (int e = 0; e < 4; ++e) {

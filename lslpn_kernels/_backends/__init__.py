@@ -135,7 +135,7 @@ def winner_dtype(grid: GridSpec, size: tuple[int, int]) -> torch.dtype:
 
 
 def mask_kind(masks: Tensor, C: int) -> str:
-    """"labels", "foreground" or "classes": how `masks` describe C classes; see `Kernels`."""
+    """ "labels", "foreground" or "classes": how `masks` describe C classes; see `Kernels`."""
     if masks.dim() == 4:
         return "labels"
     return "classes" if masks.shape[2] == C else "foreground"
@@ -184,8 +184,9 @@ def status() -> dict[str, BackendStatus]:
         module, reason = _import(name)
         if module is not None:
             kind = module.DEVICE_TYPES[0]
-            index = torch.cuda.current_device() if kind == "cuda" and _has_gpu() else None
-            module, reason = load(name, torch.device(kind, index))
+            on_gpu = kind == "cuda" and _has_gpu()
+            device = torch.device(kind, torch.cuda.current_device()) if on_gpu else kind
+            module, reason = load(name, torch.device(device))
         devices = module.DEVICE_TYPES if module else ()
         found[name] = BackendStatus(module is not None, devices, reason.removeprefix(_UNUSABLE))
     return found

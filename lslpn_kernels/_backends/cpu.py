@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +43,16 @@ def _call(name: str, *args: Any) -> Any:
     return getattr(_native, name)(*args)
 
 
+# OpenMP's threads do not survive a fork, and the child that asks for them waits for ever.
+_forked: list[int] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
+
+
+def _threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # Whatever the default device is.
     return torch.empty(shape, dtype=dtype, device="cpu")
@@ -66,7 +77,7 @@ def masked_average_pool(
         min_pixels,
         to_dlpack(prototypes),
         to_dlpack(factor),
-        torch.get_num_threads(),
+        _threads(),
     )
     return prototypes, factor
 
@@ -87,7 +98,7 @@ def masked_average_pool_backward(
         C,
         to_dlpack(factor),
         to_dlpack(grad_features),
-        torch.get_num_threads(),
+        _threads(),
     )
     return grad_features
 
@@ -120,7 +131,7 @@ def cosine_match(
         to_dlpack(scores),
         to_dlpack(winner) if kept else None,
         logit_scale,
-        torch.get_num_threads(),
+        _threads(),
     )
     return scores, winner
 
@@ -156,6 +167,6 @@ def cosine_match_backward(
         to_dlpack(grad_features) if wanted[0] else None,
         to_dlpack(grad_prototypes) if wanted[1] else None,
         logit_scale,
-        torch.get_num_threads(),
+        _threads(),
     )
     return grad_features, grad_prototypes

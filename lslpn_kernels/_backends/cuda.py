@@ -46,11 +46,11 @@ def unavailable(device: torch.device) -> str | None:
         if not refusal:
             return None
         major, minor = torch.cuda.get_device_capability()
+        built = ", ".join(f"sm_{arch}" for arch in module.cuda_archs.split(";"))
         return (
             f"the driver does not run the kernels on {torch.cuda.get_device_name()} "
-            f"(sm_{major}{minor}; they were built for sm_{module.cuda_archs.replace(';', ', sm_')}): "
-            f"{refusal}. Update the driver, or install again with "
-            f'LSLPN_CUDA_ARCHS="{major}{minor}"'
+            f"(sm_{major}{minor}; they were built for {built}): {refusal}. Update the driver, or "
+            f'install again with LSLPN_CUDA_ARCHS="{major}{minor}"'
         )
 
 

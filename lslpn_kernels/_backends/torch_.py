@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._torch_internals import in_dispatch_mode
-from ..geometry import Axis, GridSpec
+from ..geometry import GridSpec
 from ..reference import EPS, accumulation_dtype, unit, without_autocast
 
 # Tiles are handled in groups of rows whose scores take no more than this many numbers.
@@ -47,22 +47,38 @@ class _Tables:
     cross: Tensor  # [n] product of the two weights
 
 
+def _constant(pixels: int, cells: int) -> tuple[int, int]:
+    """Both as numbers: a compiler that has made symbols of them takes the length of a range as a
+    number, and compiles again for another."""
+    return len(range(pixels)), len(range(cells))
+
+
 @torch.compiler.assume_constant_result
-def _tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
-    # Tables are kept for calls to come, so they must not take after the first: ordinary tensors,
-    # neither inference tensors nor what a dispatch mode makes of them, whatever the default device.
-    if in_dispatch_mode():
-        return _make_tables(axis, dtype, device)
-    return _kept_tables(axis, dtype, device)
+def _tables(
+    written: str, pixels: int, cells: int, dtype: torch.dtype, device: torch.device
+) -> _Tables:
+    """The tables of an axis under the grid with this `GridSpec.written`: a compiler takes text and
+    numbers for constants, but no object.
+
+    Tables are kept for later calls, so they must not take after the first one: they are ordinary
+    tensors, neither inference tensors nor what a dispatch mode makes of them.
+    """
+    make = _make_tables if in_dispatch_mode() else _kept_tables
+    return make(written, pixels, cells, dtype, device)
 
 
 @lru_cache(maxsize=64)
-def _kept_tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
+def _kept_tables(
+    written: str, pixels: int, cells: int, dtype: torch.dtype, device: torch.device
+) -> _Tables:
     with torch.inference_mode(False), torch.device("cpu"):
-        return _make_tables(axis, dtype, device)
+        return _make_tables(written, pixels, cells, dtype, device)
 
 
-def _make_tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> _Tables:
+def _make_tables(
+    written: str, pixels: int, cells: int, dtype: torch.dtype, device: torch.device
+) -> _Tables:
+    axis = GridSpec(*map(float, written.split())).axis(pixels, cells)
     segments = axis.segments
     T = max(s.end - s.begin for s in segments)
     R = max(s.upper - s.lower + 1 for s in segments)
@@ -117,8 +133,8 @@ def masked_average_pool(
     B, K, D, h, w = features.shape
     C, H, W = masks.shape[2:]
     dtype = accumulation_dtype(features.dtype)
-    y = _tables(grid.axis(H, h), dtype, features.device)
-    x = _tables(grid.axis(W, w), dtype, features.device)
+    y = _tables(grid.written, *_constant(H, h), dtype, features.device)
+    x = _tables(grid.written, *_constant(W, w), dtype, features.device)
     (Sy, _, Ry), (Sx, _, Rx) = y.weight.shape, x.weight.shape
 
     # The masks cut into tiles, then carried down to feature resolution: Up^T (M in the tile).
@@ -157,8 +173,8 @@ def cosine_match(
     C, Gx = prototypes.shape[1], prototypes.shape[3]
     H, W = size
     dtype = accumulation_dtype(features.dtype)
-    y = _tables(grid.axis(H, h), dtype, features.device)
-    x = _tables(grid.axis(W, w), dtype, features.device)
+    y = _tables(grid.written, *_constant(H, h), dtype, features.device)
+    x = _tables(grid.written, *_constant(W, w), dtype, features.device)
     (Sy, Ly), (Sx, Lx) = y.window.shape, x.window.shape
     Ty, Ry = y.weight.shape[1:]
     Tx = x.weight.shape[1]

@@ -835,7 +835,9 @@ def cosine_match_backward(
     return result, to_prototypes
 
 
-def _match_back(tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str, logit_scale: float) -> Tensor:
+def _match_back(
+    tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str, logit_scale: float
+) -> Tensor:
     """The gradient of the prototypes; that of the features is written to the last tensor."""
     grad, features, prototypes, scores, winners, gram, result = tensors
     with current_device(features.device):

@@ -633,9 +633,9 @@ def _match_weights(
     BETWEEN: tl.constexpr,
     LONG: tl.constexpr,
 ):
-    """`logit_scale` times the sums of dS / |Up F| of a class, for PLACES places of the winning window;
-    or of all pixels alike and divided by the number of windows over them, where PLACES is 0 (the
-    mean)."""
+    """`logit_scale` times the sums of dS / |Up F| of a class, for PLACES places of the winning
+    window; or of all pixels alike and divided by the number of windows over them, where PLACES is 0
+    (the mean)."""
     grad, winners = pixels[0], pixels[2]
     H, W, h, w, R, strips = shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]
     strip, there, x, x_in, j, wx = columns
