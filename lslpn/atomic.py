@@ -7,6 +7,7 @@ the disk, and renamed over the target. A kill at any moment leaves the previous 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,52 @@ from pathlib import Path
 
 from .errors import InputError
 
+# Of a file's name, in the name of the one beside it: file systems take 255 bytes of a name.
+_STEM_BYTES = 60
+_SUFFIX_CHARACTERS = 20
 
-def _refusal(path: Path, error: OSError) -> InputError:
+
+def _refusal(path: Path, error: OSError | ValueError) -> InputError:
     return InputError(
-        f"{path}: cannot be written ({error.strerror or error}); "
+        f"{path}: cannot be written ({_reason(error)}); "
         "give an output path in a folder that you may write to"
     )
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def look_up(path: str | os.PathLike[str]) -> os.stat_result | None:
+    """What is at `path`; None where nothing is.
+
+    `Path.exists` and its like raise a bare OSError where a folder may not be searched or a name
+    is too long.
+
+    Raises:
+        InputError: it cannot be found out.
+    """
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise InputError(
+            f"{path}: cannot be looked up ({_reason(error)}); check the path and whether you may "
+            "read its folder"
+        ) from error
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a file; raises as `look_up`."""
+    found = look_up(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder; raises as `look_up`."""
+    found = look_up(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 @contextmanager
@@ -34,18 +75,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: the folder cannot be made or written to, or the disk refuses.
     """
     target = Path(path)
-    suffix = ".partial" + "".join(target.suffixes[-2:])
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name.split('.')[0]}.", suffix=suffix
-        )
-        os.close(handle)
-    except OSError as error:
+        aside = _beside(target)
+    except (OSError, ValueError) as error:
         raise _refusal(target, error) from error
-    aside = Path(name)
     try:
         yield aside
         # mkstemp makes the file private; give it the mode that a plain open() would have.
@@ -62,6 +95,28 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def _beside(target: Path) -> Path:
+    """An empty file in the folder of `target`, which is made if need be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # A name that the file system does not take is refused here, before anything is written.
+        if stat.S_ISDIR(os.stat(target).st_mode):
+            raise IsADirectoryError(21, "it is a folder")
+    except FileNotFoundError:
+        pass
+    stem = (
+        target.name.split(".")[0].encode("utf-8", "ignore")[:_STEM_BYTES].decode("utf-8", "ignore")
+    )
+    suffix = "".join(target.suffixes[-2:])
+    if len(suffix) > _SUFFIX_CHARACTERS:  # dots elsewhere in a long name
+        suffix = target.suffix if len(target.suffix) <= _SUFFIX_CHARACTERS else ""
+    handle, name = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{stem}.", suffix=f".partial{suffix}"
+    )
+    os.close(handle)
+    return Path(name)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut, where the system can open folders at all."""
     try:
@@ -76,7 +131,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Write `data` to `path`, whole or not at all.
 
     Raises:
@@ -91,6 +146,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Append `text` as UTF-8 to `path`; a kill may cut it, so a reader must leave out what is cut.
+
+    Raises:
+        InputError: the disk refuses.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise _refusal(Path(path), error) from error
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Find out that `path` cannot be written before the work is done, not after it.
 
@@ -101,10 +169,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
+        _beside(target).unlink()
+    except (OSError, ValueError) as error:
         raise _refusal(target, error) from error

@@ -6,18 +6,20 @@ read with `weights_only`, so that opening a stranger's checkpoint runs none of h
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .atomic import replacing
+from .atomic import is_file, look_up, write_bytes
 from .errors import InputError
 from .methods import METHODS, FewShotNetwork, build
 from .presets import Config, ModelConfig
-from .tensors import load_tensors
+from .tensors import first_unusable, load_tensors
 
 FILE_NAME = "checkpoint.pt"
 _FORMAT = "lslpn-checkpoint"
@@ -33,7 +35,7 @@ class Checkpoint:
         step: gradient steps done.
         model: the network's state dict.
         optimizer: the optimizer's state dict, for going on.
-        data: what it was trained on: "dataset", "cases", "organs", "hold_out", "fingerprint".
+        data: what it was trained on: "dataset", "cases", "organs", "hold_out", "checksum".
         versions: of lslpn's dependencies, for the record.
     """
 
@@ -62,12 +64,10 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "data": checkpoint.data,
         "versions": checkpoint.versions,
     }
-    with replacing(path) as aside:
-        try:
-            torch.save(content, aside)
-        except RuntimeError as error:
-            # torch's writer reports a full disk this way.
-            raise OSError(None, str(error).splitlines()[0]) from error
+    # Through memory: torch's own writer reports a full disk as an internal error.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:
@@ -77,14 +77,14 @@ def checkpoint_path(path: str | os.PathLike[str]) -> Path:
         InputError: there is none.
     """
     given = Path(path)
-    if given.is_file():
+    if is_file(given):
         return given
-    if not given.exists():
+    if look_up(given) is None:
         raise InputError(
             f"{given}: there is no such file or folder, expected a checkpoint or the folder of a "
             "training run; check the path"
         )
-    if not (given / FILE_NAME).is_file():
+    if not is_file(given / FILE_NAME):
         raise InputError(
             f"{given}: holds no {FILE_NAME}, expected the folder of a training run; "
             "check the path, or wait for the run's first checkpoint"
@@ -105,7 +105,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{file}: is no checkpoint of lslpn, expected a file written by lslpn train; for "
             "weights of a ResNet-50 alone set the option weights"
         )
-    if content.get("version") != _VERSION or content.get("method") not in METHODS:
+    if content.get("version") != _VERSION or content.get("method") not in tuple(METHODS):
         raise InputError(
             f"{file}: is a checkpoint of method {content.get('method')!r}, version "
             f"{content.get('version')!r}, expected one of {', '.join(METHODS)}, version "
@@ -114,13 +114,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         checkpoint = Checkpoint(
             config=Config.from_dict(content["config"]),
-            step=int(content["step"]),
-            model=content["model"],
-            optimizer=content["optimizer"],
-            data=content["data"],
-            versions=content["versions"],
+            step=_checked(content, "step", int),
+            model=_checked(content, "model", dict),
+            optimizer=_checked(content, "optimizer", dict),
+            data=_checked(content, "data", dict),
+            versions=_checked(content, "versions", dict),
         )
-    except (KeyError, TypeError, ValueError, InputError) as error:
+        for name in ("cases", "organs", "hold_out"):
+            if not all(isinstance(value, str) for value in _checked(checkpoint.data, name, list)):
+                raise TypeError(f"{name} holds something else than names")
+    except KeyError as error:
+        raise InputError(
+            f"{file}: has no {error}, which every checkpoint has; use the file as it was written"
+        ) from error
+    except (TypeError, ValueError) as error:
         raise InputError(
             f"{file}: its configuration does not fit this version of lslpn ({error}); "
             "use the lslpn that wrote it"
@@ -135,16 +142,34 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return checkpoint
 
 
+def _checked(content: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = content[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} is {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
 def load_weights(
     model: FewShotNetwork, checkpoint: Checkpoint, name: str | os.PathLike[str]
 ) -> None:
     """Fills `model` from `checkpoint`, strictly; `name` is for the message.
 
     Raises:
-        InputError: it is of another architecture.
+        InputError: it is of another architecture, or holds values that are not finite.
     """
+    _check_weights(model, checkpoint, name)
+    model.load_state_dict(checkpoint.model)
+
+
+def _check_weights(
+    model: FewShotNetwork, checkpoint: Checkpoint, name: str | os.PathLike[str]
+) -> None:
     own, given = model.state_dict(), checkpoint.model
-    differ = sorted(set(own) ^ set(given))
+    if unusable := first_unusable(given):
+        raise InputError(
+            f"{name}: is damaged: {unusable}; copy it again, or train the network again"
+        )
+    differ = sorted(set(own) ^ set(given), key=str)
     differ += [k for k in own if k in given and own[k].shape != given[k].shape]
     if differ:
         key = differ[0]
@@ -155,7 +180,6 @@ def load_weights(
             f"{key}: expected {wants}, found {has}; build the model from the checkpoint's own "
             "configuration"
         )
-    model.load_state_dict(given)
 
 
 def load_model(
@@ -168,11 +192,30 @@ def load_model(
     Raises:
         InputError: as `load_checkpoint` and `load_weights`.
     """
-    checkpoint = load_checkpoint(path)
-    model = build(_without_weights(checkpoint.config.model))
-    load_weights(model, checkpoint, checkpoint_path(path))
+    return restored(load_checkpoint(path), checkpoint_path(path)).to(device)
+
+
+def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNetwork:
+    """The network of a checkpoint, on the CPU and in evaluation mode; `name` is for messages.
+
+    Raises:
+        InputError: as `load_weights`.
+    """
+    config = _without_weights(checkpoint.config.model)
+    # First without memory: the configuration may ask for more of it than there is.
+    try:
+        with torch.device("meta"):
+            shapes = build(config)
+    except (RuntimeError, TypeError) as error:  # numbers beyond what torch counts with
+        raise InputError(
+            f"{name}: no network can be built from its configuration "
+            f"({str(error).splitlines()[0]}); use the file as it was written"
+        ) from error
+    _check_weights(shapes, checkpoint, name)
+    model = build(config)
+    load_weights(model, checkpoint, name)
     model.config = checkpoint.config.model
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _without_weights(config: ModelConfig) -> ModelConfig:

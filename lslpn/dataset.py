@@ -15,15 +15,18 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .atomic import is_folder
 from .errors import InputError
 from .volumes import Volume, check_same_grid, read_image, read_labels
 
 _ENDINGS = (".nii.gz", ".nii")
+_IGNORE = "ignore"  # nnU-Net's name for the label of voxels that nobody labelled
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Dataset:
         labels: organ name to label value, in the order of the values, without the background.
         cases: the cases that have an image and labels, sorted.
         file_ending: ".nii.gz" or ".nii".
+        ignore: the value of voxels that nobody labelled, nnU-Net's label "ignore"; None: all are.
+            They are neither trained on nor scored.
+        incomplete: cases that lack their image or their labels, with what is missing.
     """
 
     root: Path
@@ -43,18 +49,21 @@ class Dataset:
     labels: dict[str, int]
     cases: tuple[str, ...]
     file_ending: str = ".nii.gz"
+    ignore: int | None = None
+    incomplete: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def open(cls, root: str | os.PathLike[str]) -> Dataset:
         """Read dataset.json and list the cases; no volume is read yet.
 
+        Warns of images without labels and labels without an image, which are no cases.
+
         Raises:
             InputError: the folder or dataset.json is missing or broken, there is more than one
-                channel or a region-based label, an image lacks its labels or the reverse, or
-                there is no case at all.
+                channel or a region-based label, or there is no complete case at all.
         """
         folder = Path(root)
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise InputError(
                 f"{folder}: there is no such folder, expected a data set in nnU-Net's raw layout "
                 "(dataset.json, imagesTr, labelsTr); check the path"
@@ -63,9 +72,17 @@ class Dataset:
         meta = _load_json(path)
         ending = _file_ending(path, meta)
         _check_channels(path, meta)
-        labels = _labels(path, meta)
-        cases = _cases(folder, ending)
-        return cls(folder, str(meta.get("name") or folder.name), labels, cases, ending)
+        labels, ignore = _labels(path, meta)
+        cases, incomplete = _cases(folder, ending)
+        if incomplete:
+            one = len(incomplete) == 1
+            warnings.warn(
+                f"data set {folder}: {len(incomplete)} case{'s' * (not one)} left out, of which "
+                f"the image or the labels are missing: {_some(list(incomplete))}",
+                stacklevel=2,
+            )
+        name = str(meta.get("name") or folder.name)
+        return cls(folder, name, labels, cases, ending, ignore, incomplete)
 
     @property
     def organs(self) -> tuple[str, ...]:
@@ -89,10 +106,14 @@ class Dataset:
         """Return `case`, or raise an InputError that names the cases there are."""
         if case in self.cases:
             return case
-        shown = ", ".join(self.cases[:8]) + (", ..." if len(self.cases) > 8 else "")
+        if case in self.incomplete:
+            raise InputError(
+                f"{self.incomplete[case]}: missing, without which case {case} cannot be used; add "
+                "the file or leave the case out"
+            )
         raise InputError(
             f"case {case!r}: not in data set {self.name}{_meant(case, self.cases)}; "
-            f"its {len(self.cases)} cases: {shown}"
+            f"its {len(self.cases)} cases: {_some(self.cases)}"
         )
 
     def image_path(self, case: str) -> Path:
@@ -179,7 +200,8 @@ class UnlabelledScans(Dataset):
 
 def _load_json(path: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(path.read_text("utf-8"))
+        # From bytes: JSON is UTF-8, -16 or -32, and Windows puts a byte order mark before it.
+        meta = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: there is no such file; a data set in nnU-Net's raw layout has one, with "
@@ -187,7 +209,8 @@ def _load_json(path: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    # JSONDecodeError and UnicodeDecodeError; and brackets in brackets without end.
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not valid JSON ({error}); mend it there") from error
     if not isinstance(meta, dict):
         raise InputError(f"{path}: expected a JSON object with labels, got {type(meta).__name__}")
@@ -214,16 +237,18 @@ def _check_channels(path: Path, meta: dict[str, Any]) -> None:
         )
 
 
-def _labels(path: Path, meta: dict[str, Any]) -> dict[str, int]:
-    """Organ to value, sorted by value, background left out; both styles of nnU-Net."""
+def _labels(path: Path, meta: dict[str, Any]) -> tuple[dict[str, int], int | None]:
+    """Organ to value, sorted by value, without the background; and the value of "ignore"."""
     given = meta.get("labels")
     if not isinstance(given, dict) or not given:
         raise InputError(
             f'{path}: "labels" is missing or no object, expected such as '
             '{"background": 0, "liver": 1}; write it there'
         )
-    # v1 has the numbers as keys. JSON keys are strings, so look at the values.
-    v1 = all(isinstance(value, str) for value in given.values())
+    # v1 has the numbers as keys, which JSON turns into text; people write the values as text too.
+    v1 = all(isinstance(value, str) for value in given.values()) and any(
+        key.strip().isdecimal() for key in given
+    )
     labels: dict[str, int] = {}
     for key, value in given.items():
         name, number = (value, key) if v1 else (key, value)
@@ -232,11 +257,9 @@ def _labels(path: Path, meta: dict[str, Any]) -> dict[str, int]:
                 f"{path}: label {name!r} is a region ({number}), which is not supported, expected "
                 "one number per label; list the parts of the region as labels of their own"
             )
-        try:
-            label = int(number)
-        except (TypeError, ValueError):
-            label = -1
-        if isinstance(number, (bool, float)) or not 0 <= label <= 32767:
+        text = isinstance(number, str) and number.strip().isdecimal() and len(number) < 10
+        label = int(number) if type(number) is int or text else -1
+        if not 0 <= label <= 32767:
             raise InputError(
                 f"{path}: label {name!r} has the value {number!r}, expected a whole number from "
                 "0 to 32767; mend it there"
@@ -246,15 +269,21 @@ def _labels(path: Path, meta: dict[str, Any]) -> dict[str, int]:
                 f"{path}: label {name!r} or its value {label} appears twice; each organ needs "
                 "a value of its own"
             )
-        labels[str(name)] = label
+        if (name.strip().lower() == "background") != (label == 0):
+            raise InputError(
+                f"{path}: label {name!r} has the value {label}, but 0 is the background, and the "
+                'background is 0; write "background": 0 and give every organ another value'
+            )
+        labels[name] = label
+    ignore = labels.pop(_IGNORE, None)
     organs = dict(sorted(((n, v) for n, v in labels.items() if v), key=lambda item: item[1]))
     if not organs:
         raise InputError(f'{path}: "labels" holds the background alone, expected organs; add them')
-    return organs
+    return organs, ignore
 
 
-def _cases(folder: Path, ending: str) -> tuple[str, ...]:
-    """Sorted names of the cases; each must have an image of one channel, and labels."""
+def _cases(folder: Path, ending: str) -> tuple[tuple[str, ...], dict[str, Path]]:
+    """Sorted names of the cases, and what others lack of an image of one channel and labels."""
     images: set[str] = set()
     for name in _listing(folder / "imagesTr", ending):
         case, mark, channel = name[: -len(ending)].rpartition("_")
@@ -275,17 +304,19 @@ def _cases(folder: Path, ending: str) -> tuple[str, ...]:
             f"{folder / 'imagesTr'}: holds no file that ends in {ending}, expected "
             f'CASE_0000{ending}; check "file_ending" in dataset.json'
         )
-    for case in sorted(images ^ labels):
-        if case in images:
-            raise InputError(
-                f"{folder / 'labelsTr' / (case + ending)}: missing, the labels of case {case}; "
-                "add the file or remove the image"
-            )
+    incomplete = {
+        case: folder / "labelsTr" / f"{case}{ending}"
+        if case in images
+        else folder / "imagesTr" / f"{case}_0000{ending}"
+        for case in sorted(images ^ labels)
+    }
+    if not images & labels:
+        case, missing = next(iter(incomplete.items()))
         raise InputError(
-            f"{folder / 'imagesTr' / f'{case}_0000{ending}'}: missing, the image of case {case}; "
-            "add the file or remove the labels"
+            f"{missing}: missing, and so is the image or the labels of every other case; add the "
+            f"files (those of case {case} are {case}_0000{ending} and {case}{ending})"
         )
-    return tuple(sorted(images))
+    return tuple(sorted(images & labels)), incomplete
 
 
 def _listing(
@@ -301,6 +332,10 @@ def _listing(
             f"{folder}: cannot be listed ({error.strerror or error}), expected {expected}; "
             "check the path of the data set"
         ) from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _meant(given: str, known: Sequence[str] | dict[str, int]) -> str:

@@ -71,7 +71,7 @@ def run_demo(
     image, labels = read_image(demo_image("a")), read_labels(demo_labels("a"))
     query, truth = read_image(demo_image("b")), read_labels(demo_labels("b"))
 
-    config = dataclasses.replace(preset("published").model, size=_SIZE)
+    config = dataclasses.replace(preset("published").model, size=_SIZE, align="body")
     model = untrained(config, seed=seed).to(device)
     found = segment_matched(model, [(image, labels)], query, progress=progress)
     match = found.matches[0]

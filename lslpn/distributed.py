@@ -160,7 +160,7 @@ def _kind(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise InputError(
-            f"--device: expected auto, cpu or cuda under torchrun, got {device!r}; every process "
+            f"device: expected auto, cpu or cuda under torchrun, got {device!r}; every process "
             "takes a GPU of its own"
         )
     return device

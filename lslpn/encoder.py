@@ -25,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .atomic import is_file
 from .errors import InputError
-from .tensors import load_tensors
+from .tensors import first_unusable, load_tensors
 
 StrideOn = Literal["1x1", "3x3"]
 BatchNormMode = Literal["live", "frozen"]
@@ -92,7 +94,7 @@ def _normalised(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)). With stored statistics the two are one convolution, so it is run as one:
     equal to rounding, gradients included, and the activations are read and written once less."""
     assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(norm, _BatchNorm)  # BatchNorm2d, or SyncBatchNorm in its place
     if norm.training:
         y: Tensor = norm(conv(x))
         return y
@@ -166,7 +168,7 @@ class Encoder(nn.Module):
         assert self.reduction.bias is not None
         nn.init.zeros_(self.reduction.bias)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
         if weights is not None:
             self.load_trunk(weights)
@@ -186,7 +188,7 @@ class Encoder(nn.Module):
         super().train(mode)
         if self.batch_norm == "frozen":
             for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
@@ -198,7 +200,7 @@ class Encoder(nn.Module):
         The reduction layer is left as it is. Files of torch.save are read with weights_only.
 
         Raises:
-            InputError: the file is missing, unreadable, or not a ResNet-50 state dict.
+            InputError: the file is missing, unreadable, damaged, or not a ResNet-50 state dict.
         """
         if isinstance(source, Mapping):
             name, state = "the state dict", dict(source)
@@ -222,13 +224,15 @@ class Encoder(nn.Module):
                 f"{name}: does not fit the ResNet-50 trunk: {'; '.join(faults)}; give a ResNet-50 "
                 "state dict with torchvision's names (conv1, bn1, layer1, layer2, layer3)"
             )
+        if unusable := first_unusable(state):
+            raise InputError(f"{name}: is damaged: {unusable}; copy or download the file again")
         with torch.no_grad():
             for key, tensor in state.items():
                 own[key].copy_(tensor)
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(
             f"{path}: there is no such weights file, expected a ResNet-50 state dict; "
             "check the path"

@@ -41,7 +41,7 @@ class Batch:
         support_masks: uint8 [B, N K, N, S, S]; each image has the mask of its own way alone (one
             organ per mask), the other ways' are empty.
         query_images: float32 [B, Q, S, S] in [0, 1]; query j shows way j mod N.
-        query_labels: int64 [B, Q, S, S]; 0 background, n + 1 way n, 255 no loss.
+        query_labels: int64 [B, Q, S, S]; 0 background, n + 1 way n, `ignore_index` (255) no loss.
     """
 
     support_images: Tensor
@@ -101,6 +101,9 @@ class Episodes:
     bytes a pixel, that is 0.2 MB a slice at 257 x 257 and 0.8 MB at 512 x 512; 12 scans of SABS
     take about 120 MB.
 
+    Pixels of the data set's "ignore" label, and of the value `ignore_index` where it is no organ's,
+    have no loss in queries; in a support they count as background.
+
     Args:
         dataset: where the scans lie.
         config: of the run.
@@ -130,6 +133,13 @@ class Episodes:
         self.labels = _training_labels(dataset, config.train, self.hold_out)
         held_out = [dataset.label_of(organ) for organ in self.hold_out]
 
+        # Voxels of this value teach nothing. An organ may have the value of ignore_index itself.
+        no_loss = config.train.ignore_index
+        self._ignored = {dataset.ignore} if dataset.ignore is not None else set()
+        if no_loss not in dataset.labels.values():
+            self._ignored.add(no_loss)
+
+        self._sum = 0
         bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
         self._scans = [self._read(dataset, case, held_out) for case in bar]
         # Of each organ, the scans that have it; organs without any cannot be a class.
@@ -142,11 +152,12 @@ class Episodes:
     def _read(self, dataset: Dataset, case: str, held_out: list[int]) -> _Scan:
         train = self.config.train
         image, labels = dataset.load(case)
+        self._sum = checksum(self._sum, image.data, labels.data)
         prepared = prepare(
             image,
             labels,
             size=self.size,
-            align=train.align,
+            align=self.config.model.align,
             window=self.config.model.window,
             normalise=self.config.model.normalise,
         )
@@ -215,12 +226,8 @@ class Episodes:
         return sum(len(scan.z) for scan in self._scans)
 
     def fingerprint(self) -> int:
-        """A checksum of all slices and labels: equal data draws equal batches."""
-        value = 0
-        for scan in self._scans:
-            for array in (scan.images, scan.labels, scan.z):
-                value = zlib.crc32(np.ascontiguousarray(array).data.cast("B"), value)
-        return value
+        """A checksum of all images and labels as they were read: equal data draws equal batches."""
+        return self._sum
 
     def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
         """The batch of training step `step`; the same whenever it is asked for.
@@ -275,8 +282,8 @@ class Episodes:
         for j, (scan, row) in enumerate(queries):
             for n, organ in enumerate(chosen):
                 query_labels[j][scan.labels[row] == self.labels[organ]] = n + 1
-            if train.ignore_index not in self.labels.values():
-                query_labels[j][scan.labels[row] == train.ignore_index] = train.ignore_index
+            for value in self._ignored:
+                query_labels[j][scan.labels[row] == value] = train.ignore_index
         return support_images, support_masks, query_images, query_labels
 
     def _row(
@@ -307,6 +314,17 @@ class Episodes:
             low=train.augment_low,
             high=train.augment_high,
         )
+
+
+def checksum(value: int, *arrays: np.ndarray) -> int:
+    """`value` carried on over the bytes of some arrays.
+
+    Of voxels as a file has them: what is computed from them differs in the last bit from one
+    processor to another.
+    """
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).data.cast("B"), value)
+    return value
 
 
 def training_cases(dataset: Dataset, cases: Sequence[str]) -> tuple[str, ...]:

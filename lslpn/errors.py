@@ -1,7 +1,7 @@
 """The one error that the command line turns into a plain sentence."""
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user gave cannot be used.
 
     The message is one clear sentence or two: which file or argument, what was expected,

@@ -10,6 +10,7 @@ encoded once, for all organs and all grids, in a stream: no more than a batch of
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,9 +24,10 @@ from lslpn_kernels import GridSpec
 
 from .errors import InputError
 from .methods import LSLPN, FewShotNetwork
+from .methods.lslpn import LocalPrototypes
 from .prepare import Prepared, prepare
 from .protocols import Pair, Protocol, areas, protocol_of
-from .results import Evaluation, Example, Row, Skipped
+from .results import Evaluation, Example, Row, Skipped, fraction
 
 if TYPE_CHECKING:
     from .dataset import Dataset
@@ -52,13 +54,17 @@ def evaluate(
     queries: Sequence[str],
     organs: Sequence[str],
     protocol: str = "published",
-    align: Literal["none", "body"] = "none",
+    align: Literal["none", "body"] | None = None,
     chunks: int | None = None,
     batch: int = 8,
     progress: bool = True,
     name: str | None = None,
 ) -> Evaluation:
     """Segment organs of query cases from one support case, and score them in 3-D.
+
+    Voxels of the data set's "ignore" label enter no score. An organ that is too small for the
+    network in all of its support slices is skipped; in some of them, a warning names them, and
+    the query slices that they segment come out empty.
 
     Args:
         model: the network; its own device and input settings are used.
@@ -68,7 +74,8 @@ def evaluate(
             the protocol says so.
         organs: names of labels, each segmented on its own (1-way 1-shot).
         protocol: `published`, `senet`, `alpnet` or `adnet`; see `PROTOCOLS`.
-        align: "body" crops support and queries to the body's box before resizing.
+        align: "body" crops support and queries to the body's box before resizing; default: as the
+            model was trained, `model.config.align`.
         chunks: parts of the organ's range; default: the protocol's own.
         batch: query slices encoded at once.
         progress: show a bar on stderr.
@@ -103,7 +110,7 @@ def evaluate_grids(
     queries: Sequence[str],
     organs: Sequence[str],
     protocol: str = "published",
-    align: Literal["none", "body"] = "none",
+    align: Literal["none", "body"] | None = None,
     chunks: int | None = None,
     batch: int = 8,
     progress: bool = True,
@@ -146,6 +153,9 @@ class _View:
     describe: Callable[[Tensor, Tensor], Any]
     grid: GridSpec | None
 
+    def __str__(self) -> str:
+        return "" if self.grid is None else f" with windows of {fraction(self.grid.scale)}"
+
     @classmethod
     def of(cls, model: FewShotNetwork) -> _View:
         return cls(model.describe, model.head.grid if isinstance(model, LSLPN) else None)
@@ -164,13 +174,15 @@ def _evaluate(
     queries: Sequence[str],
     organs: Sequence[str],
     protocol: str,
-    align: Literal["none", "body"],
+    align: Literal["none", "body"] | None,
     chunks: int | None,
     batch: int,
     progress: bool,
     name: str | None,
 ) -> list[Evaluation]:
     rule = protocol_of(protocol, chunks)
+    if align is None:
+        align = model.config.align
     if align not in ("none", "body"):
         raise InputError(f"align: expected none or body, got {align!r}")
     organs = tuple(dict.fromkeys(organs))
@@ -182,7 +194,7 @@ def _evaluate(
         dataset.check_case(case)
     if support in queries:
         raise InputError(
-            f"query: {support} is the support, whose labels are given; take it out of the queries"
+            f"queries: {support} is the support, whose labels are given; take it out of the queries"
         )
     labels = {organ: dataset.label_of(organ) for organ in organs}
 
@@ -222,7 +234,8 @@ def _evaluate(
             spacing=None if view.grid is None else view.grid.spacing,
             seconds=round(seconds, 2),
             rows=tuple(runner.rows[v]),
-            skipped=tuple(skip for plan in plans for skip in plan.skipped),
+            skipped=tuple(skip for plan in plans for skip in plan.skipped)
+            + tuple(runner.skipped[v]),
             examples=tuple(runner.examples[v]),
         )
         for v, view in enumerate(views)
@@ -290,6 +303,9 @@ class _Runner:
         self.support_pictures: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, float]] = {}
         self.rows: list[list[Row]] = [[] for _ in views]
         self.examples: list[list[Example]] = [[] for _ in views]
+        self.skipped: list[list[Skipped]] = [[] for _ in views]
+        # organ, view: no support slice of the organ says anything about it
+        self.too_small: set[tuple[str, int]] = set()
 
     def prepare(self, image: Volume, truth: Volume) -> Prepared:
         config = self.model.config
@@ -343,6 +359,27 @@ class _Runner:
                     self.described[organ, z, v] = view.describe(
                         features[where[z]][None, None], masks
                     )
+            for v, view in enumerate(self.views):
+                lost = [z for z in slices if self._says_nothing(organ, z, v)]
+                if lost == slices:
+                    self.too_small.add((organ, v))
+                elif lost:
+                    warnings.warn(
+                        f"the support {case} shows too little of {organ} for {self._input()}{view} "
+                        f"on slice{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}: what they "
+                        "are to segment comes out empty; a larger size may do",
+                        stacklevel=4,
+                    )
+
+    def _says_nothing(self, organ: str, z: int, v: int) -> bool:
+        """Whether nothing of the organ is left of a support slice at the network's size."""
+        described = self.described[organ, z, v]
+        if isinstance(described, LocalPrototypes):  # windows with too few pixels are zero
+            return not bool(described.values[:, 1:].any())
+        return not self.support_pictures[organ, z][1].any()
+
+    def _input(self) -> str:
+        return f"{self.model.config.size} x {self.model.config.size} pixels"
 
     def run(self, dataset: Dataset, plan: _Plan, labels: dict[str, int], bar: Any) -> None:
         """Segment and score one query case."""
@@ -384,14 +421,20 @@ class _Runner:
                         predicted[organ, v][into] = inside.cpu().numpy()
             bar.update(len(part))
 
+        ignored = ready.labels == dataset.ignore
         for organ, supports in support_of.items():
             zs = sorted(supports)
             wanted = truth.data[zs] == labels[organ]
             shown = _shown_slice(ready.labels == labels[organ], zs)
-            for v in range(len(self.views)):
+            for v, view in enumerate(self.views):
+                if (organ, v) in self.too_small:
+                    reason = f"the support shows too little of it for {self._input()}{view}"
+                    self.skipped[v].append(Skipped(organ, plan.case, reason))
+                    continue
                 full = np.zeros(ready.slices.shape, dtype=np.uint8)
                 full[zs] = predicted[organ, v]
-                found = ready.restore(full)[zs] > 0
+                found = (ready.restore(full)[zs] > 0) & (truth.data[zs] != dataset.ignore)
+                full[ignored] = 0
                 self.rows[v].append(
                     Row(
                         organ=organ,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .errors import InputError
 from .methods import LSLPN, FewShotNetwork, build
 from .presets import Config, ModelConfig, preset
 
@@ -21,7 +22,13 @@ def untrained(
     Args:
         config: a preset's name, or a configuration; `ModelConfig.method` says which network.
         seed: of the reduction layer, and of everything that does not come from ImageNet.
+
+    Raises:
+        InputError: no preset of that name, weights that cannot be loaded, or a seed below 0 or
+            above 2^63 - 1.
     """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed: expected a whole number from 0 to 2^63 - 1, got {seed}")
     if isinstance(config, str):
         config = preset(config)
     if isinstance(config, Config):

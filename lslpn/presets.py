@@ -58,6 +58,8 @@ class ModelConfig:
     window: Literal["auto"] | tuple[float, float] | None = "auto"
     """Grey values are limited to this range first. "auto" is -125 .. 275 for CT in HU, as the
     few-shot papers on abdominal CT have it, and no limit for anything else; None is no limit."""
+    align: Literal["none", "body"] = "none"
+    """"body" crops each scan to the body's box before resizing."""
     imagenet_normalisation: bool = False
     """Subtract ImageNet's mean and divide by its deviation, as the weights were trained."""
     grid_scale: float = 1 / 8
@@ -105,6 +107,7 @@ class ModelConfig:
             "given when normalise is 'window'",
             self.window,
         )
+        _require(self.align in ("none", "body"), "align", "'none' or 'body'", self.align)
         _require(0 < self.grid_scale <= 1, "grid_scale", "in (0, 1]", self.grid_scale)
         _require(0 < self.grid_spacing <= 1, "grid_spacing", "in (0, 1]", self.grid_spacing)
         _require(self.reduce in ("max", "mean"), "reduce", "'max' or 'mean'", self.reduce)
@@ -163,8 +166,6 @@ class TrainConfig:
     max_position_gap: float = 1 / 12
     """Support and query slice differ by at most this in relative position (0 to 1) within the
     organ's range of their scans; the nearest one where none does."""
-    align: Literal["none", "body"] = "none"
-    """"body" crops each scan to the body's box before resizing."""
     augment_probability: float = 0.5
     """Of each of gamma, contrast and brightness, per slice."""
     augment_low: float = 0.5
@@ -251,7 +252,6 @@ class TrainConfig:
         _require(
             0 <= self.max_position_gap <= 1, "max_position_gap", "in [0, 1]", self.max_position_gap
         )
-        _require(self.align in ("none", "body"), "align", "'none' or 'body'", self.align)
         _require(
             0 <= self.augment_probability <= 1,
             "augment_probability",
@@ -263,6 +263,12 @@ class TrainConfig:
             "augment_low",
             f"positive and at most augment_high ({self.augment_high})",
             self.augment_low,
+        )
+        _require(
+            not 0 <= self.ignore_index <= self.ways,
+            "ignore_index",
+            f"another value than the labels of the classes, 0 to {self.ways}",
+            self.ignore_index,
         )
         _require(self.alignment_weight >= 0, "alignment_weight", "0 or more", self.alignment_weight)
 
@@ -301,11 +307,16 @@ class Config:
         Raises:
             InputError: an unknown name, or a value of the wrong kind.
         """
+        if not isinstance(given, Mapping):
+            raise InputError(f"The configuration must be a table of names; {given!r} was given.")
         _known(given, {"preset", "model", "train"}, "configuration")
+        model, train = (_table(given, name) for name in ("model", "train"))
+        if "align" in train:  # where earlier versions had it
+            model.setdefault("align", train.pop("align"))
         return cls(
             preset=str(given.get("preset", "published")),
-            model=_from_plain(ModelConfig, given.get("model", {})),
-            train=_from_plain(TrainConfig, given.get("train", {})),
+            model=_from_plain(ModelConfig, model),
+            train=_from_plain(TrainConfig, train),
         )
 
 
@@ -344,8 +355,8 @@ def with_overrides(config: Config, **values: Any) -> Config:
     """A copy of `config` with single values replaced, by the names of ModelConfig and TrainConfig.
 
     Values may be strings, as a command line has them: "257", "1/16", "true", "none", and lists
-    with commas, "100,200". A value of None means "not given" and changes nothing; to set an
-    option to None give the string "none".
+    with commas, "100,200". None, or the string "none", is a value like any other, of the options
+    that may be None.
 
     Where `steps` is changed and `milestones` is not, the milestones move in proportion, so that a
     shorter run still sees the whole schedule.
@@ -353,12 +364,11 @@ def with_overrides(config: Config, **values: Any) -> Config:
     Raises:
         InputError: an unknown name, or a value of the wrong kind or range.
     """
-    given = {k: v for k, v in values.items() if v is not None}
     groups: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}
     owner = {f.name: g for g, kind in groups.items() for f in dataclasses.fields(kind)}
-    _known(given, set(owner), "option")
+    _known(values, set(owner), "option")
     changes: dict[str, dict[str, Any]] = {g: {} for g in groups}
-    for name, value in given.items():
+    for name, value in values.items():
         kind = typing.get_type_hints(groups[owner[name]])[name]
         changes[owner[name]][name] = _coerce(name, value, kind)
     train = changes["train"]
@@ -382,9 +392,14 @@ def _plain(config: ModelConfig | TrainConfig) -> dict[str, Any]:
 _T = typing.TypeVar("_T", ModelConfig, TrainConfig)
 
 
-def _from_plain(kind: type[_T], given: object) -> _T:
-    if not isinstance(given, Mapping):
-        raise InputError(f"The configuration of a {kind.__name__} must be a table of names.")
+def _table(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = given.get(name, {})
+    if not isinstance(table, Mapping):
+        raise InputError(f"The configuration {name} must be a table of names; got {table!r}.")
+    return dict(table)
+
+
+def _from_plain(kind: type[_T], given: Mapping[str, Any]) -> _T:
     hints = typing.get_type_hints(kind)
     _known(given, set(hints), "option")
     values: dict[str, Any] = {k: _coerce(k, v, hints[k]) for k, v in given.items()}
@@ -441,12 +456,10 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             numerator, _, denominator = value.partition("/")
             number = float(numerator) / float(denominator or 1)
             value = int(value) if kind is int else number
-        if kind is int and int(value) != value:
-            raise wrong
         number = kind(value)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise wrong from error
-    if not math.isfinite(number):
+    if not math.isfinite(number) or (kind is int and number != value):
         raise wrong
     return number
 

@@ -227,12 +227,14 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
     write_text(written[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
     first = evaluations[0]
     dice = [{(r.organ, r.case): r.dice for r in e.rows} for e in evaluations]
+    examples = [{(x.organ, x.case): x for x in e.examples} for e in evaluations]
     for case in first.queries:
         rows = []
-        for index, shown in enumerate(first.examples):
-            if shown.case != case:
+        for label, organ in enumerate(first.organs, 1):
+            found = [of_grid[organ, case] for of_grid in examples if (organ, case) in of_grid]
+            if not found:
                 continue
-            label = first.organs.index(shown.organ) + 1
+            shown = found[0]  # but for the prediction all grids have the same
             row = [
                 Panel(
                     shown.support_image,
@@ -248,18 +250,19 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
                 ),
                 Panel(shown.query_image, shown.truth * label, "ground truth", shown.query_aspect),
             ]
-            for evaluation, scores in zip(evaluations, dice, strict=True):
+            for evaluation, scores, of_grid in zip(evaluations, dice, examples, strict=True):
                 grid = (
                     f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
                     if len(evaluations) > 1
                     else "prediction"
                 )
-                prediction = evaluation.examples[index].prediction
+                example = of_grid.get((organ, case))
                 row.append(
                     Panel(
                         shown.query_image,
-                        prediction * label,
-                        f"{grid}\n3-D Dice {scores[shown.organ, case]:.2f}",
+                        None if example is None else example.prediction * label,
+                        f"{grid}\n"
+                        + ("skipped" if example is None else f"3-D Dice {scores[organ, case]:.2f}"),
                         shown.query_aspect,
                     )
                 )

@@ -60,7 +60,7 @@ def segment(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
-    align: Literal["none", "body"] = "body",
+    align: Literal["none", "body"] | None = None,
     batch: int = 8,
     progress: bool = False,
 ) -> np.ndarray:
@@ -78,7 +78,8 @@ def segment(
             drawn there: that support is no shot for it, neither for nor against.
         query: the scan to segment.
         align: "body" cuts every slice to the patient's trunk first, which the method needs where
-            scans differ in field of view; "none" takes the whole slices.
+            scans differ in field of view; "none" takes the whole slices; default: as the model
+            was trained, `model.config.align`.
         batch: query slices that are encoded at once.
         progress: show bars with rate and time left on stderr.
 
@@ -98,11 +99,13 @@ def segment_matched(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
-    align: Literal["none", "body"] = "body",
+    align: Literal["none", "body"] | None = None,
     batch: int = 8,
     progress: bool = False,
 ) -> Segmentation:
     """As `segment`, and tell which slices were matched."""
+    if align is None:
+        align = model.config.align
     if not supports:
         raise InputError("supports: expected at least one labelled scan, got none")
     for _, labels in supports:

@@ -10,7 +10,6 @@ Ouyang et al., "Self-Supervision with Superpixels", ECCV 2020. Needs scikit-imag
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from .augment import deformed
 from .dataset import Dataset
-from .episodes import Batch, training_cases
+from .episodes import Batch, checksum, training_cases
 from .errors import InputError
 from .prepare import prepare
 from .presets import Config
@@ -103,6 +102,7 @@ class SuperpixelEpisodes:
         self.cases = training_cases(dataset, cases)
         self.hold_out = tuple(hold_out)
         held_out = [dataset.label_of(organ) for organ in self.hold_out]
+        self._sum = 0
         bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
         self._slices = np.concatenate([self._read(dataset, case, held_out) for case in bar])
         if not len(self._slices):
@@ -118,16 +118,17 @@ class SuperpixelEpisodes:
         prepared = prepare(
             image,
             size=model.size,
-            align=train.align,
+            align=model.align,
             window=model.window,
             normalise=model.normalise,
         )
-        slices = prepared.slices.astype(np.float16)
-        if not train.drop_test_slices:
-            return slices
-        labels = dataset.load_labels(case)
-        check_same_grid(image, labels)
-        return slices[~np.isin(labels.data, held_out).any(axis=(1, 2))]
+        shown = np.zeros(len(prepared.slices), dtype=bool)
+        if train.drop_test_slices:
+            labels = dataset.load_labels(case)
+            check_same_grid(image, labels)
+            shown |= np.isin(labels.data, held_out).any(axis=(1, 2))
+        self._sum = checksum(self._sum, image.data, shown)
+        return prepared.slices[~shown].astype(np.float16)
 
     @property
     def slice_count(self) -> int:
@@ -135,8 +136,8 @@ class SuperpixelEpisodes:
         return len(self._slices)
 
     def fingerprint(self) -> int:
-        """A checksum of all slices: equal data draws equal batches."""
-        return zlib.crc32(np.ascontiguousarray(self._slices).data.cast("B"))
+        """A checksum of what was read: equal data draws equal batches."""
+        return self._sum
 
     def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
         """As `Episodes.batch`."""

@@ -13,16 +13,17 @@ processes.
 
 Several processes (see distributed.py) share the episodes of a batch, which is the same whatever
 their number; the weights that come out are the same to rounding where nothing else differs by
-process: dropout draws by process, and on the CPU live batch norm sees the process's images alone.
+process: dropout draws by process, and on the CPU live batch norm takes its statistics over the
+process's own images, as it does over each part of an accumulated batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import math
 import os
+import re
 import time
 import warnings
 from collections import deque
@@ -34,10 +35,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .atomic import check_writable, write_text
+from .atomic import append_text, check_writable, is_file, look_up, write_text
 from .checkpoint import FILE_NAME, Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from .dataset import Dataset
 from .distributed import World, world
@@ -51,6 +53,7 @@ from .presets import Config, TrainConfig
 from .superpixels import SuperpixelEpisodes
 
 _LOG_HEADER = "step,loss,lr,seconds_per_step,waiting_per_step\n"
+_LOG_LINE = re.compile(r"\d+(,\d+(\.\d+)?(e[+-]?\d+)?){4}\n")
 # These change neither the weights nor the batches, so a resumed run may differ in them.
 FREE_ON_RESUME = ("log_every", "checkpoint_every")
 
@@ -125,7 +128,7 @@ def _train(
         "cases": list(episodes.cases),
         "organs": list(episodes.organs),
         "hold_out": list(episodes.hold_out),
-        "fingerprint": episodes.fingerprint(),
+        "checksum": episodes.fingerprint(),
     }
     processes.agree((config.to_dict(), data), "data and options")
     options = config.train
@@ -140,7 +143,7 @@ def _train(
     optimizer = make_optimizer(model, options)
     first = 0
     if before is not None:
-        optimizer.load_state_dict(before.optimizer)
+        _load_optimizer(optimizer, before, file)
         first = before.step
     if options.compile:
         for module in model.convolutions():
@@ -239,7 +242,7 @@ def _parallel(learner: _Learner, device: torch.device) -> DistributedDataParalle
 
 def _synchronised(model: FewShotNetwork, device: torch.device, processes: World) -> FewShotNetwork:
     """With live batch norm, statistics over the images of all processes, where torch has that."""
-    live = any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.train().modules())
+    live = any(isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
     if processes.size == 1 or not live:
         return model
     if device.type == "cuda":
@@ -247,8 +250,8 @@ def _synchronised(model: FewShotNetwork, device: torch.device, processes: World)
         return converted
     warnings.warn(
         "on the CPU each process takes batch-norm statistics over its own share of a batch, and "
-        "those of the first are kept; with --set batch_norm=frozen the number of processes makes "
-        "no difference",
+        "those of the first are kept; with batch_norm=frozen the number of processes makes no "
+        "difference",
         stacklevel=2,
     )
     return model
@@ -359,7 +362,7 @@ def _finite(pending: list[Tensor], step: int, file: Path, processes: World) -> f
     if not math.isfinite(loss):
         raise InputError(
             f"training diverged: the loss is {loss} at step {step}; lower lr, or run without amp. "
-            + (f"The last good checkpoint is in {file}" if file.is_file() else "Nothing was saved")
+            + (f"The last good checkpoint is in {file}" if is_file(file) else "Nothing was saved")
         )
     return loss
 
@@ -375,24 +378,22 @@ def _check_weights(model: FewShotNetwork, step: int) -> None:
 
 def _check_start(folder: Path, resume: bool) -> None:
     """Refuse to begin where a run lies already, and to resume where none does."""
-    begun = (folder / FILE_NAME).exists()
+    begun = look_up(folder / FILE_NAME) is not None
     if begun and not resume:
         raise InputError(
-            f"{folder}: holds a training run already; resume it with --resume, or give "
-            "another folder"
+            f"{folder}: holds a training run already; go on with `resume=True`, or give another "
+            "folder"
         )
     # A run killed before its first checkpoint left a config.json; it starts over.
-    if resume and not begun and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: holds no run to resume; check the path, or leave --resume away"
-        )
+    if resume and not begun and not is_file(folder / "config.json"):
+        raise InputError(f"{folder}: holds no run to resume; check the path, or start a run there")
 
 
 def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
     """The checkpoint to go on from, None for a fresh start."""
     _check_start(folder, resume)
     file = folder / FILE_NAME
-    if not file.exists():
+    if look_up(file) is None:
         return None
     before = load_checkpoint(file)
     changed = differences(before.config.to_dict(), config.to_dict())
@@ -420,16 +421,39 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _same_data(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
-        if before.get(name) != value:
+        # Runs of earlier versions have no checksum of the voxels.
+        if before.get(name) != value and not (name == "checksum" and name not in before):
             what = (
-                "the images or labels themselves have changed"
-                if name == "fingerprint"
+                "the voxels of the images or labels have changed"
+                if name == "checksum"
                 else f"{name} was {before.get(name)!r}, now {value!r}"
             )
             raise InputError(
                 f"{file}: was trained on other data: {what}; give the same data as at the start, "
                 "or another folder"
             )
+
+
+def _load_optimizer(optimizer: torch.optim.SGD, before: Checkpoint, file: Path) -> None:
+    """Goes on with the momentum of a checkpoint; InputError where it is not of this network."""
+    try:
+        optimizer.load_state_dict(before.optimizer)
+        fits = all(
+            buffer is None or buffer.shape == parameter.shape
+            for parameter, state in optimizer.state.items()
+            for buffer in [state["momentum_buffer"]]
+        ) and all("factor" in group for group in optimizer.param_groups)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _foreign_optimizer(file) from error
+    if not fits:
+        raise _foreign_optimizer(file)
+
+
+def _foreign_optimizer(file: Path) -> InputError:
+    return InputError(
+        f"{file}: its optimizer state does not fit its network, expected the file as it was "
+        "written; start another run"
+    )
 
 
 def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
@@ -440,16 +464,26 @@ def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
         share of reading and host work that training did not hide; None without a readable log.
     """
     total, waited, before = 0.0, 0.0, 0
-    try:
-        with open(Path(folder) / "log.csv", encoding="utf-8", newline="") as stream:
-            for row in csv.DictReader(stream):
-                steps = int(row["step"]) - before
-                total += steps * float(row["seconds_per_step"])
-                waited += steps * float(row.get("waiting_per_step") or 0)
-                before += steps
-    except (OSError, KeyError, ValueError, TypeError):
-        return None
+    for line in _whole_lines(Path(folder) / "log.csv"):
+        step, _, _, seconds, waiting = (float(value) for value in line.split(","))
+        steps = int(step) - before
+        total += steps * seconds
+        waited += steps * waiting
+        before += steps
     return (total, waited) if total else None
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a log without its header; none of a file that cannot be read.
+
+    Lines are appended, and a kill or a full disk may cut one: what is no line of five numbers
+    with an end is left out.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError):
+        return []
+    return [line for line in text.splitlines(keepends=True) if _LOG_LINE.fullmatch(line)]
 
 
 class _Log:
@@ -457,14 +491,8 @@ class _Log:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        lines = []
-        if step and path.is_file():
-            for line in path.read_text("utf-8").splitlines()[1:]:
-                number = line.partition(",")[0]
-                if number.isdigit() and int(number) <= step:
-                    lines.append(line + "\n")
+        lines = [line for line in _whole_lines(path) if int(line.partition(",")[0]) <= step]
         write_text(path, _LOG_HEADER + "".join(lines))
 
     def write(self, step: int, loss: float, lr: float, seconds: float, waiting: float) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{step},{loss:.6f},{lr:.3g},{seconds:.3f},{waiting:.4f}\n")
+        append_text(self.path, f"{step},{loss:.6f},{lr:.3g},{seconds:.3f},{waiting:.4f}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,6 +264,104 @@ def test_inputs_and_results_are_not_overwritten(scans: Scans, run: Run) -> None:
     assert good.read_bytes() == b"drawn by hand"
 
 
+def test_an_option_of_one_value_is_not_given_twice(scans: Scans, run: Run) -> None:
+    for more in (f"--query={scans.a}", f"--out={scans.root / 'c.nii.gz'}", "--size=48"):
+        code, _, err = run(*scans.words(), more)
+        assert code == 2
+        is_one_line(err, f"{more.partition('=')[0]}: expected one, got 2")
+    for command in (["train"], ["evaluate"], ["prepare", "btcv"], ["experiment", "table1"]):
+        code, _, err = run(*command, "--quiet", "--quiet", "--nonsense")
+        assert (code, "expected one" in err) == (2, False)
+    code, _, err = run("experiment", "table1", "--data=a", "--out=b", "--support=c", "--support=d")
+    is_one_line(err, "--support: expected one, got 2")
+    code, _, err = run("train", "--data=a", "--out=b", "--set=steps=1", "--set=steps=2")
+    is_one_line(err, "--set steps: expected one value")
+
+
+@pytest.mark.parametrize("command", ["segment", "evaluate"])
+def test_what_a_checkpoint_settles_is_refused_beside_it(
+    scans: Scans, run: Run, command: str
+) -> None:
+    words = scans.words() if command == "segment" else ["evaluate", "--data=d", "--support=a"]
+    for more in ("--preset=published", "--seed=1234"):
+        code, _, err = run(*words, "--checkpoint=run", more)
+        assert code == 2
+        is_one_line(err, f"{more.partition('=')[0]}: a checkpoint has its own")
+
+
+def test_names_that_the_file_system_does_not_take(scans: Scans, run: Run) -> None:
+    long = "n" * 300
+    good = scans.out
+    for more in (
+        [f"--checkpoint={long}"],
+        [f"--support-image={long}.nii.gz", f"--support-mask={scans.m}"],
+    ):
+        code, _, err = run(*scans.words(), *more)
+        assert code == 2
+        is_one_line(err, long, "File name too long")
+    scans.out = good.with_name(f"{long}.nii.gz")
+    before = files(scans.root)
+    code, _, err = run(*scans.words())
+    assert code == 2
+    is_one_line(err, long, "File name too long")
+    assert files(scans.root) == before
+    for words in (["train"], ["evaluate", "--untrained", "--support=a"]):
+        code, _, err = run(*words, f"--data={long}", f"--out={scans.root / 'run'}")
+        assert code == 2
+        is_one_line(err, long, "File name too long")
+    # As long as the file system takes them: the file beside it has a shorter name.
+    for name in ("o" * 241 + ".nii.gz", "o." + "o" * 239 + ".nii.gz"):
+        scans.out = good.with_name(name)
+        code, _, err = run(*scans.words())
+        assert code == 0, err
+        assert scans.out.is_file()
+
+
+def test_a_seed_that_torch_does_not_take(scans: Scans, run: Run) -> None:
+    code, _, err = run(*scans.words(), f"--seed={2**64}")
+    assert code == 2
+    is_one_line(err, "--seed")
+
+
+def test_messages_of_the_library_name_options_and_leave_paths_alone() -> None:
+    from lslpn.cli.app import train
+    from lslpn.cli.experiment import table1
+    from lslpn.cli.options import in_options
+
+    for command, said, expected in (
+        (table1, "`train`, `test` or `parts`: one", "--train-cases, --test-cases or --folds: one"),
+        (table1, "organ_folds: liver twice", "--fold: liver twice"),
+        (table1, "cases: none given", "--train-cases: none given"),
+        (train, "cases: none given", "--cases: none given"),
+        (train, "go on with `resume=True` or `chunks`", "go on with --resume or `chunks`"),
+        (train, "out: holds no run", "out: holds no run"),
+        (train, "out/run: holds no run", "out/run: holds no run"),
+        (train, "batch: expected 2", "batch: expected 2"),
+    ):
+        assert in_options(said, command.__wrapped__, [Path("out")]) == expected  # type: ignore
+
+
+def test_no_message_of_the_library_names_an_option_of_the_command_line() -> None:
+    import ast
+
+    import lslpn
+
+    root = Path(lslpn.__file__).parent
+    theirs = {"--nproc_per_node", "--error-unmatch", "--porcelain", "--untracked-files"}
+    for path in sorted(root.rglob("*.py")):
+        if "cli" in path.parts:
+            continue
+        tree = ast.parse(path.read_text("utf-8"))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        prose = {
+            ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, documented)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = set(re.findall(r"--[a-z][\w-]*", node.value)) - theirs
+                assert not found or node.value in prose, (path, node.lineno, node.value)
+
+
 # --- bad input to train and evaluate --------------------------------------------------------
 
 
@@ -340,7 +439,7 @@ def test_a_checkpoint_of_another_architecture(
     from lslpn.checkpoint import Checkpoint, save_checkpoint
     from lslpn.presets import Config
 
-    record = {"dataset": "d", "cases": [], "organs": [], "hold_out": ["liver"], "fingerprint": 0}
+    record = {"dataset": "d", "cases": [], "organs": [], "hold_out": ["liver"], "checksum": 0}
     wrong = {"encoder.conv1.weight": torch.zeros(8, 3, 3, 3)}
     save_checkpoint(tmp_path / "w.pt", Checkpoint(Config(), 1, wrong, {}, record, {}))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
@@ -411,7 +510,10 @@ def test_train_then_evaluate_what_was_held_out(
         "--hold-out=liver",
         "--cases=syn_01,syn_02",
         f"--out={folder}",
-        *(f"--set={s}" for s in ("size=48", "steps=2", "batch=1", "min_organ_pixels=10")),
+        *(
+            f"--set={s}"
+            for s in ("size=48", "steps=2", "batch=1", "min_organ_pixels=10", "min_pixels=0")
+        ),
         "--device=cpu",
         "-q",
     ]
@@ -443,6 +545,53 @@ def test_train_then_evaluate_what_was_held_out(
     assert code == 0, err
     assert "did not hold out spleen" in err
     assert "the training saw syn_01" in err
+
+
+def test_names_with_commas_are_taken_whole(
+    synthetic_dataset: Path, run: Run, tmp_path: Path
+) -> None:
+    path = synthetic_dataset / "dataset.json"
+    path.write_text(path.read_text().replace('"spleen"', '"spleen, left"'))
+    for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        folder = synthetic_dataset / part
+        (folder / f"syn_01{ending}").rename(folder / f"syn,01{ending}")
+    (synthetic_dataset / "labelsTr" / "syn_03.nii.gz").unlink()  # not asked for: a note
+    words = ["evaluate", f"--data={synthetic_dataset}", "--untrained", "--support=syn_00", "-q"]
+    more = ["--organ=liver,spleen, left", "--query=syn,01,syn_02", "--size=32", "--align=body"]
+    code, _, err = run(*words, *more, f"--out={tmp_path / 'e'}")
+    assert code == 0, err
+    assert "1 case left out" in err
+    read = json.loads((tmp_path / "e" / "evaluation.json").read_text())["evaluations"][0]
+    assert (read["organs"], read["queries"]) == (["liver", "spleen, left"], ["syn,01", "syn_02"])
+
+
+def test_scans_are_aligned_as_the_checkpoint_was_trained(
+    synthetic_dataset: Path, scans: Scans, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lslpn.segment
+    from lslpn.checkpoint import Checkpoint, save_checkpoint
+    from lslpn.model import untrained
+    from lslpn.presets import preset, with_overrides
+
+    used = []
+    real = lslpn.segment.segment
+    monkeypatch.setattr(
+        lslpn.segment, "segment", lambda *a, **k: (used.append(k["align"]), real(*a, **k))[1]
+    )
+    record = {"dataset": "d", "cases": [], "organs": [], "hold_out": ["liver"], "checksum": 0}
+    for align in ("none", "body"):
+        config = with_overrides(preset("published"), size=32, channels=8, align=align)
+        weights = untrained(config).state_dict()
+        save_checkpoint(tmp_path / f"{align}.pt", Checkpoint(config, 1, weights, {}, record, {}))
+        trained = f"--checkpoint={tmp_path / f'{align}.pt'}"
+        words = ["evaluate", f"--data={synthetic_dataset}", "--support=syn_00", "--query=syn_01"]
+        code, _, err = run(*words, trained, "-q", f"--out={tmp_path / align}")
+        assert code == 0, err
+        read = json.loads((tmp_path / align / "evaluation.json").read_text())["evaluations"][0]
+        assert read["align"] == align
+        assert run(*scans.words(), trained, "--force")[0] == 0
+    assert run(*scans.words(), "--force")[0] == 0
+    assert used == ["none", "body", "body"]
 
 
 def test_train_on_every_organ(synthetic_dataset: Path, run: Run, tmp_path: Path) -> None:

@@ -59,6 +59,25 @@ def test_labels_of_both_styles_and_in_any_order(synthetic_dataset: Path) -> None
     assert list(data.labels.items()) == [("liver", 1), ("kidney", 3)]
 
 
+def test_labels_whose_numbers_are_text(synthetic_dataset: Path) -> None:
+    text = {"background": "0", "kidney": "3", "liver": "1"}
+    assert Dataset.open(_edit(synthetic_dataset, labels=text)).labels == {"liver": 1, "kidney": 3}
+
+
+def test_the_ignore_label_is_no_organ(synthetic_dataset: Path) -> None:
+    labels = {"background": 0, "liver": 1, "ignore": 3}
+    data = Dataset.open(_edit(synthetic_dataset, labels=labels))
+    assert (data.organs, data.ignore) == (("liver",), 3)
+    assert Dataset.open(_edit(synthetic_dataset, labels=SYNTHETIC_ORGANS)).ignore is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_dataset_json_with_a_byte_order_mark(synthetic_dataset: Path, encoding: str) -> None:
+    path = synthetic_dataset / "dataset.json"
+    path.write_text(path.read_text(), encoding)
+    assert Dataset.open(synthetic_dataset).labels == SYNTHETIC_ORGANS
+
+
 def test_name_and_ending_may_be_left_out(synthetic_dataset: Path) -> None:
     data = Dataset.open(_edit(synthetic_dataset, name=None, file_ending=None, channel_names=None))
     assert data.name == synthetic_dataset.name
@@ -89,6 +108,7 @@ def test_unknown_organ_and_case(synthetic_dataset: Path) -> None:
 
 def test_no_folder_no_json_broken_json(tmp_path: Path, synthetic_dataset: Path) -> None:
     _refused(tmp_path / "none", "no such folder", "nnU-Net")
+    _refused(tmp_path / ("n" * 300), "cannot be looked up", "File name too long")
     path = synthetic_dataset / "dataset.json"
     path.write_text('{"labels": ')
     _refused(synthetic_dataset, "dataset.json", "not valid JSON")
@@ -108,6 +128,13 @@ def test_no_folder_no_json_broken_json(tmp_path: Path, synthetic_dataset: Path) 
         ({"labels": {"background": 0, "liver": -1}}, ["'liver'", "whole number"]),
         ({"labels": {"background": 0, "liver": 1.5}}, ["1.5", "whole number"]),
         ({"labels": {"0": "background", "one": "liver"}}, ["'one'", "whole number"]),
+        ({"labels": {"background": "0", "liver": "one"}}, ["'liver'", "'one'", "whole number"]),
+        ({"labels": {"background": 0, "liver": "1.0"}}, ["'1.0'", "whole number"]),
+        ({"labels": {"background": 0, "liver": True}}, ["True", "whole number"]),
+        ({"labels": {"background": 1, "liver": 2}}, ["'background'", "0 is the background"]),
+        ({"labels": {"1": "Background", "2": "liver"}}, ["'Background'", "0 is the background"]),
+        ({"labels": {"liver": 0, "spleen": 1}}, ["'liver'", "0 is the background"]),
+        ({"labels": {"background": 0, "ignore": 4}}, ["background alone"]),
         ({"labels": {"background": 0, "liver": 1, "spleen": 1}}, ["'spleen'", "twice"]),
         ({"labels": {"1": "liver", "2": "liver"}}, ["'liver'", "twice"]),
         ({"file_ending": ".png"}, [".png", "convert"]),
@@ -120,15 +147,22 @@ def test_broken_dataset_json(
     _refused(_edit(synthetic_dataset, **changes), "dataset.json", *words)
 
 
-def test_files_that_do_not_pair_up(synthetic_dataset: Path) -> None:
-    labels = synthetic_dataset / "labelsTr" / "syn_02.nii.gz"
-    image = synthetic_dataset / "imagesTr" / "syn_02_0000.nii.gz"
-    aside = synthetic_dataset / "aside"
-    labels.rename(aside)
-    _refused(synthetic_dataset, str(labels), "missing", "syn_02")
-    aside.rename(labels)
-    image.rename(aside)
-    _refused(synthetic_dataset, str(image), "missing", "syn_02")
+@pytest.mark.parametrize("missing", ["labelsTr/syn_02.nii.gz", "imagesTr/syn_02_0000.nii.gz"])
+def test_a_case_without_image_or_labels_is_left_out_with_a_warning(
+    synthetic_dataset: Path, missing: str
+) -> None:
+    (synthetic_dataset / missing).unlink()
+    with pytest.warns(UserWarning, match="1 case left out.*missing: syn_02$"):
+        data = Dataset.open(synthetic_dataset)
+    assert data.cases == ("syn_00", "syn_01", "syn_03")
+    with pytest.raises(InputError, match=f"{missing}: missing, without which case syn_02"):
+        data.load("syn_02")
+
+
+def test_a_data_set_without_a_whole_case(synthetic_dataset: Path) -> None:
+    for path in (synthetic_dataset / "labelsTr").iterdir():
+        path.unlink()
+    _refused(synthetic_dataset, "labelsTr/syn_00.nii.gz: missing", "every other case")
 
 
 def test_stray_files(synthetic_dataset: Path) -> None:

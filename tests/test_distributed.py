@@ -28,6 +28,7 @@ SMALL = {
     "size": 32, "channels": 8, "weights": "random", "batch": 4, "steps": 3,
     "batch_norm": "frozen", "dropout": 0, "log_every": 1, "lr": 0.01,
 }  # fmt: skip
+LAST = "encoder.reduction.weight"
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,12 @@ def words(data: Path, out: Path, *more: str, **changes: object) -> list[str]:
     return ["train", *where, *settings, *more, "--quiet"]
 
 
-def two_processes(command: list[str]) -> subprocess.CompletedProcess[str]:
+def two_processes(
+    command: list[str], program: tuple[str, ...] = ("-m", "lslpn")
+) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
-        [*launcher, "--nproc_per_node=2", "-m", "lslpn", *command],
+        [*launcher, "--nproc_per_node=2", *program, *command],
         cwd=CHECKOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -79,6 +82,92 @@ def test_two_processes_reach_the_weights_of_one_on_the_whole_batch(
     logs = [list(csv.DictReader((tmp_path / n / "log.csv").open())) for n in ("one", "two")]
     for first, second in zip(*logs, strict=True):
         assert float(first["loss"]) == pytest.approx(float(second["loss"]), abs=2e-6)
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of two steps, relative. Live batch norm over a few small images is ill-conditioned: rounding
+    in the last layer's gradient is some hundred times as large in the first layer's."""
+    return float((one - other).norm() / one.norm())
+
+
+def test_live_batch_norm_on_cpus_is_that_of_an_accumulated_batch(
+    data: Path, tmp_path: Path
+) -> None:
+    """SyncBatchNorm needs GPUs; on CPUs each process has its own statistics, and says so."""
+    done = two_processes(words(data, tmp_path / "two", batch_norm="live", steps=1))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("note: on the CPU each process takes batch-norm statistics over") == 1
+    for name, accumulate in (("parts", 2), ("whole", 1)):
+        live = words(data, tmp_path / name, batch_norm="live", steps=1, accumulate=accumulate)
+        assert main(live) == 0
+    two, parts, whole = (load_checkpoint(tmp_path / name) for name in ("two", "parts", "whole"))
+    steps, others = moved(two, two.config), moved(parts, parts.config)
+    elsewhere = moved(whole, whole.config)
+    torch.testing.assert_close(steps[LAST], others[LAST], rtol=1e-3, atol=1e-6)
+    for name, step in steps.items():
+        if "running" in name:  # those of the first process only
+            assert step.isfinite().all()
+            assert step.norm() > 0
+        elif step.any():
+            assert apart(step, others[name]) < 0.1, name
+            # The comparison would notice: statistics over the whole batch lead elsewhere.
+            assert apart(step, elsewhere[name]) > 0.5, name
+
+
+# Trains with what SyncBatchNorm does on GPUs, written out for CPUs, in its place.
+_SYNCHRONISED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
+from lslpn import train
+from lslpn.cli import main
+
+class OnCpus(torch.nn.modules.batchnorm._BatchNorm):
+    convert_sync_batchnorm = torch.nn.SyncBatchNorm.convert_sync_batchnorm  # makes nn.SyncBatchNorm
+
+    def __init__(self, features, eps, momentum, affine, track, process_group, **options):
+        super().__init__(features, eps, momentum, affine, track, **options)
+
+    def forward(self, x):
+        assert self.training
+        count = x.numel() / x.shape[1] * dist.get_world_size()
+        centred = x - all_reduce(x.sum((0, 2, 3)) / count)[:, None, None]
+        variance = all_reduce((centred**2).sum((0, 2, 3)) / count)
+        with torch.no_grad():
+            mean = (x - centred).mean((0, 2, 3))
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        unit = centred * (variance + self.eps).rsqrt()[:, None, None]
+        return unit * self.weight[:, None, None] + self.bias[:, None, None]
+
+torch.nn.SyncBatchNorm = OnCpus
+as_on_gpus = train._synchronised
+train._synchronised = lambda model, device, processes: as_on_gpus(
+    model, torch.device("cuda"), processes
+)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_synchronised_batch_norm_in_two_processes_is_that_of_one_on_the_whole_batch(
+    data: Path, tmp_path: Path
+) -> None:
+    """The default on two GPUs: conversion, encoder, trainer and DistributedDataParallel. Not
+    covered is torch's own SyncBatchNorm, which a stand-in for CPUs replaces."""
+    script = tmp_path / "synchronised.py"
+    script.write_text(_SYNCHRONISED)
+    done = two_processes(words(data, tmp_path / "two", batch_norm="live", steps=1), (str(script),))
+    assert done.returncode == 0, done.stderr
+    assert main(words(data, tmp_path / "one", batch_norm="live", steps=1)) == 0
+    two, one = (load_checkpoint(tmp_path / name) for name in ("two", "one"))
+    others, steps = moved(two, two.config), moved(one, one.config)
+    torch.testing.assert_close(others[LAST], steps[LAST], rtol=1e-3, atol=1e-6)
+    for name, step in steps.items():
+        if step.any():
+            assert apart(step, others[name]) < (0.01 if "running" in name else 0.1), name
+    assert steps["encoder.bn1.running_mean"].any()
 
 
 def test_what_is_wrong_is_said_once(data: Path, tmp_path: Path) -> None:

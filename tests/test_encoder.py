@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lslpn import encoder as encoder_module
-from lslpn.encoder import SHIPPED_WEIGHTS, Encoder, feature_size
+from lslpn.encoder import SHIPPED_WEIGHTS, BatchNormMode, Encoder, feature_size
 from lslpn.errors import InputError
 
 
@@ -137,6 +138,24 @@ def test_only_the_affine_parameters_of_batch_norm_are_frozen(image: torch.Tensor
             assert module.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("batch_norm", ["live", "frozen"])
+def test_synchronised_batch_norm_takes_the_place_of_the_plain_one(
+    image: torch.Tensor, batch_norm: BatchNormMode
+) -> None:
+    """As on several GPUs; SyncBatchNorm trains on GPUs only, so this compares evaluation."""
+    plain = Encoder(pretrained=False, batch_norm=batch_norm)
+    for name, buffer in plain.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    norms = [m for m in synchronised.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules()) > 40
+    with torch.no_grad():
+        assert torch.equal(synchronised.eval()(image), plain.eval()(image))
+    assert all(m.training is (batch_norm == "live") for m in norms if synchronised.train())
+    assert not any(p.requires_grad for m in norms for p in m.parameters())
+
+
 def test_dropout_zeroes_whole_channels_in_training_alone(image: torch.Tensor) -> None:
     encoder = Encoder(batch_norm="frozen").train()
     torch.manual_seed(0)
@@ -194,6 +213,23 @@ def test_a_refused_state_dict_leaves_the_encoder_as_it_was() -> None:
     with pytest.raises(InputError):
         encoder.load_trunk({**_state(), "other": torch.zeros(1)})
     assert torch.equal(encoder.conv1.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("layer1.0.conv1.weight", float("nan"), "not finite"),
+        ("bn1.running_var", -1.0, "negative variances"),
+    ],
+)
+def test_weights_that_nothing_can_be_computed_with_are_refused(
+    tmp_path: Path, name: str, value: float, said: str
+) -> None:
+    state = {k: v for k, v in Encoder().state_dict().items() if not k.startswith("reduction")}
+    state[name].view(-1)[3] = value
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=rf"w\.safetensors: is damaged: {name} .*{said}"):
+        Encoder(weights=tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

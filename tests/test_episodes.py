@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections import Counter
@@ -15,10 +16,12 @@ from conftest import SYNTHETIC_ORGANS, synthetic_ct, write_nifti, write_syntheti
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lslpn import episodes as episodes_module
 from lslpn.augment import augment
 from lslpn.dataset import Dataset
 from lslpn.episodes import Batch, Episodes
 from lslpn.errors import InputError
+from lslpn.prepare import Prepared
 from lslpn.presets import Config, preset, with_overrides
 
 SIZE = 64
@@ -249,6 +252,45 @@ def test_pixels_labelled_255_carry_no_loss(tmp_path: Path) -> None:
     assert set(labels.unique().tolist()) == {0, 1, 255}
 
 
+def with_value(root: Path, organ: str, value: int) -> None:
+    """Gives an organ's voxels another value."""
+    for path in (root / "labelsTr").iterdir():
+        image = nib.load(path)
+        data = np.asarray(image.dataobj).copy()
+        data[data == SYNTHETIC_ORGANS[organ]] = value
+        nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
+
+
+def test_a_held_out_organ_of_value_255_is_background(tmp_path: Path) -> None:
+    root = write_synthetic_dataset(tmp_path / "data", cases=2)
+    with_value(root, "spleen", 255)
+    meta = json.loads((root / "dataset.json").read_text())
+    meta["labels"]["spleen"] = 255
+    (root / "dataset.json").write_text(json.dumps(meta))
+    data = Dataset.open(root)
+    for config, hold_out in ((small(batch=16), ["spleen"]), (small(batch=16, organs="liver"), [])):
+        labels = load(data, config, hold_out=hold_out).batch(0).query_labels
+        assert set(labels.unique().tolist()) == {0, 1}
+
+
+def test_the_ignore_label_carries_no_loss(tmp_path: Path) -> None:
+    root = write_synthetic_dataset(tmp_path / "data", cases=2)
+    meta = json.loads((root / "dataset.json").read_text())
+    meta["labels"]["ignore"] = meta["labels"].pop("kidney")
+    (root / "dataset.json").write_text(json.dumps(meta))
+    episodes = load(Dataset.open(root), small(batch=16))
+    assert episodes.organs == ("liver", "spleen")
+    batch = episodes.batch(0)
+    shown = [locate(episodes, image.numpy()) for image in batch.query_images[:, 0]]
+    by_case = {scan.case: scan for scan in episodes._scans}
+    ignored = 0
+    for (case, row), labels in zip(shown, batch.query_labels[:, 0], strict=True):
+        given = by_case[case].labels[row] == SYNTHETIC_ORGANS["kidney"]
+        assert np.array_equal(labels.numpy() == 255, given)
+        ignored += given.sum()
+    assert ignored > 0
+
+
 def test_one_scan_alone_is_said_and_uses_two_of_its_slices(dataset: Dataset) -> None:
     with pytest.warns(UserWarning, match="only one training scan shows liver, spleen, kidney"):
         episodes = load(dataset, small(batch=8), cases=dataset.cases[:1])
@@ -285,6 +327,21 @@ def test_fingerprint_follows_the_data(dataset: Dataset, tmp_path: Path) -> None:
     data[data == 1] = 2
     nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
     assert value != load(Dataset.open(root), small()).fingerprint()
+
+
+def test_fingerprint_is_of_the_voxels_as_read(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resizing differs in the last bit from one processor to another."""
+    value = load(dataset, small()).fingerprint()
+    real = episodes_module.prepare
+
+    def otherwise(*arguments: object, **options: object) -> Prepared:
+        prepared = real(*arguments, **options)  # type: ignore[arg-type]
+        return dataclasses.replace(prepared, slices=prepared.slices * np.float32(0.999))
+
+    monkeypatch.setattr(episodes_module, "prepare", otherwise)
+    assert load(dataset, small()).fingerprint() == value
 
 
 def test_body_alignment_crops(tmp_path: Path) -> None:

@@ -413,6 +413,114 @@ def test_dice_is_taken_in_the_files_own_grid(synthetic_dataset: Path) -> None:
         assert row.slices == len(truth)
 
 
+# --- ignored voxels, small organs, alignment ------------------------------------------------
+
+
+def relabelled(dataset: Dataset, **values: int) -> Dataset:
+    path = dataset.root / "dataset.json"
+    meta = json.loads(path.read_text())
+    meta["labels"] = {"background": 0, **values}
+    path.write_text(json.dumps(meta))
+    return Dataset.open(dataset.root)
+
+
+def test_voxels_of_the_ignore_label_enter_no_score(synthetic_dataset: Path) -> None:
+    dataset = relabelled(Dataset.open(synthetic_dataset), liver=1, spleen=2, ignore=3)
+    model = untrained(ModelConfig(size=64, min_pixels=0), seed=1)
+    # A network that finds the organ everywhere: what it says of ignored voxels must not count.
+    model.match = lambda features, support, size: torch.tensor([0.0, 1.0])[
+        None, None, :, None, None
+    ].expand(1, features.shape[1], 2, *size)  # type: ignore[method-assign]
+    found = evaluate(
+        model,
+        dataset,
+        support="syn_00",
+        queries=["syn_01"],
+        organs=["liver"],
+        protocol="adnet",
+        progress=False,
+    )
+    truth = dataset.load_labels("syn_01").data
+    known, liver = int((truth != 3).sum()), int((truth == 1).sum())
+    assert (truth == 3).any()
+    assert found.rows[0].predicted_voxels == known
+    assert found.rows[0].dice == pytest.approx(2 * liver / (known + liver))
+    with pytest.raises(InputError, match="organ 'ignore'"):
+        dataset.label_of("ignore")
+
+
+@pytest.mark.parametrize("method", ["lslpn", "panet"])
+def test_an_organ_that_is_lost_at_the_networks_size_is_skipped_and_said(
+    synthetic_dataset: Path, tmp_path: Path, method: str
+) -> None:
+    # One voxel, which no pixel centre of the network's square meets.
+    for path in (synthetic_dataset / "labelsTr").iterdir():
+        image = nib.load(path)
+        data = np.asarray(image.dataobj).copy()
+        place = np.argwhere(data == 3)[0]
+        data[data == 3] = 0
+        data[tuple(place)] = 3
+        nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
+    dataset = Dataset.open(synthetic_dataset)
+    config = ModelConfig(size=32, method=method, min_pixels=10)  # type: ignore[arg-type]
+    options = {"support": "syn_00", "queries": ["syn_01"], "protocol": "adnet", "progress": False}
+    model = untrained(config, seed=1)
+    found = evaluate(model, dataset, organs=["liver", "kidney"], **options)  # type: ignore[arg-type]
+    lost = "the support shows too little of it for 32 x 32 pixels"
+    assert [(row.organ, row.case) for row in found.rows] == [("liver", "syn_01")]
+    assert [(s.organ, s.case) for s in found.skipped] == [("kidney", "syn_01")]
+    assert found.skipped[0].reason.startswith(lost)
+    assert math.isnan(found.mean("kidney"))
+    assert lost in found.table()
+
+
+def test_support_slices_on_which_an_organ_is_lost_are_named(squares: Dataset) -> None:
+    for case in "ab":
+        path = squares.root / "labelsTr" / f"{case}.nii.gz"
+        image = nib.load(path)
+        data = np.asarray(image.dataobj).copy()
+        kept = np.argwhere(data[..., 3])
+        data[..., 3] = 0
+        data[(*kept[0], 3)] = 1  # one pixel of a window is taken for none
+        nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
+    grids = [GridSpec(1, 1), GridSpec(1 / 4, 1)]
+    model = untrained(ModelConfig(size=32, min_pixels=1, channels=8, weights="random"))
+    with pytest.warns(UserWarning, match=r"support a shows too little of square .* slice 3:"):
+        evaluate_grids(
+            model,  # type: ignore[arg-type]
+            squares,
+            grids=grids,
+            support="a",
+            queries=["b"],
+            organs=["square"],
+            protocol="alpnet",
+            chunks=7,
+            progress=False,
+        )
+
+
+def test_figures_of_grids_of_which_one_loses_an_organ(tmp_path: Path, squares: Dataset) -> None:
+    found = run(squares, "bc", GridSpec(1 / 4, 1))
+    without = dataclasses.replace(found, rows=found.rows[1:], examples=found.examples[1:])
+    for pair in ([found, without], [without, found]):
+        names = [path.name for path in save(pair, tmp_path)]
+        assert names == ["evaluation.json", "b.png", "c.png"]
+
+
+def test_scans_are_aligned_as_the_model_was_trained(synthetic_dataset: Path) -> None:
+    dataset = Dataset.open(synthetic_dataset)
+    options = {"support": "syn_00", "queries": ["syn_01"], "organs": ["liver"], "progress": False}
+    by_default = {}
+    for own in ("none", "body"):
+        model = untrained(ModelConfig(size=48, align=own), seed=1)  # type: ignore[arg-type]
+        by_default[own] = evaluate(model, dataset, **options)  # type: ignore[arg-type]
+        assert by_default[own].align == own
+        for align in ("none", "body"):
+            given_align = evaluate(model, dataset, align=align, **options)  # type: ignore[arg-type]
+            assert given_align.align == align
+    assert by_default["none"].rows != by_default["body"].rows
+
+
 # --- what is refused ------------------------------------------------------------------------
 
 

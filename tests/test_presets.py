@@ -106,8 +106,27 @@ def test_overrides_from_the_command_line(name: str, given_value: object, expecte
     assert type(getattr(group, name)) is type(expected)
 
 
-def test_an_option_that_is_not_given_changes_nothing() -> None:
-    assert with_overrides(preset("paper"), steps=None, size=None) == preset("paper")
+def test_none_is_a_value_of_the_options_that_may_be_none() -> None:
+    config = with_overrides(preset("published"), organs=["liver"], window=(0, 1))
+    assert config.train.slices_per_organ == 5
+    changed = with_overrides(config, slices_per_organ=None, organs=None, window=None)
+    assert (changed.train.slices_per_organ, changed.train.organs) == (None, None)
+    assert changed.model.window is None
+    with pytest.raises(InputError, match=r"steps cannot be None; expected a whole number"):
+        with_overrides(config, steps=None)
+
+
+def test_alignment_is_the_models_and_is_found_where_earlier_versions_had_it() -> None:
+    given_dict = with_overrides(preset("paper"), align="body").to_dict()
+    assert given_dict["model"]["align"] == "body"
+    given_dict["train"]["align"] = given_dict["model"].pop("align")
+    assert Config.from_dict(given_dict).model.align == "body"
+
+
+@pytest.mark.parametrize("broken", [[1], {"model": [1]}, {"train": None}])
+def test_a_configuration_that_is_no_table(broken: object) -> None:
+    with pytest.raises(InputError, match="must be a table of names"):
+        Config.from_dict(broken)  # type: ignore[arg-type]
 
 
 def test_steps_alone_move_the_milestones_and_given_milestones_stay() -> None:
@@ -139,6 +158,8 @@ def test_steps_alone_move_the_milestones_and_given_milestones_stay() -> None:
         ({"accumulate": 3}, r"accumulate.*divisor of batch \(4\)"),
         ({"milestones": "200,100"}, r"milestones.*rising"),
         ({"size": 8}, r"size.*at least 32"),
+        ({"ignore_index": 1}, r"ignore_index.*0 to 1"),
+        ({"ignore_index": 2, "ways": 3}, r"ignore_index.*0 to 3"),
         ({"augment_low": 3}, r"augment_low.*augment_high"),
     ],
 )

@@ -30,7 +30,8 @@ from lslpn.volumes import Volume, read_image, read_labels, write_labels
 
 @pytest.fixture(scope="module")
 def model() -> LSLPN:
-    return untrained(dataclasses.replace(preset("published").model, size=64, min_pixels=0))
+    config = dataclasses.replace(preset("published").model, size=64, min_pixels=0, align="body")
+    return untrained(config)
 
 
 def _scan(

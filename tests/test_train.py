@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from conftest import write_synthetic_dataset
 
-from lslpn import checkpoint as checkpoint_module
 from lslpn import train as train_module
+from lslpn.atomic import append_text
 from lslpn.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -37,6 +38,7 @@ from lslpn.train import (
     learning_rate,
     make_optimizer,
     set_learning_rate,
+    time_spent,
     train,
     train_step,
 )
@@ -321,7 +323,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
 def test_a_run_is_not_written_over(dataset: Dataset, tmp_path: Path) -> None:
     run(dataset, tmp_path / "run", small(steps=1))
     before = (tmp_path / "run" / FILE_NAME).read_bytes()
-    with pytest.raises(InputError, match=r"holds a training run already.*--resume"):
+    with pytest.raises(InputError, match=r"holds a training run already.*`resume=True`"):
         run(dataset, tmp_path / "run", small(steps=1))
     assert (tmp_path / "run" / FILE_NAME).read_bytes() == before
 
@@ -377,8 +379,63 @@ def test_resuming_with_changed_labels_is_refused(
     data = np.asarray(image.dataobj).copy()
     data[data == 2] = 1
     nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
-    with pytest.raises(InputError, match="images or labels themselves have changed"):
+    with pytest.raises(InputError, match="voxels of the images or labels have changed"):
         run(Dataset.open(root), finished, small(steps=1), resume=True)
+
+
+def test_a_run_of_an_earlier_version_resumes_without_a_checksum(
+    dataset: Dataset, finished: Path, tmp_path: Path
+) -> None:
+    content = torch.load(finished / FILE_NAME, weights_only=True)
+    content["data"]["fingerprint"] = content["data"].pop("checksum")
+    content["config"]["train"]["align"] = content["config"]["model"].pop("align")
+    torch.save(content, tmp_path / FILE_NAME)
+    run(dataset, tmp_path, small(steps=1), resume=True)
+
+
+def test_an_optimizer_of_another_network_is_refused(
+    dataset: Dataset, finished: Path, tmp_path: Path
+) -> None:
+    content = torch.load(finished / FILE_NAME, weights_only=True)
+    for spoil in (
+        lambda state: state["param_groups"].pop(),
+        lambda state: state["state"][0].update(momentum_buffer=torch.zeros(3)),
+        lambda state: state.clear(),
+    ):
+        optimizer = copy.deepcopy(content["optimizer"])
+        spoil(optimizer)
+        torch.save({**content, "optimizer": optimizer}, tmp_path / FILE_NAME)
+        with pytest.raises(InputError, match=r"checkpoint\.pt: its optimizer state does not fit"):
+            run(dataset, tmp_path, small(steps=1), resume=True)
+
+
+def test_a_line_of_the_log_that_was_cut_does_not_survive(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(steps=4, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(StopError):
+            run(dataset, tmp_path, config)
+    log = tmp_path / "log.csv"
+    header, first, second, third = log.read_text().splitlines(keepends=True)
+    for cut in (second[:-1], second[:5], second[:2], "\0" * 9, second[:5] + third):
+        log.write_text(header + first + cut)
+        assert time_spent(tmp_path) == pytest.approx(seconds_in(first))
+    log.write_text(header + first + second[:5] + third)
+    run(dataset, tmp_path, config, resume=True)
+    assert [row["step"] for row in csv.DictReader(log.open())] == ["1", "3", "4"]
+
+
+def seconds_in(line: str) -> tuple[float, float]:
+    seconds, waiting = (float(value) for value in line.split(",")[3:])
+    return seconds, waiting
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_cannot_be_appended_to_is_said_in_words() -> None:
+    with pytest.raises(InputError, match=r"/dev/full: cannot be written \(No space left"):
+        append_text("/dev/full", "1,2\n")
 
 
 def test_logging_and_checkpoint_intervals_may_differ_on_resume(
@@ -423,6 +480,42 @@ def damaged(kind: str, finished: Path, path: Path) -> None:
     elif kind == "missing tensor":
         del content["model"]["encoder.layer3.0.conv1.weight"]
         torch.save(content, path)
+    elif kind == "flipped bits":
+        weights = content["model"]["encoder.layer3.0.conv1.weight"].numpy().tobytes()
+        place = whole.index(weights) + len(weights) // 2
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+    elif kind in ("not finite", "infinite"):
+        weights = content["model"]["encoder.layer3.0.conv1.weight"]
+        weights.view(-1)[7] = float("nan" if kind == "not finite" else "inf")
+        torch.save(content, path)
+    elif kind == "no tensor":
+        content["model"]["encoder.layer3.0.conv1.weight"] = [1.0]
+        torch.save(content, path)
+    elif kind == "too large":
+        content["config"]["model"]["channels"] = 10**9
+        torch.save(content, path)
+    elif kind == "beyond counting":
+        content["config"]["model"]["channels"] = 10**30
+        torch.save(content, path)
+    else:
+        key, value = EDITS[kind]
+        place = content
+        for name in key[:-1]:
+            place = place[name]
+        place[key[-1]] = value
+        torch.save(content, path)
+
+
+EDITS: dict[str, tuple[tuple[str, ...], object]] = {
+    "config": (("config",), [1]),
+    "model options": (("config", "model"), None),
+    "method in a list": (("method",), ["lslpn"]),
+    "step": (("step",), "three"),
+    "weights": (("model",), [1]),
+    "data": (("data",), "mine"),
+    "held-out organs": (("data", "hold_out"), "liver"),
+    "a case": (("data", "cases"), ["a", 3]),
+}
 
 
 @pytest.mark.parametrize(
@@ -442,6 +535,20 @@ def damaged(kind: str, finished: Path, path: Path) -> None:
             r"another architecture.*reduction",
         ),
         ("missing tensor", r"another architecture.*layer3\.0\.conv1\.weight"),
+        ("flipped bits", r"cannot be read \(wrong checksum of .*damaged"),
+        ("not finite", r"damaged: encoder\.layer3\.0\.conv1\.weight holds values.*not finite"),
+        ("infinite", r"damaged: encoder\.layer3\.0\.conv1\.weight holds values.*not finite"),
+        ("no tensor", r"encoder\.layer3\.0\.conv1\.weight is no dense tensor"),
+        ("too large", r"another architecture.*\(1000000000, 1536, 3, 3\)"),
+        ("beyond counting", "no network can be built"),
+        ("config", "must be a table"),
+        ("model options", "must be a table"),
+        ("method in a list", r"method \['lslpn'\]"),
+        ("step", "step is str, not int"),
+        ("weights", "model is list, not dict"),
+        ("data", "data is str, not dict"),
+        ("held-out organs", "hold_out is str, not list"),
+        ("a case", "cases holds something else than names"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_clear_error(
@@ -462,21 +569,23 @@ def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_failed_save_leaves_the_previous_checkpoint_whole(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
+def test_a_disk_that_refuses_is_named_and_leaves_the_previous_checkpoint_whole(
+    finished: Path, tmp_path: Path
 ) -> None:
+    import resource
+
     path = tmp_path / FILE_NAME
     checkpoint = load_checkpoint(finished)
     save_checkpoint(path, checkpoint)
     before = path.read_bytes()
-
-    def half(content: object, file: Path) -> None:
-        Path(file).write_bytes(before[: len(before) // 2])
-        raise RuntimeError("unexpected pos 64 vs 0")  # torch's way to say that the disk is full
-
-    monkeypatch.setattr(checkpoint_module.torch, "save", half)
-    with pytest.raises(InputError, match="cannot be written"):
-        save_checkpoint(path, checkpoint)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as a full disk
+    try:
+        with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be written \(File too large"):
+            save_checkpoint(path, checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 

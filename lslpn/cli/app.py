@@ -28,12 +28,14 @@ from .options import (
     InterruptedByUserError,
     MethodName,
     MethodOption,
+    OneOfEach,
     Preset,
     PresetOption,
     ProtocolName,
     QuietOption,
-    SeedOption,
     SizeOption,
+    UntrainedPresetOption,
+    UntrainedSeedOption,
     command,
     fraction,
     say,
@@ -46,8 +48,11 @@ from .prepare import prepare_app
 if TYPE_CHECKING:
     from lslpn_kernels import GridSpec
 
+    from ..checkpoint import Checkpoint
     from ..dataset import Dataset
     from ..methods import FewShotNetwork
+
+_SEED = 1234  # of an untrained model
 
 app = typer.Typer(
     name="lslpn",
@@ -97,7 +102,7 @@ def _global(
 # --- commands -------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 @command
 def demo(
     out: Annotated[
@@ -130,7 +135,7 @@ def demo(
     print(f"written to {out}: prediction.nii.gz, overlay.png, report.json")
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 @command
 def segment(
     support_image: Annotated[
@@ -167,12 +172,17 @@ def segment(
     ],
     checkpoint: CheckpointOption = None,
     align: Annotated[
-        Align,
-        typer.Option("--align", help="body crops the scans to the patient's body first."),
-    ] = Align.body,
-    preset: PresetOption = Preset.published,
+        Align | None,
+        typer.Option(
+            "--align",
+            help="body crops the scans to the patient's body first; default: as the checkpoint was "
+            "trained, and body without one.",
+            show_default=False,
+        ),
+    ] = None,
+    preset: UntrainedPresetOption = None,
     size: SizeOption = None,
-    seed: SeedOption = 1234,
+    seed: UntrainedSeedOption = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -185,6 +195,7 @@ def segment(
     [bold]lslpn segment --support-image A.nii.gz --support-mask A_mask.nii.gz --query B.nii.gz
     --out B_mask.nii.gz[/bold]
     """
+    _untrained_only(checkpoint, preset, seed)
     if len(support_image) != len(support_mask):
         raise InputError(
             f"--support-mask: expected one per --support-image, got {len(support_mask)} for "
@@ -214,10 +225,20 @@ def segment(
         supports.append((image, mask))
     volume = read_image(query)
 
+    from ..checkpoint import load_checkpoint
     from ..segment import segment as run
 
-    model = _model(checkpoint, preset, size, seed, device)
-    labels = run(model, supports, volume, align=align.value, progress=not quiet)
+    trained = None if checkpoint is None else load_checkpoint(checkpoint)
+    model = _model(trained, checkpoint, preset, size, seed, device)
+    if align is None and trained is None:
+        align = Align.body
+    labels = run(
+        model,
+        supports,
+        volume,
+        align=model.config.align if align is None else align.value,
+        progress=not quiet,
+    )
     write_labels(out, labels, volume)
     print(f"written: {out}")
     z, y, x = volume.spacing
@@ -226,7 +247,7 @@ def segment(
         print(f"label {label}: {count} voxels, {count * z * y * x / 1000:.1f} ml")
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 @command
 def train(
     data: DataOption,
@@ -287,12 +308,12 @@ def train(
     if hold_out and not split(hold_out):
         raise InputError("--hold-out: expected an organ, got none; leave it out to hold out none")
     with joined(device) as own:
-        _train(data, split(hold_out), out, preset, method, case, setting, resume, own, quiet)
+        _train(data, hold_out, out, preset, method, case, setting, resume, own, quiet)
 
 
 def _train(
     data: Path,
-    hold_out: list[str],
+    held_out: list[str] | None,
     out: Path,
     preset: Preset,
     method: MethodName | None,
@@ -303,6 +324,7 @@ def _train(
     quiet: bool,
 ) -> None:
     """`train`, in one process or each of several."""
+    from ..atomic import is_file
     from ..dataset import Dataset, UnlabelledScans
     from ..distributed import world
     from ..presets import PRESETS, with_overrides
@@ -311,11 +333,12 @@ def _train(
     if method is not None:
         changes["method"] = method.value
     config = with_overrides(PRESETS[preset.value], **changes)
-    plain = config.train.supervision == "superpixels" and not (data / "dataset.json").exists()
+    plain = config.train.supervision == "superpixels" and not is_file(data / "dataset.json")
     dataset = UnlabelledScans.open(data) if plain else Dataset.open(data)
+    hold_out = split(held_out, dataset.organs)
     for organ in hold_out:
         dataset.label_of(organ)
-    cases = split(case) or list(dataset.cases)
+    cases = split(case, dataset.cases) or list(dataset.cases)
     for name in cases:
         dataset.check_case(name)
 
@@ -338,7 +361,7 @@ def _train(
         print(f"written: {out}{waited}")
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 @command
 def evaluate(
     data: DataOption,
@@ -402,8 +425,14 @@ def evaluate(
         ),
     ] = None,
     align: Annotated[
-        Align, typer.Option("--align", help="body crops the scans to the patient's body first.")
-    ] = Align.none,
+        Align | None,
+        typer.Option(
+            "--align",
+            help="body crops the scans to the patient's body first; default: as the checkpoint was "
+            "trained, and none without one.",
+            show_default=False,
+        ),
+    ] = None,
     scale: Annotated[
         list[str] | None,
         typer.Option(
@@ -428,9 +457,9 @@ def evaluate(
         Path,
         typer.Option("--out", metavar="DIR", help="Where evaluation.json and the figures go."),
     ] = Path("evaluation"),
-    preset: PresetOption = Preset.published,
+    preset: UntrainedPresetOption = None,
     size: SizeOption = None,
-    seed: SeedOption = 1234,
+    seed: UntrainedSeedOption = None,
     batch: Annotated[
         int, typer.Option("--batch", metavar="N", min=1, help="Query slices encoded at once.")
     ] = 8,
@@ -452,7 +481,8 @@ def evaluate(
         given = "both" if untrained else "neither"
         raise InputError(f"expected one of --checkpoint RUN and --untrained, got {given}")
     if checkpoint is not None and method is not None:
-        raise InputError("--method: a checkpoint has its own; give it with --untrained alone")
+        raise InputError("--method: a checkpoint has its own; give it with --untrained only")
+    _untrained_only(checkpoint, preset, seed)
     result = out / "evaluation.json"
     _free(result, force)
     _writable(result)
@@ -461,19 +491,22 @@ def evaluate(
 
     dataset = Dataset.open(data)
     dataset.check_case(support)
-    for name in split(organ):
+    wanted, asked = split(organ, dataset.organs), split(query, dataset.cases)
+    for name in wanted:
         dataset.label_of(name)
-    for name in split(query):
+    for name in asked:
         dataset.check_case(name)
 
+    from ..checkpoint import load_checkpoint
     from ..evaluate import evaluate as run
     from ..evaluate import evaluate_grids
     from ..methods import LSLPN
     from ..results import save, summary
 
-    model = _model(checkpoint, preset, size, seed, device, method or MethodName.lslpn)
+    trained = None if checkpoint is None else load_checkpoint(checkpoint)
+    model = _model(trained, checkpoint, preset, size, seed, device, method)
     grids = _grids(scale, spacing, model)
-    organs, queries, notes = _choices(checkpoint, dataset, support, split(organ), split(query))
+    organs, queries, notes = _choices(trained, dataset, support, wanted, asked)
     for note in notes:
         say(f"note: {note}")
     options: dict[str, Any] = {
@@ -481,7 +514,7 @@ def evaluate(
         "queries": queries,
         "organs": organs,
         "protocol": protocol.value,
-        "align": align.value,
+        "align": None if align is None else align.value,
         "chunks": chunks,
         "batch": batch,
         "progress": not quiet,
@@ -500,7 +533,7 @@ def evaluate(
     print(f"written: {written[0]} and {figures} figure{'s' * (figures != 1)} beside it")
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 @command
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -543,41 +576,54 @@ def _grids(
     return grids or [GridSpec(own.scale, common)]
 
 
+def _untrained_only(checkpoint: Path | None, preset: Preset | None, seed: int | None) -> None:
+    """Refuse what a checkpoint settles."""
+    for option, value in (("--preset", preset), ("--seed", seed)):
+        if checkpoint is not None and value is not None:
+            raise InputError(
+                f"{option}: a checkpoint has its own; give it without --checkpoint only"
+            )
+
+
 def _model(
+    trained: Checkpoint | None,
     checkpoint: Path | None,
-    preset: Preset,
+    preset: Preset | None,
     size: int | None,
-    seed: int,
+    seed: int | None,
     device: str,
-    method: MethodName = MethodName.lslpn,
+    method: MethodName | None = None,
 ) -> FewShotNetwork:
     """The model of a checkpoint, or an untrained one; ready to run."""
     import dataclasses
 
     where = torch_device(device)
-    if checkpoint is not None:
-        from ..checkpoint import load_model
+    if trained is not None and checkpoint is not None:
+        from ..checkpoint import restored
 
-        model = load_model(checkpoint)
+        model = restored(trained, checkpoint)
     else:
         from ..model import untrained
         from ..presets import PRESETS, with_overrides
 
-        model = untrained(with_overrides(PRESETS[preset.value], method=method.value), seed=seed)
+        config = PRESETS[(preset or Preset.published).value]
+        config = with_overrides(config, method=(method or MethodName.lslpn).value)
+        model = untrained(config, seed=_SEED if seed is None else seed)
     if size is not None:
         # The network takes any size: only what its input is resized to changes.
         model.config = dataclasses.replace(model.config, size=size)
     return model.to(where).eval()
 
 
-def _name(preset: Preset, seed: int, method: MethodName | None) -> str:
+def _name(preset: Preset | None, seed: int | None, method: MethodName | None) -> str:
     """What the untrained model is called in results."""
     which = "" if method is None else f"{method.value}, "
-    return f"untrained ({which}{preset.value}, seed {seed})"
+    settings = (preset or Preset.published).value
+    return f"untrained ({which}{settings}, seed {_SEED if seed is None else seed})"
 
 
 def _choices(
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     dataset: Dataset,
     support: str,
     organs: list[str],
@@ -588,9 +634,7 @@ def _choices(
     learnt: list[str] = []
     trained: list[str] = []
     if checkpoint is not None:
-        from ..checkpoint import load_checkpoint
-
-        record = load_checkpoint(checkpoint).data
+        record = checkpoint.data
         held_out, learnt = list(record["hold_out"]), list(record["organs"])
         trained = list(record["cases"])
     notes = []
@@ -622,8 +666,10 @@ def _writable(path: Path) -> None:
 
 def _free(path: Path, force: bool) -> None:
     """Refuse to replace a result unless told to."""
-    if path.exists() and not path.is_dir() and not force:
-        raise InputError(f"{path}: is there already; give another --out, or --force to replace it")
+    from ..atomic import is_folder, look_up
+
+    if look_up(path) is not None and not is_folder(path) and not force:
+        raise InputError(f"{path}: already exists; give another --out, or --force to replace it")
 
 
 def _same_file(a: Path, b: Path) -> bool:
@@ -675,6 +721,17 @@ def _run(words: list[str], debug: bool) -> int:
             traceback.print_exc()
         say(f"error: {error}")
         return 2
+    except OSError as error:
+        # A path that the system does not take or give, wherever it was first used.
+        if error.filename is None:
+            return _unforeseen(error, debug)
+        if debug:
+            traceback.print_exc()
+        say(
+            f"error: {error.filename}: cannot be used ({error.strerror or error}); check the path "
+            "and whether you may read and write there"
+        )
+        return 2
     except Exception as error:
         # Wrong options: typer has carried two classes of this name, so it is known by its shape.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -684,9 +741,13 @@ def _run(words: list[str], debug: bool) -> int:
             if message := error.format_message().rstrip("."):
                 say(f"error: {message}; see `{path} --help`")
             return 2
-        if debug:
-            traceback.print_exc()
-            say(f"error: {type(error).__name__}: {error}")
-        else:
-            say(f"error: {type(error).__name__}: {error}; --debug shows where it happened")
-        return 1
+        return _unforeseen(error, debug)
+
+
+def _unforeseen(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+        say(f"error: {type(error).__name__}: {error}")
+    else:
+        say(f"error: {type(error).__name__}: {error}; --debug shows where it happened")
+    return 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -17,6 +17,7 @@ from .options import (
     DataOption,
     DeviceOption,
     MethodName,
+    OneOfEach,
     Preset,
     PresetOption,
     ProtocolName,
@@ -217,7 +218,7 @@ _Batch = Annotated[
 # --- experiments ----------------------------------------------------------------------------
 
 
-@experiment_app.command("table1")
+@experiment_app.command("table1", cls=OneOfEach)
 @command
 def table1(
     data: DataOption,
@@ -271,7 +272,7 @@ def table1(
     _print(files)
 
 
-@experiment_app.command("grid-scale")
+@experiment_app.command("grid-scale", cls=OneOfEach)
 @command
 def grid_scale(
     data: DataOption,
@@ -332,7 +333,7 @@ def grid_scale(
     _print(files)
 
 
-@experiment_app.command("misalignment")
+@experiment_app.command("misalignment", cls=OneOfEach)
 @command
 def misalignment(
     data: DataOption,
@@ -380,7 +381,7 @@ def misalignment(
     _print(files)
 
 
-@experiment_app.command("figures")
+@experiment_app.command("figures", cls=OneOfEach)
 @command
 def figures(
     data: DataOption,
@@ -439,8 +440,8 @@ def figures(
             store,
             split(method) or ["lslpn"],
             _seeds(seeds)[0],
-            cases=split(case),
-            organs=split(organ),
+            cases=split(case, store.setup.dataset.cases),
+            organs=split(organ, store.setup.dataset.organs),
             classes=classes.value,
             untrained=untrained,
         )
@@ -511,12 +512,12 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     setup = Setup(
         dataset=dataset,
         config=with_overrides(PRESETS[given.preset.value], **changes),
-        organ_folds=organ_folds(dataset, split(given.fold)),
+        organ_folds=organ_folds(dataset, _folds_of(given.fold, dataset.organs)),
         subject_folds=subject_folds(
             dataset,
             parts=given.folds,
-            train=split(given.train_cases),
-            test=split(given.test_cases),
+            train=split(given.train_cases, dataset.cases),
+            test=split(given.test_cases, dataset.cases),
             support=given.support,
         ),
         protocol=given.protocol.value,
@@ -538,6 +539,12 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
         say=say,
     ) as store:
         yield store
+
+
+def _folds_of(given: list[str] | None, organs: Sequence[str]) -> list[str]:
+    """The values of --fold; organs whose names hold commas are taken whole, joined ones too."""
+    joined = [text for text in given or () if all(o.strip() in organs for o in text.split("+"))]
+    return split(given, {*joined, *organs})
 
 
 def _own_settings(given: dict[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
@@ -580,7 +587,10 @@ def _given_runs(given: list[str] | None) -> dict[str, Path]:
             raise InputError(
                 f"--run: expected METHOD:FOLD:SEED=RUN such as lslpn:liver:1234=DIR, got {text!r}"
             )
-        found[key.strip()] = Path(path)
+        key = key.strip()
+        if key in found:
+            raise InputError(f"--run {key}: expected one folder, got {path} as well; give one")
+        found[key] = Path(path)
     return found
 
 

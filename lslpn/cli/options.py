@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import InputError
 
@@ -56,8 +59,60 @@ class InterruptedByUserError(Exception):
 _F = TypeVar("_F", bound=Callable[..., None])
 
 
+class OneOfEach(TyperCommand):
+    """A command that refuses two values for an option of one: the parser would take the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for option in given:
+            single = not getattr(option, "multiple", True) and not getattr(option, "is_flag", True)
+            if single and (count := given.count(option)) > 1:
+                raise InputError(f"{option.opts[0]}: expected one, got {count}; give it once")
+        return super().parse_args(ctx, args)
+
+
+# Arguments of the library whose options are not called as they are, the likeliest first.
+_OPTIONS = {
+    "cases": ("--cases", "--train-cases"),
+    "given": ("--run",),
+    "hold_out": ("--hold-out", "--fold"),
+    "organ_folds": ("--fold",),
+    "organs": ("--organ", "--fold"),
+    "parts": ("--folds",),
+    "queries": ("--query", "--test-cases"),
+    "test": ("--test-cases",),
+    "train": ("--train-cases",),
+}
+
+
+def in_options(message: str, function: Callable[..., None], values: Sequence[object]) -> str:
+    """A message of the library with the options of a command for the arguments that it names.
+
+    Those are a word before a colon at its start, and what stands in backquotes, alone or with a
+    value: `resume=True`.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    own = {
+        option
+        for hint in hints.values()
+        for info in getattr(hint, "__metadata__", ())
+        # In Annotated, typer has the first of the option's names as its default.
+        for option in (getattr(info, "default", None), *(getattr(info, "param_decls", None) or ()))
+    }
+
+    def option(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        names = _OPTIONS.get(name, (f"--{name.replace('_', '-')}",))
+        # A file may be called as an option is.
+        found = [] if match[1] in map(str, values) else [one for one in names if one in own]
+        return found[0] if found else match[0]
+
+    return re.sub(r"^(\w+)(?=: )|`(\w+)(?:=\w+)?`", option, message)
+
+
 def command(function: _F) -> _F:
-    """Make a function a command: Ctrl-C as one exception, the docstring as paragraphs."""
+    """Make a function a command: Ctrl-C as one exception, the docstring as paragraphs, and the
+    library's messages in the words of the command line."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -65,6 +120,9 @@ def command(function: _F) -> _F:
             function(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             raise InterruptedByUserError from interrupt
+        except InputError as error:
+            values = [*args, *kwargs.values()]
+            raise InputError(in_options(str(error), function, values)) from error
 
     # Line breaks of the source would otherwise be kept within paragraphs.
     paragraphs = (function.__doc__ or "").split("\n\n")
@@ -110,11 +168,14 @@ SizeOption = Annotated[
         show_default=False,
     ),
 ]
-PresetOption = Annotated[
-    Preset,
+_PRESET_HELP = "Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold]"
+PresetOption = Annotated[Preset, typer.Option("--preset", help=f"{_PRESET_HELP}.")]
+UntrainedPresetOption = Annotated[
+    Preset | None,
     typer.Option(
         "--preset",
-        help="Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold].",
+        help=f"{_PRESET_HELP}; of an untrained model, default: published.",
+        show_default=False,
     ),
 ]
 MethodOption = Annotated[
@@ -127,18 +188,33 @@ MethodOption = Annotated[
         show_default=False,
     ),
 ]
-SeedOption = Annotated[
-    int,
+UntrainedSeedOption = Annotated[
+    int | None,
     typer.Option(
-        "--seed", metavar="N", min=0, help="Seed of an untrained model's reduction layer."
+        "--seed",
+        metavar="N",
+        min=0,
+        max=2**63 - 1,
+        help="Seed of an untrained model's reduction layer, default: 1234.",
+        show_default=False,
     ),
 ]
 
 
-def split(values: Sequence[str] | None) -> list[str]:
-    """Repeated and comma-separated values as one list, each once."""
-    parts = (part.strip() for value in values or () for part in value.split(","))
-    return list(dict.fromkeys(part for part in parts if part))
+def split(values: Sequence[str] | None, known: Collection[str] = ()) -> list[str]:
+    """Repeated and comma-separated values as one list, each once.
+
+    `known` are names that may hold commas themselves: the longest one is taken whole.
+    """
+    found: list[str] = []
+    for value in values or ():
+        parts = value.split(",")
+        while parts:
+            joined = (",".join(parts[:count]).strip() for count in range(len(parts), 0, -1))
+            name = next((name for name in joined if name in known), parts[0].strip())
+            found.append(name)
+            del parts[: name.count(",") + 1]
+    return list(dict.fromkeys(name for name in found if name))
 
 
 def settings_of(values: Sequence[str] | None) -> dict[str, str]:
@@ -148,7 +224,10 @@ def settings_of(values: Sequence[str] | None) -> dict[str, str]:
         name, equals, rest = value.partition("=")
         if not equals or not name.strip():
             raise InputError(f"--set: expected NAME=VALUE such as steps=400, got {value!r}")
-        settings[name.strip().replace("-", "_")] = rest.strip()
+        name = name.strip().replace("-", "_")
+        if name in settings:
+            raise InputError(f"--set {name}: expected one value, got {value!r} as well; give one")
+        settings[name] = rest.strip()
     return settings
 
 

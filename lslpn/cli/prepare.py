@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .options import QuietOption, command, say, split
+from .options import OneOfEach, QuietOption, command, say, split
 
 prepare_app = typer.Typer(
     help="Turn a public corpus, as it is distributed, into a data set for the other commands.",
@@ -67,7 +67,7 @@ class CorpusName(str, Enum):
     both = "both"
 
 
-@prepare_app.command("visceral")
+@prepare_app.command("visceral", cls=OneOfEach)
 @command
 def prepare_visceral(
     src: _Source,
@@ -100,7 +100,7 @@ def prepare_visceral(
     )  # fmt: skip
 
 
-@prepare_app.command("btcv")
+@prepare_app.command("btcv", cls=OneOfEach)
 @command
 def prepare_btcv(
     src: _Source,
@@ -114,7 +114,7 @@ def prepare_btcv(
     _prepare("btcv", src, dst, cases, skip_bad, resume, quiet)
 
 
-@prepare_app.command("chaos")
+@prepare_app.command("chaos", cls=OneOfEach)
 @command
 def prepare_chaos(
     src: _Source,
@@ -131,7 +131,7 @@ def prepare_chaos(
     _prepare("chaos", src, dst, cases, skip_bad, resume, quiet)
 
 
-@prepare_app.command("totalsegmentator")
+@prepare_app.command("totalsegmentator", cls=OneOfEach)
 @command
 def prepare_totalsegmentator(
     src: _Source,
@@ -176,7 +176,8 @@ def _prepare(
         **options,
     )
     for problem in outcome.problems:
-        say(f"{problem.case or 'no case'}: {problem.what}")
+        what = problem.what.replace("`allow_missing=True`", "--allow-missing")
+        say(f"{problem.case or 'no case'}: {what}")
     for note in outcome.notes:
         say(f"note: {note}; see {dst / 'prepared.json'}")
     if outcome.left_out:

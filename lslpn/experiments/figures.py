@@ -57,12 +57,12 @@ def run(
     for case in cases:
         setup.dataset.check_case(case)
         if case not in tested:
-            raise InputError(f"--case: {case} is not tested; those are {', '.join(tested)}")
+            raise InputError(f"case {case!r}: is not tested; those are {', '.join(tested)}")
     for organ in organs:
         setup.dataset.label_of(organ)
         if organ not in setup.organs:
             raise InputError(
-                f"--organ: no fold holds out {organ}; those held out are {', '.join(setup.organs)}"
+                f"organ {organ!r}: no fold holds it out; the folds have {', '.join(setup.organs)}"
             )
     tasks = []
     for one in plan_runs(setup, methods, [seed], classes=[classes], untrained=untrained):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from tqdm import tqdm
 
-from ..atomic import write_text
+from ..atomic import is_file, write_text
 from ..dataset import Dataset
 from ..figures import colour
 from ..prepare import Prepared, prepare
@@ -112,6 +112,7 @@ def alignment(
     support: tuple[np.ndarray, np.ndarray],
     query: tuple[np.ndarray, np.ndarray],
     label: int,
+    ignore: int | None = None,
 ) -> float | None:
     """The Dice of an organ's masks in support and query, as the protocol pairs their slices.
 
@@ -121,6 +122,7 @@ def alignment(
             in the network's square [Z, S, S], where they are compared.
         query: likewise.
         label: the organ's value.
+        ignore: the value of query pixels that are left out.
 
     Returns:
         2 |A n B| / (|A| + |B|) over all pairs of slices, or None where there is no pair.
@@ -131,9 +133,11 @@ def alignment(
     common = total = 0
     for pair in pairs:
         mask = support[1][pair.support] == label
-        others = query[1][list(pair.queries)] == label
-        common += int((others & mask).sum())
-        total += int(others.sum()) + int(mask.sum()) * len(others)
+        slices = query[1][list(pair.queries)]
+        others = slices == label
+        copied = mask & (slices != ignore)
+        common += int((others & copied).sum())
+        total += int(others.sum()) + int(copied.sum())
     return 2 * common / total if total else None
 
 
@@ -209,7 +213,7 @@ def _alignments(
         "queries": list(fold.test),
         "organs": list(setup.organs),
     }
-    if file.is_file():
+    if is_file(file):
         try:
             content = json.loads(file.read_text("utf-8"))
             if content["key"] == key:
@@ -222,7 +226,9 @@ def _alignments(
     for case in tqdm(fold.test, unit="case", disable=not store.progress):
         query = _labels(setup.dataset, case, model, align)
         values = {
-            organ: alignment(rule, support, query, setup.dataset.label_of(organ))
+            organ: alignment(
+                rule, support, query, setup.dataset.label_of(organ), setup.dataset.ignore
+            )
             for organ in setup.organs
         }
         found[case] = {organ: value for organ, value in values.items() if value is not None}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ Align = Literal["none", "body"]
 DEFAULT_SEEDS = (1234, 1235, 1236)
 # The organs of the paper's Table 1, by what their names begin with.
 _TABLE1 = ("liver", "spleen", "kidney", "psoas")
+_LONGEST_NAME = 200  # bytes; file systems take 255
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,8 @@ def plan_runs(
     if "tested" in classes and len(setup.organ_folds) < 2:
         raise InputError(
             "classes: without added classes a network is trained on the organs of the other "
-            "folds, and there is one fold alone; give a second --fold, or --classes all"
+            "folds, and there is one fold alone; add a second one to `organ_folds`, or train on "
+            "all classes"
         )
     runs = []
     for seed in dict.fromkeys(seeds):
@@ -264,18 +267,25 @@ def organ_folds(dataset: Dataset, given: Sequence[str] = ()) -> tuple[tuple[str,
         folds = [fold for fold in named if fold]
         if not folds:
             raise InputError(
-                f"--fold: data set {dataset.name} has none of {', '.join(_TABLE1)}; name the "
+                f"organ_folds: data set {dataset.name} has none of {', '.join(_TABLE1)}; name the "
                 f"organs to hold out, of {', '.join(dataset.organs)}"
             )
     seen: set[str] = set()
+    files: dict[str, tuple[str, ...]] = {}
     for fold in folds:
         if not fold:
-            raise InputError("--fold: expected an organ, or several joined by +, got none")
+            raise InputError("organ_folds: expected an organ, or several joined by +, got none")
         for organ in fold:
             dataset.label_of(organ)
             if organ in seen:
-                raise InputError(f"--fold: {organ} is given twice; each organ has one fold")
+                raise InputError(f"organ_folds: {organ} is given twice; each organ has one fold")
             seen.add(organ)
+        other = files.setdefault(_file_name("+".join(fold)), fold)
+        if other is not fold:
+            raise InputError(
+                f"organ_folds: {'+'.join(other)} and {'+'.join(fold)} would share their files, "
+                "whose names have _ for most signs; rename an organ in dataset.json"
+            )
     return tuple(folds)
 
 
@@ -308,11 +318,11 @@ def subject_folds(
     if parts is not None:
         if train or test or support:
             raise InputError(
-                "--folds: cuts the cases by itself; leave out --train-cases, --test-cases and "
-                "--support, or --folds"
+                "parts: cuts the cases by itself; leave out `train`, `test` and `support`, or "
+                "`parts`"
             )
         if not 2 <= parts <= len(cases):
-            raise InputError(f"--folds: expected 2 to {len(cases)} (the cases), got {parts}")
+            raise InputError(f"parts: expected 2 to {len(cases)} (the cases), got {parts}")
         edges = [round(i * len(cases) / parts) for i in range(parts + 1)]
         return tuple(
             SubjectFold(
@@ -325,7 +335,7 @@ def subject_folds(
         )
     if not train and not test:
         raise InputError(
-            "--train-cases, --test-cases or --folds: expected one of them; say who is trained on "
+            "`train`, `test` or `parts`: expected one of them; say who is trained on "
             f"and who is tested, of the {len(cases)} cases {cases[0]} to {cases[-1]}"
         )
     if support is not None:
@@ -334,7 +344,7 @@ def subject_folds(
     tested = tuple(case for case in tested if case != support)
     if both := [case for case in trained if case in tested]:
         raise InputError(
-            f"--test-cases: {', '.join(both)} would be trained on as well; a network is not to be "
+            f"test: {', '.join(both)} would be trained on as well; a network is not to be "
             "tested on scans that it saw"
         )
     if not train:
@@ -343,9 +353,9 @@ def subject_folds(
         tested = tuple(c for c in cases if c not in trained and c != support)
     if not trained or (support is None and not tested):
         missing = "train" if not trained else "test"
-        raise InputError(f"--{missing}-cases: no case is left to {missing} on")
+        raise InputError(f"{missing}: no case is left to {missing} on")
     if not tested:
-        raise InputError("--test-cases: no case but the support is left to test on")
+        raise InputError("test: no case but the support is left to test on")
     return (SubjectFold("", trained, tested, support or trained[0]),)
 
 
@@ -357,7 +367,7 @@ def _cases(dataset: Dataset, given: Sequence[str], what: str) -> tuple[str, ...]
         if not matching:
             if any(mark in text for mark in "*?["):
                 raise InputError(
-                    f"--{what}-cases: no case of data set {dataset.name} is named like {text!r}; "
+                    f"{what}: no case of data set {dataset.name} is named like {text!r}; "
                     f"there are {dataset.cases[0]} to {dataset.cases[-1]}"
                 )
             dataset.check_case(text)
@@ -366,4 +376,7 @@ def _cases(dataset: Dataset, given: Sequence[str], what: str) -> tuple[str, ...]
 
 
 def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.+@-]", "_", text)
+    name = re.sub(r"[^\w.+@-]", "_", text)
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME // 4]}-{zlib.crc32(text.encode()):08x}"

@@ -26,7 +26,7 @@ import torch
 
 from lslpn_kernels import GridSpec
 
-from ..atomic import check_writable, replacing, write_text
+from ..atomic import check_writable, is_file, replacing, write_text
 from ..checkpoint import FILE_NAME, load_checkpoint, load_model
 from ..errors import InputError
 from ..evaluate import evaluate, evaluate_grids
@@ -125,7 +125,7 @@ class Store:
         runs = {task.run.key: task.run for task in tasks if task.run.trained}
         if unknown := [key for key in self.given if key not in runs]:
             raise InputError(
-                f"--run: {unknown[0]} is no run of this experiment; they are {', '.join(runs)}"
+                f"given: {unknown[0]} is no run of this experiment; they are {', '.join(runs)}"
             )
         # All of them first: what is wrong with the last is not to be found after a day's work.
         to_train = [key for key, run in runs.items() if not self._trained(run)]
@@ -165,7 +165,7 @@ class Store:
                 if not rule.support_slices(areas(labels.data, dataset.label_of(organ))):
                     raise InputError(
                         f"{labels.path}: the support {case} does not show enough of {organ} for "
-                        f"protocol {rule.name}; choose another --support, or other folds"
+                        f"protocol {rule.name}; choose another `support`, or other folds"
                     )
 
     def run_folder(self, run: Run) -> Path:
@@ -178,10 +178,10 @@ class Store:
         """Whether a run is complete; refuses one of another configuration or of other data."""
         folder = self.run_folder(run)
         file, record = folder / FILE_NAME, folder / "config.json"
-        if run.key in self.given or file.exists():
+        if run.key in self.given or is_file(file):
             before = load_checkpoint(folder)
             config, data, step = before.config.to_dict(), before.data, before.step
-        elif record.is_file():
+        elif is_file(record):
             try:
                 content = json.loads(record.read_text("utf-8"))
                 config = Config.from_dict(content["config"]).to_dict()
@@ -209,14 +209,14 @@ class Store:
         complete = step >= run.config.train.steps
         if run.key in self.given and not complete:
             raise InputError(
-                f"{folder}: stopped at step {step} of {run.config.train.steps}; finish it with "
-                "`lslpn train --resume` first"
+                f"{folder}: stopped at step {step} of {run.config.train.steps}; resume its "
+                "training and finish it first"
             )
         return complete
 
     def _train(self, run: Run, number: int, total: int, clock: _Clock) -> None:
         folder = self.run_folder(run)
-        begun = (folder / FILE_NAME).exists() or (folder / "config.json").is_file()
+        begun = is_file(folder / FILE_NAME) or is_file(folder / "config.json")
         steps = run.config.train.steps
         what = f"{'training on' if begun else 'training'} to step {steps} in {folder}"
         self._say(run, number, total, what, clock)
@@ -280,7 +280,7 @@ class Store:
     def _read(self, task: Task) -> Done | None:
         """An evaluation that was made before, or None."""
         file = self._file(task)
-        if not file.is_file():
+        if not is_file(file):
             return None
         try:
             content = json.loads(file.read_text("utf-8"))
@@ -406,7 +406,7 @@ def _agree(file: Path, settings: dict[str, Any]) -> None:
     """Write down the settings of a folder, or refuse those that differ from what is there."""
     settings = json.loads(json.dumps(settings))
     before: dict[str, Any] = {}
-    if file.exists():
+    if is_file(file):
         try:
             before = json.loads(file.read_text("utf-8"))["settings"]
             # Settings that this version has and the one that wrote it had not take their defaults.
@@ -429,7 +429,7 @@ def _agree(file: Path, settings: dict[str, Any]) -> None:
             differing = "; ".join(dict.fromkeys(changed))
             raise InputError(
                 f"{file.parent}: holds results of other settings: {differing}; "
-                "give the same options as then, or another --out"
+                "give the same options as then, or another folder"
             )
     if any(name not in before for name in settings):
         content = {"settings": {**before, **settings}, "versions": versions(), "commit": commit()}

@@ -297,16 +297,16 @@ def _earlier(target: Path, what: dict[str, Any], resume: bool) -> dict[str, Any]
     except OSError as error:
         raise InputError(
             f"{target}: cannot be listed ({error.strerror or error}), expected a new or empty "
-            "folder; give another DST"
+            "folder; give another one"
         ) from error
     if not held:
         return {}
     path = target / REPORT
     if not resume or not path.is_file():
         mend = (
-            "give another DST, or --resume to go on with what was begun there"
+            "give another folder, or go on with what was begun there with `resume=True`"
             if path.is_file()
-            else "give another DST"
+            else "give another folder"
         )
         raise InputError(
             f"{target}: is not empty (it holds {held[0]}), expected a new or empty folder, "

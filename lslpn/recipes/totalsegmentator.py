@@ -121,7 +121,7 @@ def _case(
     absent = [organ for organ in chosen if organ not in masks]
     for organ in () if allow_missing else absent:
         path = folder / "segmentations" / f"{organ}.nii.gz"
-        mend = f"{again}, or say --allow-missing to take the case without this organ"
+        mend = f"{again}, or take the case without this organ with `allow_missing=True`"
         problems.append(common.missing(path, source, f"the mask of {organ}", case, mend))
     for organ in chosen:
         if len(masks.get(organ, ())) > 1:

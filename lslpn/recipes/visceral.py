@@ -93,7 +93,7 @@ def survey(
         InputError: a corpus is not in `source`, or an organ is not one of the 20.
     """
     if corpus not in (*CORPORA, "both"):
-        raise InputError(f"--corpus: expected gold, silver or both, got {corpus!r}")
+        raise InputError(f"corpus: expected gold, silver or both, got {corpus!r}")
     common.check_organs(organs, RADLEX.values())
     chosen = tuple(dict.fromkeys(organs)) or tuple(RADLEX.values())
     result = Survey({organ: value for value, organ in enumerate(chosen, 1)})
@@ -117,7 +117,7 @@ def _corpus(
     if folder is None:
         raise InputError(
             f"{source}: holds no {title} with Volumes and Segmentations, expected the {name} "
-            f"corpus; check the path, or choose with --corpus"
+            f"corpus; check the path, or choose one with `corpus`"
         )
     volumes = _volumes(folder / "Volumes", source, cases, result)
     masks = _masks(folder / "Segmentations", source, cases, result)
@@ -214,7 +214,7 @@ def _case(
     elif not allow_missing:
         for organ in absent:
             path = folder / "Segmentations" / f"{case}_{middle}_{ids[organ]}_*.nii.gz"
-            mend = f"{again}, or say --allow-missing to take the case without this organ"
+            mend = f"{again}, or take the case without this organ with `allow_missing=True`"
             problems.append(common.missing(path, source, f"the mask of {organ}", case, mend))
 
     taken: dict[str, Path] = {}
