@@ -236,10 +236,10 @@ def _labels(path: Path, meta: dict[str, Any]) -> dict[str, int]:
             label = int(number)
         except (TypeError, ValueError):
             label = -1
-        if isinstance(number, (bool, float)) or not 0 <= label <= 32767:
+        if isinstance(number, (bool, float)) or not 0 <= label <= 2**31 - 1:
             raise InputError(
                 f"{path}: label {name!r} has the value {number!r}, expected a whole number from "
-                "0 to 32767; mend it there"
+                f"0 to {2**31 - 1}; mend it there"
             )
         if name in labels or label in labels.values():
             raise InputError(

@@ -87,9 +87,8 @@ def test_wrong_options(ct: Volume, labels: Volume) -> None:
     for window in ((5, 5), "ct"):
         with pytest.raises(ValueError, match="window"):
             prepare(ct, size=8, window=window)  # type: ignore[arg-type]
-    grid = dataclasses.replace(labels.grid, shape=(1, 2, 3))
     with pytest.raises(InputError, match="shape"):
-        prepare(ct, dataclasses.replace(labels, grid=grid), size=8)
+        prepare(ct, dataclasses.replace(labels, data=labels.data[1:]), size=8)
 
 
 # --- there and back ----------------------------------------------------------------------------
