@@ -23,7 +23,7 @@ from lslpn_kernels import GridSpec
 
 from .errors import InputError
 from .methods import LSLPN, FewShotNetwork
-from .prepare import Prepared, prepare
+from .prepare import Prepared, Treatment, prepare, warn_unlike
 from .protocols import Pair, Protocol, areas, protocol_of
 from .results import Evaluation, Example, Row, Skipped
 
@@ -201,6 +201,7 @@ def _evaluate(
                 for plan in plans:
                     bar.set_description(plan.case)
                     runner.run(dataset, plan, labels, bar)
+        warn_unlike(runner.treatments)
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - started
@@ -283,6 +284,7 @@ class _Runner:
         self.views = views
         self.batch = batch
         self.device = next(model.parameters()).device
+        self.treatments: list[Treatment] = []
         self.support_areas: dict[str, np.ndarray] = {}
         # organ, support slice, view -> what the model's `describe` made of it
         self.described: dict[tuple[str, int, int], Any] = {}
@@ -293,7 +295,7 @@ class _Runner:
 
     def prepare(self, image: Volume, truth: Volume) -> Prepared:
         config = self.model.config
-        return prepare(
+        ready = prepare(
             image,
             truth,
             size=config.size,
@@ -301,6 +303,8 @@ class _Runner:
             window=config.window,
             normalise=self.rule.normalise or config.normalise,
         )
+        self.treatments.append(ready.treatment)
+        return ready
 
     def encode(self, slices: np.ndarray) -> Tensor:
         """[n, S, S] grey -> features [n, D, h, w]."""

@@ -186,16 +186,21 @@ def check_same_grid(image: Volume, labels: Volume) -> None:
     )
     # Along x, y, z, whatever the order in the files.
     a, b = image.data.shape[::-1], labels.data.shape[::-1]
-    if a != b:
+    if a != b and image.grid.shape != labels.grid.shape:
         raise InputError(
-            f"{labels.path}: its shape {_times(b)} (right to left, front to back, feet to head) "
-            f"differs from {_times(a)} of its image {image.path}; {mend}"
+            f"{labels.path}: its shape {_times(labels.grid.shape)} differs from "
+            f"{_times(image.grid.shape)} of its image {image.path}; {mend}"
         )
     apart = _apart(a, image.affine, labels.affine)
-    if apart > _GRID_TOLERANCE * min(image.spacing):
+    if a != b or apart > _GRID_TOLERANCE * min(image.spacing):
+        how = (
+            f"axes run to {_axes(labels.grid.affine)} and {_axes(image.grid.affine)}"
+            if a != b
+            else f"corners lie up to {apart:.3g} mm apart"
+        )
         raise InputError(
             f"{labels.path}: its affine differs from that of its image {image.path} in more than "
-            f"order and direction of the axes (corners lie up to {apart:.3g} mm apart); {mend}"
+            f"order and direction of the axes ({how}); {mend}"
         )
 
 
