@@ -366,7 +366,7 @@ def test_the_offset_is_told(
 def _mr(scan: tuple[Volume, Volume], noise: float) -> tuple[Volume, Volume]:
     """As an MR, over a background of exact zeros or of noise."""
     rng = np.random.default_rng(0)
-    levels = [0, 0, 400, 150, 700]
+    levels = [0, 0, 300, 150, 1800]
     clean = np.interp(scan[0].data, [-1000, -300, -100, 40, 190], levels)
     noisy = np.hypot(
         clean + noise * rng.normal(size=clean.shape), noise * rng.normal(size=clean.shape)
@@ -472,5 +472,8 @@ def test_bad_supports(
     empty = dataclasses.replace(labels, data=np.zeros_like(labels.data))
     with pytest.raises(InputError, match=r"0RAS_l\.nii\.gz: the mask is empty"):
         segment(model, [support, (image, empty)], query[0])
+    affine = labels.grid.affine.copy()
+    affine[0, 3] += 5
+    moved = dataclasses.replace(labels.grid, affine=affine)
     with pytest.raises(InputError, match="affine differs"):
-        segment(model, [(image, query[1])], query[0])
+        segment(model, [(image, dataclasses.replace(labels, grid=moved))], query[0])
