@@ -257,12 +257,12 @@ def _labels(path: Path, meta: dict[str, Any]) -> tuple[dict[str, int], int | Non
                 f"{path}: label {name!r} is a region ({number}), which is not supported, expected "
                 "one number per label; list the parts of the region as labels of their own"
             )
-        text = isinstance(number, str) and number.strip().isdecimal() and len(number) < 10
+        text = isinstance(number, str) and number.strip().isdecimal() and len(number) <= 10
         label = int(number) if type(number) is int or text else -1
-        if not 0 <= label <= 32767:
+        if not 0 <= label <= 2**31 - 1:
             raise InputError(
                 f"{path}: label {name!r} has the value {number!r}, expected a whole number from "
-                "0 to 32767; mend it there"
+                f"0 to {2**31 - 1}; mend it there"
             )
         if name in labels or label in labels.values():
             raise InputError(

@@ -112,7 +112,7 @@ def _dice(prediction: np.ndarray, truth: np.ndarray, label: int) -> float:
 
 
 def _millilitres(mask: np.ndarray, volume: Volume) -> float:
-    return round(float(np.count_nonzero(mask) * np.prod(volume.spacing) / 1000), 1)
+    return round(float(np.count_nonzero(mask) * volume.voxel_ml), 1)
 
 
 def _draw(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .augment import augment
 from .dataset import Dataset
 from .errors import InputError
-from .prepare import prepare
+from .prepare import Treatment, prepare, warn_unlike
 from .presets import Config, TrainConfig
 
 _REFERENCE_SIDE = 512  # the side at which min_organ_pixels is counted
@@ -141,7 +141,9 @@ class Episodes:
 
         self._sum = 0
         bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
+        self._treatments: list[Treatment] = []
         self._scans = [self._read(dataset, case, held_out) for case in bar]
+        warn_unlike(self._treatments)
         # Of each organ, the scans that have it; organs without any cannot be a class.
         self._scans_with = {
             organ: [s for s in self._scans if organ in s.rows] for organ in self.labels
@@ -162,6 +164,7 @@ class Episodes:
             normalise=self.config.model.normalise,
         )
         assert prepared.labels is not None
+        self._treatments.append(prepared.treatment)
         least = train.min_organ_pixels * (self.size / _REFERENCE_SIDE) ** 2
         shows_held_out = np.zeros(len(prepared.labels), dtype=bool)
         if train.drop_test_slices:

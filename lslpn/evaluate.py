@@ -25,7 +25,7 @@ from lslpn_kernels import GridSpec
 from .errors import InputError
 from .methods import LSLPN, FewShotNetwork
 from .methods.lslpn import LocalPrototypes
-from .prepare import Prepared, prepare
+from .prepare import Prepared, Treatment, prepare, warn_unlike
 from .protocols import Pair, Protocol, areas, protocol_of
 from .results import Evaluation, Example, Row, Skipped, fraction
 
@@ -213,6 +213,7 @@ def _evaluate(
                 for plan in plans:
                     bar.set_description(plan.case)
                     runner.run(dataset, plan, labels, bar)
+        warn_unlike(runner.treatments)
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - started
@@ -296,6 +297,7 @@ class _Runner:
         self.views = views
         self.batch = batch
         self.device = next(model.parameters()).device
+        self.treatments: list[Treatment] = []
         self.support_areas: dict[str, np.ndarray] = {}
         # organ, support slice, view -> what the model's `describe` made of it
         self.described: dict[tuple[str, int, int], Any] = {}
@@ -309,7 +311,7 @@ class _Runner:
 
     def prepare(self, image: Volume, truth: Volume) -> Prepared:
         config = self.model.config
-        return prepare(
+        ready = prepare(
             image,
             truth,
             size=config.size,
@@ -317,6 +319,8 @@ class _Runner:
             window=config.window,
             normalise=self.rule.normalise or config.normalise,
         )
+        self.treatments.append(ready.treatment)
+        return ready
 
     def encode(self, slices: np.ndarray) -> Tensor:
         """[n, S, S] grey -> features [n, D, h, w]."""

@@ -7,6 +7,9 @@ before they are resized to the square, slice by slice.
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +19,12 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from .errors import InputError
+from .intensities import AIR_BELOW_HU, Intensities, interpret
 from .volumes import Volume, check_same_grid
 
 # What the few-shot papers on abdominal CT use (ALPNet and all after it), in HU. On the demo pair,
 # untrained: liver 0.90 and spleen 0.74, against 0.88 and 0.73 of the whole range of HU.
 ABDOMEN_WINDOW = (-125.0, 275.0)
-# A volume that goes below this is taken for CT in HU: air is -1000, and MR is not negative.
-CT_BELOW = -200.0
 
 Window = tuple[float, float] | Literal["auto"] | None
 
@@ -39,6 +41,21 @@ _WORKING_SIZE = 256  # larger slices are thinned out before the body is sought
 
 
 @dataclass(frozen=True)
+class Treatment:
+    """What `prepare` made of a scan.
+
+    Attributes:
+        name: of the scan's file; for messages.
+        intensities: how its grey values were read.
+        body_found: whether the patient's body was found, or None if it was not looked for.
+    """
+
+    name: str
+    intensities: Intensities
+    body_found: bool | None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A volume as the network sees it.
 
@@ -48,12 +65,16 @@ class Prepared:
         boxes: int [Z, 4], the part of each slice that was kept: rows y0 to y1, columns x0 to x1,
             the ends left out.
         source: the volume that this came from.
+        air: float32 [Z], the value in each of `slices` up to which a pixel is air or background.
+        treatment: how it was made, to be compared with that of other scans, see `warn_unlike`.
     """
 
     slices: np.ndarray
     labels: np.ndarray | None
     boxes: np.ndarray
     source: Volume
+    air: np.ndarray
+    treatment: Treatment
 
     @property
     def box(self) -> tuple[slice, slice]:
@@ -95,14 +116,16 @@ def prepare(
         labels: its labels, or None.
         size: side of the network's square input, in pixels.
         align: "none" keeps the whole slice, "body" cuts each to its box of `body_boxes` first.
-        window: intensities are limited to (low, high) first. "auto" is -125..275 HU for a volume
-            that goes below -200, which only CT in HU does, and None otherwise.
+        window: intensities are limited to (low, high) first, in HU for CT even where the file
+            holds HU + 1024. "auto" is -125..275 HU for CT and None for other scans; `interpret`
+            tells which it is.
         normalise: what becomes 0 and 1: the least and greatest of each "slice" (the published
             code), of the whole "volume" (SENet's), or the ends of the "window". A constant
             slice becomes zero under "slice".
 
     Raises:
-        InputError: `labels` lie on another grid; normalise="window" without a window.
+        InputError: `labels` lie on another grid; every voxel is on one side of the window;
+            normalise="window" without a window.
         ValueError: an option of another value than those above.
     """
     if size < 1:
@@ -113,33 +136,45 @@ def prepare(
         raise ValueError(f'normalise: expected "slice", "volume" or "window", got {normalise!r}')
     if labels is not None:
         check_same_grid(image, labels)
-    boxes = body_boxes(image) if align == "body" else _whole(image.data)
+    how = interpret(image.data)
+    data = how.apply(image.data)
+    boxes = _body(data, image.spacing, how.air) if align == "body" else None
+    treatment = Treatment(image.path.name, how, None if align == "none" else boxes is not None)
+    boxes = _whole(data) if boxes is None else boxes
 
-    limits = resolve_window(image, window)
-    data = image.data if limits is None else image.data.clip(*limits)
+    limits = _limits(how, window)
+    data = data if limits is None else data.clip(*limits)
     low, high = float(data.min()), float(data.max())
+    if limits is not None and low == high:
+        raise InputError(
+            f"{image.path}: every voxel lies on one side of the window {limits[0]:g} to "
+            f"{limits[1]:g}, expected some in it; give a window in the values of the image"
+        )
     data = _resized(data, boxes, size)
+    least, range_ = np.asarray(low, np.float32), np.asarray(high - low or 1, np.float32)
     if normalise == "slice":
         least = data.min(axis=(1, 2), keepdims=True)
         range_ = data.max(axis=(1, 2), keepdims=True) - least
-        data = (data - least) / np.where(range_ > 0, range_, 1)
-    else:
-        if normalise == "window":
-            if limits is None:
-                raise InputError(
-                    f'{image.path}: normalise="window" needs a window, and "auto" finds none for '
-                    "an image that is not CT in HU; give (low, high) or normalise per slice"
-                )
-            low, high = limits
-        data = (data - low) / (high - low if high > low else 1)
-    slices = np.ascontiguousarray(data.clip(0, 1), dtype=np.float32)
+        range_ = np.where(range_ > 0, range_, 1)
+    elif normalise == "window":
+        if limits is None:
+            raise InputError(
+                f'{image.path}: normalise="window" needs a window, and "auto" finds none for '
+                "an image that is not CT in HU; give (low, high) or normalise per slice"
+            )
+        least = np.asarray(limits[0], np.float32)
+        range_ = np.asarray(limits[1] - limits[0], np.float32)
+    slices = np.ascontiguousarray(((data - least) / range_).clip(0, 1), dtype=np.float32)
+    # Where a window took the air of CT away, its least value alone is air.
+    air = min(how.air, AIR_BELOW_HU) if how.hu else how.air
+    level = np.broadcast_to(((air - least) / range_).clip(0, 1).ravel(), len(data))
 
     small = None
     if labels is not None:
         small = np.empty(slices.shape, labels.data.dtype)
         for z, (y0, y1, x0, x1) in enumerate(boxes.tolist()):
             small[z] = _nearest(labels.data[z, y0:y1, x0:x1], size, size)
-    return Prepared(slices, small, boxes, image)
+    return Prepared(slices, small, boxes, image, level, treatment)
 
 
 def resolve_window(image: Volume, window: Window) -> tuple[float, float] | None:
@@ -148,13 +183,53 @@ def resolve_window(image: Volume, window: Window) -> tuple[float, float] | None:
     Raises:
         ValueError: low is not below high, or a word other than "auto".
     """
+    return _limits(interpret(image.data), window)
+
+
+def _limits(how: Intensities, window: Window) -> tuple[float, float] | None:
     if window is None:
         return None
     if window == "auto":
-        return ABDOMEN_WINDOW if float(image.data.min()) <= CT_BELOW else None
+        return ABDOMEN_WINDOW if how.hu else None
     if isinstance(window, str) or not window[0] < window[1]:
         raise ValueError(f'window: expected "auto", None or (low, high), got {window!r}')
     return float(window[0]), float(window[1])
+
+
+def warn_unlike(treatments: Sequence[Treatment]) -> None:
+    """Warn where scans that are used together were not treated alike, or had to be guessed at.
+
+    Nothing is said of scans that are all CT in HU, or all not, with a body found in all or none.
+    """
+    read = [(t.name, t.intensities) for t in treatments]
+    for offset in sorted({how.offset for _, how in read if how.offset}):
+        names = [name for name, how in read if how.offset == offset]
+        warnings.warn(
+            f"{_some(names)}: taken for CT stored as HU + {offset:g}, because its air and soft "
+            f"tissue lie there; {offset:g} is subtracted",
+            stacklevel=3,
+        )
+    ct = [name for name, how in read if how.hu]
+    other = [name for name, how in read if not how.hu]
+    if ct and other:
+        warnings.warn(
+            f"{_some(other)}: not taken for CT in HU, while {_some(ct)} is, so that their grey "
+            "values are not limited to the same window and the result may be poor; give scans of "
+            "one kind",
+            stacklevel=3,
+        )
+    cropped = [t.name for t in treatments if t.body_found]
+    whole = [t.name for t in treatments if t.body_found is False]
+    if cropped and whole:
+        warnings.warn(
+            f"{_some(whole)}: no body stands out in it, so that it is not cropped, while "
+            f"{_some(cropped)} is; the result may be poor, try without the crop to the body",
+            stacklevel=3,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def body_box(image: Volume) -> tuple[slice, slice]:
@@ -169,21 +244,29 @@ def body_boxes(image: Volume) -> np.ndarray:
     narrower than the widest piece of a slice has been taken off: the table, its cover, arms that
     touch the body. A box for each slice, averaged over its neighbours, rather than one for all:
     how much of the hips or shoulders a scan covers then does not matter to its liver. Works on
-    CT in HU, on CT limited to a window whose low end is air, and on images with a dark
-    background. Where nothing like a body stands out, the boxes are the whole slices.
+    CT, also where it was limited to a window, and on images with a dark background; what is air
+    is told by `interpret`. Where nothing like a body stands out, the boxes are the whole slices.
     """
-    data, spacing = image.data, image.spacing
+    how = interpret(image.data)
+    boxes = _body(how.apply(image.data), image.spacing, how.air)
+    return _whole(image.data) if boxes is None else boxes
+
+
+def _body(data: np.ndarray, spacing: tuple[float, float, float], air: float) -> np.ndarray | None:
+    """`body_boxes`, or None where no body stands out."""
+    if not math.isfinite(air):
+        return None
     step = -(-max(data.shape[1:]) // _WORKING_SIZE)
-    inside = data[:, ::step, ::step] > _air_below(data)
+    inside = data[:, ::step, ::step] > air
     body = np.stack([_broad(plane, (spacing[1] * step, spacing[2] * step)) for plane in inside])
     pieces, count = ndimage.label(body)
     if count == 0:
-        return _whole(data)
+        return None
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
     largest = pieces == int(sizes.argmax())
     if sizes.max() < _LEAST_VOLUME * inside.size:
-        return _whole(data)
+        return None
 
     bounds = np.full((len(data), 4), np.nan)
     for z, plane in enumerate(largest):
@@ -202,7 +285,7 @@ def body_boxes(image: Volume) -> np.ndarray:
     boxes = np.minimum(np.round(bounds).astype(np.int64), limits)
     extents = boxes[:, 1::2] - boxes[:, ::2]
     if (extents < _LEAST_EXTENT * limits[::2]).any():
-        return _whole(data)
+        return None
     return boxes
 
 
@@ -215,33 +298,6 @@ def _whole(data: np.ndarray) -> np.ndarray:
 def _hull(boxes: np.ndarray) -> tuple[slice, slice]:
     low, high = boxes.min(axis=0).tolist(), boxes.max(axis=0).tolist()
     return slice(low[0], high[1]), slice(low[2], high[3])
-
-
-def _air_below(data: np.ndarray) -> float:
-    """The intensity up to which a voxel is taken for air."""
-    low, high = float(data.min()), float(data.max())
-    if low <= CT_BELOW:
-        return -300.0  # between lung (-500 and less) and fat (-120 and more)
-    if np.count_nonzero(data == low) > 0.05 * data.size:
-        # The low end of a window, or a background set to zero: anything above it is tissue. One
-        # part in a hundred lets fat (-110 HU) pass in CT limited to -125..275.
-        return low + 0.01 * (high - low)
-    return _otsu(data)
-
-
-def _otsu(data: np.ndarray) -> float:
-    """The threshold that parts the histogram into the two classes of least variance."""
-    low, high = float(data.min()), float(np.percentile(data, 99))
-    if high <= low:
-        return low
-    counts, edges = np.histogram(data, bins=256, range=(low, high))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)
-    above = below[-1] - below
-    mass = np.cumsum(counts * centres)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (mass / below - (mass[-1] - mass) / above) ** 2
-    return float(edges[1 + int(np.nanargmax(between))])
 
 
 def _broad(plane: np.ndarray, spacing: tuple[float, float]) -> np.ndarray:

@@ -7,6 +7,7 @@ along z, or lies beyond them; an organ that its match does not show is not in it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import InputError
+from .intensities import common_window, interpret
 from .methods import FewShotNetwork
-from .prepare import Prepared, prepare
+from .prepare import ABDOMEN_WINDOW, Prepared, Window, prepare, warn_unlike
 from .volumes import Volume
 
 Shot = tuple[int, int]  # index of the support, slice
@@ -39,6 +41,9 @@ _BEYOND_COSINE = -0.1  # what lies beyond the support fits less well than this
 # Dice of liver, spleen and kidneys over the pairs of four of the cases: 0.553 without the others,
 # 0.582 with them. Out to 18 mm it is 0.605, but the demo's spleen falls from 0.73 to 0.69.
 _SHOTS_MM = (-9.0, -3.0, 0.0, 3.0, 9.0)
+# Matches have collapsed where the support moves on by less than this part of what the query and
+# it have room for, if that is long enough to tell. In pairs that work it is 0.5 and more.
+_COLLAPSED, _COLLAPSED_MM = 0.25, 30.0
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,19 @@ def segment(
         query: the scan to segment.
         align: "body" cuts every slice to the patient's trunk first, which the method needs where
             scans differ in field of view; "none" takes the whole slices; default: as the model
-            was trained, `model.config.align`.
+            was trained, `model.config.align`. Where no body stands out in one of the scans, none
+            is cut.
         batch: query slices that are encoded at once.
         progress: show bars with rate and time left on stderr.
 
     Returns:
-        [Z, Y, X] labels in the frame of `query.data`, uint8 or, if a label exceeds 255, int16.
+        [Z, Y, X] labels in the frame of `query.data`, of the least integer type that holds those
+        of the supports. Warns (UserWarning) where the scans could not be treated alike, where
+        the matching is doubtful, and where nothing was found.
 
     Raises:
-        InputError: no support, a support's labels are empty or on another grid than its image.
+        InputError: no support, a support's labels are empty or on another grid than its image, or
+            the model's weights are damaged.
     """
     return segment_matched(
         model, supports, query, align=align, batch=batch, progress=progress
@@ -114,32 +123,86 @@ def segment_matched(
                 f"{labels.path}: the mask is empty (every voxel is 0), expected at least one "
                 "labelled voxel; give the mask in which the organ is drawn"
             )
-    ready = [_prepare(model, image, labels, align) for image, labels in supports]
-    target = _prepare(model, query, None, align)
-
+    ready, target = _prepare(model, supports, query, align)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             matches = _match(model, ready, target, batch, progress)
+            collapsed = _collapsed(matches, ready, target)
+            if collapsed and target.treatment.body_found:
+                plain, whole = _prepare(model, supports, query, "none")
+                others = _match(model, plain, whole, batch, progress)
+                if len(left := _collapsed(others, plain, whole)) < len(collapsed):
+                    warnings.warn(
+                        f"{query.path.name}: cut to the body, its slices all resemble the same few "
+                        f"of {collapsed[0]}; the whole slices are used, without the crop",
+                        stacklevel=2,
+                    )
+                    ready, target, matches, collapsed = plain, whole, others, left
+            if collapsed:
+                warnings.warn(
+                    f"{query.path.name}: its slices all resemble the same few of {collapsed[0]}, "
+                    "so that the result is doubtful; check that both show the same part of the "
+                    "body, in the same modality",
+                    stacklevel=2,
+                )
             found = _segment(model, ready, target, matches, batch, progress)
     finally:
         model.train(training)
+    if not found.any():
+        shown = any(True for _ in _groups(ready, matches, batch))
+        reason = (
+            "everywhere the background is more alike than an organ; the scans may differ in "
+            "modality, contrast agent or range of grey values"
+            if shown
+            else "none of its slices resembles one that shows an organ; the scans may show "
+            "different parts of the body"
+        )
+        warnings.warn(
+            f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=2
+        )
     return Segmentation(target.restore(found), matches)
 
 
 def _prepare(
-    model: FewShotNetwork, image: Volume, labels: Volume | None, align: Literal["none", "body"]
-) -> Prepared:
+    model: FewShotNetwork,
+    supports: Sequence[tuple[Volume, Volume]],
+    query: Volume,
+    align: Literal["none", "body"],
+) -> tuple[list[Prepared], Prepared]:
+    """Supports and query, treated alike as far as can be: one window, all cropped or none."""
     config = model.config
-    return prepare(
-        image,
-        labels,
-        size=config.size,
-        align=align,
-        window=config.window,
-        normalise=config.normalise,
-    )
+    scans: list[tuple[Volume, Volume | None]] = [*supports, (query, None)]
+    window: Window = config.window
+    read = [interpret(image.data) for image, _ in scans]
+    if window == "auto" and all(how.hu for how in read):
+        window = common_window(read, ABDOMEN_WINDOW)
+
+    def prepared(align: Literal["none", "body"]) -> list[Prepared]:
+        return [
+            prepare(
+                image,
+                labels,
+                size=config.size,
+                align=align,
+                window=window,
+                normalise=config.normalise,
+            )
+            for image, labels in scans
+        ]
+
+    out = prepared(align)
+    without = [scan.treatment.name for scan in out if scan.treatment.body_found is False]
+    if without:
+        if len(without) < len(out):
+            warnings.warn(
+                f"{without[0]}: no body stands out in it, so that no scan is cut to the body",
+                stacklevel=3,
+            )
+        out = prepared("none")
+    warn_unlike([scan.treatment for scan in out])
+    return out[:-1], out[-1]
 
 
 # --- which slice goes with which ---------------------------------------------------------------
@@ -174,7 +237,27 @@ def _describe(model: FewShotNetwork, slices: np.ndarray, batch: int, bar: tqdm) 
         features = model.encode(small[:, 0])
         out.append(F.adaptive_avg_pool2d(features, _CELLS).float().cpu())
         bar.update(len(images))
-    return torch.cat(out)
+    described = torch.cat(out)
+    if not described.isfinite().all():
+        raise InputError(
+            "model: its features hold NaN or infinite values, so that nothing can be segmented; "
+            "its weights are damaged or its training diverged: use another checkpoint"
+        )
+    return described
+
+
+def _collapsed(matches: np.ndarray, supports: Sequence[Prepared], query: Prepared) -> list[str]:
+    """Names of the supports of which only a few slices are matched, again and again."""
+    out = []
+    step = query.source.spacing[0]
+    for match, support in zip(matches, supports, strict=True):
+        support_step = support.source.spacing[0]
+        inside = match[match != BEYOND]
+        room = min((len(inside) - 1) * step, (len(support.slices) - 1) * support_step)
+        moved = (inside[-1] - inside[0]) * support_step
+        if room >= _COLLAPSED_MM and moved < _COLLAPSED * room:
+            out.append(support.treatment.name)
+    return out
 
 
 def slice_similarity(

@@ -22,7 +22,7 @@ from .augment import deformed
 from .dataset import Dataset
 from .episodes import Batch, checksum, training_cases
 from .errors import InputError
-from .prepare import prepare
+from .prepare import Treatment, prepare, warn_unlike
 from .presets import Config
 from .volumes import check_same_grid
 
@@ -35,14 +35,15 @@ _SUPERPIXEL = 3  # keeps the random stream apart from those of episodes.py
 _ATTEMPTS = 100  # slices that may turn out empty, one after the other
 
 
-def superpixels(image: np.ndarray) -> np.ndarray:
+def superpixels(image: np.ndarray, air: float = 0.0) -> np.ndarray:
     """The regions of a slice: felzenszwalb's, within the body.
 
-    The body is the largest piece above 0, its holes filled. A region has at least 400 pixels of
+    The body is the largest piece above `air`, its holes filled. A region has at least 400 pixels of
     256 x 256 (scaled by area) before it is cut to the body.
 
     Args:
         image: float32 [S, S] in [0, 1].
+        air: the value up to which a pixel is air or background, see `Prepared.air`.
 
     Returns:
         int32 [S, S]: 0 off the body, then 1, 2, ...
@@ -51,7 +52,7 @@ def superpixels(image: np.ndarray) -> np.ndarray:
         InputError: scikit-image is not installed.
     """
     felzenszwalb = _felzenszwalb()
-    pieces, count = ndimage.label(image > 0)
+    pieces, count = ndimage.label(image > air)
     if count == 0:
         return np.zeros(image.shape, np.int32)
     body = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
@@ -104,15 +105,21 @@ class SuperpixelEpisodes:
         held_out = [dataset.label_of(organ) for organ in self.hold_out]
         self._sum = 0
         bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
-        self._slices = np.concatenate([self._read(dataset, case, held_out) for case in bar])
+        self._treatments: list[Treatment] = []
+        slices, air = zip(*[self._read(dataset, case, held_out) for case in bar], strict=True)
+        self._slices, self._air = np.concatenate(slices), np.concatenate(air)
+        warn_unlike(self._treatments)
         if not len(self._slices):
             raise InputError(
                 "cases: every slice shows a held-out organ (drop_test_slices); train on others"
             )
         self._found: dict[int, np.ndarray] = {}
 
-    def _read(self, dataset: Dataset, case: str, held_out: list[int]) -> np.ndarray:
-        """float16 [n, S, S]; labels are read only to leave out slices of held-out organs."""
+    def _read(
+        self, dataset: Dataset, case: str, held_out: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Slices, float16 [n, S, S], and what is air in each, [n]; labels are read only to leave
+        out slices of held-out organs."""
         model, train = self.config.model, self.config.train
         image = dataset.image(case)
         prepared = prepare(
@@ -122,13 +129,14 @@ class SuperpixelEpisodes:
             window=model.window,
             normalise=model.normalise,
         )
+        self._treatments.append(prepared.treatment)
         shown = np.zeros(len(prepared.slices), dtype=bool)
         if train.drop_test_slices:
             labels = dataset.load_labels(case)
             check_same_grid(image, labels)
             shown |= np.isin(labels.data, held_out).any(axis=(1, 2))
         self._sum = checksum(self._sum, image.data, shown)
-        return prepared.slices[~shown].astype(np.float16)
+        return prepared.slices[~shown].astype(np.float16), prepared.air[~shown]
 
     @property
     def slice_count(self) -> int:
@@ -167,7 +175,7 @@ class SuperpixelEpisodes:
 
     def _regions(self, which: int) -> np.ndarray:
         if which not in self._found:
-            regions = superpixels(self._slices[which].astype(np.float32))
+            regions = superpixels(self._slices[which].astype(np.float32), self._air[which])
             self._found[which] = regions.astype(np.uint16)
         return self._found[which]
 

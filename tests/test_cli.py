@@ -16,6 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import synthetic_ct, write_nifti
 
 from lslpn.cli import main
 
@@ -708,3 +709,22 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(
     assert err.splitlines()[-1].startswith("lslpn: interrupted")
     assert "Traceback" not in err
     assert files(tmp_path / "out") == set()
+
+
+def test_segment_tells_what_it_had_to_guess_at_and_why_nothing_is_found(
+    tmp_path: Path, run: Run
+) -> None:
+    image, labels = synthetic_ct(0)
+    a = write_nifti(tmp_path / "a.nii.gz", image)
+    m = write_nifti(tmp_path / "m.nii.gz", labels, dtype=np.uint8)
+    b = write_nifti(tmp_path / "b.nii.gz", image + 1024)
+    grey = write_nifti(tmp_path / "grey.nii.gz", np.where(image > -300, 250, 0) + image * 0)
+    common = ["segment", "--support-image", a, "--support-mask", m, "--size=33", "--quiet"]
+    code, out, err = run(*common, "--query", b, "--out", tmp_path / "b_out.nii.gz")
+    assert code == 0
+    assert "note: b.nii.gz: taken for CT stored as HU + 1024" in err
+    assert "label 1: 0 voxels" not in out
+    code, out, err = run(*common, "--query", grey, "--out", tmp_path / "grey_out.nii.gz")
+    assert code == 0
+    assert "note: grey.nii.gz: not taken for CT in HU, while a.nii.gz is" in err
+    assert ("note: grey.nii.gz: nothing was found" in err) == (out.count(": 0 voxels") == 3)

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from lslpn.assets import demo_image, demo_labels
 from lslpn.dataset import Dataset
 from lslpn.errors import InputError
-from lslpn.prepare import ABDOMEN_WINDOW, body_box, body_boxes, prepare, resolve_window
+from lslpn.prepare import (
+    ABDOMEN_WINDOW,
+    Treatment,
+    body_box,
+    body_boxes,
+    prepare,
+    resolve_window,
+    warn_unlike,
+)
 from lslpn.volumes import Volume, read_image, read_labels
 
 
@@ -41,15 +49,42 @@ def _bounds(box: tuple[slice, slice]) -> tuple[int, int, int, int]:
 # --- intensities -------------------------------------------------------------------------------
 
 
-def test_auto_window_is_for_ct_in_hu_alone(ct: Volume) -> None:
+def test_auto_window_is_for_ct_alone(ct: Volume) -> None:
     assert resolve_window(ct, "auto") == ABDOMEN_WINDOW == (-125.0, 275.0)
-    windowed = _with(ct, ct.data.clip(-125, 275))
-    assert resolve_window(windowed, "auto") is None
-    assert resolve_window(_with(ct, ct.data + 1024), "auto") is None
+    grey = _with(ct, (ct.data.clip(-160, 240) + 160) / 400 * 255)  # an 8-bit export
+    assert resolve_window(grey, "auto") is None
     assert resolve_window(ct, None) is None
-    assert resolve_window(windowed, (-10, 90)) == (-10.0, 90.0)
-    # CT that was limited before comes out as raw CT does.
-    np.testing.assert_array_equal(prepare(ct, size=64).slices, prepare(windowed, size=64).slices)
+    assert resolve_window(grey, (-10, 90)) == (-10.0, 90.0)
+
+
+def test_a_window_is_in_hu_whatever_offset_is_stored(ct: Volume) -> None:
+    shifted = _with(ct, ct.data + 1024)
+    for window in ("auto", (-50, 150)):
+        one, other = (prepare(image, size=64, window=window) for image in (ct, shifted))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(one.slices, other.slices)
+    for image in (ct, shifted):
+        with pytest.raises(InputError, match=r"ct\.nii\.gz: every voxel lies on one side"):
+            prepare(image, size=64, window=(5000, 6000))
+
+
+def test_scans_that_were_not_treated_alike_are_named(
+    ct: Volume, recwarn: pytest.WarningsRecorder
+) -> None:
+    def treatment(name: str, data: np.ndarray) -> Treatment:
+        made = prepare(_with(ct, data), size=16, align="body").treatment
+        return dataclasses.replace(made, name=name)
+
+    whole, windowed = treatment("whole", ct.data), treatment("windowed", ct.data.clip(-200, 400))
+    warn_unlike([whole, windowed])
+    assert not recwarn.list
+    grey = treatment("grey", (ct.data.clip(-160, 240) + 160) / 400 * 255)
+    with pytest.warns(UserWarning, match=r"^grey: not taken for CT in HU, while whole and 1 more"):
+        warn_unlike([whole, windowed, grey])
+    with pytest.warns(UserWarning, match=r"^shifted: taken for CT stored as HU \+ 1024"):
+        warn_unlike([treatment("shifted", ct.data + 1024)])
+    close_up = treatment("close-up", np.random.default_rng(0).normal(100, 10, ct.data.shape))
+    with pytest.warns(UserWarning, match=r"^close-up: no body stands out in it, .* while grey is"):
+        warn_unlike([grey, close_up])
 
 
 def test_slices_run_from_0_to_1_each(ct: Volume) -> None:
@@ -74,7 +109,7 @@ def test_normalise_by_volume_and_by_window(ct: Volume) -> None:
     window = prepare(square, size=same, window=(-50, 150), normalise="window").slices
     np.testing.assert_allclose(window, (square.data.clip(-50, 150) + 50) / 200, atol=1e-6)
     with pytest.raises(InputError, match="needs a window"):
-        prepare(_with(ct, ct.data.clip(-125, 275)), size=64, normalise="window")
+        prepare(_with(ct, (ct.data + 1024) / 20), size=64, normalise="window")
 
 
 def test_wrong_options(ct: Volume, labels: Volume) -> None:
@@ -87,9 +122,9 @@ def test_wrong_options(ct: Volume, labels: Volume) -> None:
     for window in ((5, 5), "ct"):
         with pytest.raises(ValueError, match="window"):
             prepare(ct, size=8, window=window)  # type: ignore[arg-type]
-    grid = dataclasses.replace(labels.grid, shape=(1, 2, 3))
+    grid = dataclasses.replace(labels.grid, shape=(64, 56, 13))
     with pytest.raises(InputError, match="shape"):
-        prepare(ct, dataclasses.replace(labels, grid=grid), size=8)
+        prepare(ct, dataclasses.replace(labels, data=labels.data[1:], grid=grid), size=8)
 
 
 # --- there and back ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ from conftest import synthetic_ct, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lslpn.segment
 from lslpn.errors import InputError
 from lslpn.model import LSLPN, untrained
+from lslpn.prepare import Prepared, prepare
 from lslpn.presets import preset
 from lslpn.segment import (
     _BEYOND_COSINE,
     _STRETCH_COST,
     BEYOND,
+    _prepare,
     match_slices,
     segment,
     segment_matched,
@@ -314,6 +318,152 @@ def test_progress_is_shown_only_on_request(
     assert "Segmenting: 100%" in err
 
 
+# --- scans that were stored otherwise -----------------------------------------------------------
+
+
+def _changed(scan: tuple[Volume, Volume], data: np.ndarray) -> tuple[Volume, Volume]:
+    return dataclasses.replace(scan[0], data=np.ascontiguousarray(data, np.float32)), scan[1]
+
+
+@pytest.mark.parametrize("changed", ["support", "query"])
+@pytest.mark.parametrize(("low", "high", "offset"), [(-200, 400, 0), (-1024, 3071, 1024)])
+@pytest.mark.filterwarnings("ignore:.*taken for CT stored as HU:UserWarning")
+def test_a_window_or_an_offset_of_either_scan_does_not_matter(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    changed: str,
+    low: float,
+    high: float,
+    offset: float,
+) -> None:
+    plain = segment(model, [support], query[0])
+    if changed != "query":
+        support = _changed(support, support[0].data.clip(low, high) + offset)
+    if changed != "support":
+        query = _changed(query, query[0].data.clip(low, high) + offset)
+    found = segment(model, [support], query[0])
+    assert (found != plain).sum() < 0.02 * (plain > 0).sum()  # the box may move by a pixel
+
+
+def test_two_scans_are_limited_to_what_both_still_hold(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    limited = _changed(query, query[0].data.clip(-60, 180))
+    ready, target = _prepare(model, [support], limited[0], "none")
+    (scan,) = ready
+    whole = prepare(support[0], size=64, window=(-60, 180)).slices
+    np.testing.assert_array_equal(scan.slices, whole)
+    np.testing.assert_array_equal(target.slices, prepare(limited[0], size=64).slices)
+
+
+def test_the_offset_is_told(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: taken for CT stored as HU \+ 1024"):
+        segment(model, [support], _changed(query, query[0].data + 1024)[0])
+
+
+def _mr(scan: tuple[Volume, Volume], noise: float) -> tuple[Volume, Volume]:
+    """As an MR, over a background of exact zeros or of noise."""
+    rng = np.random.default_rng(0)
+    levels = [0, 0, 300, 150, 1800]
+    clean = np.interp(scan[0].data, [-1000, -300, -100, 40, 190], levels)
+    noisy = np.hypot(
+        clean + noise * rng.normal(size=clean.shape), noise * rng.normal(size=clean.shape)
+    )
+    return _changed(scan, noisy)
+
+
+def test_mr_over_noise_by_a_support_over_zeros(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    found = segment(model, [_mr(support, 0)], _mr(query, 8)[0])
+    for label in (1, 2, 3):
+        assert _dice(found, query[1].data, label) > 0.6
+    assert not recwarn.list
+
+
+def test_where_one_scan_shows_no_body_none_is_cropped(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    support = _mr(support, 0)
+    close_up = _changed(query, np.random.default_rng(0).normal(100, 10, query[0].data.shape))
+    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: no body stands out .* no scan is cut"):
+        ready, target = _prepare(model, [support], close_up[0], "body")
+    for scan in (*ready, target):
+        assert (scan.boxes == [0, 56, 0, 64]).all()
+
+
+def _stuck(matches: np.ndarray) -> np.ndarray:
+    return np.full_like(matches, 13)
+
+
+def test_matches_that_collapse_are_tried_without_the_crop(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = segment(model, [support], query[0], align="none")
+    real = lslpn.segment._match
+
+    def stuck_if_cropped(model: LSLPN, supports: list[Prepared], *rest: Any) -> np.ndarray:
+        matches = real(model, supports, *rest)
+        return _stuck(matches) if supports[0].treatment.body_found else matches
+
+    monkeypatch.setattr(lslpn.segment, "_match", stuck_if_cropped)
+    with pytest.warns(
+        UserWarning, match=r"resemble the same few of 0RAS\.nii\.gz; the whole slices"
+    ):
+        found = segment(model, [support], query[0])
+    np.testing.assert_array_equal(found, plain)
+
+
+def test_matches_that_collapse_and_an_empty_result_are_told(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = lslpn.segment._match
+    monkeypatch.setattr(lslpn.segment, "_match", lambda *given: _stuck(real(*given)))
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030
+        found = segment(model, [support], query[0])
+    assert not found.any()
+    notes = [str(one.message) for one in caught]
+    assert len(notes) == 2
+    assert "so that the result is doubtful" in notes[0]
+    assert "nothing was found, every voxel is 0: none of its slices resembles one" in notes[1]
+
+
+def test_an_organ_that_the_background_outdoes_is_told(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    image, labels = support
+    one = np.zeros_like(labels.data)
+    z, y, x = np.argwhere(labels.data == 3)[0]
+    one[z, y, x] = 1
+    blank = dataclasses.replace(
+        query[0], data=np.where(query[0].data > -300, 40, -1000).astype("f4")
+    )
+    with pytest.warns(UserWarning, match="nothing was found, every voxel is 0"):
+        assert not segment(model, [(image, dataclasses.replace(labels, data=one))], blank).any()
+
+
+def test_weights_that_are_nan_are_refused(
+    support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    broken = untrained(dataclasses.replace(preset("published").model, size=64))
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match="its weights are damaged"):
+        segment(broken, [support], query[0])
+
+
 def test_bad_supports(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
 ) -> None:
@@ -323,5 +473,8 @@ def test_bad_supports(
     empty = dataclasses.replace(labels, data=np.zeros_like(labels.data))
     with pytest.raises(InputError, match=r"0RAS_l\.nii\.gz: the mask is empty"):
         segment(model, [support, (image, empty)], query[0])
+    affine = labels.grid.affine.copy()
+    affine[0, 3] += 5
+    moved = dataclasses.replace(labels.grid, affine=affine)
     with pytest.raises(InputError, match="affine differs"):
-        segment(model, [(image, query[1])], query[0])
+        segment(model, [(image, dataclasses.replace(labels, grid=moved))], query[0])

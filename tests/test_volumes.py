@@ -145,12 +145,17 @@ def test_big_endian_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "b.nii").dataobj), data)
 
 
-def test_labels_above_255_become_int16_both_ways(tmp_path: Path, volume: Volume) -> None:
+@pytest.mark.parametrize(
+    ("label", "dtype"), [(255, np.uint8), (300, np.int16), (40000, np.int32), (2**31 - 1, np.int32)]
+)
+def test_labels_get_the_type_that_holds_them_both_ways(
+    tmp_path: Path, volume: Volume, label: int, dtype: type
+) -> None:
     labels = np.zeros(volume.data.shape, np.int64)
-    labels[0, 0, 0] = 300
+    labels[0, 0, 0] = label
     write_labels(tmp_path / "l.nii.gz", labels, volume)
     back = read_labels(tmp_path / "l.nii.gz")
-    assert back.data.dtype == np.int16
+    assert back.data.dtype == dtype
     np.testing.assert_array_equal(back.data, labels)
 
 
@@ -161,6 +166,14 @@ def test_float_labels_with_a_slope_are_whole_numbers_still(tmp_path: Path) -> No
     labels = read_labels(tmp_path / "l.nii.gz")
     assert labels.data.dtype == np.uint8
     assert set(np.unique(labels.data)) == {0, 2, 4}
+
+
+def test_labels_that_a_slope_left_beside_whole_numbers_are_rounded(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.array([[[0, 1], [2, 1]]], np.int16), np.eye(4))
+    image.header.set_slope_inter(1.000015, 0)
+    nib.save(image, tmp_path / "l.nii.gz")
+    assert (nib.load(tmp_path / "l.nii.gz").get_fdata() % 1 > 0).any()
+    np.testing.assert_array_equal(read_labels(tmp_path / "l.nii.gz").data.ravel(), [2, 0, 1, 1])
 
 
 def test_same_labels_give_the_same_bytes(tmp_path: Path, volume: Volume) -> None:
@@ -271,7 +284,12 @@ def test_constant_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "word"),
-    [(0.5, "whole numbers (such as 0.5)"), (-1.0, "from -1"), (40000.0, "32767")],
+    [
+        (0.5, "whole numbers (such as 0.5)"),
+        (2.00203, "whole numbers (such as 2.00203)"),
+        (-1.0, "from -1"),
+        (3e9, "2147483647"),
+    ],
 )
 def test_values_that_are_no_labels(tmp_path: Path, data: float, word: str) -> None:
     array = np.zeros((3, 4, 5), np.float32)
@@ -312,21 +330,122 @@ def test_labels_of_another_grid(tmp_path: Path, volume: Volume) -> None:
     mask = np.zeros(shape, np.uint8)
     same = read_labels(_write(tmp_path / "same.nii.gz", mask, affine + 1e-4))
     check_same_grid(volume, same)
-    moved = affine.copy()
+    moved, mirrored = affine.copy(), affine @ np.diag([-1.0, 1, 1, 1])
     moved[0, 3] += 1.0
-    with pytest.raises(InputError, match=r"moved\.nii\.gz: its affine differs.* 1 mm"):
-        check_same_grid(volume, read_labels(_write(tmp_path / "moved.nii.gz", mask, moved)))
+    for other, mm in ((moved, "1"), (mirrored, r"\d+")):
+        path = _write(tmp_path / "moved.nii.gz", mask, other)
+        with pytest.raises(
+            InputError, match=rf"moved\.nii\.gz: its affine differs.* {mm} mm"
+        ) as caught:
+            check_same_grid(volume, read_labels(path))
+        assert "copy" not in str(caught.value)  # an affine copied onto it would mirror the organs
     other = read_labels(_write(tmp_path / "other.nii.gz", np.zeros((56, 14, 65), "u1"), affine))
     with pytest.raises(InputError, match=r"other\.nii\.gz: its shape 56 x 14 x 65 differs"):
         check_same_grid(volume, other)
 
 
-def test_same_frame_but_another_order_of_axes_is_another_grid(tmp_path: Path) -> None:
-    image, labels = synthetic_ct(0, shape=(10, 10, 10))
-    a = read_image(write_nifti(tmp_path / "a.nii.gz", image, axes="RAS"))
-    b = read_labels(write_nifti(tmp_path / "b.nii.gz", labels, axes="LAS"))
-    with pytest.raises(InputError, match="affine differs"):
-        check_same_grid(a, b)
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 6)] * 3).filter(lambda shape: np.prod(shape) > 1),
+    axes=st.tuples(*[st.sampled_from(ORIENTATIONS)] * 2),
+    tilt=st.floats(-40, 40),
+)
+def test_a_mask_may_hold_the_axes_in_another_order_and_direction(
+    tmp_path_factory: pytest.TempPathFactory,
+    shape: tuple[int, int, int],
+    axes: tuple[str, str],
+    tilt: float,
+) -> None:
+    folder = tmp_path_factory.mktemp("same")
+    data = np.arange(1, 1 + np.prod(shape)).reshape(shape)
+    options = {"spacing": (4.0, 3.0, 2.5), "tilt": tilt}
+    image = read_image(write_nifti(folder / "i.nii", data - 2, axes=axes[0], **options))
+    mask = read_labels(write_nifti(folder / "l.nii", data, axes=axes[1], **options))
+    check_same_grid(image, mask)
+    np.testing.assert_array_equal(image.data, mask.data - 2.0)
+
+
+def test_a_tilted_gantry_shifts_slices_and_makes_them_no_larger(tmp_path: Path) -> None:
+    data = np.zeros((4, 5, 6), np.int16)
+    data[1] = 1
+    affine = np.diag([-2.0, -3, 5, 1])
+    affine[1, 2] = 5 * np.tan(np.radians(25))
+    volume = read_image(_write(tmp_path / "tilted.nii", data.transpose(2, 1, 0), affine))
+    assert volume.spacing == pytest.approx((5, 3, 2))
+    assert volume.voxel_ml == pytest.approx(0.03)
+    column = 5 / np.cos(np.radians(25))  # from a voxel to the next one up
+    assert np.linalg.norm(volume.affine[:3, 2]) == pytest.approx(column)
+
+
+# --- headers that say too little or too much ---------------------------------------------------
+
+
+def _with_forms(
+    path: Path, sform: np.ndarray | None, qform: np.ndarray | None, *, sform_code: int = 1
+) -> tuple[Path, np.ndarray]:
+    """A file with these forms, code 0 for None; nibabel itself keeps them alike."""
+    data = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    image = nib.Nifti1Image(data, np.eye(4))
+    header = image.header
+    header.set_qform(np.diag([2.0, 2, 3, 1]) if qform is None else qform, code=1)
+    header["qform_code"] = 0 if qform is None else 1
+    for row, name in enumerate(("srow_x", "srow_y", "srow_z")):
+        header[name] = 0 if sform is None else sform[row]
+    header["sform_code"] = 0 if sform is None else sform_code
+    header["vox_offset"] = 352
+    path.write_bytes(header.binaryblock + b"\0" * 4 + data.tobytes(order="F"))
+    return path, data
+
+
+_GOOD = np.array([[-2.0, 0, 0, 9], [0, 0, 3, 8], [0, -2, 0, 7], [0, 0, 0, 1]])  # LIA
+
+
+def _noted(path: Path, *words: str) -> Volume:
+    with pytest.warns(UserWarning, match=path.name) as caught:
+        volume = read_image(path)
+    (one,) = caught
+    for word in words:
+        assert word in str(one.message)
+    return volume
+
+
+def test_a_singular_sform_beside_a_good_qform(tmp_path: Path) -> None:
+    path, _ = _with_forms(tmp_path / "a.nii", np.zeros((4, 4)), _GOOD)
+    volume = _noted(path, "sform is singular", "qform is used")
+    np.testing.assert_allclose(volume.grid.affine, _GOOD, atol=1e-5)
+    write_labels(tmp_path / "b.nii", np.ones(volume.data.shape, np.uint8), volume)
+    ours = nib.load(tmp_path / "b.nii")  # usable by all, with the qform as it was
+    np.testing.assert_allclose(ours.affine, _GOOD, atol=1e-5)
+    assert int(ours.header["qform_code"]) == 1
+
+
+def test_a_broken_qform_beside_a_good_sform(tmp_path: Path) -> None:
+    path, _ = _with_forms(tmp_path / "a.nii", _GOOD, _GOOD)
+    raw = bytearray(path.read_bytes())
+    raw[256:260] = np.float32(3).tobytes()  # quatern_b: longer than 1
+    path.write_bytes(bytes(raw))
+    volume = _noted(path, "qform is singular", "sform is used")
+    np.testing.assert_allclose(volume.grid.affine, _GOOD)
+
+
+def test_neither_sform_nor_qform(tmp_path: Path) -> None:
+    path, data = _with_forms(tmp_path / "a.nii", None, None)
+    volume = _noted(path, "neither sform nor qform", "LAS")
+    assert volume.spacing == pytest.approx((3, 2, 2))
+    np.testing.assert_array_equal(volume.data, data.transpose(2, 1, 0)[:, ::-1])
+    write_labels(tmp_path / "b.nii", volume.data.astype(int), volume)
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "b.nii").dataobj), data)
+
+
+def test_sform_and_qform_that_differ(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    near = _GOOD.copy()
+    near[:3, 3] += 0.1  # as tools round
+    read_image(_with_forms(tmp_path / "near.nii", _GOOD, near)[0])
+    assert not recwarn.list
+    other = np.diag([2.0, 2, 3, 1])
+    path, _ = _with_forms(tmp_path / "a.nii", _GOOD, other)
+    volume = _noted(path, "sform and qform differ", "LIA", "RAS", "sform is used")
+    np.testing.assert_allclose(volume.grid.affine, _GOOD)
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -362,6 +481,14 @@ def test_folder_that_cannot_be_written(tmp_path: Path, volume: Volume) -> None:
         write_labels(tmp_path / "d.nii.gz", labels, volume)
 
 
+def test_endings_in_capitals(tmp_path: Path, volume: Volume) -> None:
+    labels = np.ones(volume.data.shape, np.uint8)
+    for name in ("P.NII.GZ", "P.NII"):
+        write_labels(tmp_path / name, labels, volume)
+        assert ((tmp_path / name).read_bytes()[:2] == b"\x1f\x8b") == name.endswith("GZ")
+        np.testing.assert_array_equal(read_labels(tmp_path / name).data, labels)
+
+
 def test_written_files_have_ordinary_permissions(tmp_path: Path, volume: Volume) -> None:
     write_labels(tmp_path / "p.nii.gz", np.ones(volume.data.shape, np.uint8), volume)
     (tmp_path / "plain").touch()
@@ -374,6 +501,6 @@ def test_wrong_ending_shape_and_range(tmp_path: Path, volume: Volume) -> None:
         write_labels(tmp_path / "p.png", labels, volume)
     with pytest.raises(ValueError, match="expected shape 14 x 56 x 64"):
         write_labels(tmp_path / "p.nii.gz", labels[1:], volume)
-    with pytest.raises(ValueError, match="0 to 32767"):
-        write_labels(tmp_path / "p.nii.gz", labels * 40000, volume)
+    with pytest.raises(ValueError, match="0 to 2147483647"):
+        write_labels(tmp_path / "p.nii.gz", labels * np.int64(2**31), volume)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.nii.gz"]

@@ -201,7 +201,7 @@ def segment(
             f"--support-mask: expected one per --support-image, got {len(support_mask)} for "
             f"{len(support_image)}; give them in pairs, in the same order"
         )
-    if not out.name.endswith((".nii.gz", ".nii")):
+    if not out.name.lower().endswith((".nii.gz", ".nii")):
         raise InputError(f"--out: expected a name that ends in .nii.gz or .nii, got {out.name}")
     for name, given in (
         ("--support-image", support_image),
@@ -241,10 +241,9 @@ def segment(
     )
     write_labels(out, labels, volume)
     print(f"written: {out}")
-    z, y, x = volume.spacing
     for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
         count = int((labels == label).sum())
-        print(f"label {label}: {count} voxels, {count * z * y * x / 1000:.1f} ml")
+        print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml")
 
 
 @app.command(cls=OneOfEach)
