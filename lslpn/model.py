@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from .errors import InputError
@@ -20,7 +22,9 @@ def untrained(
     step 0.
 
     Args:
-        config: a preset's name, or a configuration; `ModelConfig.method` says which network.
+        config: a configuration, whose `ModelConfig.method` says which network; or a preset's name,
+            for that preset with scans cropped to the body (`ModelConfig.align`), which suits a
+            network that no training has accustomed to whole slices.
         seed: of the reduction layer, and of everything that does not come from ImageNet.
 
     Raises:
@@ -30,7 +34,7 @@ def untrained(
     if not 0 <= seed < 2**63:
         raise InputError(f"seed: expected a whole number from 0 to 2^63 - 1, got {seed}")
     if isinstance(config, str):
-        config = preset(config)
+        config = dataclasses.replace(preset(config).model, align="body")
     if isinstance(config, Config):
         config = config.model
     # Modules draw from torch's own generator as they are built; the caller's stays as it was.

@@ -4,6 +4,8 @@ Masked average pooling over an overlapping grid of windows, and cosine matching 
 them, at image resolution. Depends on torch alone; works with any encoder.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from ._backends import BackendStatus
 from ._backends import status as _status
 from .geometry import GridSpec
@@ -14,10 +16,16 @@ __all__ = [
     "BackendStatus",
     "GridSpec",
     "LocalPrototypeHead",
+    "__version__",
     "backends",
     "cosine_match",
     "masked_average_pool",
 ]
+
+try:
+    __version__ = version("lslpn")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "0+unknown"
 
 
 def backends() -> dict[str, BackendStatus]:
