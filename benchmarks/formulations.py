@@ -25,8 +25,7 @@ from torch import Tensor
 from lslpn_kernels import GridSpec, LocalPrototypeHead, cosine_match, masked_average_pool
 from lslpn_kernels._backends import torch_
 from lslpn_kernels.geometry import Axis
-from lslpn_kernels.reference import class_masks
-from lslpn_kernels.reference import accumulation_dtype, unit
+from lslpn_kernels.reference import accumulation_dtype, class_masks, unit
 
 from .sizes import Size
 
