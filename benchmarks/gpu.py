@@ -1,17 +1,22 @@
 """Everything that needs a GPU, in one command and under ten minutes.
 
-    python -m benchmarks.gpu --out DIR
+    python -m benchmarks.gpu --out DIR [--triton-cache DIR]
 
-Builds the compiled module for this machine's GPU, runs the tests marked `gpu` over the cuda and the
-triton backend, the memory and race checkers of the CUDA toolkit where they are there, and then the
-benchmark of the head. Needs torch, pytest, and for the cuda backend nvcc, pybind11 and ninja; no
-network. Each step has its time, and one that fails or runs out of it is written down and does not
-stop the rest.
+What tells most comes first: the compiled module is built for this machine's GPU and the Triton
+kernels are compiled, each backend is checked in a few cases, the kernels are timed beside eager
+PyTorch; then come the other tests, the slow baselines (torch.compile), and the memory and race
+checkers of the CUDA toolkit where they are there. A step that fails, or runs out of its time, is
+written down and does not stop the rest. Given the same folder again, the command goes on: what has
+passed is not repeated, and what was measured is kept.
+
+Needs torch, pytest, and for the cuda backend nvcc, pybind11 and ninja; no network. `--triton-cache`
+takes what `python -m benchmarks.compile_ahead` has made elsewhere for this GPU, and saves the time
+to compile.
 
 `DIR` gets `gpu.json` (device, driver, versions, commit, and every step's outcome so far),
-`summary.txt` with what was to be reached and what was (benchmarks/goals.py), the record and plot of
-`benchmarks.head`, and each step's whole output as `STEP.log`. Exits with 0 if every step passed, 1
-if one did not, 2 where there is no GPU.
+`summary.txt` with what was to be reached and what was (benchmarks/goals.py), the record `head.json`
+of `benchmarks.head` and its plot, and each step's whole output as `STEP.log`. Exits with 0 if every
+step passed, 1 if one did not, 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ import torch
 from . import goals, machine
 
 _TAIL = 4000  # characters of a step's output that the record keeps
+_FIRST = "test_paper_size"  # of the tests: what the benchmark then measures
 _GRACE = 10.0  # seconds from being asked to stop to being stopped
 
 
@@ -50,12 +56,14 @@ class Step:
         command: program and arguments.
         seconds: how long it may take, at most.
         environment: variables set for it.
+        always: whether it is run again though it has passed in an earlier run.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: float
     environment: tuple[tuple[str, str], ...] = ()
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,32 +78,52 @@ class Outcome:
 
 
 def plan(
-    out: Path, capability: str | None, quick: bool = False, checker: str | None = None
+    out: Path, capability: str | None, checker: str | None = None, cache: Path | None = None
 ) -> list[Step]:
     """The steps for a GPU of this compute capability, such as "90"; `checker` is
-    compute-sanitizer, where it is there."""
+    compute-sanitizer, where it is there, and `cache` one for Triton in place of its own."""
     python = sys.executable
-    build = (
-        ("LSLPN_REQUIRE", "cuda"),
-        *((("LSLPN_CUDA_ARCHS", capability),) if capability else ()),
-    )
+    cached = (("TRITON_CACHE_DIR", str(cache)),) if cache else ()
+
+    def tests(
+        name: str, which: str, seconds: float, require: str, *options: str, workers: int = 0
+    ) -> Step:
+        environment = (("LSLPN_REQUIRE", require), *cached)
+        return Step(name, _tests(which, *options, workers=workers), seconds, environment)
+
+    def benchmark(name: str, number: int, seconds: float) -> Step:
+        record = ("--record", str(out / "head.json"), "--round", str(number))
+        command = (python, "-m", "benchmarks.head", "--device", "cuda", *record)
+        return Step(name, command, seconds, cached)
+
+    archs = (("LSLPN_CUDA_ARCHS", capability),) if capability else ()
+    ahead = [python, "-m", "benchmarks.compile_ahead", "--arch", capability or "90"]
+    ahead += ["--out", str(cache)] if cache else []
     steps = [
-        Step("build", (python, "setup.py", "build_ext", "--inplace"), 120, build),
-        Step("tests-cuda", _tests("not triton"), 100, (("LSLPN_REQUIRE", "cuda"),)),
-        # Triton compiles for most of the time, on one core.
-        Step("tests-triton", _tests("triton", workers=8), 130, (("LSLPN_REQUIRE", "triton"),)),
+        Step(
+            "build",
+            (python, "setup.py", "build_ext", "--inplace"),
+            120,
+            (("LSLPN_REQUIRE", "cuda"), *archs),
+            always=True,
+        ),
+        Step("compile-triton", tuple(ahead), 90, always=True),
+        tests("check-cuda", f"{_FIRST} and not triton", 30, "cuda"),
+        tests("check-triton", f"{_FIRST} and triton", 45, "triton"),
+        benchmark("benchmark", 1, 150),
+        tests("tests-cuda", f"not triton and not {_FIRST}", 90, "cuda"),
+        tests("tests-triton", f"triton and not {_FIRST}", 90, "triton", workers=8),
+        benchmark("baselines", 2, 180),
     ]
     if checker:
         # The checkers slow a kernel down some hundred times: one small case for each kernel. They
         # know what lies beyond an allocation, not what torch makes of it.
         small = _tests("test_situation and float32 and not triton", "-x")
-        alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("LSLPN_REQUIRE", "cuda"))
+        own_memory = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("LSLPN_REQUIRE", "cuda"))
         steps += [
-            Step(tool, (checker, "--tool", tool, "--error-exitcode", "9", *small), 45, alone)
+            Step(tool, (checker, "--tool", tool, "--error-exitcode", "9", *small), 120, own_memory)
             for tool in ("memcheck", "racecheck")
         ]
-    benchmark = (python, "-m", "benchmarks.head", "--device", "cuda", "--out", str(out))
-    steps.append(Step("benchmark", (*benchmark, *(("--quick",) if quick else ())), 600))
     return steps
 
 
@@ -107,18 +135,32 @@ def _tests(which: str, *options: str, workers: int = 0) -> tuple[str, ...]:
     return (*command, *options, "-m", "gpu", "-k", which, "tests/test_gpu.py")
 
 
-def run(steps: Sequence[Step], seconds: float, out: Path, device: dict[str, Any]) -> list[Outcome]:
+def run(
+    steps: Sequence[Step],
+    seconds: float,
+    out: Path,
+    device: dict[str, Any],
+    earlier: Sequence[Outcome] = (),
+) -> list[Outcome]:
     """Runs the steps in turn, within `seconds` all together, and writes down after each how it
-    went."""
+    went. What has passed `earlier` is left as it is."""
     ends = time.monotonic() + seconds
+    known = {outcome.name: outcome for outcome in earlier}
     outcomes: list[Outcome] = []
     for step in steps:
-        least = min(step.seconds, ends - time.monotonic() - _GRACE)
-        print(f"== {step.name} (at most {max(least, 0):.0f} s)", flush=True)
-        outcome = _run(step, least, out / f"{step.name}.log") if least > 0 else _not_run(step)
-        print(f"{outcome.tail}\n-- {step.name}: {outcome.outcome}, {outcome.seconds:.0f} s")
+        before = known.get(step.name)
+        if before and before.outcome == "passed" and not step.always:
+            outcome = before
+        else:
+            least = min(step.seconds, ends - time.monotonic() - _GRACE)
+            print(f"== {step.name} (at most {max(least, 0):.0f} s)", flush=True)
+            ran = _run(step, least, out / f"{step.name}.log") if least > 0 else None
+            outcome = ran or before or _not_run(step)
+            print(f"{outcome.tail}\n-- {step.name}: {outcome.outcome}, {outcome.seconds:.0f} s")
+        known[step.name] = outcome
         outcomes.append(outcome)
-        _write(out / "gpu.json", json.dumps(record_of(outcomes, device), indent=2) + "\n")
+        so_far = [known[s.name] for s in steps if s.name in known]
+        _write(out / "gpu.json", json.dumps(record_of(so_far, device), indent=2) + "\n")
     return outcomes
 
 
@@ -167,11 +209,29 @@ def record_of(outcomes: Sequence[Outcome], device: dict[str, Any]) -> dict[str, 
     """What gpu.json holds."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit() or os.environ.get("LSLPN_COMMIT"),
+        "commit": machine.commit(),
         "versions": machine.versions(),
         "device": device,
         "steps": [asdict(outcome) for outcome in outcomes],
     }
+
+
+def earlier(out: Path, device: dict[str, Any]) -> list[Outcome]:
+    """What an earlier run into this folder has done.
+
+    Raises:
+        ValueError: it was of other code, or another machine.
+    """
+    path = out / "gpu.json"
+    if not path.exists():
+        return []
+    found, here = json.loads(path.read_text("utf-8")), record_of([], device)
+    differ = [key for key in ("commit", "versions", "device") if found[key] != here[key]]
+    if differ:
+        raise ValueError(
+            f"{path} was made with another {' and '.join(differ)}; give --out a new folder"
+        )
+    return [Outcome(**step) for step in found["steps"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,11 +241,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the record")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all steps (default 9.5)")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument(
+        "--triton-cache", type=Path, metavar="DIR", help="of benchmarks.compile_ahead"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes must be above 0, got {options.minutes}")
+    cache = options.triton_cache.resolve() if options.triton_cache else None
+    if cache and not cache.is_dir():
+        parser.error(f"--triton-cache {cache}: no such folder")
     out = options.out.resolve()
     capability = None
     if torch.cuda.is_available():
@@ -193,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checker = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
-    steps = plan(out, capability, options.quick, checker)
+    steps = plan(out, capability, checker, cache)
     if options.dry_run:
         for step in steps:
             print(f"{step.name}: {shlex.join(step.command)}")
@@ -203,9 +268,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the step
     out.mkdir(parents=True, exist_ok=True)
-    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    outcomes = run(steps, options.minutes * 60, out, machine.describe("cuda"))
-    text = summary(outcomes, machine.describe("cuda")["name"], _newest(out, began))
+    device = machine.describe("cuda")
+    try:
+        before = earlier(out, device)
+    except ValueError as error:
+        parser.error(str(error))
+    outcomes = run(steps, options.minutes * 60, out, device, before)
+    head = out / "head.json"
+    record = json.loads(head.read_text("utf-8")) if head.exists() else None
+    text = summary(outcomes, device["name"], record)
     _write(out / "summary.txt", text)
     print(text)
     return 0 if all(o.outcome == "passed" for o in outcomes) else 1
@@ -216,13 +287,6 @@ def summary(outcomes: Sequence[Outcome], device: str, record: dict[str, Any] | N
     lines = [device, *(f"{o.name:14} {o.outcome:12} {o.seconds:6.1f} s" for o in outcomes), ""]
     lines += goals.lines(record) if record else ["no record of benchmarks.head"]
     return "\n".join(lines) + "\n"
-
-
-def _newest(out: Path, began: str) -> dict[str, Any] | None:
-    """The record of `benchmarks.head` that was made since."""
-    records = (json.loads(path.read_text("utf-8")) for path in out.glob("head-*.json"))
-    made = [record for record in records if record["date"] >= began]
-    return max(made, key=lambda record: str(record["date"]), default=None)
 
 
 def _write(path: Path, text: str) -> None:

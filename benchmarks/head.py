@@ -4,10 +4,13 @@
     python -m benchmarks.head --device cuda
     python -m benchmarks.head --report FILE.json  # the tables of a record, as Markdown
 
-All backends take turns in one process, so that whatever else happens on the machine hits all
-alike; what counts are the ratios. Before anything is timed, every backend's results and gradients
-are compared with those of `torch` in float64. Needs torch alone; matplotlib, where it is there,
-draws the plot. benchmarks/results/README.md tells what the record holds.
+Backends take turns in one process, so that whatever else happens on the machine hits all of them;
+what counts are the ratios. Before a backend is timed, its results and gradients are compared with
+those of `torch` in float64. There are two rounds over all sizes: the kernels beside eager PyTorch
+first, then the slow baselines, which may compile for minutes, with the kernels again so that the
+ratios are of calls in turn. The record is written after each size of each round, and a run that is
+given it as `--record` continues it. Needs torch only; matplotlib, where installed, draws the plot.
+benchmarks/results/README.md tells what the record holds.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ _TOLERANCE = {
     torch.float16: (1e-2, 1e-1),
     torch.bfloat16: (2e-2, 2e-1),
 }
+# Baselines of the second round: they compile for long, or are slow.
+SLOW = ("reference", "torch-windows", *COMPILED)
 _WINDOWS_MOST = {"cpu": 3 << 30, "cuda": 16 << 30}
 
 
@@ -54,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    (options.record.parent if options.record else options.out).mkdir(parents=True, exist_ok=True)
     sizes = chosen(options.sizes, options.dtypes, options.device, options.quick)
     seconds = options.seconds or (2.5 if options.quick else 4 if options.device == "cuda" else 8)
     began = time.perf_counter()
+    names = options.backends or _default_backends(options.device, options.quick)
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "benchmark": "head",
@@ -71,31 +77,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "backends": {name: str(status) for name, status in status_of_backends().items()},
         "rates": {},
         "sizes": {},
+        "rounds": [],
         "checks": [],
         "measurements": [],
         "memory": [],
         "failures": [],
     }
-    path = _free_name(options.out, record)
-    names = options.backends or _default_backends(options.device, options.quick)
+    path: Path = options.record or _free_name(options.out, record)
+    if path.exists():
+        record = _gone_on_with(path, record)
+    left = [
+        (number, size, of_size)
+        for number in ((options.round,) if options.round else (1, 2))
+        for size in sizes
+        if (of_size := _of_round(number, names, size, options))
+        and [number, size.key] not in record["rounds"]
+    ]
     _measure_rates(record, options.device, sizes)
     try:
-        for size in sizes:
-            _say(f"{size.key}: {size.describe()}")
-            of_size = [name for name in names if _takes_part(name, size, options)]
-            _measure(record, size, of_size, options, seconds)
+        for number, size, of_size in left:
+            _say(f"{size.key}, round {number}: {size.describe()}")
+            _measure(record, number, size, of_size, options, seconds)
+            record["rounds"].append([number, size.key])
             _release(options.device)
             _compare(record)
             _save(path, record)  # what was measured so far, should the run be cut short
     except KeyboardInterrupt:  # also of benchmarks.gpu, when the time is up
-        record["failures"].append(_failure(size, "all", "all", "run", "interrupted"))
-        options.no_memory = True
-    if options.device == "cpu" and not options.no_memory:
+        interrupted = _failure(size, "all", "all", "run", "interrupted")
+        _compare(record)
+        _save(path, {**record, "failures": [*record["failures"], interrupted]})
+        print(report.markdown(_rounded(record)))
+        return 1
+    if options.device == "cpu" and not options.no_memory and (left or not record["memory"]):
         _measure_memory(record, sizes, names, options)
     _measure_rates(record, options.device, sizes)
     _compare(record)
     record["load_after"] = machine.load()
-    record["took_seconds"] = round(time.perf_counter() - began, 1)
+    record["took_seconds"] = round(record.get("took_seconds", 0) + time.perf_counter() - began, 1)
     _save(path, record)
     print(report.markdown(_rounded(record)))
     _say(f"\nrecord: {path}")
@@ -139,6 +157,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: as torch has it")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results")
+    parser.add_argument("--round", type=int, choices=(1, 2), help="only this one")
+    parser.add_argument("--record", type=Path, metavar="FILE",
+                        help="write this file; if it exists, go on with it")  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="FILE",
                         help="print the tables of a record and stop")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -187,6 +208,34 @@ def _takes_part(name: str, size: Size, options: argparse.Namespace) -> bool:
     return True
 
 
+def _of_round(number: int, names: Sequence[str], size: Size, options: Any) -> list[str]:
+    """Who takes part in a round of a size: the kernels and `torch` in the first, in the second the
+    slow baselines and, to be set against, the first ones again."""
+    here = [name for name in names if _takes_part(name, size, options)]
+    first = sorted((n for n in here if n not in SLOW), key=lambda n: n not in KERNELS)
+    slow = [name for name in here if name in SLOW]
+    return first if number == 1 else [*first, *slow] if slow else []
+
+
+def _gone_on_with(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of an earlier run, if it is of the same code and machine.
+
+    Raises:
+        SystemExit: it is not.
+    """
+    try:
+        earlier: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        differ = [k for k in ("schema", "commit", "versions", "device") if earlier[k] != record[k]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--record {path}: not a record of benchmarks.head ({error!r})") from error
+    if differ:
+        raise SystemExit(
+            f"--record {path}: made with another {' and '.join(differ)}; name a file that is new"
+        )
+    earlier["failures"] = [f for f in earlier["failures"] if f["step"] != "run"]
+    return earlier
+
+
 def _measure_rates(record: dict[str, Any], device: str, sizes: Sequence[Size]) -> None:
     """How fast this machine copies and multiplies, at the beginning and the end of a run; the
     faster counts. Small copies lie in the caches of a CPU, as an episode's features do; on a GPU
@@ -213,6 +262,7 @@ def _faster(rates: dict[str, float], name: str, rate: float) -> None:
 
 def _measure(
     record: dict[str, Any],
+    number: int,
     size: Size,
     names: list[str],
     options: argparse.Namespace,
@@ -233,49 +283,32 @@ def _measure(
     }
     try:
         inputs = draw(size, device)
-        truth = {part: _truth(size, inputs, part) for part in PARTS}
+        truth = {part: _truth(size, inputs, part) for part in PARTS[: 3 if number == 1 else 1]}
     except Exception as error:
         record["failures"].append(_failure(size, "torch", "head", "inputs", error))
         return
-    slots, works = [], []
+    failed = {
+        (f["backend"], f["part"])
+        for f in record["failures"]
+        if (f["size"], f["step"]) == (size.key, "check")
+    }
+    works = []
     for name in names:
-        slow = name in COMPILED or name == "torch-windows"
-        for part in PARTS[:1] if slow else PARTS:
-            _say(f"  checking {name} {part}")
-            work: Work | None = None
-            try:
-                work = Work(build(name, part, size, device), *inputs.of(part))
-                if name in COMPILED:
-                    work.inference()  # a graph of its own: compiled here, not on the clock
-                work.clear()
-                work.both()
-                wrong = _check(record, size, name, part, work, truth[part])
-            except Exception as error:
-                record["failures"].append(_failure(size, name, part, "check", error))
-                _release(device)
+        for part in truth:
+            if number == 2 and (name, part) in failed:
                 continue
-            finally:
-                if work is not None:
-                    work.clear()
-            if wrong:
-                record["failures"].append(_failure(size, name, part, "check", wrong))
-                continue
-            works.append((name, part, work))
-            before = _marked(work) if name in COMPILED and device == "cuda" else work.clear
-            slots += [
-                Slot(part, name, "called", ("inference",), (work.inference,), before),
-                Slot(
-                    part, name, "called", ("forward", "backward"), (work.forward, work.backward),
-                    before,
-                ),
-            ]  # fmt: skip
+            work = _checked(record, size, name, part, inputs, truth[part], device)
+            if work:
+                works.append((name, part, work))
     del truth
     _release(device)
+    slots = [slot for name, part, work in works for slot in _called(name, part, work, device)]
     if device == "cuda":
+        new = [work for work in works if number == 1 or work[0] in SLOW]
         if not options.no_memory:
-            _measure_cuda_memory(record, size, works)
+            _measure_cuda_memory(record, size, new)
         if size.replayed:
-            slots += _replays(record, size, works)
+            slots += _replays(record, size, new)
     _say(f"  timing for {seconds:g} s and more")
     try:
         in_turn(slots, device, seconds)
@@ -283,7 +316,47 @@ def _measure(
         _collect(record, size, slots)
 
 
+def _checked(
+    record: dict[str, Any],
+    size: Size,
+    name: str,
+    part: str,
+    inputs: Inputs,
+    truth: list[tuple[slice, Tensor, tuple[Tensor, ...]]],
+    device: str,
+) -> Work | None:
+    """A part of a backend, ready to be timed; None if it is wrong or fails, which is entered."""
+    _say(f"  checking {name} {part}")
+    work: Work | None = None
+    try:
+        work = Work(build(name, part, size, device), *inputs.of(part))
+        if name in COMPILED:
+            work.inference()  # a graph of its own: compiled here, not on the clock
+        work.clear()
+        work.both()
+        wrong: BaseException | str = _check(record, size, name, part, work, truth)
+    except Exception as error:
+        wrong = error
+    if work is not None:
+        work.clear()
+    if not wrong:
+        return work
+    record["failures"].append(_failure(size, name, part, "check", wrong))
+    _release(device)
+    return None
+
+
+def _called(name: str, part: str, work: Work, device: str) -> list[Slot]:
+    before = _marked(work) if name in COMPILED and device == "cuda" else work.clear
+    steps = {
+        ("inference",): (work.inference,),
+        ("forward", "backward"): (work.forward, work.backward),
+    }
+    return [Slot(part, name, "called", passes, steps[passes], before) for passes in steps]
+
+
 def _collect(record: dict[str, Any], size: Size, slots: Sequence[Slot]) -> None:
+    """Enters what the slots have measured, in place of what an earlier round has."""
     for slot in slots:
         if slot.failure:
             how = " ".join((slot.how, *slot.names))
@@ -292,19 +365,24 @@ def _collect(record: dict[str, Any], size: Size, slots: Sequence[Slot]) -> None:
             continue
         for name, times in slot.passes().items():
             q20, median, q80 = _quantiles(times)
-            record["measurements"].append(
-                {
-                    "size": size.key,
-                    "part": slot.part,
-                    "backend": slot.backend,
-                    "how": slot.how,
-                    "pass": name,
-                    "median_ms": median,
-                    "q20_ms": q20,
-                    "q80_ms": q80,
-                    "samples": len(times),
-                }
-            )
+            place = {
+                "size": size.key,
+                "part": slot.part,
+                "backend": slot.backend,
+                "how": slot.how,
+                "pass": name,
+            }
+            entry = {"median_ms": median, "q20_ms": q20, "q80_ms": q80, "samples": len(times)}
+            _enter(record["measurements"], place, entry)
+
+
+def _enter(entries: list[dict[str, Any]], place: dict[str, Any], entry: dict[str, Any]) -> None:
+    """In the place of an earlier one, so that a table keeps its order."""
+    for earlier in entries:
+        if place.items() <= earlier.items():
+            earlier.update(entry)
+            return
+    entries.append({**place, **entry})
 
 
 def _truth(size: Size, inputs: Inputs, part: str) -> list[tuple[slice, Tensor, tuple[Tensor, ...]]]:
@@ -339,8 +417,8 @@ def _check(
         result = _larger(result, _distance(work.out[of], out))
         for actual, expected in zip(work.grads, grads, strict=True):
             gradients = _larger(gradients, _distance(actual[of], expected))
-    entry = {"size": size.key, "part": part, "backend": name}
-    record["checks"].append({**entry, "result": result, "gradients": gradients})
+    place = {"size": size.key, "part": part, "backend": name}
+    _enter(record["checks"], place, {"result": result, "gradients": gradients})
     most = _TOLERANCE[size.dtype]
     if result <= most[0] and gradients <= most[1]:
         return ""
@@ -396,7 +474,7 @@ def _measure_cuda_memory(
             except Exception as error:
                 record["failures"].append(_failure(size, name, part, "memory", error))
                 continue
-            record["memory"].append({"size": size.key, "backend": name, "extra_mib": found})
+            _enter(record["memory"], {"size": size.key, "backend": name}, {"extra_mib": found})
 
 
 def _measure_memory(
@@ -417,7 +495,7 @@ def _measure_memory(
             )  # fmt: skip
             continue
         for key, extra in found.items():
-            record["memory"].append({"size": key, "backend": name, "extra_mib": extra})
+            _enter(record["memory"], {"size": key, "backend": name}, {"extra_mib": extra})
 
 
 def _compare(record: dict[str, Any]) -> None:

@@ -62,10 +62,11 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+changes" where files were changed since."""
+    """The checkout's commit, with "+changes" where files were changed since; of a copy without
+    its history, what LSLPN_COMMIT says."""
     of = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if of is None:
-        return None
+        return os.environ.get("LSLPN_COMMIT")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return of + ("+changes" if changed else "")
 

@@ -174,6 +174,24 @@ def draw(size: Size, device: str) -> Inputs:
     ).leaves()
 
 
+def blank(size: Size) -> Inputs:
+    """Tensors of these shapes, dtypes and layouts on the CPU, with nothing written to them: memory
+    that no one touches is not taken."""
+    B, C, D = size.B, size.C, size.D
+    accumulated = torch.float64 if size.dtype == torch.float64 else torch.float32
+    G = size.axis.windows
+    image = (size.pixels, size.pixels)
+    return Inputs(
+        support=torch.empty(B, size.K, D, size.cells, size.cells, dtype=size.dtype),
+        foreground=torch.empty(B, size.K, C - 1, *image, dtype=torch.bool),
+        masks=torch.empty(B, size.K, C, *image, dtype=torch.bool),
+        query=torch.empty(B, size.Q, D, size.cells, size.cells, dtype=size.dtype),
+        prototypes=torch.empty(B, C, G, G, D, dtype=accumulated),
+        grad_scores=torch.empty(B, size.Q, C, *image, dtype=accumulated),
+        grad_prototypes=torch.empty(B, C, G, G, D, dtype=accumulated),
+    ).leaves()
+
+
 def least_bytes(size: Size, part: str) -> dict[str, int]:
     """Bytes of a pass if every argument is read once and every result written once. What a
     backend keeps for its backward pass or for itself is not counted, nor are the prototypes

@@ -6,11 +6,12 @@ import json
 import math
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import head, report
+from benchmarks import head, machine, report
 from benchmarks.formulations import build
 from benchmarks.sizes import PARTS, PASSES, SIZES, draw, least_bytes, least_flops
 from benchmarks.timing import Slot, Work, in_turn, sample
@@ -73,6 +74,101 @@ def test_wrong_backend_is_found_and_not_timed(
     assert (failure["backend"], failure["step"]) == ("torch-windows", "check")
     assert "differs from torch in float64 by 1.0e-03" in failure["reason"]
     assert {m["backend"] for m in record["measurements"]} == {"torch"}
+
+
+class _Stop:
+    """Lets `build` go on until a name comes up, and is interrupted then, as by the end of the time.
+    `torch.compile` is replaced by what it compiles."""
+
+    def __init__(self, at: str, size: str) -> None:
+        self.at, self.size = at, size
+        self.built: list[tuple[str, str, str]] = []
+
+    def __call__(self, name: str, part: str, size: Any, device: str) -> Any:
+        self.built.append((size.key, name, part))
+        if (name, size.key) == (self.at, self.size):
+            raise KeyboardInterrupt
+        return build("torch" if name.startswith("torch.compile") else name, part, size, device)
+
+
+ROUNDS = ["--sizes", "tiny", "--dtypes", "float32", "float64", "--seconds", "0.05", "--no-memory"]
+NAMES_OF_ROUNDS = ["torch.compile", "torch-windows", "torch", "cpu"]
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built")
+
+
+@needs_cpu
+def test_kernels_are_timed_before_any_baseline_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all sizes; and an interrupt while one compiles keeps all that was measured, to go on
+    with."""
+    path = tmp_path / "head.json"
+    arguments = [*ROUNDS, "--record", str(path), "--backends", *NAMES_OF_ROUNDS]
+    stop = _Stop("torch.compile", "tiny float64")
+    monkeypatch.setattr(head, "build", stop)
+    assert head.main(arguments) == 1
+    # (The truth is built too, of the `torch` backend in float64, before anything is checked.)
+    order = [(size, name) for size, name, _ in stop.built if name != "torch"]
+    first = [("tiny float32", "cpu"), ("tiny float64", "cpu")]
+    assert list(dict.fromkeys(order))[:2] == first
+    assert order.index(("tiny float32", "torch.compile")) > order.index(first[1])
+
+    record = json.loads(path.read_text())
+    assert record["failures"][-1]["reason"] == "interrupted"
+    assert record["rounds"] == [[1, "tiny float32"], [1, "tiny float64"], [2, "tiny float32"]]
+    measured = {(m["size"], m["backend"]) for m in record["measurements"] if m["part"] == "head"}
+    assert measured == {
+        *(("tiny float32", name) for name in NAMES_OF_ROUNDS),
+        *(("tiny float64", name) for name in ("torch", "cpu")),
+    }
+    parts = {m["part"] for m in record["measurements"] if m["backend"] == "cpu"}
+    assert parts == set(PARTS)
+
+    again = _Stop("nobody", "")
+    monkeypatch.setattr(head, "build", again)
+    assert head.main(arguments) == 0
+    assert {size for size, _, _ in again.built} == {"tiny float64"}
+    assert {part for _, _, part in again.built} == {"head"}
+    finished = json.loads(path.read_text())
+    assert finished["failures"] == []
+    assert finished["rounds"] == [*record["rounds"], [2, "tiny float64"]]
+    places = [(m["size"], m["part"], m["backend"], m["pass"]) for m in finished["measurements"]]
+    assert len(places) == len(set(places))
+
+
+@needs_cpu
+def test_an_interrupt_keeps_what_the_same_size_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the first size, while calls are timed."""
+    path = tmp_path / "head.json"
+    turns = []
+
+    def interrupted(slots: Any, device: str, seconds: float) -> None:
+        if turns:
+            raise KeyboardInterrupt
+        turns.append(len(slots))
+        in_turn(slots, device, seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(head, "in_turn", interrupted)
+    assert head.main([*ROUNDS, "--record", str(path), "--backends", "torch", "cpu"]) == 1
+    record = json.loads(path.read_text())
+    assert {m["backend"] for m in record["measurements"]} == {"torch", "cpu"}
+    assert record["rounds"] == []
+
+
+def test_a_record_of_another_commit_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "head.json"
+    arguments = [*ROUNDS[:2], *ROUNDS[-3:], "--record", str(path), "--backends", "torch"]
+    assert head.main(arguments) == 0
+    before = path.read_bytes()
+    monkeypatch.setattr(machine, "commit", lambda: "another")
+    with pytest.raises(SystemExit, match="made with another commit; name a file that is new"):
+        head.main(arguments)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("part", PARTS)

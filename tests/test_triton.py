@@ -78,7 +78,8 @@ def test_interpreted() -> None:
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     def compile_for(arch: str) -> str:
-        return _python(str(TESTS / "triton_compile.py"), arch, *VARIANTS[arch])
+        command = ("-m", "benchmarks.compile_ahead", "--arch", arch)
+        return _python(*command, "--usage", *VARIANTS[arch])
 
     with ThreadPoolExecutor(2) as pool:
         return [
@@ -100,3 +101,36 @@ def test_compiled_ahead_of_time(compiled: list[dict[str, Any]], arch: str) -> No
             assert 2 * record["registers"] * 32 * record["warps"] <= REGISTERS, record
             assert record["shared"] <= 99 << 10, record
             assert 2 * record["shared"] <= SHARED[arch], record
+
+
+def test_what_was_compiled_ahead_is_found_again(tmp_path: Path) -> None:
+    """By another process, and where the folder has been moved: Triton writes its path into it."""
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    command = ("-m", "benchmarks.compile_ahead", "--arch", "90", "--sizes", "tiny", "--no-tests")
+    command = (*command, "--dtypes", "float32", "--processes")
+    first = _python(*command, "2", "--out", str(made))
+    assert first.startswith("sm_90: 9 kernels compiled, 0 found")
+    made.rename(moved)
+    again = _python(*command, "1", "--out", str(moved))
+    assert again.startswith("sm_90: 0 kernels compiled, 9 found")
+    assert {path.stem for path in moved.rglob("*.cubin")} == KERNELS
+    assert {path.suffix for path in moved.rglob("*.*")} == {".cubin", ".json"}
+
+
+def test_the_key_of_another_interpreter(tmp_path: Path) -> None:
+    """Of this Triton it is the same, of another version it is of no use."""
+    text = """
+import sys
+from benchmarks import compile_ahead
+print(compile_ahead.key_of(sys.executable) == compile_ahead._key_module().triton_key())
+try:
+    compile_ahead.key_of(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho 2.1.0\necho key\n")
+    other.chmod(0o755)
+    same, said = _python("-c", text, str(other)).splitlines()
+    assert same == "True"
+    assert said.startswith(f"{other} has Triton 2.1.0; here it is ")
