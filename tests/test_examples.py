@@ -31,7 +31,7 @@ def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for cell in cells:
         if cell["cell_type"] == "code":
             assert not cell["outputs"], "commit the notebook without its outputs"
-            exec("".join(cell["source"]), names)  # without Jupyter, which this project does not need
+            exec("".join(cell["source"]), names)  # Jupyter is not needed
     printed = capsys.readouterr().out
     assert "of the equations in float64" in printed
     assert float(printed.partition("Dice ")[2].split()[0]) > 0.9
