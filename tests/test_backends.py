@@ -35,7 +35,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COLUMNS = ("reference", "torch", "cpu", "triton", "cuda")
 HERE = ("triton",) if INTERPRETED else ("reference", "torch", "cpu", "cuda")
 KERNELS = ("cpu", "triton", "cuda")
-GRID = GridSpec(1 / 2, 1 / 2)
+# The interpreter takes a second for a handful of programs.
+H, W, h, w, D = (3, 2, 2, 2, 2) if INTERPRETED else (6, 5, 3, 2, 4)
+SHOTS = 1 if INTERPRETED else 2
+GRID = GridSpec(1.0) if INTERPRETED else GridSpec(1 / 2, 1 / 2)
 HALF = (torch.bfloat16, torch.float16)
 
 # What a backend does not do, by test: why, and what its error says (if there is one).
@@ -92,12 +95,13 @@ def declined(request: pytest.FixtureRequest, backend: str) -> bool:
 
 
 def episode(
-    dtype: torch.dtype = torch.float32, *, B: int = 1, K: int = 2, Q: int = 1, N: int = 1
+    dtype: torch.dtype = torch.float32, *, B: int = 1, K: int = SHOTS, Q: int = 1, N: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Support features, foreground masks, query features."""
     generator = torch.Generator().manual_seed(0)
-    support, query = (torch.randn(B, n, 4, 3, 2, generator=generator).to(dtype) for n in (K, Q))
-    owner = torch.randint(0, N + 1, (B, K, 1, 6, 5), generator=generator)
+    support, query = (torch.randn(B, n, D, h, w, generator=generator).to(dtype) for n in (K, Q))
+    owner = torch.randint(0, N + 1, (B, K, 1, H, W), generator=generator)
+    owner.view(-1)[: N + 1] = torch.arange(N + 1)[: owner.numel()]  # no class is missing
     masks = owner == torch.arange(1, N + 1)[:, None, None]
     return support.requires_grad_(), masks, query.requires_grad_()
 
@@ -166,16 +170,16 @@ def test_masks_of_every_kind(backend: str, N: int) -> None:
     same(found(labels), found(labels, num_classes=N + 1))
 
     # Pixels of no class at all, of foreground and background.
-    labels[..., 1:3, 2:4] = 255
+    labels[..., 1:3, W // 2 : W // 2 + 2] = 255
     whole = (labels[:, :, None] == torch.arange(N + 1)[:, None, None]).double()
     wanted = results(
         lambda s, q: 2 * cosine_match(
-            q, masked_average_pool(s, whole, GRID, backend="reference"), GRID, (6, 5),
+            q, masked_average_pool(s, whole, GRID, backend="reference"), GRID, (H, W),
             backend="reference",
         ),
         tuple(t.detach().double().requires_grad_() for t in (support, query)),
     )  # fmt: skip
-    close(found(labels), wanted, 2e-6)
+    close(found(labels, num_classes=N + 1), wanted, 2e-6)
     soft = torch.rand(masks.shape, generator=torch.Generator().manual_seed(1))
     close(found(soft), oracle((support, soft.double(), query)), 3e-6)
 
@@ -184,10 +188,10 @@ def test_layouts(backend: str) -> None:
     support, masks, query = (t.detach() for t in episode())
     views: dict[str, Callable[[Tensor], Tensor]] = {
         "channels_last": lambda t: t.movedim(2, -1).contiguous().movedim(-1, 2),
-        "sliced": lambda t: t.repeat(1, 2, 2, 2, 2)[:, : t.shape[1], 4:, :3, 2:],
+        "sliced": lambda t: t.repeat(1, 2, 2, 2, 2)[:, : t.shape[1], D:, :h, w:],
         "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
         "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-        "expanded": lambda t: t[:, :1].expand(-1, t.shape[1], -1, -1, -1),
+        "expanded": lambda t: t[:, :, :1].expand(-1, -1, D, -1, -1),
     }
     for name, view in views.items():
         inputs = view(support).requires_grad_(), masks, view(query).requires_grad_()
@@ -207,8 +211,8 @@ def test_layouts(backend: str) -> None:
 def test_gradients_of_any_layout(backend: str) -> None:
     support, masks, query = episode()
     call = head(backend)
-    weight = torch.randn(2, 1, 1, 5, 6).transpose(0, 2).transpose(-1, -2)
-    for grad in (weight, torch.ones(()).expand(1, 1, 2, 6, 5), weight[..., :1].expand_as(weight)):
+    weight = torch.randn(2, 1, 1, W, H).transpose(0, 2).transpose(-1, -2)
+    for grad in (weight, torch.ones(()).expand(1, 1, 2, H, W), weight[..., :1].expand_as(weight)):
         assert not grad.is_contiguous() or grad.stride()[-1] == 0
         found = torch.autograd.grad(call(support, masks, query), (support, query), grad)
         dense = torch.autograd.grad(
@@ -223,7 +227,7 @@ def test_gradients_of_any_layout(backend: str) -> None:
 def test_autocast(backend: str, cast: torch.dtype, dtype: torch.dtype) -> None:
     """In the precision of the features: the head's own arithmetic is not lowered."""
     inputs = episode(dtype)
-    weight = torch.linspace(-1, 1, 60).reshape(1, 1, 2, 6, 5)
+    weight = torch.linspace(-1, 1, 2 * H * W).reshape(1, 1, 2, H, W)
     with torch.autocast("cpu", cast):
         logits = head(backend)(*inputs)
         loss = (logits * weight).sum()
@@ -368,7 +372,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.skipif(INTERPRETED, reason="there is nothing to see of Triton without a GPU")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_worker_process(method: str, tmp_path: Path) -> None:
     """All backends of this machine, "auto" among them, in one process for all: it takes seconds.
@@ -445,7 +449,7 @@ def test_empty_batches(backend: str) -> None:
     for sizes in ({"B": 0}, {"Q": 0}):
         support, masks, query = episode(**sizes)
         logits = call(support, masks, query)
-        assert logits.shape == (support.shape[0], query.shape[1], 2, 6, 5)
+        assert logits.shape == (support.shape[0], query.shape[1], 2, H, W)
         logits.sum().backward()
         for features in (support, query):
             assert features.grad is not None
@@ -466,11 +470,11 @@ def test_masks_with_a_gradient(backend: str) -> None:
 def test_not_finite(backend: str, value: float) -> None:
     """In the pixels that are interpolated from it, and in no others; also where features are as
     large as the image, and a pixel is interpolated from one location alone."""
-    for size, touched in (((3, 2), 1), ((6, 5), None)):
+    for size, touched in (((h, w), 1), ((H, W), None)):
         support, _, query = (t.detach() for t in episode(K=1))
         masks = torch.zeros(1, 1, 1, *size, dtype=torch.bool)
         masks[..., : size[0] // 2, :] = True
-        query[0, 0, :, 2, 0] = value
+        query[0, 0, :, h - 1, 0] = value
         found = head(backend)(support, masks, query).isfinite()
         wanted = head("reference")(support, masks, query).isfinite()
         assert torch.equal(found, wanted)

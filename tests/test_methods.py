@@ -433,7 +433,8 @@ def test_checkpoints_from_before_there_were_methods_are_lslpns(tmp_path: Path) -
     file = tmp_path / "checkpoint.pt"
     from lslpn.checkpoint import Checkpoint
 
-    save_checkpoint(file, Checkpoint(config("lslpn"), 1, model.state_dict(), {}, {}, {}))
+    data = {"cases": ["a"], "organs": ["liver"], "hold_out": []}
+    save_checkpoint(file, Checkpoint(config("lslpn"), 1, model.state_dict(), {}, data, {}))
     stored = torch.load(file, weights_only=True)
     torch.save({**stored, "config": content}, file)
     assert load_checkpoint(file).config.model.method == "lslpn"

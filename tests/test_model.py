@@ -109,10 +109,10 @@ def test_own_support_images_per_way_give_the_means_over_ways_and_shots(model: LS
 
 def test_presets_reach_the_head() -> None:
     paper = LSLPN(preset("paper").model)
-    assert paper.head.scale == 1.0
+    assert paper.head.logit_scale == 1.0
     assert paper.head.min_pixels == 0
     published = LSLPN(preset("published").model)
-    assert published.head.scale == 20.0
+    assert published.head.logit_scale == 20.0
     assert published.head.min_pixels == 10
     odd = LSLPN(ModelConfig(grid_scale=0.25, grid_spacing=1.0, reduce="mean", weights="random"))
     assert (odd.head.grid.scale, odd.head.grid.spacing, odd.head.reduce) == (0.25, 1.0, "mean")

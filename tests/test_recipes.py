@@ -438,7 +438,7 @@ def test_everything_wrong_with_a_visceral_case_is_listed_at_once(tmp_path: Path)
     assert {problem.case for problem in outcome.problems} == {"10000100"}
     lines = [problem.what for problem in outcome.problems]
     said(lines, "Volumes/10000100_1_CTce_ThAb.nii.gz", "cut short")
-    said(lines, "_58_*.nii.gz: missing, the mask of liver", "--allow-missing")
+    said(lines, "_58_*.nii.gz: missing, the mask of liver", "allow_missing")
     said(lines, "_86_6.nii.gz", "cut short")
     said(lines, "_170_6.nii.gz", "the values 1, 7, expected one organ")
     said(lines, "_187_6.nii", "more than one file of gallbladder")

@@ -67,12 +67,16 @@ def _python(*command: str, **variables: str) -> str:
 
 
 def test_interpreted() -> None:
-    out = _python(
-        *("-m", "pytest", "-p", "no:cacheprovider", str(TESTS / "triton_interpreter.py")),
-        TRITON_INTERPRET="1",
-    )
-    assert " passed" in out
-    print(out)
+    """The kernels' own tests, and what every backend can do (docs/backends.md), side by side."""
+
+    def run(file: str) -> str:
+        command = ("-m", "pytest", "-p", "no:cacheprovider", str(TESTS / file))
+        return _python(*command, TRITON_INTERPRET="1")
+
+    with ThreadPoolExecutor(2) as pool:
+        for out in pool.map(run, ("triton_interpreter.py", "test_backends.py")):
+            assert " passed" in out
+            print(out)
 
 
 @pytest.fixture(scope="module")
