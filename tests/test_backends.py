@@ -191,7 +191,7 @@ def test_layouts(backend: str) -> None:
         "sliced": lambda t: t.repeat(1, 2, 2, 2, 2)[:, : t.shape[1], D:, :h, w:],
         "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
         "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-        "expanded": lambda t: t[:, :, :1].expand(-1, -1, D, -1, -1),
+        "expanded": lambda t: t[..., :1].expand(-1, -1, -1, -1, w),
     }
     for name, view in views.items():
         inputs = view(support).requires_grad_(), masks, view(query).requires_grad_()
