@@ -1,0 +1,123 @@
+"""CUDA sources as nvcc compiles them, with kernels that run in the machine.
+
+The host's side is what nvcc makes of it, linked with cudart.cpp in place of NVIDIA's runtime; the PTX
+is that which the module carries. So nothing needs to be known about kernels or how they are launched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import struct
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from instrumented import ROOT, Unit, build
+
+from .machine import LAUNCHES, ExecutionError, Kernel
+from .program import Program, kernels
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc" / "cuda"
+ARCH = 90
+
+
+def obstacle() -> str:
+    """Why modules cannot be built here; empty where they can."""
+    if shutil.which("nvcc") is None:
+        return "needs nvcc"
+    return ""
+
+
+def build_module(arch: int = ARCH, folder: Path = SOURCES) -> Path:
+    """A Python module "ptx_kernels" of the .cu and .cpp files of a folder.
+
+    Args:
+        arch: compute capability of the PTX, 90 for 9.0.
+
+    Raises:
+        RuntimeError: nvcc refuses the sources.
+    """
+    import pybind11
+
+    nvcc = shutil.which("nvcc") or "nvcc"
+    common = ("-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"))
+    python = ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include())
+    device = ("-O3", "-lineinfo", "--no-compress", "-Xcompiler=-O0")
+    device += (f"-gencode=arch=compute_{arch},code=compute_{arch}",)
+    units = [Unit(s, (*common, *device), compiler=nvcc) for s in sorted(folder.glob("*.cu"))]
+    for source in (*sorted(folder.glob("*.cpp")), HERE / "module.cpp", HERE / "cudart.cpp"):
+        units.append(Unit(source, (*common, "-O0", *python), compiler=nvcc))
+    name = "ptx_kernels" + str(sysconfig.get_config_var("EXT_SUFFIX"))
+    link = ["-shared", "-Wl,-Bsymbolic"]
+    return build(f"ptx-cuda-{arch}", name, units, link, [folder, ROOT / "csrc" / "core", ROOT / "csrc"])
+
+
+class Module:
+    """A module from `build_module`, loaded. `module` is what Python sees of it."""
+
+    def __init__(self, path: Path) -> None:
+        spec = importlib.util.spec_from_file_location("ptx_kernels", path)
+        assert spec is not None
+        assert spec.loader is not None
+        self.module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._runtime = ctypes.CDLL(str(path))
+        self.ptx = [text for binary in self._binaries() for text in _ptx_of(binary)]
+        self._sources = {n: source for text in self.ptx for n, source in kernels(text).items()}
+        self._kernels: dict[str, Kernel] = {}
+        self.error: ExecutionError | None = None  # of the last launch
+        self._callback = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_char_p, *(ctypes.POINTER(ctypes.c_uint32),) * 2,
+            ctypes.c_uint64, ctypes.POINTER(ctypes.c_void_p),
+        )(self._launch)  # fmt: skip
+        self._runtime.cudart_on_launch(self._callback)
+
+    def set_device(self, multiprocessors: int, shared_memory: int) -> None:
+        """What launches are told of the GPU; an H200 (132, 227 KiB a block) by default."""
+        self._runtime.cudart_device(multiprocessors, shared_memory)
+
+    def replace(self, ptx: Sequence[str]) -> None:
+        """Takes the kernels from these texts."""
+        self._sources = {n: source for text in ptx for n, source in kernels(text).items()}
+        self._kernels.clear()
+
+    def _binaries(self) -> list[bytes]:
+        self._runtime.cudart_binary.restype = ctypes.c_void_p
+        found = []
+        for i in range(self._runtime.cudart_binaries()):
+            at = self._runtime.cudart_binary(i)
+            size = 16 + struct.unpack("<Q", ctypes.string_at(at + 8, 8))[0]
+            found.append(ctypes.string_at(at, size))
+        return found
+
+    def _launch(self, name: bytes, grid: Any, block: Any, shared: int, values: Any) -> int:
+        try:
+            self.error = None
+            kernel = self._kernels.get(name.decode())
+            if kernel is None:
+                kernel = Kernel(Program(self._sources[name.decode()]))
+                self._kernels[name.decode()] = kernel
+            parameters = bytearray(kernel.program.parameters)
+            for i, (_, offset, size) in enumerate(kernel.program.places):
+                parameters[offset : offset + size] = ctypes.string_at(values[i], size)
+            LAUNCHES.append(kernel.launch(grid[:3], block[:3], shared, bytes(parameters)))
+        except Exception as error:  # must not leave through C
+            self.error = error if isinstance(error, ExecutionError) else ExecutionError(repr(error))
+            return 1
+        return 0
+
+
+def _ptx_of(binary: bytes) -> list[str]:
+    """The PTX in a fat binary, whose entries have a kind (1 is PTX), and the sizes of their header
+    and of what follows."""
+    found, at = [], 16
+    while at + 16 <= len(binary):
+        kind, _, header, size = struct.unpack_from("<HHIQ", binary, at)
+        if kind == 1:
+            found.append(binary[at + header : at + header + size].rstrip(b"\0").decode())
+        at += header + size
+    return found
