@@ -113,9 +113,6 @@ def active(arch: int, name_tensor: Callable[[Any], None]) -> Iterator[None]:
         patch.object(CUDABackend, "make_cubin", no_machine_code),
         patch.dict(os.environ, TRITON_CACHE_DIR=str(CACHE)),
         patch.object(knobs.runtime, "kernel_load_start_hook", loading),
+        patch.object(driver, "_active", ours),
     ):
-        driver.set_active(ours)
-        try:
-            yield
-        finally:
-            driver.reset_active()
+        yield
