@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 import shutil
 import struct
 import sysconfig
@@ -18,11 +19,11 @@ from typing import Any
 from instrumented import ROOT, Unit, build
 
 from .machine import LAUNCHES, ExecutionError, Kernel
-from .program import Program, kernels
+from .program import Program, Source, kernels
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cuda"
-ARCH = 90
+ARCHS = (80, 90)
 
 
 def obstacle() -> str:
@@ -32,11 +33,11 @@ def obstacle() -> str:
     return ""
 
 
-def build_module(arch: int = ARCH, folder: Path = SOURCES) -> Path:
+def build_module(archs: Sequence[int] = ARCHS, folder: Path = SOURCES) -> Path:
     """A Python module "ptx_kernels" of the .cu and .cpp files of a folder.
 
     Args:
-        arch: compute capability of the PTX, 90 for 9.0.
+        archs: compute capabilities to have PTX for, 90 for 9.0.
 
     Raises:
         RuntimeError: nvcc refuses the sources.
@@ -47,13 +48,13 @@ def build_module(arch: int = ARCH, folder: Path = SOURCES) -> Path:
     common = ("-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"))
     python = ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include())
     device = ("-O3", "-lineinfo", "--no-compress", "-Xcompiler=-O0")
-    device += (f"-gencode=arch=compute_{arch},code=compute_{arch}",)
+    device += tuple(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs)
     units = [Unit(s, (*common, *device), compiler=nvcc) for s in sorted(folder.glob("*.cu"))]
     for source in (*sorted(folder.glob("*.cpp")), HERE / "module.cpp", HERE / "cudart.cpp"):
         units.append(Unit(source, (*common, "-O0", *python), compiler=nvcc))
     name = "ptx_kernels" + str(sysconfig.get_config_var("EXT_SUFFIX"))
     link = ["-shared", "-Wl,-Bsymbolic"]
-    return build(f"ptx-cuda-{arch}", name, units, link, [folder, ROOT / "csrc" / "core", ROOT / "csrc"])
+    return build("ptx-cuda", name, units, link, [folder, ROOT / "csrc" / "core", ROOT / "csrc"])
 
 
 class Module:
@@ -66,9 +67,15 @@ class Module:
         self.module: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self._runtime = ctypes.CDLL(str(path))
-        self.ptx = [text for binary in self._binaries() for text in _ptx_of(binary)]
-        self._sources = {n: source for text in self.ptx for n, source in kernels(text).items()}
-        self._kernels: dict[str, Kernel] = {}
+        texts = [text for binary in self._binaries() for text in _ptx_of(binary)]
+        self.ptx: dict[int, list[str]] = {}  # by compute capability
+        for text in texts:
+            arch = re.search(r"^\.target\s+sm_(\d+)", text, re.M)
+            assert arch is not None
+            self.ptx.setdefault(int(arch.group(1)), []).append(text)
+        self._sources = {arch: _sources(texts) for arch, texts in self.ptx.items()}
+        self._translated: dict[int, dict[str, Kernel]] = {arch: {} for arch in self.ptx}
+        self.take(max(self.ptx))
         self.error: ExecutionError | None = None  # of the last launch
         self._callback = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.c_char_p, *(ctypes.POINTER(ctypes.c_uint32),) * 2,
@@ -80,10 +87,14 @@ class Module:
         """What launches are told of the GPU; an H200 (132, 227 KiB a block) by default."""
         self._runtime.cudart_device(multiprocessors, shared_memory)
 
-    def replace(self, ptx: Sequence[str]) -> None:
-        """Takes the kernels from these texts."""
-        self._sources = {n: source for text in ptx for n, source in kernels(text).items()}
-        self._kernels.clear()
+    def take(self, arch: int) -> None:
+        """Launches what was compiled for a compute capability."""
+        self._arch = arch
+
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """Those that were launched."""
+        return self._translated[self._arch]
 
     def _binaries(self) -> list[bytes]:
         self._runtime.cudart_binary.restype = ctypes.c_void_p
@@ -97,10 +108,10 @@ class Module:
     def _launch(self, name: bytes, grid: Any, block: Any, shared: int, values: Any) -> int:
         try:
             self.error = None
-            kernel = self._kernels.get(name.decode())
+            kernel = self.kernels.get(name.decode())
             if kernel is None:
-                kernel = Kernel(Program(self._sources[name.decode()]))
-                self._kernels[name.decode()] = kernel
+                kernel = Kernel(Program(self._sources[self._arch][name.decode()]))
+                self.kernels[name.decode()] = kernel
             parameters = bytearray(kernel.program.parameters)
             for i, (_, offset, size) in enumerate(kernel.program.places):
                 parameters[offset : offset + size] = ctypes.string_at(values[i], size)
@@ -109,6 +120,10 @@ class Module:
             self.error = error if isinstance(error, ExecutionError) else ExecutionError(repr(error))
             return 1
         return 0
+
+
+def _sources(texts: Sequence[str]) -> dict[str, Source]:
+    return {name: source for text in texts for name, source in kernels(text).items()}
 
 
 def _ptx_of(binary: bytes) -> list[str]:

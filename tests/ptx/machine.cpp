@@ -811,6 +811,18 @@ void count_access(Warp& w, const u64* at, u32 m, Space space, int bytes, u8 how)
 // T is what one element is in memory. Operands: the address, then the registers; `width` is theirs.
 template <class T, Space kSpace>
 void load(Warp& w, const Code& c, u32 m) {
+  if (kSpace == kParam && !c.operand[0] && c.width == sizeof(T)) {  // the same for all lanes
+    const u64 end = c.immediate + c.count * sizeof(T);
+    if (end > w.block->program->parameters) fault("a bad access to the parameters");
+    for (int i = 0; i < c.count; ++i) {
+      T value;
+      std::memcpy(&value, w.block->parameters + c.immediate + i * sizeof(T), sizeof(T));
+      if (!c.operand[1 + i]) continue;
+      T* d = lanes_of<T>(w, c.operand[1 + i]);
+      each(m, [&](int l) { d[l] = value; });
+    }
+    return;
+  }
   u64 at[kWarp];
   addresses(w, c, c.operand[0], c.width2, m, at);
   const int bytes = c.count * sizeof(T);

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from instrumented import Unit, build
 
-from .program import CLASSES, OPERANDS, Program, TranslationError
+from .program import OPERANDS, Instruction, Program, TranslationError
 
 HERE = Path(__file__).resolve().parent
 # Of the machine that runs the tests: nothing is installed. No product and sum are joined.
@@ -43,42 +44,55 @@ def mnemonics() -> frozenset[str]:
     return frozenset(library().machine_mnemonics().decode().split())
 
 
-@dataclass
+@dataclass(frozen=True)
 class Launch:
     """What a launch executed.
 
     Attributes:
-        kernel: its name in the PTX.
+        program: the kernel.
         grid, block: blocks, and threads of a block, along three axes.
         shared: bytes of shared memory of a block.
-        issued: warp instructions, by `CLASSES`.
-        sectors: 32-byte sectors of global memory that warps asked for, instruction by instruction.
+        issued: of each of the program's instructions, how many warps issued it.
+        sectors: likewise the 32-byte sectors of global memory that warps asked for.
+        wavefronts: likewise the passes over the banks of shared memory.
         read, written: bytes of global memory in 32-byte sectors, each counted once.
-        wavefronts: passes over the banks of shared memory.
-        opcodes: warp instructions by opcode.
-        lines: warp instructions by place in the source, "FILE LINE".
+
+    Memory is counted where the settings say so.
     """
 
-    kernel: str
+    program: Program
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
-    issued: dict[str, int]
-    sectors: int = 0
-    read: int = 0
-    written: int = 0
-    wavefronts: int = 0
-    opcodes: dict[str, int] = field(default_factory=dict)
-    lines: dict[str, int] = field(default_factory=dict)
+    issued: array[int]
+    sectors: array[int]
+    wavefronts: array[int]
+    read: int
+    written: int
 
     @property
     def warps(self) -> int:
         threads = self.block[0] * self.block[1] * self.block[2]
         return self.grid[0] * self.grid[1] * self.grid[2] * threads // 32
 
+    def by(self, key: Callable[[Instruction], str]) -> Counter[str]:
+        """Warp instructions by something about them; by category, say."""
+        found: Counter[str] = Counter()
+        for instruction, issued in zip(self.program.instructions, self.issued, strict=True):
+            if instruction.counted and issued:
+                found[key(instruction)] += issued
+        return found
+
+    @property
+    def total(self) -> int:
+        """Warp instructions."""
+        return self.by(lambda _: "")[""]
+
 
 class Kernel:
     """A translated kernel that can be launched."""
+
+    _handle: ctypes.c_void_p | None = None
 
     def __init__(self, program: Program) -> None:
         for instruction in program.instructions:
@@ -104,7 +118,8 @@ class Kernel:
         )  # fmt: skip
 
     def __del__(self) -> None:
-        library().machine_forget_program(self._handle)
+        if self._handle:
+            library().machine_forget_program(self._handle)
 
     def launch(
         self, grid: Sequence[int], block: Sequence[int], shared: int, parameters: bytes
@@ -144,21 +159,10 @@ class Kernel:
             raise ExecutionError(
                 f"{program.name}, block {index}, warp {warp}: {text}: {instruction.text}{where}"
             )
-        launch = Launch(
-            program.name, tuple(grid), tuple(block), program.static_shared + shared,
-            dict.fromkeys(CLASSES, 0), sum(counts[1]), 32 * distinct[0], 32 * distinct[1],
-            sum(counts[2]),
+        return Launch(
+            program, tuple(grid), tuple(block), program.static_shared + shared, *counts,
+            32 * distinct[0], 32 * distinct[1],
         )  # fmt: skip
-        for instruction, issued in zip(program.instructions, counts[0], strict=True):
-            if not instruction.counted or not issued:
-                continue
-            launch.issued[instruction.category] += issued
-            for found, key in (
-                (launch.opcodes, instruction.name),
-                (launch.lines, instruction.line),
-            ):
-                found[key] = found.get(key, 0) + issued
-        return launch
 
 
 def _pointer(numbers: array[int]) -> ctypes.c_void_p:

@@ -152,7 +152,8 @@ def _statements(body: str) -> Iterator[str]:
             end = body.find(";", at)
             if end < 0:
                 raise TranslationError(f"a statement without end: {body[at : at + 80]!r}")
-            yield " ".join(body[at:end].split())
+            if statement := " ".join(body[at:end].split()):
+                yield statement
             at = end + 1
 
 
