@@ -24,8 +24,8 @@ def compiler() -> str | None:
 
 @dataclass(frozen=True)
 class Unit:
-    """A source file and how it is compiled: by `compiler`, or else by the C++ compiler. `name` tells
-    compilations of one source apart."""
+    """A source file and how it is compiled: by `compiler`, or else by the C++ compiler. `name`
+    tells compilations of one source apart."""
 
     source: Path
     flags: tuple[str, ...]

@@ -160,7 +160,8 @@ def triton() -> Callable[[int], AbstractContextManager[None]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name, (_, _, dtypes) in TRITON.items() for dtype in dtypes]
+    ("name", "dtype"),
+    [(name, dtype) for name, (_, _, dtypes) in TRITON.items() for dtype in dtypes],
 )
 def test_triton(triton: Callable[..., Any], name: str, dtype: torch.dtype) -> None:
     case, arch, _ = TRITON[name]
@@ -196,7 +197,7 @@ def test_two_operands_of_one_matrix_product_exchanged(
     a = program.instructions[place].operands
     a[5], a[6] = a[6], a[5]
     monkeypatch.setitem(compiled.kernels, program.name, Kernel(program))
-    with pytest.raises(AssertionError, match="scores|grad|prototypes"):
+    with pytest.raises(AssertionError, match=r"scores|grad|prototypes"):
         close(case, "cuda", torch.bfloat16)
 
 
@@ -342,7 +343,7 @@ def test_float_to_half_and_back(bits: int) -> None:
         values = halves[np.isfinite(halves)].astype(np.float32)
     else:
         generator = np.random.default_rng(0)
-        values = (generator.standard_normal(1 << 12) * 2.0 ** generator.integers(-27, 18, 1 << 12))
+        values = generator.standard_normal(1 << 12) * 2.0 ** generator.integers(-27, 18, 1 << 12)
         values = values.astype(np.float32)
     values = np.resize(values, -(-len(values) // 1024) * 1024)
     for start in range(0, len(values), 1024):

@@ -1,7 +1,8 @@
 """CUDA sources as nvcc compiles them, with kernels that run in the machine.
 
-The host's side is what nvcc makes of it, linked with cudart.cpp in place of NVIDIA's runtime; the PTX
-is that which the module carries. So nothing needs to be known about kernels or how they are launched.
+The host's side is what nvcc makes of it, linked with cudart.cpp in place of NVIDIA's runtime; the
+PTX is that which the module carries. So nothing needs to be known about kernels or how they are
+launched.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ def build_module(archs: Sequence[int] = ARCHS, folder: Path = SOURCES) -> Path:
         units.append(Unit(source, (*common, "-O0", *python), compiler=nvcc))
     name = "ptx_kernels" + str(sysconfig.get_config_var("EXT_SUFFIX"))
     link = ["-shared", "-Wl,-Bsymbolic"]
-    return build("ptx-cuda", name, units, link, [folder, ROOT / "csrc" / "core", ROOT / "csrc"])
+    return build(
+        f"ptx-{'x'.join(map(str, archs))}-cuda",
+        name,
+        units,
+        link,
+        [folder, ROOT / "csrc" / "core", ROOT / "csrc"],
+    )
 
 
 class Module:

@@ -53,7 +53,8 @@ EXPORTED void cudart_device(int count, int shared) {
   shared_per_block = shared;
 }
 
-// The fat binaries of the module: a header of 16 bytes with the size of the rest in its second half.
+// The fat binaries of the module: a header of 16 bytes with the size of the rest in its second
+// half.
 EXPORTED int cudart_binaries() {
   return int(binaries().size());
 }
@@ -89,7 +90,8 @@ struct Configuration {
   void* stream;
 } configuration;
 }  // namespace
-unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, std::size_t shared, CUstream_st* stream) {
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, std::size_t shared,
+                                     CUstream_st* stream) {
   configuration = {grid, block, shared, stream};
   return 0;
 }
@@ -113,7 +115,8 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
     return result(cudaErrorInvalidConfiguration);
   }
   const auto allowed = dynamic_shared.find(function);
-  const std::size_t limit = allowed == dynamic_shared.end() ? kStaticLimit : std::size_t(allowed->second);
+  const std::size_t limit =
+      allowed == dynamic_shared.end() ? kStaticLimit : std::size_t(allowed->second);
   if (shared > limit) return result(cudaErrorInvalidValue);
   const unsigned sizes[2][3] = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}};
   if (!host || host(found->second.c_str(), sizes[0], sizes[1], shared, parameters)) {
@@ -125,8 +128,10 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
                                std::size_t shared, cudaStream_t stream) {
   return cudaLaunchKernel(kernel, grid, block, parameters, shared, stream);
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* function, void** parameters) {
-  return cudaLaunchKernel(function, c->gridDim, c->blockDim, parameters, c->dynamicSmemBytes, c->stream);
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* function,
+                                void** parameters) {
+  return cudaLaunchKernel(function, c->gridDim, c->blockDim, parameters, c->dynamicSmemBytes,
+                          c->stream);
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (!kernels().count(function)) return result(cudaErrorInvalidDeviceFunction);
@@ -194,12 +199,18 @@ const char* cudaGetErrorName(cudaError_t) {
 }
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaErrorLaunchFailure: return "the kernel failed";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-    case cudaErrorInvalidDeviceFunction: return "invalid device function";
-    default: return "an error of the emulated CUDA runtime";
+    case cudaErrorLaunchFailure:
+      return "the kernel failed";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
+    default:
+      return "an error of the emulated CUDA runtime";
   }
 }
 cudaError_t cudaMemsetAsync(void* at, int value, std::size_t bytes, cudaStream_t) {

@@ -1,5 +1,5 @@
-"""Where the backends of lslpn_kernels are made to launch their kernels in the machine, on tensors of
-the CPU. All that this package knows of them stands here."""
+"""Where the backends of lslpn_kernels are made to launch their kernels in the machine, on tensors
+of the CPU. All that this package knows of them stands here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
 from lslpn_kernels import ops
 from lslpn_kernels.backends import _obstacle, load
 from lslpn_kernels.backends import cuda as cuda_backend
 from lslpn_kernels.backends import triton_ as triton_backend
-from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from . import machine
 from .cuda import Module
 
+KERNELS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend}
 _KDLCUDA = 2
 
 

@@ -91,8 +91,24 @@ struct Program {
   u32 special[16] = {};
 };
 
-enum Special { kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaX, kCtaY, kCtaZ, kGridX, kGridY,
-               kGridZ, kLane, kWarpId, kLaneLess, kSpecials };
+enum Special {
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaX,
+  kCtaY,
+  kCtaZ,
+  kGridX,
+  kGridY,
+  kGridZ,
+  kLane,
+  kWarpId,
+  kLaneLess,
+  kSpecials
+};
 
 // ---- memory ----
 
@@ -101,8 +117,8 @@ struct Range {
   std::unique_ptr<std::atomic<u8>[]> sectors;  // read 1, written 2
 };
 
-// Who touched a byte of shared memory last: 1 + a warp's clock, its number and the lane, and the last
-// digits of the number of its store.
+// Who touched a byte of shared memory last: 1 + a warp's clock, its number and the lane, and the
+// last digits of the number of its store.
 struct Touch {
   u32 clock = 0;
   u8 warp = 0, lane = 0;
@@ -158,7 +174,7 @@ struct Block {
   std::vector<Shadow> shadow;
   std::vector<Warp> warps;
   Counters counters;
-  const Range* last = nullptr;    // that was accessed
+  const Range* last = nullptr;  // that was accessed
   const Warp* running = nullptr;
   int threads = 0;
   u32 index[3] = {};
@@ -177,16 +193,24 @@ void set_predicate(Warp& w, u32 slot, u32 value, u32 m) {
 }
 u64 container(Warp& w, u32 slot, int width, int lane) {
   switch (width) {
-    case 2: return lanes_of<u16>(w, slot)[lane];
-    case 4: return lanes_of<u32>(w, slot)[lane];
-    default: return lanes_of<u64>(w, slot)[lane];
+    case 2:
+      return lanes_of<u16>(w, slot)[lane];
+    case 4:
+      return lanes_of<u32>(w, slot)[lane];
+    default:
+      return lanes_of<u64>(w, slot)[lane];
   }
 }
 void set_container(Warp& w, u32 slot, int width, int lane, u64 value) {
   switch (width) {
-    case 2: lanes_of<u16>(w, slot)[lane] = static_cast<u16>(value); break;
-    case 4: lanes_of<u32>(w, slot)[lane] = static_cast<u32>(value); break;
-    default: lanes_of<u64>(w, slot)[lane] = value;
+    case 2:
+      lanes_of<u16>(w, slot)[lane] = static_cast<u16>(value);
+      break;
+    case 4:
+      lanes_of<u32>(w, slot)[lane] = static_cast<u32>(value);
+      break;
+    default:
+      lanes_of<u64>(w, slot)[lane] = value;
   }
 }
 
@@ -285,7 +309,9 @@ void compare(Warp& w, const Code& c, u32 m, F f) {
   u32 opposite = ~result;
   if (c.flag) {
     const u32 other = predicate_of(w, c.operand[4]);
-    const auto join = [&](u32 x) { return c.flag == 1 ? x & other : c.flag == 2 ? x | other : x ^ other; };
+    const auto join = [&](u32 x) {
+      return c.flag == 1 ? x & other : c.flag == 2 ? x | other : x ^ other;
+    };
     result = join(result);
     opposite = join(opposite);
   }
@@ -294,21 +320,21 @@ void compare(Warp& w, const Code& c, u32 m, F f) {
 }
 
 using Table = std::map<std::string, Handler>;
-#define UNARY(name, D, A, expression)                                            \
-  t[name] = [](Warp& w, const Code& c, u32 m) {                                  \
-    unary<D, A>(w, c, m, [](A a) -> D { return static_cast<D>(expression); });   \
+#define UNARY(name, D, A, expression)                                          \
+  t[name] = [](Warp& w, const Code& c, u32 m) {                                \
+    unary<D, A>(w, c, m, [](A a) -> D { return static_cast<D>(expression); }); \
   }
-#define BINARY(name, D, A, B, expression)                                                \
-  t[name] = [](Warp& w, const Code& c, u32 m) {                                          \
-    binary<D, A, B>(w, c, m, [](A a, B b) -> D { return static_cast<D>(expression); });  \
+#define BINARY(name, D, A, B, expression)                                               \
+  t[name] = [](Warp& w, const Code& c, u32 m) {                                         \
+    binary<D, A, B>(w, c, m, [](A a, B b) -> D { return static_cast<D>(expression); }); \
   }
-#define TERNARY(name, D, A, B, C, expression)                                                     \
-  t[name] = [](Warp& w, const Code& c, u32 m) {                                                   \
-    ternary<D, A, B, C>(w, c, m, [](A a, B b, C e) -> D { return static_cast<D>(expression); });  \
+#define TERNARY(name, D, A, B, C, expression)                                                    \
+  t[name] = [](Warp& w, const Code& c, u32 m) {                                                  \
+    ternary<D, A, B, C>(w, c, m, [](A a, B b, C e) -> D { return static_cast<D>(expression); }); \
   }
-#define COMPARE(name, T, expression)                                             \
-  t[name] = [](Warp& w, const Code& c, u32 m) {                                  \
-    compare<T>(w, c, m, [](T a, T b) -> bool { return expression; });            \
+#define COMPARE(name, T, expression)                                  \
+  t[name] = [](Warp& w, const Code& c, u32 m) {                       \
+    compare<T>(w, c, m, [](T a, T b) -> bool { return expression; }); \
   }
 
 template <class T, class F>
@@ -445,7 +471,8 @@ void approximations(Table& t) {
   UNARY("rcp.approx.ftz.f32", float, float, flushed(1 / flushed(a)));
   UNARY("sqrt.approx.ftz.f32", float, float, std::sqrt(flushed(a)));
   UNARY("rsqrt.approx.ftz.f32", float, float, 1 / std::sqrt(double(flushed(a))));
-  UNARY("ex2.approx.ftz.f32", float, float, flushed(static_cast<float>(std::exp2(double(flushed(a))))));
+  UNARY("ex2.approx.ftz.f32", float, float,
+        flushed(static_cast<float>(std::exp2(double(flushed(a))))));
   UNARY("lg2.approx.ftz.f32", float, float, std::log2(double(flushed(a))));
   BINARY("add.ftz.f32", float, float, float, flushed(flushed(a) + flushed(b)));
   BINARY("sub.ftz.f32", float, float, float, flushed(flushed(a) - flushed(b)));
@@ -480,9 +507,9 @@ void convert(Warp& w, const Code& c, u32 m, F f) {
     set_container(w, c.operand[0], c.width, l, value);
   });
 }
-#define CONVERT(name, D, S, expression)                                              \
-  t[name] = [](Warp& w, const Code& c, u32 m) {                                      \
-    convert<D, S>(w, c, m, [](S a) -> D { return static_cast<D>(expression); });     \
+#define CONVERT(name, D, S, expression)                                          \
+  t[name] = [](Warp& w, const Code& c, u32 m) {                                  \
+    convert<D, S>(w, c, m, [](S a) -> D { return static_cast<D>(expression); }); \
   }
 
 template <class D, class S>
@@ -627,11 +654,11 @@ void shuffles_of_bits(Table& t) {
   };
 }
 
-#define PREDICATE(name, expression)                                             \
-  t[name] = [](Warp& w, const Code& c, u32 m) {                                 \
-    const u32 a = predicate_of(w, c.operand[1]);                                \
-    [[maybe_unused]] const u32 b = predicate_of(w, c.operand[2]);               \
-    set_predicate(w, c.operand[0], expression, m);                              \
+#define PREDICATE(name, expression)                               \
+  t[name] = [](Warp& w, const Code& c, u32 m) {                   \
+    const u32 a = predicate_of(w, c.operand[1]);                  \
+    [[maybe_unused]] const u32 b = predicate_of(w, c.operand[2]); \
+    set_predicate(w, c.operand[0], expression, m);                \
   }
 void predicates(Table& t) {
   PREDICATE("mov.pred", a);
@@ -649,9 +676,11 @@ bool ordered(const Touch& touch, const Warp& w, int lane) {
   return touch.warp == w.number && touch.lane == lane;
 }
 [[noreturn]] void race(const char* what, const Touch& other, u64 at, int lane) {
-  const std::string who = other.lane == kManyLanes ? "several lanes" : "lane " + std::to_string(other.lane);
+  const std::string who =
+      other.lane == kManyLanes ? "several lanes" : "lane " + std::to_string(other.lane);
   fault(std::string("shared byte ") + std::to_string(at) + " is " + what + " warp " +
-        std::to_string(other.warp) + ", " + who + ", without a barrier between", lane);
+            std::to_string(other.warp) + ", " + who + ", without a barrier between",
+        lane);
 }
 void shared_read(Warp& w, u64 at, int bytes, int lane, u32 used) {
   if (!machine.checked) return;
@@ -659,7 +688,8 @@ void shared_read(Warp& w, u64 at, int bytes, int lane, u32 used) {
   for (int i = 0; i < bytes; ++i) {
     if (!(used >> i & 1)) continue;
     Shadow& s = w.block->shadow[at + i];
-    if (s.write.clock == 0) fault("shared byte " + std::to_string(at + i) + " is read and was never written", lane);
+    if (s.write.clock == 0)
+      fault("shared byte " + std::to_string(at + i) + " is read and was never written", lane);
     if (!ordered(s.write, w, lane)) race("read after it was written by", s.write, at + i, lane);
     if (s.read.warp == w.number && s.read.clock == now) {
       if (s.read.lane != lane) s.read.lane = kManyLanes;
@@ -692,14 +722,18 @@ void shared_write(Warp& w, u64 at, const void* data, int bytes, int lane) {
 void shared_bounds(Warp& w, u64 at, int bytes, int lane) {
   const u64 size = w.block->shared.size();
   if (at % bytes) {
-    fault("a misaligned access to shared memory, " + std::to_string(bytes) + " bytes at " + std::to_string(at), lane);
+    fault("a misaligned access to shared memory, " + std::to_string(bytes) + " bytes at " +
+              std::to_string(at),
+          lane);
   }
   if (at + bytes > size || at + bytes < at) {
     fault("an access out of bounds: shared bytes " + std::to_string(at) + " to " +
-          std::to_string(at + bytes) + " of " + std::to_string(size), lane);
+              std::to_string(at + bytes) + " of " + std::to_string(size),
+          lane);
   }
 }
-// Wavefronts of an access: 32 banks of 4 bytes; accesses of 8 and 16 bytes go in two and four parts.
+// Wavefronts of an access: 32 banks of 4 bytes; accesses of 8 and 16 bytes go in two and four
+// parts.
 void count_wavefronts(Warp& w, int pc, const u64* at, u32 m, int bytes) {
   const int lanes = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   u64 total = 0;
@@ -731,18 +765,21 @@ const Range& range_of(Warp& w, u64 at, int bytes, int lane) {
   if (!r || at < r->begin || at + bytes > r->end) {
     auto next = machine.memory.upper_bound(at);
     if (next == machine.memory.begin()) {
-      fault("an access out of bounds: " + std::to_string(bytes) + " global bytes at " + hex(at), lane);
+      fault("an access out of bounds: " + std::to_string(bytes) + " global bytes at " + hex(at),
+            lane);
     }
     r = &std::prev(next)->second;
     if (at + bytes > r->end) {
-      fault("an access out of bounds: " + std::to_string(bytes) + " global bytes at " + hex(at) + ", " +
-            std::to_string(s64(at + bytes - r->end)) + " beyond the end of an allocation of " +
-            std::to_string(r->end - r->begin), lane);
+      fault("an access out of bounds: " + std::to_string(bytes) + " global bytes at " + hex(at) +
+                ", " + std::to_string(s64(at + bytes - r->end)) +
+                " beyond the end of an allocation of " + std::to_string(r->end - r->begin),
+            lane);
     }
     w.block->last = r;
   }
   if (at % bytes) {
-    fault("a misaligned access to global memory, " + std::to_string(bytes) + " bytes at " + hex(at), lane);
+    fault("a misaligned access to global memory, " + std::to_string(bytes) + " bytes at " + hex(at),
+          lane);
   }
   return *r;
 }
@@ -787,7 +824,8 @@ Space place(Space space, u64& at) {
 }
 char* local_memory(Warp& w, u64 at, int bytes, int lane) {
   const std::size_t size = w.block->program->local;
-  if (at % bytes || at + bytes > size) fault("a bad access to local memory at " + std::to_string(at), lane);
+  if (at % bytes || at + bytes > size)
+    fault("a bad access to local memory at " + std::to_string(at), lane);
   return w.local.data() + lane * size + at;
 }
 
@@ -837,7 +875,8 @@ void load(Warp& w, const Code& c, u32 m) {
         source = w.block->shared.data() + here;
         break;
       case kParam:
-        if (here + bytes > w.block->program->parameters || here % bytes) fault("a bad access to the parameters", l);
+        if (here + bytes > w.block->program->parameters || here % bytes)
+          fault("a bad access to the parameters", l);
         source = w.block->parameters + here;
         break;
       case kLocal:
@@ -860,7 +899,8 @@ void load(Warp& w, const Code& c, u32 m) {
       }
     }
   }
-  if (machine.counts_sectors && kSpace != kParam && kSpace != kLocal) count_access(w, at, m, kSpace, bytes, 1);
+  if (machine.counts_sectors && kSpace != kParam && kSpace != kLocal)
+    count_access(w, at, m, kSpace, bytes, 1);
 }
 template <class T, Space kSpace>
 void store(Warp& w, const Code& c, u32 m) {
@@ -927,15 +967,17 @@ void atomic(Warp& w, const Code& c, u32 m, F f) {
     const T b = lanes_of<T>(w, c.operand[2])[l];
     const T e = c.operand[3] ? lanes_of<T>(w, c.operand[3])[l] : T();
     Bits old = __atomic_load_n(memory, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(memory, &old, bits<Bits>(static_cast<T>(f(bits<T>(old), b, e))), false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+    while (!__atomic_compare_exchange_n(memory, &old,
+                                        bits<Bits>(static_cast<T>(f(bits<T>(old), b, e))), false,
+                                        __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
     }
     if (c.operand[0]) lanes_of<Bits>(w, c.operand[0])[l] = old;
   }
   if (machine.counts_sectors) count_access(w, at, m, kSpace, sizeof(T), 3);
 }
-#define ATOMIC(name, T, expression)                                                            \
-  t["atom" + space + "." + name] = [](Warp& w, const Code& c, u32 m) {                         \
-    atomic<T, kSpace>(w, c, m, [](T a, T b, [[maybe_unused]] T e) { return expression; });     \
+#define ATOMIC(name, T, expression)                                                        \
+  t["atom" + space + "." + name] = [](Warp& w, const Code& c, u32 m) {                     \
+    atomic<T, kSpace>(w, c, m, [](T a, T b, [[maybe_unused]] T e) { return expression; }); \
   }
 template <Space kSpace>
 void atomics(Table& t, const std::string& space) {
@@ -970,7 +1012,8 @@ void copy_async(Warp& w, const Code& c, u32 m) {
     const int l = __builtin_ctz(rest);
     const u64 target = u32(container(w, c.operand[0], c.width2, l) + c.flag);
     at[l] = target;
-    const int copied = c.operand[2] ? std::min<int>(c.count, lanes_of<u32>(w, c.operand[2])[l]) : c.count;
+    const int copied =
+        c.operand[2] ? std::min<int>(c.count, lanes_of<u32>(w, c.operand[2])[l]) : c.count;
     shared_bounds(w, target, c.count, l);
     if (copied) {
       reading |= 1u << l;
@@ -982,7 +1025,8 @@ void copy_async(Warp& w, const Code& c, u32 m) {
       for (int i = 0; i < c.count; ++i) {
         Shadow& s = w.block->shadow[target + i];
         for (const Touch& touch : {s.write, s.read, s.other_read}) {
-          if (!ordered(touch, w, l)) race("overwritten by a copy after it was used by", touch, target + i, l);
+          if (!ordered(touch, w, l))
+            race("overwritten by a copy after it was used by", touch, target + i, l);
         }
         s.write = {};
       }
@@ -1016,7 +1060,8 @@ void copies(Table& t) {
   };
   t["cp.async.wait_all"] = [](Warp& w, const Code&, u32) { copies_arrive(w, 0); };
   t["cp.async.wait_group"] = [](Warp& w, const Code& c, u32) {
-    copies_arrive(w, static_cast<std::size_t>(c.immediate) + 1);  // the open group is not one of them
+    copies_arrive(w,
+                  static_cast<std::size_t>(c.immediate) + 1);  // the open group is not one of them
   };
 }
 
@@ -1025,7 +1070,8 @@ void copies(Table& t) {
 // All lanes of a mask that have not ended must be here.
 void expect_together(Warp& w, u32 mask, u32 m) {
   if ((mask & w.alive) != m) {
-    fault("lanes " + hex(m) + " of a warp are here, and lanes " + hex(mask & w.alive) + " should be");
+    fault("lanes " + hex(m) + " of a warp are here, and lanes " + hex(mask & w.alive) +
+          " should be");
   }
 }
 
@@ -1044,13 +1090,26 @@ void shuffle(Warp& w, const Code& c, u32 m) {
     int from = 0;
     bool valid = false;
     switch (kMode) {
-      case kUp: from = lane - value; valid = from >= last; break;
-      case kDown: from = lane + value; valid = from <= last; break;
-      case kXor: from = lane ^ value; valid = from <= last; break;
-      case kIndex: from = first | (value & ~segment); valid = from <= last; break;
+      case kUp:
+        from = lane - value;
+        valid = from >= last;
+        break;
+      case kDown:
+        from = lane + value;
+        valid = from <= last;
+        break;
+      case kXor:
+        from = lane ^ value;
+        valid = from <= last;
+        break;
+      case kIndex:
+        from = first | (value & ~segment);
+        valid = from <= last;
+        break;
     }
     if (!valid) from = lane;
-    if (!(m >> from & 1)) fault("a shuffle from lane " + std::to_string(from) + ", which is not there,", lane);
+    if (!(m >> from & 1))
+      fault("a shuffle from lane " + std::to_string(from) + ", which is not there,", lane);
     result[lane] = a[from];
     inside |= u32(valid) << lane;
   }
@@ -1227,15 +1286,15 @@ void reduce(Warp& w, const Code& c, u32 m, F f) {  // d, a, mask
   u32* d = lanes_of<u32>(w, c.operand[0]);
   each(m, [&](int l) { d[l] = result; });
 }
-#define REDUCE(name, expression)                                                     \
-  t["redux." name] = [](Warp& w, const Code& c, u32 m) {                             \
-    reduce(w, c, m, [](u32 a, u32 b) -> u32 { return expression; });                 \
+#define REDUCE(name, expression)                                     \
+  t["redux." name] = [](Warp& w, const Code& c, u32 m) {             \
+    reduce(w, c, m, [](u32 a, u32 b) -> u32 { return expression; }); \
   }
-#define VOTE(name, expression)                                                       \
-  t["vote." name] = [](Warp& w, const Code& c, u32 m) {                              \
-    expect_together(w, lanes_of<u32>(w, c.operand[2])[__builtin_ctz(m)], m);         \
-    const u32 yes = predicate_of(w, c.operand[1]) & m;                               \
-    set_predicate(w, c.operand[0], (expression) ? kAll : 0, m);                      \
+#define VOTE(name, expression)                                               \
+  t["vote." name] = [](Warp& w, const Code& c, u32 m) {                      \
+    expect_together(w, lanes_of<u32>(w, c.operand[2])[__builtin_ctz(m)], m); \
+    const u32 yes = predicate_of(w, c.operand[1]) & m;                       \
+    set_predicate(w, c.operand[0], (expression) ? kAll : 0, m);              \
   }
 
 void collectives(Table& t) {
@@ -1380,9 +1439,12 @@ void advance(Warp& w, const Program& program, Counters& counters) {
         break;
       case kBarrier: {
         if (!m) break;
-        if (m != w.alive) fault("lanes " + hex(m) + " of a warp are at a barrier, and lanes " + hex(w.alive) + " should be");
+        if (m != w.alive)
+          fault("lanes " + hex(m) + " of a warp are at a barrier, and lanes " + hex(w.alive) +
+                " should be");
         const int barrier = c.operand[0] ? int(lanes_of<u32>(w, c.operand[0])[0]) : 0;
-        const int expected = c.operand[1] ? int(lanes_of<u32>(w, c.operand[1])[0]) : w.block->threads;
+        const int expected =
+            c.operand[1] ? int(lanes_of<u32>(w, c.operand[1])[0]) : w.block->threads;
         ++w.clock[w.number];
         if (c.flag) {  // arrives, and does not wait
           w.block->arrived[barrier] += kWarp;
@@ -1463,7 +1525,8 @@ void prepare(Block& block, const Launch& launch) {
     w.block = &block;
     w.number = i;
     w.storage.assign(program.registers / 8 + 8, ~u64(0));  // registers hold NaN until they are set
-    w.registers = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(w.storage.data()) + 63) & ~std::uintptr_t(63));
+    w.registers = reinterpret_cast<char*>(
+        (reinterpret_cast<std::uintptr_t>(w.storage.data()) + 63) & ~std::uintptr_t(63));
     for (const Program::Constant& k : program.constants) {
       if (k.width == 1) {  // a predicate
         predicate_of(w, k.at) = k.value ? kAll : 0;
@@ -1473,7 +1536,8 @@ void prepare(Block& block, const Launch& launch) {
     }
     const auto special = [&](int which, auto f) {
       if (!program.special[which]) return;
-      for (int l = 0; l < kWarp; ++l) lanes_of<u32>(w, program.special[which])[l] = f(u32(i * kWarp + l));
+      for (int l = 0; l < kWarp; ++l)
+        lanes_of<u32>(w, program.special[which])[l] = f(u32(i * kWarp + l));
     };
     const u32 x = launch.block[0], y = launch.block[1];
     special(kTidX, [&](u32 t) { return t % x; });
@@ -1542,7 +1606,8 @@ void* machine_program(int n, const char* const* names, const s64* numbers, int c
   program->local = local;
   for (int i = 0; i < kSpecials; ++i) program->special[i] = u32(special[i]);
   for (int i = 0; i < constants; ++i) {
-    program->constants.push_back({u32(constant[3 * i]), int(constant[3 * i + 1]), u64(constant[3 * i + 2])});
+    program->constants.push_back(
+        {u32(constant[3 * i]), int(constant[3 * i + 1]), u64(constant[3 * i + 2])});
   }
   for (int i = 0; i < n; ++i) {
     const s64* row = numbers + i * columns;

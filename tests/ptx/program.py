@@ -1,15 +1,17 @@
 """Translates PTX text into programs for machine.cpp.
 
-Nothing in here knows of any kernel. An instruction that the machine does not have, or an operand that
-is not understood, is an error that shows the statement.
+Nothing in here knows of any kernel. An instruction that the machine does not have, or an operand
+that is not understood, is an error that shows the statement.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 SIZES = {
@@ -60,7 +62,7 @@ class Instruction:
     reconverge: int = 0
     target_index: int = 0
 
-    @cached_property
+    @property
     def category(self) -> str:
         """One of `CLASSES`."""
         parts = self.name.split(".")
@@ -88,7 +90,12 @@ class Source:
     name: str
     parameters: str
     body: str
-    module: str
+    ptx: str  # of the whole module
+
+    @property
+    def module(self) -> str:
+        """What is declared before the kernels."""
+        return re.sub(r"\.entry.*", "", _without_comments(self.ptx), flags=re.S)
 
     @property
     def parameter_places(self) -> list[tuple[str, int, int]]:
@@ -111,11 +118,14 @@ class Source:
         return places
 
 
+def _without_comments(ptx: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.S)
+
+
 def kernels(ptx: str) -> dict[str, Source]:
     """The kernels of a module by name."""
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.S)
+    text = _without_comments(ptx)
     found = {}
-    module = re.sub(r"\.entry.*", "", text, flags=re.S)
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*(?:\((.*?)\))?([^{;]*)\{", text, re.S):
         depth, end = 1, match.end()
         while depth:
@@ -125,7 +135,7 @@ def kernels(ptx: str) -> dict[str, Source]:
             depth += 1 if brace.group() == "{" else -1
             end = brace.end()
         found[match.group(1)] = Source(
-            match.group(1), match.group(2) or "", text[match.end() : end - 1], module
+            match.group(1), match.group(2) or "", text[match.end() : end - 1], ptx
         )
     return found
 
@@ -166,6 +176,16 @@ def _vector(operand: str) -> list[str]:
     if operand.startswith("{"):
         return [part.strip() for part in operand[1:-1].split(",")]
     return [operand]
+
+
+@cache
+def readable(name: str) -> str:
+    """A kernel's name as in its source, without namespaces and arguments."""
+    if not name.startswith("_Z") or shutil.which("c++filt") is None:
+        return name
+    text = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout
+    text = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", text.strip())
+    return re.sub(r"^void |\([^()]*\)$", "", text)
 
 
 class Program:

@@ -77,9 +77,7 @@ class _Driver:
                         raise ExecutionError(f"an argument of the type {type_} is not understood")
                     parameters[offset : offset + size] = data
                 block = (32 * metadata.num_warps, 1, 1)
-                LAUNCHES.append(
-                    kernel.launch((x, y, z), block, metadata.shared, bytes(parameters))
-                )
+                LAUNCHES.append(kernel.launch((x, y, z), block, metadata.shared, bytes(parameters)))
             finally:
                 machine.forget_memory()
 
