@@ -5,12 +5,12 @@ See tests/ptx. Kernels are launched by the host's code of either backend, with t
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import GOLDEN, SITUATIONS, Case, run
-from ptx import cuda, hooks, machine
+from ptx import cuda, hooks, machine, triton_driver
 from ptx.machine import ExecutionError, Kernel, Launch, settings
 from ptx.program import Program, TranslationError, kernels
 from test_gpu import PAPER, _drawn, assert_right
 from torch import Tensor
 
+from benchmarks import instructions
 from lslpn_kernels import GridSpec, LocalPrototypeHead
 
 pytestmark = pytest.mark.skipif(
@@ -153,10 +154,9 @@ TRITON = {
 @pytest.fixture
 def triton() -> Callable[[int], AbstractContextManager[None]]:
     """triton(arch): `backend="triton"` executes what Triton makes for a compute capability."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1 is set")
-    return cache(hooks.triton)
+    if reason := triton_driver.obstacle():
+        pytest.skip(reason)
+    return hooks.triton
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,26 @@ def test_triton(triton: Callable[..., Any], name: str, dtype: torch.dtype) -> No
 def test_triton_golden(triton: Callable[..., Any]) -> None:
     with triton(90), settings(truncates=True):
         golden(GOLDEN[0], "triton")
+
+
+# ---- how much is executed ----
+
+
+@pytest.mark.parametrize("backend", instructions.BACKENDS)
+def test_instruction_budget(backend: str) -> None:
+    """Each kernel's warp instructions are within its budget, and the budget is not far above them.
+
+    A compiler may change some; who changes more runs `python -m benchmarks.instructions --budgets`,
+    and has a look at the difference.
+    """
+    if reason := cuda.obstacle() if backend == "cuda" else triton_driver.obstacle():
+        pytest.skip(reason)
+    budgets = json.loads(instructions.BUDGETS.read_text())[backend]
+    for dtype, found in instructions.budgets(backend).items():
+        assert found.keys() == budgets[dtype].keys()
+        for kernel, issued in found.items():
+            budget = budgets[dtype][kernel]
+            assert 0.8 * budget < issued < 1.03 * budget, (dtype, kernel)
 
 
 # ---- what a wrong program does ----
@@ -206,9 +226,14 @@ REGISTERS = ".reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<99>; .reg .b64 %d<9
 
 
 def execute(
-    body: str, data: np.ndarray | None = None, *, threads: int = 64, shared: int = 256
+    body: str,
+    data: np.ndarray | None = None,
+    *,
+    blocks: int = 1,
+    threads: int = 64,
+    shared: int = 256,
 ) -> Launch:
-    """Runs a kernel of one block. %d1 is the address of `data`, %r1 the thread."""
+    """Runs a kernel. %d1 is the address of `data`, %r1 the thread."""
     ptx = f"""{HEADER}.extern .shared .align 16 .b8 memory[];
         .visible .entry kernel(.param .u64 data)
         {{ {REGISTERS} ld.param.u64 %d1, [data]; mov.u32 %r1, %tid.x; {body} ret; }}"""
@@ -217,7 +242,7 @@ def execute(
     machine.name_memory(data.ctypes.data, data.nbytes)
     try:
         return kernel.launch(
-            (1, 1, 1), (threads, 1, 1), shared, struct.pack("<Q", data.ctypes.data)
+            (blocks, 1, 1), (threads, 1, 1), shared, struct.pack("<Q", data.ctypes.data)
         )
     finally:
         machine.forget_memory()
@@ -261,6 +286,29 @@ def test_a_broken_rule_is_told(body: str, complaint: str) -> None:
     with pytest.raises(ExecutionError, match=complaint) as caught:
         execute(body)
     assert "kernel, block 0,0,0, warp" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("st.global.u32 [%d1], %r2;", "is written and was written by block 1 of the launch"),
+        ("@%p1 st.global.u32 [%d1], %r2; @!%p1 ld.global.u32 %r3, [%d1];",
+         "is written and was read by block 1 of the launch"),
+        ("@!%p1 st.global.u32 [%d1], %r2; @%p1 ld.global.u32 %r3, [%d1];",
+         "is read and was written by block 1 of the launch"),
+        ("red.global.add.u32 [%d1], 1;", ""),
+        ("ld.global.u32 %r3, [%d1];", ""),
+        ("mul.wide.u32 %d2, %r2, 4; add.s64 %d2, %d2, %d1; st.global.u32 [%d2], %r2;", ""),
+    ],
+)  # fmt: skip
+def test_blocks_that_touch_the_same_memory(body: str, complaint: str) -> None:
+    """Blocks run from the last to the first."""
+    body = "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 0; " + body
+    if complaint:
+        with pytest.raises(ExecutionError, match=complaint):
+            execute(body, blocks=2)
+    else:
+        execute(body, blocks=2)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@
 // barrier. What is checked: bounds and alignment of every access, against the allocations that the
 // host has named (global) or the size of the launch (shared); lanes missing at a collective or a
 // barrier; and, with `checked`, shared memory that is read before it is written or without a
-// barrier between.
+// barrier between, and global memory that two blocks of a launch touch and one of them writes.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -114,7 +114,8 @@ enum Special {
 
 struct Range {
   u64 begin, end;
-  std::unique_ptr<std::atomic<u8>[]> sectors;  // read 1, written 2
+  std::unique_ptr<std::atomic<u8>[]> sectors;   // read 1, written 2
+  std::unique_ptr<std::atomic<u64>[]> touched;  // by byte, see `global_touch`
 };
 
 // Who touched a byte of shared memory last: 1 + a warp's clock, its number and the lane, and the
@@ -177,7 +178,7 @@ struct Block {
   const Range* last = nullptr;  // that was accessed
   const Warp* running = nullptr;
   int threads = 0;
-  u32 index[3] = {};
+  u32 index[3] = {}, number = 0;
   std::map<int, int> arrived;  // threads at a barrier that do not wait there
 };
 
@@ -783,6 +784,35 @@ const Range& range_of(Warp& w, u64 at, int bytes, int lane) {
   }
   return *r;
 }
+// Blocks of a launch have no order, so none may touch what another one writes, but by atomic
+// operations. A byte's writer is kept in the lower half, 1 + its block, and its reader in the upper
+// one.
+constexpr u32 kManyBlocks = ~0u;
+void global_touch(Warp& w, const Range& r, u64 at, int bytes, int lane, bool writes) {
+  if (!machine.checked) return;
+  const u32 mine = w.block->number + 1;
+  for (u64 byte = at - r.begin; byte < at - r.begin + bytes; ++byte) {
+    const u64 before = r.touched[byte].load(std::memory_order_relaxed);
+    u32 writer = static_cast<u32>(before), reader = static_cast<u32>(before >> 32);
+    const char* how = writer && writer != mine ? "written" : nullptr;
+    if (!how && writes && reader && reader != mine) how = "read";
+    if (how) {
+      const u32 other = writer && writer != mine ? writer : reader;
+      fault(std::string("global byte ") + hex(at) + " is " + (writes ? "written" : "read") +
+                " and was " + how + " by " +
+                (other == kManyBlocks ? "other blocks" : "block " + std::to_string(other - 1)) +
+                " of the launch",
+            lane);
+    }
+    if (writes) {
+      writer = mine;
+    } else {
+      reader = reader && reader != mine ? kManyBlocks : mine;
+    }
+    const u64 after = static_cast<u64>(reader) << 32 | writer;
+    if (after != before) r.touched[byte].store(after, std::memory_order_relaxed);
+  }
+}
 void count_sectors(Warp& w, int pc, const u64* at, u32 m, int bytes, u8 how) {
   u64 found[kWarp];  // an aligned access lies in one sector
   int n = 0;
@@ -883,7 +913,7 @@ void load(Warp& w, const Code& c, u32 m) {
         source = local_memory(w, here, bytes, l);
         break;
       default:
-        range_of(w, here, bytes, l);
+        global_touch(w, range_of(w, here, bytes, l), here, bytes, l, false);
         source = reinterpret_cast<const char*>(here);
     }
     T value[8];
@@ -924,7 +954,7 @@ void store(Warp& w, const Code& c, u32 m) {
         std::memcpy(local_memory(w, here, bytes, l), value, bytes);
         break;
       default:
-        range_of(w, here, bytes, l);
+        global_touch(w, range_of(w, here, bytes, l), here, bytes, l, true);
         std::memcpy(reinterpret_cast<char*>(here), value, bytes);
     }
   }
@@ -1019,7 +1049,7 @@ void copy_async(Warp& w, const Code& c, u32 m) {
       reading |= 1u << l;
       if (source[l] % c.count) fault("a misaligned asynchronous copy from " + hex(source[l]), l);
       range_of(w, source[l], copied == c.count ? c.count : 1, l);
-      range_of(w, source[l] + copied - 1, 1, l);
+      global_touch(w, range_of(w, source[l] + copied - 1, 1, l), source[l], copied, l, false);
     }
     if (machine.checked) {
       for (int i = 0; i < c.count; ++i) {
@@ -1557,6 +1587,7 @@ void prepare(Block& block, const Launch& launch) {
 }
 
 void begin(Block& block, const Launch& launch, u64 number) {
+  block.number = u32(number);
   block.index[0] = u32(number % launch.grid[0]);
   block.index[1] = u32(number / launch.grid[0] % launch.grid[1]);
   block.index[2] = u32(number / launch.grid[0] / launch.grid[1]);
@@ -1641,7 +1672,7 @@ void machine_settings(int threads, int checked, int truncates, int counts_sector
 }
 
 void machine_name_memory(u64 begin, u64 bytes) {
-  Range range{begin, begin + bytes, nullptr};
+  Range range{begin, begin + bytes, nullptr, nullptr};
   // Views of one tensor may overlap.
   for (auto next = machine.memory.begin(); next != machine.memory.end();) {
     const Range& other = next->second;
@@ -1676,6 +1707,10 @@ const char* machine_run(const void* program, const char* parameters, const u32* 
   for (auto& [at, range] : machine.memory) {
     std::fill_n(reinterpret_cast<char*>(range.sectors.get()),
                 (range.end - 1) / 32 - range.begin / 32 + 1, 0);
+    range.touched.reset();
+    if (machine.checked) {
+      range.touched = std::make_unique<std::atomic<u64>[]>(range.end - range.begin);
+    }
   }
   std::atomic<u64> next{0};
   std::atomic<bool> failed{false};

@@ -3,6 +3,7 @@ launched there."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -22,6 +23,15 @@ _FORMATS = {
     "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
     "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d",
 }  # fmt: skip
+
+
+def obstacle() -> str:
+    """Why Triton cannot compile here; empty where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set"
+    return ""
 
 
 class _Driver:
