@@ -3,8 +3,8 @@
     python -m benchmarks.table           # rewrites README.md between the markers
     python -m benchmarks.table --check   # exits with 1 if it would change
 
-A record is what `python -m benchmarks.head` writes, or `python -m benchmarks.instructions`. What has
-no record is said not to have been measured.
+A record is what `python -m benchmarks.head` writes, or `python -m benchmarks.instructions`. What
+has no record is said not to have been measured.
 """
 
 from __future__ import annotations
