@@ -237,9 +237,11 @@ def _assemble(backend: str, arch: int, ptx: str) -> tuple[str, str]:
     command = [shutil.which("ptxas") or "ptxas", "-O3"]
     if backend == "triton":
         command = [str(tools / ("ptxas-blackwell" if arch >= 100 else "ptxas"))]
+    target = re.search(rf"^\.target (sm_{arch}[af]?)$", ptx, re.MULTILINE)
+    assert target is not None, "the kernels were compiled for another architecture"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "kernels.ptx").write_text(ptx)
-        command += ["-v", f"-arch=sm_{arch}", "kernels.ptx", "-o", "kernels.cubin"]
+        command += ["-v", f"-arch={target.group(1)}", "kernels.ptx", "-o", "kernels.cubin"]
         done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -43,6 +44,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_launches() -> None:
+    machine.LAUNCHES.clear()
+
+
+def executed_is_for(arch: int) -> None:
+    """Whether something was launched, and all of it was compiled for a compute capability."""
+    assert machine.LAUNCHES
+    for launch in machine.LAUNCHES:
+        assert re.search(rf"^\.target sm_{arch}a?$", launch.program.source.ptx, re.MULTILINE)
 
 
 def close(case: Case, backend: str, dtype: torch.dtype, few: bool = True) -> None:
@@ -118,6 +131,7 @@ def test_cuda_for_another_gpu(compiled: cuda.Module, dtype: torch.dtype) -> None
         torch.testing.assert_close(run(case, "cuda"), run(case, "reference"))
     else:
         close(case, "cuda", dtype)
+    executed_is_for(80)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -167,6 +181,7 @@ def test_triton(triton: Callable[..., Any], name: str, dtype: torch.dtype) -> No
     case, arch, _ = TRITON[name]
     with triton(arch):
         close(case, "triton", dtype)
+    executed_is_for(arch)
 
 
 def test_triton_golden(triton: Callable[..., Any]) -> None:
@@ -203,7 +218,6 @@ def test_two_operands_of_one_matrix_product_exchanged(
     """The layouts of fragments are checked: of the first product that is executed, the parts of a
     that hold the lower rows and the right columns change places."""
     case = Case(D=64, h=9, w=9, H=64, W=64, grid=PAPER)
-    machine.LAUNCHES.clear()
     close(case, "cuda", torch.bfloat16)
     launch, place = next(
         (launch, i)

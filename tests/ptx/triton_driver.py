@@ -50,7 +50,9 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps kernels by device, also when it has another driver later.
+        arch: int = self.target.arch
+        return arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -116,7 +118,6 @@ def active(arch: int, name_tensor: Callable[[Any], None]) -> Iterator[None]:
     def no_machine_code(self: Any, src: Any, metadata: Any, *args: Any) -> bytes:
         return b"none"
 
-    # sm_80's kernels must not be taken for sm_90's: what is compiled is kept by device.
     with (
         patch.object(CUDABackend, "make_cubin", no_machine_code),
         patch.dict(os.environ, TRITON_CACHE_DIR=str(CACHE)),
