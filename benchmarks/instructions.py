@@ -47,7 +47,7 @@ LOGIT_SCALE = 20.0
 BUDGETED = replace(SIZES["paper"], name="budgeted", cells=9, pixels=64)
 # Of the large batch, so many episodes are executed, in the way in which all of them would be: the
 # CUDA kernels are told of a smaller GPU, and Triton's do not change from 32 episodes on.
-EXECUTED = {"cuda": 16, "triton": 32}
+EXECUTED = {"cuda": 8, "triton": 32}
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,18 @@ LIMITS[100] = LIMITS[90]
 
 
 @contextmanager
-def _hooked(backend: str, arch: int, episodes: float = 1) -> Iterator[None]:
+def _hooked(
+    backend: str, arch: int, episodes: float = 1, archs: Sequence[int] = ARCHS
+) -> Iterator[None]:
     """The backend launches in the machine, and cuts its work as for a GPU with `episodes` times
-    fewer multiprocessors."""
+    fewer multiprocessors. `archs` are those that the CUDA module is built for; all in one."""
     hooks = importlib.import_module("ptx.hooks")
     if backend == "triton":
         with hooks.triton(arch):
             yield
         return
     cuda = importlib.import_module("ptx.cuda")
-    module = cuda.Module(cuda.build_module(cuda.ARCHS if arch in cuda.ARCHS else ARCHS))
+    module = cuda.Module(cuda.build_module(archs))
     module.set_device(max(1, round(GPUS["H200"].multiprocessors / episodes)), 227 << 10)
     module.take(arch)
     with hooks.cuda(module):
@@ -126,11 +128,13 @@ def _passes(backend: str, size: Size) -> Iterator[str]:
     yield "pool backward"
 
 
-def count(backend: str, size: Size, episodes: float = 1) -> list[dict[str, Any]]:
-    """One entry for each launch of the head forward and backward; see `_hooked` for `episodes`."""
+def count(
+    backend: str, size: Size, episodes: float = 1, archs: Sequence[int] = ARCHS
+) -> list[dict[str, Any]]:
+    """One entry for each launch of the head forward and backward; see `_hooked`."""
     ptx, program = importlib.import_module("ptx.machine"), importlib.import_module("ptx.program")
     found = []
-    with _hooked(backend, ARCH, episodes), ptx.settings(checked=False, counts=True):
+    with _hooked(backend, ARCH, episodes, archs), ptx.settings(checked=False, counts=True):
         ptx.LAUNCHES.clear()
         for part in _passes(backend, size):
             for launch in ptx.LAUNCHES:
@@ -282,7 +286,8 @@ def budgets(backend: str) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for dtype in DTYPES:
         entries: dict[str, int] = {}
-        for entry in count(backend, BUDGETED.with_dtype(getattr(torch, dtype))):
+        size = BUDGETED.with_dtype(getattr(torch, dtype))
+        for entry in count(backend, size, archs=importlib.import_module("ptx.cuda").ARCHS):
             key = f"{entry['pass']}: {entry['kernel']}"
             entries[key] = entries.get(key, 0) + sum(entry["instructions"].values())
         found[dtype] = entries
