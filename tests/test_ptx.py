@@ -365,6 +365,9 @@ INSTRUCTIONS: dict[str, Callable[[int, int], int]] = {
     ),
     "lop3.b32 %r4, %r2, %r3, %r1, 0xE8": lambda a, b: a & b,  # the majority, with %r1 = 0
     "shf.l.wrap.b32 %r4, %r2, %r3, 7": lambda a, b: b << 7 | a >> 25,
+    "dp2a.hi.u32.s32 %r4, %r2, %r3, 9": lambda a, b: (
+        (a & 0xFFFF) * ((b >> 16 & 255 ^ 128) - 128) + (a >> 16) * ((b >> 24 ^ 128) - 128) + 9
+    ),
     "popc.b32 %r4, %r2": lambda a, b: a.bit_count(),
     "clz.b32 %r4, %r2": lambda a, b: 32 - a.bit_length(),
     "min.s32 %r4, %r2, %r3": lambda a, b: min(_signed(a), _signed(b)),

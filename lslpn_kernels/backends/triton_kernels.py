@@ -137,12 +137,12 @@ def _dot(a, b, acc, DOT: tl.constexpr):
     else:
         a_high = _high(a)
         b_high = _high(b)
-        part = tl.zeros(acc.shape, tl.float32)
-        if a.dtype != tl.bfloat16:
-            part = tl.dot(_low(a, a_high), b_high, part)
+        # In another order it takes more registers than there are.
+        part = tl.dot(a_high, b_high)
         if b.dtype != tl.bfloat16:
             part = tl.dot(a_high, _low(b, b_high), part)
-        part = tl.dot(a_high, b_high, part)
+        if a.dtype != tl.bfloat16:
+            part = tl.dot(_low(a, a_high), b_high, part)
     return acc + part
 
 

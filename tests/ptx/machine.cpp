@@ -607,8 +607,28 @@ u32 inserted(u32 a, u32 b, u32 position, u32 length) {
   return (a << position & mask) | (b & ~mask);
 }
 
+// Two numbers of 16 bits by two of 8, the latter from bit kShift on.
+template <class A, class B, int kShift>
+void dot_product(Warp& w, const Code& c, u32 m) {
+  ternary<u32, u32, u32, u32>(w, c, m, [](u32 a, u32 b, u32 e) {
+    const auto product = [&](int i) {
+      return s64(static_cast<A>(a >> (16 * i))) * static_cast<B>(b >> (kShift + 8 * i));
+    };
+    return static_cast<u32>(e + product(0) + product(1));
+  });
+}
+template <int kShift, class F>
+void dot_products(F enter) {
+  enter("u32.u32", dot_product<u16, u8, kShift>);
+  enter("u32.s32", dot_product<u16, s8, kShift>);
+  enter("s32.u32", dot_product<s16, u8, kShift>);
+  enter("s32.s32", dot_product<s16, s8, kShift>);
+}
+
 void shuffles_of_bits(Table& t) {
   TERNARY("prmt.b32", u32, u32, u32, u32, permuted(a, b, e));
+  dot_products<0>([&](const std::string& types, Handler f) { t["dp2a.lo." + types] = f; });
+  dot_products<16>([&](const std::string& types, Handler f) { t["dp2a.hi." + types] = f; });
   TERNARY("bfe.u32", u32, u32, u32, u32, field(a, b, e));
   TERNARY("bfe.s32", u32, u32, u32, u32, signed_field(a, b, e));
   TERNARY("shf.l.wrap.b32", u32, u32, u32, u32, (u64(b) << 32 | a) << (e & 31) >> 32);
