@@ -400,6 +400,18 @@ def test_instruction(instruction: str) -> None:
         assert found == expected, (hex(a), hex(b))
 
 
+def test_pairs_of_floats() -> None:
+    data = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
+    a, b, c = data[:, :2].copy(), data[:, 2:4].copy(), data[:, 4:].copy()
+    body = """mul.wide.u32 %d2, %r1, 24; add.s64 %d2, %d1, %d2; ld.global.b64 %d3, [%d2];
+        ld.global.b64 %d4, [%d2+8]; ld.global.b64 %d5, [%d2+16]; fma.rn.f32x2 %d6, %d3, %d4, %d5;
+        add.rn.f32x2 %d7, %d3, %d4; mul.f32x2 %d8, %d3, %d4; st.global.b64 [%d2], %d6;
+        st.global.b64 [%d2+8], %d7; st.global.b64 [%d2+16], %d8;"""
+    execute(body, data, threads=32)
+    joined = (a.astype(np.float64) * b + c).astype(np.float32)
+    np.testing.assert_array_equal(data, np.hstack([joined, a + b, a * b]))
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 def test_float_to_half_and_back(bits: int) -> None:
     """Every float16, and floats between them, as numpy converts them."""

@@ -461,6 +461,24 @@ void floats(Table& t, const std::string& type) {
   COMPARE("setp.nan." + type, T, a != a || b != b);
 }
 
+// Two floats in a register of 64 bits.
+template <class F>
+u64 both(u64 a, u64 b, u64 e, F f) {
+  u64 result = 0;
+  for (const int shift : {0, 32}) {
+    const auto half = [&](u64 x) { return bits<float>(static_cast<u32>(x >> shift)); };
+    result |= static_cast<u64>(bits<u32>(f(half(a), half(b), half(e)))) << shift;
+  }
+  return result;
+}
+void pairs_of_floats(Table& t) {
+  BINARY("add.f32x2", u64, u64, u64, both(a, b, 0, [](float x, float y, float) { return x + y; }));
+  BINARY("sub.f32x2", u64, u64, u64, both(a, b, 0, [](float x, float y, float) { return x - y; }));
+  BINARY("mul.f32x2", u64, u64, u64, both(a, b, 0, [](float x, float y, float) { return x * y; }));
+  TERNARY("fma.f32x2", u64, u64, u64, u64,
+          both(a, b, e, [](float x, float y, float z) { return std::fma(x, y, z); }));
+}
+
 void approximations(Table& t) {
   BINARY("div.full.f32", float, float, float, a / b);
   BINARY("div.approx.f32", float, float, float, a / b);
@@ -1409,6 +1427,7 @@ const Table& table() {
     integers<s64, u64, __int128, unsigned __int128>(t, "64");
     floats<float>(t, "f32");
     floats<double>(t, "f64");
+    pairs_of_floats(t);
     approximations(t);
     conversions(t);
     shuffles_of_bits(t);

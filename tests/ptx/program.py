@@ -18,7 +18,7 @@ SIZES = {
     **dict.fromkeys(("b8", "u8", "s8"), 1),
     **dict.fromkeys(("b16", "u16", "s16", "f16", "bf16"), 2),
     **dict.fromkeys(("b32", "u32", "s32", "f32", "f16x2", "bf16x2", "tf32"), 4),
-    **dict.fromkeys(("b64", "u64", "s64", "f64"), 8),
+    **dict.fromkeys(("b64", "u64", "s64", "f64", "f32x2"), 8),
 }
 PREDICATE = 1  # as the width of an operand
 SPECIAL = (
@@ -421,7 +421,7 @@ class Program:
             parts = [opcode, f"b{8 * width}"]
         elif opcode == "shr" and type_[0] == "b":
             parts = [opcode, f"u{8 * width}"]
-        elif type_ in ("f32", "f64") and "rn" in parts:  # what they do anyway
+        elif type_ in ("f32", "f64", "f32x2") and "rn" in parts:  # what they do anyway
             parts = [part for part in parts if part != "rn"]
         slots = [self._operand(o, w) for o, w in zip(operands, widths, strict=True)]
         return Instruction(".".join(parts), "", operands=slots)
