@@ -99,8 +99,7 @@ def _hooked(
         with hooks.triton(arch):
             yield
         return
-    cuda = importlib.import_module("ptx.cuda")
-    module = cuda.Module(cuda.build_module(archs))
+    module = importlib.import_module("ptx.cuda").load(archs)
     module.set_device(max(1, round(GPUS["H200"].multiprocessors / episodes)), 227 << 10)
     module.take(arch)
     with hooks.cuda(module):

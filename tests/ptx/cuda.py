@@ -14,6 +14,7 @@ import shutil
 import struct
 import sysconfig
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def build_module(archs: Sequence[int] = ARCHS, folder: Path = SOURCES) -> Path:
         link,
         [folder, ROOT / "csrc" / "core", ROOT / "csrc"],
     )
+
+
+@cache
+def load(archs: Sequence[int] = ARCHS) -> Module:
+    """The module of csrc/cuda, built and loaded once: its runtime has one place to launch in."""
+    return Module(build_module(archs))
 
 
 class Module:
