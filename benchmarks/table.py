@@ -3,8 +3,8 @@
     python -m benchmarks.table           # rewrites README.md between the markers
     python -m benchmarks.table --check   # exits with 1 if it would change
 
-A record is what `python -m benchmarks.head` writes. What has no record is said not to have been
-measured.
+A record is what `python -m benchmarks.head` writes, or `python -m benchmarks.instructions`. What
+has no record is said not to have been measured.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ _KINDS = {"cpu": "CPU", "cuda": "GPU"}
 
 def newest(folder: Path, kind: str) -> dict[str, Any] | None:
     """The newest record of a kind of device, "cpu" or "cuda"."""
+    return _newest(folder, "head", lambda record: record["device"]["kind"] == kind)
+
+
+def _newest(
+    folder: Path, benchmark: str, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
+) -> dict[str, Any] | None:
     found = []
     for path in sorted(folder.rglob("*.json")):
         record = json.loads(path.read_text("utf-8"))
-        if record.get("benchmark") == "head" and record["device"]["kind"] == kind:
+        if record.get("benchmark") == benchmark and wanted(record):
             found.append(record | {"file": path.name})
     return max(found, key=lambda record: record["date"], default=None)
 
@@ -45,7 +51,37 @@ def section(folder: Path) -> str:
             )
         else:
             parts.append(_table(record, title))
+    if record := _newest(folder, "instructions"):
+        parts.append(_counted(record))
     return "\n\n".join(part.strip() for part in parts)
+
+
+def _counted(record: dict[str, Any]) -> str:
+    """What the GPU kernels execute, and the bounds that follow."""
+    gpus = list(record["gpus"])
+    lines = [
+        "**GPU, counted and not measured**: what the compiled kernels execute for the whole head, "
+        f"forward and backward, {record['date'][:10]}, commit "
+        f"{(record['commit'] or 'unknown')[:7]}, by running their PTX on a CPU. In millions of "
+        "warp instructions, and of these the percentages that are arithmetic, on tensor cores, "
+        "accesses to shared and to global memory, and integers and control; megabytes that are "
+        "asked of global memory, and those that differ, launch by launch. On the right what this "
+        "takes **at least**, in microseconds, if every scheduler issues an instruction in every "
+        "cycle and memory moves at its full rate. Real kernels take longer; nobody knows by how "
+        "much before they have run.",
+        "",
+    ]
+    head = ["size", "backend", "instructions", "of which", "asked", "moved", *gpus]
+    lines += ["| " + " | ".join(head) + " |", "|---|---" + "|--:" * (len(head) - 2) + "|"]
+    for run in sorted(record["runs"], key=lambda run: run["size"]):
+        total = sum(run["instructions"].values())
+        parts = "/".join(f"{100 * n / total:.0f}" for n in run["instructions"].values())
+        moved = run["bytes_read"] + run["bytes_written"]
+        cells = [f"{run['size']}: {run['describe']}", f"`{run['backend']}`", f"{total / 1e6:.4g}"]
+        cells += [parts, f"{run['bytes_asked'] / 1e6:.4g}", f"{moved / 1e6:.4g}"]
+        cells += [f"{run['bounds'][gpu]['least_us']:.3g}" for gpu in gpus]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _table(record: dict[str, Any], title: str) -> str:

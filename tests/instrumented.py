@@ -24,11 +24,13 @@ def compiler() -> str | None:
 
 @dataclass(frozen=True)
 class Unit:
-    """A source file and how it is compiled. `name` tells compilations of one source apart."""
+    """A source file and how it is compiled: by `compiler`, or else by the C++ compiler. `name`
+    tells compilations of one source apart."""
 
     source: Path
     flags: tuple[str, ...]
     name: str = ""
+    compiler: str = ""
 
 
 def build(
@@ -66,7 +68,8 @@ def build(
 
         def compile_one(unit: Unit) -> str:
             output = str(Path(aside) / f"{unit.source.stem}{unit.name}.o")
-            _run([cxx, *unit.flags, "-x", "c++", "-c", str(unit.source), "-o", output])
+            command = [unit.compiler] if unit.compiler else [cxx, "-x", "c++"]
+            _run([*command, *unit.flags, "-c", str(unit.source), "-o", output])
             return output
 
         with ThreadPoolExecutor(2) as pool:

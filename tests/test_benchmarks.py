@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import head, machine, report
+from benchmarks import head, instructions, machine, report
 from benchmarks.formulations import build
 from benchmarks.sizes import PARTS, PASSES, SIZES, draw, least_bytes, least_flops
 from benchmarks.timing import Slot, Work, in_turn, sample
@@ -196,6 +196,21 @@ def test_least_work_of_the_paper() -> None:
     # An inner location reaches 4 windows and up to 9, for either class; 5 products are for norms.
     products = least_flops(paper, "match")["forward"] / (2 * 256 * 65**2)
     assert 2 * 4 + 5 < products < 2 * 9 + 5
+
+
+def test_bounds_by_hand() -> None:
+    """Two launches on an H200, of half of the work: one bound by issue, one by memory."""
+    instructions_a_us = 132 * 4 * 1980
+    launches = [
+        {"instructions": {"arithmetic": 3 * instructions_a_us, "tensor core": instructions_a_us},
+         "shared_wavefronts": 132 * 1980, "bytes_read": 4_800_000, "bytes_written": 0},
+        {"instructions": {"arithmetic": instructions_a_us, "tensor core": 0},
+         "shared_wavefronts": 0, "bytes_read": 4_800_000, "bytes_written": 4_800_000},
+    ]  # fmt: skip
+    found = instructions.bounds(launches, times=2)["H200"]
+    assert found == pytest.approx(
+        {"issue_us": 2 * 5, "shared_us": 2 * 1, "memory_us": 2 * 3, "least_us": 2 * (4 + 2)}
+    )
 
 
 def test_peak_memory_of_a_process(tmp_path: Path) -> None:

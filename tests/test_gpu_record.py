@@ -214,6 +214,24 @@ def test_no_goal_asks_for_less_than_the_bytes_and_launches_take(dtype: str) -> N
             assert goal.wanted >= 1
 
 
+def test_the_table_shows_what_was_counted(tmp_path: Path) -> None:
+    run = {
+        "size": "paper float32", "describe": "D=256", "backend": "cuda",
+        "instructions": {"arithmetic": 3_000_000, "integer and control": 1_000_000},
+        "bytes_asked": 9_000_000, "bytes_read": 1_000_000, "bytes_written": 2_000_000,
+        "bounds": {"H200": {"least_us": 12.3}},
+    }  # fmt: skip
+    record = {
+        "benchmark": "instructions", "date": "2026-02-01", "commit": None,
+        "gpus": {"H200": {}}, "runs": [run],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    text = table.section(tmp_path)
+    assert "| paper float32: D=256 | `cuda` | 4 | 75/25 | 9 | 3 | 12.3 |" in text
+    assert "counted and not measured" in text
+    assert "GPU.** Not measured yet" in text
+
+
 def test_goals_are_set_against_what_a_record_says() -> None:
     def measured(size: str, backend: str, how: str, passes: str, ms: float) -> dict[str, Any]:
         return {

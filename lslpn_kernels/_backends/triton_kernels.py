@@ -122,24 +122,28 @@ def _dot(a, b, acc, DOT: tl.constexpr):
     """``acc + a @ b`` in float32. Both are cut into parts that the tensor cores multiply exactly:
     float32 into two TF32 (22 bits), half types into two bfloat16 (16 bits; a bfloat16 is its own
     only part). The product of the low parts is below rounding.
+
+    The products of one call are summed from zero. The tensor cores cut off what does not fit when
+    they add, which over a long sum in them would become an error of many units in the last place.
     """
     if DOT == "ieee":  # for the interpreter, whose bfloat16 products are wrong
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        part = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif DOT == "tf32":
         a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
-        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
-        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
+        part = tl.dot(a - a_high, b_high, input_precision="tf32")
+        part = tl.dot(a_high, b - b_high, part, input_precision="tf32")
+        part = tl.dot(a_high, b_high, part, input_precision="tf32")
     else:
         a_high = _high(a)
         b_high = _high(b)
-        if a.dtype != tl.bfloat16:
-            acc = tl.dot(_low(a, a_high), b_high, acc)
+        # In another order it takes more registers than there are.
+        part = tl.dot(a_high, b_high)
         if b.dtype != tl.bfloat16:
-            acc = tl.dot(a_high, _low(b, b_high), acc)
-        acc = tl.dot(a_high, b_high, acc)
-    return acc
+            part = tl.dot(a_high, _low(b, b_high), part)
+        if a.dtype != tl.bfloat16:
+            part = tl.dot(_low(a, a_high), b_high, part)
+    return acc + part
 
 
 @triton.jit

@@ -1,0 +1,113 @@
+"""Where the backends of lslpn_kernels are made to launch their kernels in the machine, on tensors
+of the CPU. All that this package knows of them stands here."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from lslpn_kernels import ops
+from lslpn_kernels._autograd import _kernels
+from lslpn_kernels._backends import _obstacle, load
+from lslpn_kernels._backends import cuda as cuda_backend
+from lslpn_kernels._backends import triton_ as triton_backend
+
+from . import machine
+from .cuda import Module
+
+KERNELS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend}
+_KDLCUDA = 2
+
+
+def _forget() -> None:
+    """What was found out about backends, once for all."""
+    for cached in (load, _obstacle, _kernels, ops._choose_once):
+        cached.cache_clear()
+
+
+def name_tensor(tensor: Tensor) -> None:
+    """Lets kernels touch a tensor's bytes from its first element to its last, and none beyond."""
+    if tensor.numel():
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        machine.name_memory(tensor.data_ptr(), (last + 1) * tensor.element_size())
+
+
+def _capsule(tensor: Tensor) -> Any:
+    """A DLPack capsule that says the tensor is on a GPU."""
+    name_tensor(tensor)
+    capsule = to_dlpack(tensor)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    # A DLTensor begins with the address of its data and the type of its device.
+    ctypes.c_int32.from_address(pointer(capsule, b"dltensor") + 8).value = _KDLCUDA
+    return capsule
+
+
+class _Watched:
+    """A module of bindings: each call ends with the memory that it was given, and says what a
+    kernel did wrong."""
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module.module, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._module.error = None
+            try:
+                return value(*args, **kwargs)
+            except RuntimeError as error:
+                raise self._module.error or error from error
+            finally:
+                machine.forget_memory()
+
+        return call
+
+
+@contextmanager
+def cuda(module: Module) -> Iterator[None]:
+    """`backend="cuda"` takes its kernels from a module."""
+    watched = _Watched(module)
+
+    def call(name: str, device: object, *arguments: Any) -> None:
+        getattr(watched, name)(*arguments)
+
+    with (
+        patch.object(cuda_backend, "unavailable", lambda device: None),
+        patch.object(cuda_backend, "DEVICE_TYPES", ("cpu",)),
+        patch.object(cuda_backend, "_call", call),
+        patch.object(cuda_backend, "_stream", lambda device: 0),
+        patch.object(cuda_backend, "to_dlpack", _capsule),
+    ):
+        _forget()
+        try:
+            yield
+        finally:
+            _forget()
+
+
+@contextmanager
+def triton(arch: int) -> Iterator[None]:
+    """`backend="triton"` compiles for a compute capability, 90 for 9.0."""
+    from . import triton_driver
+
+    with (
+        patch.object(triton_backend, "unavailable", lambda device: None),
+        patch.object(triton_backend, "DEVICE_TYPES", ("cpu",)),
+        patch.dict(triton_backend._plans, clear=True),
+        triton_driver.active(arch, name_tensor),
+    ):
+        _forget()
+        try:
+            yield
+        finally:
+            _forget()
