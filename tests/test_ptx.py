@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GOLDEN, SITUATIONS, Case, run
+from cases import GOLDEN, SITUATIONS, Case, assert_near, run
 from ptx import cuda, hooks, machine, triton_driver
 from ptx.machine import ExecutionError, Kernel, Launch, settings
 from ptx.program import Program, TranslationError, kernels
-from test_gpu import PAPER, _drawn, assert_right
+from test_gpu import PAPER, _drawn
 from torch import Tensor
 
 from benchmarks import instructions
@@ -59,15 +59,21 @@ def executed_is_for(arch: int) -> None:
 
 
 def close(case: Case, backend: str, dtype: torch.dtype, few: bool = True) -> None:
-    """Forward and backward against the truth in float64, with the tolerances of a GPU, and with
-    tensor cores that cut off sums."""
+    """Forward and backward against the truth in float64, with tensor cores that cut off sums.
+
+    Of many pixels some have two windows whose scores agree to rounding, and either may win: with
+    `few` there are none of these, else the gradients of the matching are allowed what they change.
+    """
     if case in SITUATIONS.values():
         expected = run(case, "reference", rounded=dtype)
     else:
         expected = run(case, "torch", torch.float64, "cpu", dtype)
     with settings(truncates=True):
         found = run(case, backend, dtype)
-    assert_right(found, expected, backend, dtype, few)
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-5
+    smooth = {name: expected[name] for name in ("prototypes", "grad_support", "scores")}
+    assert_near(found, smooth, tolerance)
+    assert_near(found, expected, tolerance if few else 1e-2)
 
 
 def golden(path: Path, backend: str) -> None:
@@ -215,17 +221,18 @@ def test_instruction_budget(backend: str) -> None:
 def test_two_operands_of_one_matrix_product_exchanged(
     compiled: cuda.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layouts of fragments are checked: of the first product that is executed, the parts of a
-    that hold the lower rows and the right columns change places."""
+    """The layouts of fragments are checked: of the product that is issued most often, the parts of
+    a that hold the lower rows and the right columns change places."""
     case = Case(D=64, h=9, w=9, H=64, W=64, grid=PAPER)
     close(case, "cuda", torch.bfloat16)
-    launch, place = next(
-        (launch, i)
-        for launch in machine.LAUNCHES
-        for i, (instruction, issued) in enumerate(
-            zip(launch.program.instructions, launch.issued, strict=True)
-        )
-        if instruction.name.startswith("mma.") and issued
+    _, launch, place = max(
+        (
+            (issued, launch, i)
+            for launch in machine.LAUNCHES
+            for i, issued in enumerate(launch.issued)
+            if launch.program.instructions[i].name.startswith("mma.")
+        ),
+        key=lambda found: found[0],
     )
     program = Program(launch.program.source)
     a = program.instructions[place].operands

@@ -65,10 +65,15 @@ def build_module(archs: Sequence[int] = ARCHS, folder: Path = SOURCES) -> Path:
     )
 
 
-@cache
 def load(archs: Sequence[int] = ARCHS) -> Module:
-    """The module of csrc/cuda, built and loaded once: its runtime has one place to launch in."""
-    return Module(build_module(archs))
+    """The module of csrc/cuda."""
+    return _load(build_module(archs))
+
+
+@cache
+def _load(path: Path) -> Module:
+    """Once for each file: its runtime has one place to launch in."""
+    return Module(path)
 
 
 class Module:
