@@ -146,6 +146,21 @@ def test_cuda_drawn_at_random(compiled: cuda.Module, seed: int) -> None:
     close(case, "cuda", dtype, few=False)
 
 
+def test_cuda_takes_no_notice_of_the_strides_of_single_images(compiled: cuda.Module) -> None:
+    """Some releases of torch export 1 for a dimension of length 1; the fast path is kept."""
+    dense = torch.randn(1, 1, 9, 9, 32).movedim(-1, 2)
+    single = dense.as_strided(dense.shape, (1, 1, *dense.stride()[2:]))
+    masks = torch.rand(1, 1, 1, 64, 64) < 0.5
+    issued = []
+    for features in (dense, single):
+        machine.LAUNCHES.clear()
+        head = LocalPrototypeHead(PAPER, backend="cuda")
+        logits = head(features, masks, features)
+        issued.append([sum(launch.issued) for launch in machine.LAUNCHES])
+    assert issued[0] == issued[1]
+    assert logits.isfinite().all()
+
+
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_cuda_golden(compiled: cuda.Module, path: Path) -> None:
     with settings(truncates=True):

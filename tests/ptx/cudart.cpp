@@ -137,7 +137,10 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (!kernels().count(function)) return result(cudaErrorInvalidDeviceFunction);
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value > shared_per_block) return result(cudaErrorInvalidValue);
-  dynamic_shared[function] = value > kStaticLimit ? value : kStaticLimit;
+  // Another thread may be about to launch by the limit that it has just set.
+  int& limit = dynamic_shared[function];
+  if (value < limit && limit <= shared_per_block) return result(cudaErrorInvalidValue);
+  limit = value > kStaticLimit ? value : kStaticLimit;
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
