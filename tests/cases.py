@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lslpn_kernels import GridSpec, cosine_match, masked_average_pool
+from lslpn_kernels.reference import upsample
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
@@ -88,6 +89,13 @@ def _within(values: Tensor) -> Tensor:
     whole = values.new_full([n + 3 for n in turned.shape], torch.nan)
     part = whole[tuple(slice(1, n + 1) for n in turned.shape)].copy_(turned)
     return part.permute([order.index(axis) for axis in range(values.ndim)])
+
+
+def shortest(case: Case) -> float:
+    """The least length of an interpolated query feature, of those that have any. Near 0 all the
+    gradients of the cosine grow without bounds, and with them the rounding of any formula."""
+    length = upsample(case.draw()[2], (case.H, case.W)).norm(dim=2)
+    return min(length[length > 1e-6].tolist(), default=1.0)
 
 
 # One of each situation that a kernel treats differently, by name.

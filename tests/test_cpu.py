@@ -9,14 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import SITUATIONS, Case, assert_agree, assert_near, run
+from cases import SITUATIONS, Case, assert_agree, assert_near, run, shortest
 from hypothesis import assume, given, settings
 from strategies import cases
 from torch import Tensor
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, backends, cosine_match, masked_average_pool
 from lslpn_kernels._backends import native
-from lslpn_kernels.reference import upsample
 
 _native, _ = native.module()
 pytestmark = pytest.mark.skipif(_native is None, reason=f"cpu: {backends()['cpu'].reason}")
@@ -76,13 +75,6 @@ LARGE = {
 
 
 # ---- against the oracle -------------------------------------------------------------------------
-
-
-def shortest(case: Case) -> float:
-    """The least length of an interpolated query feature, of those that have any. Near 0 all the
-    gradients of the cosine grow without bounds, and with them the rounding of any formula."""
-    length = upsample(case.draw()[2], (case.H, case.W)).norm(dim=2)
-    return min(length[length > 1e-6].tolist(), default=1.0)
 
 
 @given(cases())

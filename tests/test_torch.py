@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SITUATIONS, Case, assert_agree, run
-from hypothesis import given
+from cases import SITUATIONS, Case, assert_agree, run, shortest
+from hypothesis import assume, given
 from strategies import cases
 
 from lslpn_kernels import GridSpec, cosine_match, masked_average_pool
@@ -18,6 +18,7 @@ RTOL, ATOL = 1e-9, 1e-8
 
 @given(cases())
 def test_any_geometry(case: Case) -> None:
+    assume(shortest(case) > 0.01)
     assert_agree(run(case, "torch"), run(case, "reference"), RTOL, ATOL)
 
 
