@@ -68,10 +68,12 @@ class Report:
 
     Attributes:
         chosen: the backend that the head takes for these tensors.
+        dtype: of the features, and so of their gradients, which are rounded to it.
         lines: one for each backend.
     """
 
     chosen: str
+    dtype: torch.dtype
     lines: tuple[Line, ...]
 
     def __str__(self) -> str:
@@ -81,9 +83,11 @@ class Report:
         rows = [f"{'backend':10}{head}", *map(str, self.lines)]
         used = next(line for line in self.lines if line.backend == self.chosen)
         worst = max(used.logits, used.support_gradient, used.query_gradient)
-        return "\n".join(
-            [*rows, f"this head uses {self.chosen}: within {worst:.1e} of the equations in float64"]
-        )
+        rows.append(f"this head uses {self.chosen}: within {worst:.1e} of the equations in float64")
+        if self.dtype in (torch.float16, torch.bfloat16):
+            eps = torch.finfo(self.dtype).eps
+            rows[-1] += f"; gradients in {self.dtype} are themselves rounded by {eps / 2:.1e}"
+        return "\n".join(rows)
 
 
 def check(
@@ -134,7 +138,7 @@ def check(
             )
         )
     chosen = choose(head.backend, device, dtype, head.grid, head.reduce)
-    return Report(chosen, tuple(lines))
+    return Report(chosen, dtype, tuple(lines))
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
