@@ -99,7 +99,10 @@ def check_grid(grid: object) -> None:
         raise TypeError(f"grid must be a GridSpec, got {type(grid).__name__}")
 
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32),
+)
 IGNORED = 255  # the label of pixels that are in no class, by convention
 
 

@@ -82,9 +82,9 @@ def masked_average_pool(
         if masks.dtype not in (torch.bool, torch.uint8):
             masks = masks.to(accumulation_dtype(features.dtype))
     else:
-        C = _classes(masks) if num_classes is None else num_classes
         if masks.dtype != torch.uint8:
             masks = masks.to(torch.int64)
+        C = _classes(masks) if num_classes is None else num_classes
     backend = _chosen(backend, features, grid, "max")
     if backend in _PLAIN:
         masks = reference.class_masks(masks, C)

@@ -165,7 +165,8 @@ def test_masks_of_every_kind(backend: str, N: int) -> None:
         close(found(masks.to(kind)), expected, 2e-6)
     number = torch.arange(1, N + 1)[:, None, None]
     labels = (masks * number).sum(2)
-    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+    signed = torch.int8, torch.int16, torch.int32, torch.int64
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, *signed):
         close(found(labels.to(dtype)), expected, 2e-6)
     same(found(labels), found(labels, num_classes=N + 1))
 
