@@ -10,20 +10,15 @@ cpu, triton, cuda   the kernels
 
 from __future__ import annotations
 
-import itertools
-import sys
-import types
 import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, cosine_match, masked_average_pool
-from lslpn_kernels._backends import torch_
 from lslpn_kernels.geometry import Axis
 from lslpn_kernels.reference import accumulation_dtype, class_masks, unit
 
@@ -34,7 +29,6 @@ LOGIT_SCALE = 20.0
 EAGER = ("torch", "torch-windows")
 COMPILED = {"torch.compile": "default", "torch.compile-max": "max-autotune"}
 KERNELS = ("cpu", "triton", "cuda")
-_copies = itertools.count()
 NAMES = ("reference", "torch-windows", "torch", *COMPILED, *KERNELS)
 
 
@@ -42,9 +36,8 @@ def build(name: str, part: str, size: Size, device: str) -> Call:
     """The function of `Inputs.of(part)` that a formulation computes."""
     if name in COMPILED:
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        call = _in_one_graph(part, size, torch.device(device))
-        mode = COMPILED[name]
-        return torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
+        call = build("torch", part, size, device)
+        return torch.compile(call, fullgraph=True, dynamic=False, mode=COMPILED[name])
     if name == "torch-windows":
         return _assemble(part, size, pool_windows, match_windows)
     if part == "head":
@@ -66,23 +59,6 @@ def _assemble(part: str, size: Size, pool: Call, match: Call) -> Call:
         return LOGIT_SCALE * match(query, prototypes, grid, shape)
 
     return head
-
-
-def _in_one_graph(part: str, size: Size, device: torch.device) -> Call:
-    """The `torch` backend with its tables of the geometry at hand. Looking them up breaks the
-    graph in some versions of torch, which would make the baseline weaker than it need be."""
-    tables = torch_._tables(size.axis, accumulation_dtype(size.dtype), device)
-    # A second copy of the module, since a compiled function looks its globals up by module.
-    copy = types.ModuleType(f"{__package__}._one_graph_{next(_copies)}")
-    name = copy.__name__
-    vars(copy).update(vars(torch_), _tables=lambda axis, dtype, device: tables, __name__=name)
-    sys.modules[name] = copy
-
-    def rebound(function: Any) -> Call:
-        return types.FunctionType(function.__code__, vars(copy), argdefs=function.__defaults__)
-
-    pool, match = rebound(torch_.masked_average_pool), rebound(torch_.cosine_match)
-    return _assemble(part, size, pool, match)
 
 
 # The head as one would write it without the linear route: features interpolated to the size of
