@@ -138,7 +138,7 @@ def prepare(
         check_same_grid(image, labels)
     how = interpret(image.data)
     data = how.apply(image.data)
-    boxes = _body(data, image.spacing, how.air) if align == "body" else None
+    boxes = trunk_boxes(data, image.spacing, how.air) if align == "body" else None
     treatment = Treatment(image.path.name, how, None if align == "none" else boxes is not None)
     boxes = _whole(data) if boxes is None else boxes
 
@@ -248,12 +248,15 @@ def body_boxes(image: Volume) -> np.ndarray:
     is told by `interpret`. Where nothing like a body stands out, the boxes are the whole slices.
     """
     how = interpret(image.data)
-    boxes = _body(how.apply(image.data), image.spacing, how.air)
+    boxes = trunk_boxes(how.apply(image.data), image.spacing, how.air)
     return _whole(image.data) if boxes is None else boxes
 
 
-def _body(data: np.ndarray, spacing: tuple[float, float, float], air: float) -> np.ndarray | None:
-    """`body_boxes`, or None where no body stands out."""
+def trunk_boxes(
+    data: np.ndarray, spacing: tuple[float, float, float], air: float
+) -> np.ndarray | None:
+    """`body_boxes` of grey values [Z, Y, X] as `interpret` reads them, or None where no body
+    stands out."""
     if not math.isfinite(air):
         return None
     step = -(-max(data.shape[1:]) // _WORKING_SIZE)
