@@ -6,15 +6,18 @@ ISBI 2021.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead
 
-from ..presets import ModelConfig
+from ..presets import ModelConfig, TrainConfig
 from .base import EncoderNetwork
+
+if TYPE_CHECKING:
+    from ..episodes import Batch
 
 
 class LocalPrototypes(NamedTuple):
@@ -61,6 +64,15 @@ class LSLPN(EncoderNetwork):
     def match(self, features: Tensor, support: LocalPrototypes, size: tuple[int, int]) -> Tensor:
         """Cosines with the best of the windows over each pixel, equation (3), times the scale."""
         return self._head(support.grid).match(features, support.values, size)
+
+    def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
+        """Cross-entropy, zero where no pixel has a label; in one pass that writes no logits."""
+        features, support = self._halves(
+            batch.support_images, batch.support_masks, batch.query_images
+        )
+        labels, ignored = batch.query_labels, options.ignore_index
+        loss = self._head(support.grid).match_loss(features, support.values, labels, ignored)
+        return loss.where((labels != ignored).any(), 0)
 
     def _head(self, grid: GridSpec | None) -> LocalPrototypeHead:
         head: LocalPrototypeHead = self.head

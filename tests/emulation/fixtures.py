@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lslpn_kernels import ops
-from lslpn_kernels._autograd import _kernels
 from lslpn_kernels._backends import _obstacle, cuda, load
+from lslpn_kernels._operators import kernels_of
 
 from . import build
 
@@ -30,7 +30,7 @@ def emulated() -> Any:
 
 def forget() -> None:
     """What was found out about backends, once for all."""
-    for cached in (load, _obstacle, _kernels, ops._choose_once):
+    for cached in (load, _obstacle, kernels_of, ops._choose_once):
         cached.cache_clear()
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from lslpn_kernels import ops
-from lslpn_kernels._autograd import _kernels
 from lslpn_kernels._backends import _obstacle, load
 from lslpn_kernels._backends import cuda as cuda_backend
 from lslpn_kernels._backends import triton_ as triton_backend
+from lslpn_kernels._operators import kernels_of
 
 from . import machine
 from .cuda import Module
@@ -27,7 +27,7 @@ _KDLCUDA = 2
 
 def _forget() -> None:
     """What was found out about backends, once for all."""
-    for cached in (load, _obstacle, _kernels, ops._choose_once):
+    for cached in (load, _obstacle, kernels_of, ops._choose_once):
         cached.cache_clear()
 
 
