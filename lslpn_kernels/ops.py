@@ -234,7 +234,7 @@ def _cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy`, but for labels out of range: these make a GPU unusable there."""
     C = logits.shape[2]
-    known: Tensor | bool = True
+    known: Tensor | None = None
     if labels.device.type != "cpu":
         known = ((labels >= 0) & (labels < C) | (labels == ignore_index)).all()
         labels = labels.where(labels == ignore_index, labels.clamp(0, C - 1))
@@ -246,7 +246,7 @@ def _cross_entropy(
         known = (labels >= 0) & (labels < C) | (labels == ignore_index)
         stray = int(labels[~known][0])
         raise ValueError(_arguments.stray_label(stray, C, ignore_index)) from None
-    return loss if known is True else loss.where(known, torch.nan)
+    return loss if known is None else loss.where(known, torch.nan)
 
 
 # What has passed the checks before, for they take as long as a small kernel.

@@ -222,13 +222,13 @@ double cross_entropy(const LossProblem<A>& p, const Tile<A>& tile, const LossScr
     for (std::int64_t t = 0; more && t < tile.x.pixels * size; t += 64) {
       __builtin_prefetch(row + tile.x.pixels * size + t);  // of the next tile
     }
-    for (int t = 0; t < tile.x.pixels; t += kLanes<A>) {
+    for (int t = 0; t < tile.T; t += kLanes<A>) {
       const int valid = tile.x.pixels - t, here = i * tile.T + t;
       Labelled<A> x;
       x.label = load_labels<A>(row + t * size, bytes, valid);
       x.counts = (x.label != p.args.ignore_index) & (lane < valid);
       x.length = load(s.tile.length + here);
-      if (valid < kLanes<A>) {  // weigh 0, but may hold a NaN
+      if (valid < kLanes<A>) {  // these weigh 0, but may hold anything
         for (std::int64_t c = 0; c < p.C; ++c) {
           A* const z = s.scores + c * p.tile + here;
           store(z, lane < valid ? load(z) : Vec<A>{});
