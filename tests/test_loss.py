@@ -315,8 +315,12 @@ def test_opcheck() -> None:
         torch.library.opcheck(operators.cosine_match_loss_backward.default, backward)
 
 
+@pytest.mark.skipif(
+    tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11),
+    reason="PyTorch 2.6 fails to solve for such sizes, 2.11 does; between them it was not tried",
+)
 def test_compiled_for_any_size() -> None:
-    """One graph, and one for all sizes once the sizes have changed."""
+    """One graph for all sizes."""
     torch.compiler.reset()
     grid = GridSpec(1 / 3, 1 / 2)
     head = LocalPrototypeHead(grid, 5.0, backend="cpu")
