@@ -48,8 +48,8 @@ def match_loss(
         wanted = [trained, trained]  # torch.func may know what the tensors do not
     elif any(wanted):
         call = _CosineMatchLoss.apply
-    settings = (grid.scale, grid.spacing, reduce, ignore_index, logit_scale, backend, wanted)
-    loss: Tensor = call(features, prototypes, labels, weight, *settings)[0]
+    settings = (grid.scale, grid.spacing, reduce, ignore_index, logit_scale, backend)
+    loss: Tensor = call(features, prototypes, labels, weight, *settings, *wanted)[0]
     return loss
 
 
@@ -58,14 +58,10 @@ def _kernels(backend: str, device: torch.device) -> LossKernels:
     return kernels
 
 
-def _both(wanted: Sequence[bool]) -> tuple[bool, bool]:
-    return wanted[0], wanted[1]
-
-
 @register(
     "cosine_match_loss(Tensor features, Tensor prototypes, Tensor labels, Tensor? weight, "
     "float scale, float spacing, str reduce, int ignore_index, float logit_scale, str backend, "
-    "bool[2] wanted) -> (Tensor loss, Tensor[] kept)"
+    "bool wants_features, bool wants_prototypes) -> (Tensor loss, Tensor[] kept)"
 )
 def _loss(
     features: Tensor,
@@ -78,16 +74,17 @@ def _loss(
     ignore_index: int,
     logit_scale: float,
     backend: str,
-    wanted: Sequence[bool],
+    wants_features: bool,
+    wants_prototypes: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     kernels, grid = _kernels(backend, features.device), grid_of(scale, spacing)
-    prototypes, both = prototypes.contiguous(), _both(wanted)
+    prototypes, wanted = prototypes.contiguous(), (wants_features, wants_prototypes)
     if features.numel() == 0:
         size = (labels.shape[2], labels.shape[3])
         nothing = prototypes.new_full((), float("nan"))
-        return nothing, kernels.loss_kept(features, prototypes, grid, size, reduce, both)
+        return nothing, kernels.loss_kept(features, prototypes, grid, size, reduce, wanted)
     return kernels.cosine_match_loss(
-        *(features, prototypes, labels.contiguous(), weight, grid, reduce, both),
+        *(features, prototypes, labels.contiguous(), weight, grid, reduce, wanted),
         ignore_index=ignore_index,
         logit_scale=logit_scale,
     )
@@ -105,13 +102,14 @@ def _(
     ignore_index: int,
     logit_scale: float,
     backend: str,
-    wanted: Sequence[bool],
+    wants_features: bool,
+    wants_prototypes: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     kernels, size = _kernels(backend, features.device), (labels.shape[2], labels.shape[3])
     grid = GridSpec(scale, spacing)
     loss = features.new_empty((), dtype=accumulation_dtype(features.dtype))
-    prototypes = prototypes.contiguous()
-    return loss, kernels.loss_kept(features, prototypes, grid, size, reduce, _both(wanted))
+    prototypes, wanted = prototypes.contiguous(), (wants_features, wants_prototypes)
+    return loss, kernels.loss_kept(features, prototypes, grid, size, reduce, wanted)
 
 
 def _loss_backward(
@@ -136,7 +134,7 @@ def _loss_backward(
         )
     return _kernels(backend, features.device).cosine_match_loss_backward(
         *(grad, kept, features, prototypes.contiguous(), grid_of(scale, spacing), (H, W)),
-        *(reduce, _both(wanted)),
+        *(reduce, (wanted[0], wanted[1])),
         logit_scale=logit_scale,
     )
 
@@ -208,28 +206,31 @@ _register_vmap("cosine_match_loss_backward")
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    features, prototypes, labels, _, scale, spacing, reduce, _, logit_scale, backend, _ = inputs
+    features, prototypes, labels, _, scale, spacing, reduce, _, logit_scale, backend, *wanted = (
+        inputs
+    )
     _, kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(features, prototypes, *kept)
     size = (labels.shape[2], labels.shape[3])
-    ctx.settings = (scale, spacing, *size, reduce, logit_scale, backend)
+    # What was kept is for these gradients, though fewer may be asked for in the end.
+    ctx.settings = (scale, spacing, *size, reduce, logit_scale, backend, wanted)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     features, prototypes, *kept = ctx.saved_tensors  # once: checkpointing allows no second look
-    wanted = ctx.needs_input_grad[:2]
     call: Any = _loss_backward
     if not is_eager(grad, features):
         call = torch.ops.lslpn_kernels.cosine_match_loss_backward.default
-    grads = call(grad, kept, features, prototypes, *ctx.settings, wanted)
+    grads = call(grad, kept, features, prototypes, *ctx.settings)
     if may_differentiate():
         grads = Final.apply("cosine_match_loss", *grads, grad, features, prototypes)
-    first, second = (g if w else None for g, w in zip(grads, wanted, strict=True))
-    return first, second, *(None,) * 9
+    needed = ctx.needs_input_grad[:2]
+    first, second = (g if w else None for g, w in zip(grads, needed, strict=True))
+    return first, second, *(None,) * 10
 
 
 torch.library.register_autograd(

@@ -303,7 +303,7 @@ def test_opcheck() -> None:
     operators = torch.ops.lslpn_kernels
     geometry = (case.grid.scale, case.grid.spacing)
     for given, wanted in ((None, [True, True]), (weight.float(), [True, False])):
-        settings = (*geometry, "max", 255, 2.0, "cpu", wanted)
+        settings = (*geometry, "max", 255, 2.0, "cpu", *wanted)
         second = prototypes if wanted[1] else prototypes.detach()
         arguments = (query, second, labels, given, *settings)
         torch.library.opcheck(operators.cosine_match_loss.default, arguments)
@@ -334,6 +334,25 @@ def test_compiled_for_any_size() -> None:
         torch.testing.assert_close(
             torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves)
         )
+
+
+def test_traced_and_compiled_for_one_gradient() -> None:
+    case = Case(C=3)
+    query, prototypes, labels, _ = drawn(case, torch.float32)
+
+    def loss(query: Tensor, prototypes: Tensor) -> Tensor:
+        return cosine_match_loss(query, prototypes, labels, case.grid, backend="cpu")
+
+    traced = torch.jit.trace(loss, (query.detach(), prototypes.detach()), check_trace=False)
+    torch.testing.assert_close(traced(-query, prototypes), loss(-query, prototypes))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for inputs in ((query.detach(), prototypes), (query, prototypes.detach())):
+        leaf = next(t for t in inputs if t.requires_grad)
+        (found,) = torch.autograd.grad(compiled(*inputs), leaf)
+        assert torch.equal(found, torch.autograd.grad(loss(*inputs), leaf)[0])
+    batches = [t.detach()[None].repeat(2, 1, 1, 1, 1, 1) for t in (query, prototypes)]
+    mapped = torch.compile(torch.func.vmap(loss), fullgraph=True, backend="aot_eager")(*batches)
+    torch.testing.assert_close(mapped, loss(query, prototypes).detach().expand(2))
 
 
 def test_empty_batches() -> None:
