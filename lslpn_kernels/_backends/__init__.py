@@ -105,8 +105,9 @@ class LossKernels(Kernels, Protocol):
 
     `labels` [B, Q, H, W] are uint8 or int64, `weight` is None or [C] in the accumulation dtype;
     both are contiguous. `ignore_index` fits into 32 bits, and `logit_scale` is not 0. `wanted`
-    tells which of features and prototypes want a gradient, both ways the same. Where labels are wrong, a backend of
-    the CPU raises ValueError; one of a GPU, which must not wait for the host, returns NaN.
+    tells which of features and prototypes want a gradient, the backward pass as the forward pass.
+    Where labels are wrong, a backend of the CPU raises ValueError; one of a GPU, which must not
+    wait for the host, returns NaN.
     """
 
     # Optional: declines_loss(grid, reduce) -> bool, whether a call is left to `cosine_match`.
