@@ -1,6 +1,6 @@
 """What each backend can do in the training loops of others: one test a row of docs/backends.md.
 
-Every test runs on the CPU: `cuda` in its emulation, `triton` in its interpreter, for which
+Every test runs on the CPU: `cuda` as tests/ptx executes it, `triton` in its interpreter, for which
 test_triton.py runs this file in a process of its own. What a backend cannot do is in `NO`, and the
 same test checks that it refuses clearly.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation.fixtures import emulated, kernels  # noqa: F401
+from ptx.fixtures import kernels, module  # noqa: F401
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
