@@ -116,7 +116,7 @@ def segment_matched(
     progress: bool = False,
     explain: bool = False,
 ) -> Segmentation:
-    """As `segment`, and tell which slices were matched and, with `explain`, which windows decided."""
+    """As `segment`, and tell which slices were matched; with `explain`, which windows decided."""
     if align is None:
         align = model.config.align
     if not supports:

@@ -5,29 +5,111 @@ Takes plain data: volumes, arrays, names. Knows nothing of networks.
 
 from __future__ import annotations
 
+import base64
+import html
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..atomic import write_text
-from ..volumes import Volume
-
+from ..errors import InputError
+from ..volumes import Volume, check_same_grid, read_image, read_labels
 from .page import viewer
-from .payload import Support, check_shape, file_stem, payload
+from .payload import Support, check_labels, file_stem, payload
 
 if TYPE_CHECKING:
     from ..why import Why
 
-__all__ = ["Support", "page", "write_page"]
+__all__ = ["Support", "View", "file_stem", "view"]
 
-Labels = np.ndarray | Volume
+Labels = np.ndarray | Volume | str | os.PathLike[str]
+
+_HEIGHT = 720  # of the page in a notebook, in pixels
 
 
-def page(
-    image: Volume,
+@dataclass(frozen=True)
+class View:
+    """A scan with its labels, ready to be shown; made by `view`.
+
+    A notebook shows it as it is: through ipyniivue where that is installed, else as the page.
+
+    Attributes:
+        title: the page's title.
+        facts: what the page says.
+        blocks: what it shows, base64 by name.
+    """
+
+    title: str
+    facts: dict[str, Any] = field(repr=False)
+    blocks: dict[str, str] = field(repr=False)
+
+    def html(self) -> str:
+        """The page: one document that holds everything and asks for nothing."""
+        return viewer(self.title, self.facts, self.blocks)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        write_text(path, self.html())
+        return Path(path)
+
+    def widget(self) -> Any:
+        """An `ipyniivue.NiiVue` with the scan and the first labels, to go on with in Python.
+
+        Raises:
+            InputError: ipyniivue is not installed.
+        """
+        if find_spec("ipyniivue") is None:
+            raise InputError(
+                'widget: needs ipyniivue, which is not installed; pip install "lslpn[notebook]"'
+            )
+        from ipyniivue import NiiVue, Volume
+
+        _, low, high = self.facts["image"]["windows"][0]
+        shown = [
+            Volume(
+                data=base64.b64decode(self.blocks[name]), name=f"{name}.nii.gz", colormap="gray",
+                opacity=opacity, cal_min=least, cal_max=most,
+            )
+            for name, opacity, least, most in (
+                ("image", 1.0, low, high),
+                ("layer-0", 0.5, None, None),
+            )
+            if name in self.blocks
+        ]  # fmt: skip
+        if len(shown) > 1:
+            colours = ["#000000", *(organ["colour"] for organ in self.facts["organs"])]
+            channels = {
+                channel: [int(hue[i : i + 2], 16) for hue in colours]
+                for channel, i in (("R", 1), ("G", 3), ("B", 5))
+            }
+            names = ["", *(organ["name"] for organ in self.facts["organs"])]
+            shown[1].set_colormap_label({**channels, "labels": names})
+        widget = NiiVue(is_radiological_convention=True)
+        widget.load_volumes(shown)
+        return widget
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        if find_spec("ipyniivue") is not None:
+            return self.widget()._repr_mimebundle_(**options)
+        page = html.escape(self.html())
+        frame = (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="{html.escape(self.title)}" '
+            f'style="width:100%;height:{_HEIGHT}px;border:0"></iframe>'
+        )
+        return {"text/html": frame, "text/plain": repr(self)}
+
+
+def view(
+    image: Volume | str | os.PathLike[str],
     labels: Labels | Mapping[str, Labels] | None = None,
     *,
     truth: Labels | None = None,
@@ -37,18 +119,38 @@ def page(
     why: Why | None = None,
     title: str | None = None,
     notes: Sequence[str] = (),
-) -> str:
-    """The page as text; see `write_page`."""
-    named = labels if isinstance(labels, Mapping) else {"prediction": labels}
-    layers = {name: _array(one) for name, one in named.items() if one is not None}
+) -> View:
+    """Show a scan with its labels: in a notebook, or by `view(...).save("scan.html")`.
+
+    A scan of more than 12 million voxels is thinned, and the page says so; volumes and Dice are
+    those of the whole scan. Of files no more than their names go into the page.
+
+    Args:
+        image: the scan, or the path of its file.
+        labels: whole numbers, 0 the background: [Z, Y, X] in the frame of `image.data`, a volume,
+            or the path of a file; or several of them by name, of which the first is on the left.
+        truth: ground truth; it is shown beside the labels, with their Dice.
+        names: label value to the organ's name.
+        confidence: label value to how sure the segmentation is of the organ, 0 to 1.
+        supports: the labelled scans that it was segmented by; the slices that were matched follow
+            those of the query.
+        why: which windows decided, see `lslpn.why`; its supports are `supports`, in that order.
+        title: default: the name of the image's file.
+        notes: lines that the page shows on top.
+
+    Raises:
+        InputError: a file cannot be used; labels in another grid than their image's, negative, or
+            no whole numbers.
+    """
+    scan = image if isinstance(image, Volume) else read_image(image)
+    named = dict(labels) if isinstance(labels, Mapping) else {"prediction": labels}
     if truth is not None:
-        layers["ground truth"] = _array(truth)
-    for name, array in layers.items():
-        check_shape(name, array, image)
+        named["ground truth"] = truth
+    layers = {name: _array(name, one, scan) for name, one in named.items() if one is not None}
     for support in supports:
-        check_shape(support.title, support.labels, support.image)
+        check_labels(support.title, support.labels, support.image)
     facts, blocks = payload(
-        image,
+        scan,
         layers,
         truth=None if truth is None else "ground truth",
         names=names or {},
@@ -57,54 +159,16 @@ def page(
         why=why,
         notes=notes,
     )
-    return viewer(title or file_stem(image), facts, blocks)
+    return View(title or file_stem(scan), facts, blocks)
 
 
-def write_page(
-    path: str | os.PathLike[str],
-    image: Volume,
-    labels: Labels | Mapping[str, Labels] | None = None,
-    *,
-    truth: Labels | None = None,
-    names: Mapping[int, str] | None = None,
-    confidence: Mapping[int, float] | None = None,
-    supports: Sequence[Support] = (),
-    why: Why | None = None,
-    title: str | None = None,
-    notes: Sequence[str] = (),
-) -> Path:
-    """Write a scan with its labels as one HTML file, which holds everything that it shows.
-
-    A scan of more than 12 million voxels is thinned, and the page says so; volumes and Dice are
-    those of the whole scan. Of files no more than their names go into the page.
-
-    Args:
-        path: the file; replaced whole or not at all.
-        image: the scan.
-        labels: [Z, Y, X] whole numbers in the frame of `image.data`, or several of them by name;
-            the first is shown on the left.
-        truth: ground truth in the same frame; it is shown beside the labels, with the Dice.
-        names: label value to the organ's name.
-        confidence: label value to how sure the segmentation is of the organ, 0 to 1.
-        supports: the labelled scans; the slices that were matched follow those of the query.
-        why: what decided, see `lslpn.why`; asks for `supports` in the order that it knows.
-        title: default: the name of the image's file.
-        notes: lines that the page shows on top.
-
-    Returns:
-        the path written.
-
-    Raises:
-        InputError: labels of another shape than their image, or no whole numbers; the file cannot
-            be written.
-    """
-    text = page(
-        image, labels, truth=truth, names=names, confidence=confidence, supports=supports, why=why,
-        title=title, notes=notes,
-    )  # fmt: skip
-    write_text(path, text)
-    return Path(path)
-
-
-def _array(labels: Labels) -> np.ndarray:
-    return labels.data if isinstance(labels, Volume) else np.asarray(labels)
+def _array(name: str, labels: Labels, image: Volume) -> np.ndarray:
+    """Labels in the frame of the image, checked."""
+    if isinstance(labels, (str, os.PathLike)):
+        labels = read_labels(labels)
+    if isinstance(labels, Volume):
+        check_same_grid(image, labels)
+        labels = labels.data
+    labels = np.asarray(labels)
+    check_labels(name, labels, image)
+    return labels

@@ -27,9 +27,7 @@ def _source(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def document(
-    title: str, body: str, *, scripts: tuple[str, ...] = (), data: str = ""
-) -> str:
+def document(title: str, body: str, *, scripts: tuple[str, ...] = (), data: str = "") -> str:
     """A whole document in the viewer's style.
 
     Args:

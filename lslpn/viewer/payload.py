@@ -70,10 +70,10 @@ def payload(
     why: Why | None,
     notes: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Facts, as JSON takes them, and blocks of base64; see `write_page` for the arguments."""
+    """Facts, as JSON takes them, and blocks of base64; see `view` for the arguments."""
     notes = list(notes)
     step = _step(image, _VOXELS)
-    values = _values([*layers.values(), *(s.labels for s in supports)], names)
+    values = _values([*layers.values(), *(s.labels for s in supports)])
     if len(values) > _LARGEST_LABEL:
         notes.append(f"Of {len(values)} labels the first {_LARGEST_LABEL} are shown.")
         values = values[:_LARGEST_LABEL]
@@ -133,9 +133,9 @@ def payload(
 # --- organs ------------------------------------------------------------------------------------
 
 
-def _values(arrays: Sequence[np.ndarray], names: Mapping[int, str]) -> np.ndarray:
+def _values(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """All label values, sorted; slice by slice, since a large scan leaves no room for a sort."""
-    found: set[int] = set(names)
+    found: set[int] = set()
     for labels in arrays:
         for plane in labels:
             found.update(np.unique(plane).tolist())
@@ -191,7 +191,9 @@ def _dice(
 def _step(volume: Volume, limit: int) -> tuple[int, int, int]:
     """Every how many voxels along (z, y, x) are kept: the finer axes are thinned first."""
     z, xy = 1, 1
-    while np.prod([-(-n // s) for n, s in zip(volume.data.shape, (z, xy, xy), strict=True)]) > limit:
+    while (
+        np.prod([-(-n // s) for n, s in zip(volume.data.shape, (z, xy, xy), strict=True)]) > limit
+    ):
         if z * volume.spacing[0] < xy * min(volume.spacing[1:]):
             z += 1
         else:
@@ -285,13 +287,20 @@ def _pack_why(why: Why, values: np.ndarray) -> tuple[dict[str, Any], str]:
     return facts, _base64(windows.tobytes() + cosines.tobytes() + ranks.tobytes())
 
 
-def check_shape(name: str, labels: np.ndarray, image: Volume) -> None:
-    """Refuse labels of another grid than the image's."""
+def check_labels(name: str, labels: np.ndarray, image: Volume) -> None:
+    """Refuse labels that cannot belong to an image.
+
+    Raises:
+        InputError: another shape, values that are negative or no whole numbers.
+    """
     if labels.shape != image.data.shape:
         given, wanted = (" x ".join(map(str, a.shape)) for a in (labels, image.data))
         raise InputError(
             f"{name}: expected labels in the grid of the image, [Z, Y, X] = {wanted}, got {given}; "
             "give the labels that were made for this scan"
         )
-    if labels.dtype.kind not in "iub":
-        raise InputError(f"{name}: expected whole numbers, got {labels.dtype}; round them")
+    if labels.dtype.kind not in "iub" or labels.min() < 0:
+        raise InputError(
+            f"{name}: expected whole numbers from 0, got {labels.dtype} from {labels.min():g}; "
+            "round them, or check that the image was not given for the labels"
+        )

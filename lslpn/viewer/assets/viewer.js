@@ -118,6 +118,7 @@
         this.nv.addVolume(labels);
         this.nv.setOpacity(1, $("opacity").value / 100);
       }
+      this.nv.setCrosshairWidth(volume === image ? 1 : 0);
       this.window(volume.windows[Math.min(chosenWindow, volume.windows.length - 1)]);
       this.layout();
     }
@@ -136,14 +137,18 @@
     layout() {
       const only = this.volume === image ? chosenLayout : AXIAL;
       this.nv.clearCustomLayout();
-      if (only === null) {
-        this.nv.setCustomLayout([
-          { sliceType: AXIAL, position: [0, 0, 0.5, 0.5] },
-          { sliceType: CORONAL, position: [0.5, 0, 0.5, 0.5] },
-          { sliceType: RENDER, position: [0, 0.5, 0.5, 0.5] },
-          { sliceType: SAGITTAL, position: [0.5, 0.5, 0.5, 0.5] },
-        ]);
-      } else this.nv.setSliceType(only);
+      if (only !== null) {
+        this.nv.setSliceType(only);
+        return;
+      }
+      // A large axial picture, and the three others below it or to its right.
+      const { width, height } = this.canvas.getBoundingClientRect();
+      const large = 0.66, small = 1 - large;
+      this.nv.setCustomLayout([AXIAL, CORONAL, SAGITTAL, RENDER].map((sliceType, i) => {
+        const beside = width > height ? [large, (i - 1) / 3, small, 1 / 3] : [(i - 1) / 3, large, 1 / 3, small];
+        const first = width > height ? [0, 0, large, 1] : [0, 0, 1, large];
+        return { sliceType, position: i ? beside : first };
+      }));
     }
 
     go(voxel) {
@@ -229,7 +234,9 @@
       const support = pane.volume && pane.volume !== image;
       const slice = support ? pane.volume.match[here[0]] : here[0];
       const text = support ? (slice < 0 ? " no slice matched" : ` matched slice ${slice} of ${pane.volume.shape[0]}`) : ` slice ${slice} of ${image.shape[0]}`;
-      pane.figure.querySelector("figcaption").replaceChildren(make("b", {}, pane.name || ""), text);
+      const caption = pane.figure.querySelector("figcaption");
+      caption.replaceChildren(make("b", {}, pane.name || ""), text);
+      caption.title = caption.textContent;
     }
   }
 
@@ -315,8 +322,8 @@
         make("meter", { min: 0, max: 1, value: Math.max(cosine, 0), ariaHidden: "true" }), make("span", { className: "quiet" }, text)));
     }
     const summary = cosines.length > 1
-      ? `${cosines[0][0]} by ${(cosines[0][1] - cosines[1][1]).toFixed(3)} before ${cosines[1][0]}.`
-      : `${cosines[0][0]} alone.`;
+      ? `${cosines[0][0]}, ${(cosines[0][1] - cosines[1][1]).toFixed(3)} ahead of ${cosines[1][0]}`
+      : `${cosines[0][0]} alone`;
     $("because").replaceChildren(
       make("p", {}, summary),
       make("ol", {}, ...items),
@@ -403,6 +410,7 @@
       right.nv.setAtlasOutline($("outline").checked ? 1 : 0);
     }
     panes.forEach((pane) => pane.nv.resizeListener());
+    panes.forEach((pane) => pane.layout());
     move(here);
   });
   $("outline").addEventListener("change", () => panes.forEach((pane) => pane.nv.setAtlasOutline($("outline").checked ? 1 : 0)));
