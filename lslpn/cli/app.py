@@ -228,6 +228,8 @@ def segment(
             raise InputError(f"--out: {out} is also given as {name}; give it another name")
     if names is not None and html is None:
         raise InputError("--names: expected --html as well, whose page shows them; give both")
+    if html is not None:
+        _named_html(html, "--html")
     for path in (out, html):
         if path is not None:
             _free(path, force)
@@ -329,8 +331,8 @@ def view(
     from ..viewer import view as shown_as
     from ..volumes import read_image, read_labels
 
-    if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--out: expected a name that ends in .html, got {out.name}")
+    if out is not None:
+        _named_html(out, "--out")
     named = {} if names is None else read_names(names)
     volume = read_image(image)
     path = Path(f"{file_stem(volume)}.html") if out is None else out
@@ -803,6 +805,11 @@ def _writable(path: Path) -> None:
     from ..atomic import check_writable
 
     check_writable(path)
+
+
+def _named_html(path: Path, option: str) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{option}: expected a name that ends in .html, got {path.name}")
 
 
 def _free(path: Path, force: bool) -> None:
