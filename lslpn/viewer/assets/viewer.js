@@ -23,6 +23,7 @@
     if (rank) box.style.background = organs[rank - 1].colour;
     return box;
   };
+  const span = (count) => `0–${count - 1}`; // numbers are those of NumPy and of the reports
   const called = (rank) => (rank ? organs[rank - 1].name : "background");
   const radios = (parent, name, choices, choose) => {
     choices.forEach(([text, title], i) => {
@@ -78,6 +79,7 @@
         dragAndDropEnabled: false,
         backColor: [0, 0, 0, 1],
         crosshairColor: [0.45, 0.75, 1, 0.8],
+        crosshairWidthUnit: "mm",
         crosshairGap: 6,
         fontColor: [0.75, 0.78, 0.82, 1],
         fontMinPx: 12,
@@ -207,7 +209,7 @@
     here = to;
     sliders.forEach(({ input, output }, axis) => {
       input.value = to[axis];
-      output.value = `${to[axis]} of ${image.shape[axis]}`;
+      output.value = `${to[axis]} of ${span(image.shape[axis])}`;
     });
     explain();
     for (const pane of panes) {
@@ -233,7 +235,8 @@
     for (const pane of panes) {
       const support = pane.volume && pane.volume !== image;
       const slice = support ? pane.volume.match[here[0]] : here[0];
-      const text = support ? (slice < 0 ? " no slice matched" : ` matched slice ${slice} of ${pane.volume.shape[0]}`) : ` slice ${slice} of ${image.shape[0]}`;
+      const where = `slice ${slice} of ${span(pane.volume ? pane.volume.shape[0] : 1)}`;
+      const text = support ? (slice < 0 ? " no slice matched" : ` matched ${where}`) : ` ${where}`;
       const caption = pane.figure.querySelector("figcaption");
       caption.replaceChildren(make("b", {}, pane.name || ""), text);
       caption.title = caption.textContent;
@@ -335,7 +338,7 @@
   function organTable() {
     const dice = organs.some((organ) => organ.dice !== null);
     const sure = organs.some((organ) => organ.confidence !== null);
-    const heads = [...layers.map((name) => `${name}, ml`), ...(dice ? ["Dice"] : []), ...(sure ? ["confidence"] : [])];
+    const heads = [...layers.map((name) => (layers.length > 1 ? `${name}, ml` : "ml")), ...(dice ? ["Dice"] : []), ...(sure ? ["confidence"] : [])];
     const table = $("organs");
     table.append(make("thead", {}, make("tr", {}, ...["organ", ...heads].map((text) => make("th", { scope: "col" }, text)))));
     const body = make("tbody");
@@ -352,7 +355,7 @@
       if (dice) cells.push(organ.dice === null ? "–" : organ.dice.toFixed(2));
       if (sure) cells.push(organ.confidence === null ? "–" : `${Math.round(100 * organ.confidence)} %`);
       body.append(make("tr", { className: organ.ml.some((ml) => ml) ? "" : "absent" },
-        make("th", { scope: "row" }, box, swatch(i + 1), jump), ...cells.map((text) => make("td", {}, text))));
+        make("th", { scope: "row" }, make("div", {}, box, swatch(i + 1), jump)), ...cells.map((text) => make("td", {}, text))));
     });
     table.append(body);
     const every = (on) => () => {
