@@ -120,7 +120,9 @@
         this.nv.addVolume(labels);
         this.nv.setOpacity(1, $("opacity").value / 100);
       }
+      // The support's slice is the matched one: it follows the query and nothing else.
       this.nv.setCrosshairWidth(volume === image ? 1 : 0);
+      this.canvas.style.pointerEvents = volume === image ? "" : "none";
       this.window(volume.windows[Math.min(chosenWindow, volume.windows.length - 1)]);
       this.layout();
     }
