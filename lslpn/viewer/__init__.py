@@ -20,7 +20,7 @@ from ..atomic import write_text
 from ..errors import InputError
 from ..volumes import Volume, check_same_grid, read_image, read_labels
 from .page import viewer
-from .payload import Support, check_labels, file_stem, payload
+from .payload import Support, check_labels, contents, file_stem
 
 if TYPE_CHECKING:
     from ..why import Why
@@ -149,7 +149,7 @@ def view(
     layers = {name: _array(name, one, scan) for name, one in named.items() if one is not None}
     for support in supports:
         check_labels(support.title, support.labels, support.image)
-    facts, blocks = payload(
+    facts, blocks = contents(
         scan,
         layers,
         truth=None if truth is None else "ground truth",

@@ -61,7 +61,7 @@ def document(title: str, body: str, *, scripts: tuple[str, ...] = (), data: str 
 
 
 def viewer(title: str, facts: Mapping[str, Any], blocks: Mapping[str, str]) -> str:
-    """The page of a scan; see `payload`."""
+    """The page of a scan; see `payload.contents`."""
     # No "<" in it: the text of a script element ends at the first "</script".
     text = json.dumps({"title": title, **facts}, allow_nan=False).replace("<", "\\u003c")
     data = [f'<script type="application/json" id="facts">{text}</script>']

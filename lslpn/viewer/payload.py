@@ -59,7 +59,7 @@ def file_stem(volume: Volume) -> str:
     return name
 
 
-def payload(
+def contents(
     image: Volume,
     layers: Mapping[str, np.ndarray],
     *,
