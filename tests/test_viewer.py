@@ -153,7 +153,7 @@ def test_what_a_page_cannot_show_it_says() -> None:
 def test_labels_that_cannot_belong_to_the_scan_are_refused() -> None:
     image = volume(synthetic_ct(0)[0].astype(np.float32))
     labels = np.zeros(image.data.shape, np.uint8)
-    with pytest.raises(InputError, match=r"prediction: expected labels in the grid of the image"):
+    with pytest.raises(InputError, match=r"labels: expected labels in the grid of the image"):
         view(image, labels[:-1])
     with pytest.raises(InputError, match=r"expected whole numbers from 0, got float32"):
         view(image, labels.astype(np.float32))
@@ -523,7 +523,7 @@ def test_a_thinned_scan_in_a_notebook_s_frame(
     frame = opened.page.frame_locator("iframe")
     frame.locator("body[data-ready]").wait_for()
     frame.get_by_role("button", name="label 1", exact=True).click()
-    assert "prediction: label 1" in frame.locator("#here").inner_text()
+    assert "labels: label 1" in frame.locator("#here").inner_text()
     assert not opened.faults
     opened.context.close()
 

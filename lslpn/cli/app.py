@@ -275,7 +275,8 @@ def segment(
             Support(image, mask.data, match)
             for (image, mask), match in zip(supports, found.matches, strict=True)
         ]
-        shown_as(volume, labels, names=named, supports=scans, why=found.why).save(html)
+        layers = {"prediction": labels}
+        shown_as(volume, layers, names=named, supports=scans, why=found.why).save(html)
         print(f"written: {html}")
     for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
         count = int((labels == label).sum())

@@ -128,7 +128,7 @@ def view(
     Args:
         image: the scan, or the path of its file.
         labels: whole numbers, 0 the background: [Z, Y, X] in the frame of `image.data`, a volume,
-            or the path of a file; or several of them by name, of which the first is on the left.
+            or the path of a file; or such labels by name, of which the first are on the left.
         truth: ground truth; it is shown beside the labels, with their Dice.
         names: label value to the organ's name.
         confidence: label value to how sure the segmentation is of the organ, 0 to 1.
@@ -143,7 +143,8 @@ def view(
             no whole numbers.
     """
     scan = image if isinstance(image, Volume) else read_image(image)
-    named = dict(labels) if isinstance(labels, Mapping) else {"prediction": labels}
+    alone = "labels" if truth is None else "prediction"
+    named = dict(labels) if isinstance(labels, Mapping) else {alone: labels}
     if truth is not None:
         named["ground truth"] = truth
     layers = {name: _array(name, one, scan) for name, one in named.items() if one is not None}
