@@ -6,15 +6,18 @@ comparison is made once more, at the resolution of the features, and the windows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lslpn_kernels import GridSpec
+from lslpn_kernels.geometry import Axis
 
 NONE = -1  # in `Why.labels` and `Why.windows`
 
@@ -79,10 +82,10 @@ def winners(
     """
     _, _, h, w = features.shape
     axes = grid.axis(size[0], h), grid.axis(size[1], w)
-    cells = [_cells(axis.pixels, axis.cells, axis.windows, axis.covering) for axis in axes]
-    directions = torch.nn.functional.normalize(features, dim=1, eps=1e-8)
+    cells = [_cells(axis) for axis in axes]
+    directions = F.normalize(features, dim=1, eps=1e-8)
     shown = prototypes.abs().amax(-1) > 0
-    unit = torch.nn.functional.normalize(prototypes.to(features.dtype), dim=-1, eps=1e-8)
+    unit = F.normalize(prototypes.to(features.dtype), dim=-1, eps=1e-8)
     best = features.new_full((len(features), unit.shape[1], h, w), -torch.inf)
     which = torch.full(best.shape, NONE, device=features.device)
     for s in range(len(unit)):
@@ -98,15 +101,15 @@ def winners(
     return best, which
 
 
-def _cells(pixels: int, cells: int, windows: int, covering) -> list[slice]:  # type: ignore[no-untyped-def]
+def _cells(axis: Axis) -> list[slice]:
     """The cells whose centres each window covers."""
-    over = [covering(int((cell + 0.5) * pixels / cells)) for cell in range(cells)]
+    over = [
+        axis.covering(int((cell + 0.5) * axis.pixels / axis.cells)) for cell in range(axis.cells)
+    ]
+    first, last = (np.array(ends) for ends in zip(*over, strict=True))  # neither ever falls
     return [
-        slice(
-            next((c for c, (_, last) in enumerate(over) if last >= m), cells),
-            next((c for c, (first, _) in enumerate(over) if first > m), cells),
-        )
-        for m in range(windows)
+        slice(int(np.searchsorted(last, m)), int(np.searchsorted(first, m, side="right")))
+        for m in range(axis.windows)
     ]
 
 
@@ -132,7 +135,8 @@ class Recorder:
         self.grid, self.size, self.ranks = grid, size, ranks
         self.query_boxes, self.support_boxes = query_boxes, tuple(support_boxes)
         self.sources: list[tuple[tuple[Shots, ...], ...]] = [()] * slices
-        self.kept: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        # Labels, windows, cosines [Z, R, h, w], and [Z, 1, h, w] by how much an organ leads.
+        self.arrays: list[np.ndarray] = []
 
     def add(
         self,
@@ -154,46 +158,44 @@ class Recorder:
             matched: the (support, slice) that the query slices are matched with.
         """
         cosines, windows = winners(features, prototypes, self.grid, self.size)
-        lead = (cosines[:, 1:].amax(1) - cosines[:, 0]).cpu().numpy()
+        lead = cosines[:, 1:].amax(1, keepdim=True) - cosines[:, :1]
         order = cosines.sort(dim=1, descending=True, stable=True).indices[:, : self.ranks]
+        # Sources that an earlier part of the classes named for these slices stay.
+        shift = len(self.sources[queries[0]]) * math.prod(self.grid.shape(*self.size))
+        windows = torch.where(windows == NONE, NONE, windows + shift)
         label = torch.tensor(values, device=features.device)[order]
-        found = [
-            np.full((len(queries), self.ranks, *features.shape[2:]), NONE, kind)
-            for kind in (np.int32, np.int32, np.float32)
-        ]
-        for out, ranked in zip(
-            found, (label, windows.gather(1, order), cosines.gather(1, order)), strict=True
-        ):
-            out[:, : order.shape[1]] = ranked.cpu().numpy()
-        spans = tuple(_spans(source, dict(matched)) for source in sources)
-        per_source = self.grid.shape(*self.size)[0] * self.grid.shape(*self.size)[1]
-        for i, z in enumerate(queries):
-            labels, windows_z, cosines_z = (out[i] for out in found)
-            shift = len(self.sources[z]) * per_source  # sources of an earlier part stay
-            windows_z = np.where(windows_z == NONE, NONE, windows_z + shift)
-            new = (labels, windows_z, cosines_z, lead[i])
-            if z in self.kept:
-                better = lead[i] > self.kept[z][3]
-                new = tuple(np.where(better, a, b) for a, b in zip(new, self.kept[z], strict=True))  # type: ignore[assignment]
-            self.kept[z] = new
-            self.sources[z] += spans
+        new = [label, windows.gather(1, order), cosines.gather(1, order), lead]
+        if not self.arrays:
+            shape = (len(self.sources), self.ranks, *features.shape[2:])
+            self.arrays = [
+                np.full(shape, NONE, np.int32),
+                np.full(shape, NONE, np.int32),
+                np.zeros(shape, np.float32),
+                np.full((shape[0], 1, *shape[2:]), -np.inf, np.float32),
+            ]
+        at = list(queries)
+        better = lead.cpu().numpy() > self.arrays[3][at]
+        for array, found in zip(self.arrays, new, strict=True):
+            kept = array[at]
+            if array.shape[1] > found.shape[1]:  # fewer classes than ranks
+                missing = (0, 0, 0, 0, 0, array.shape[1] - found.shape[1])
+                found = F.pad(found, missing, value=0 if found.is_floating_point() else NONE)
+            array[at] = np.where(better, found.cpu().numpy(), kept)
+        for z in queries:
+            self.sources[z] += tuple(_spans(source, dict(matched)) for source in sources)
 
     def result(self) -> Why:
         """What was recorded."""
-        shape = next((kept[0].shape for kept in self.kept.values()), (self.ranks, 1, 1))
-        arrays = [
-            np.full((len(self.sources), *shape), fill, kind)
-            for fill, kind in ((NONE, np.int32), (NONE, np.int32), (0, np.float32))
+        labels, windows, cosines = self.arrays[:3] or [
+            np.full((len(self.sources), self.ranks, 1, 1), NONE, kind)
+            for kind in (np.int32, np.int32, np.float32)
         ]
-        for z, kept in self.kept.items():
-            for array, one in zip(arrays, kept, strict=False):
-                array[z] = one
         edges = []
         for pixels in self.size:
             axis = self.grid.axis(pixels)
             edges.append(np.array([(s, s + axis.window) for s in axis.starts]) / pixels)
         return Why(
-            arrays[0], arrays[1], arrays[2], tuple(self.sources),
+            labels, windows, cosines, tuple(self.sources),
             edges[0], edges[1], self.query_boxes, self.support_boxes,
         )  # fmt: skip
 

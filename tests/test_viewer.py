@@ -338,7 +338,9 @@ def browser() -> Iterator[Any]:
 class Tab:
     """A page in the browser, offline; keeps what it complains of and asks for."""
 
-    def __init__(self, browser: Any, file: Path, mark: str | None = "body[data-ready]") -> None:
+    def __init__(
+        self, browser: Any, file: Path, mark: str | None = "body[data-ready]", before: str = ""
+    ) -> None:
         self.context = browser.new_context(
             viewport={"width": 1000, "height": 640}, offline=True, reduced_motion="reduce"
         )
@@ -350,6 +352,7 @@ class Tab:
         self.page.on("dialog", lambda d: self.faults.append(d.message))
         self.asked: list[str] = []
         self.page.on("request", lambda r: self.asked.append(r.url))
+        self.page.add_init_script(before)
         self.page.goto(file.as_uri(), wait_until="commit")
         if mark:
             self.page.wait_for_selector(mark)
@@ -524,6 +527,17 @@ def test_a_thinned_scan_in_a_notebook_s_frame(
     frame.locator("body[data-ready]").wait_for()
     frame.get_by_role("button", name="label 1", exact=True).click()
     assert "labels: label 1" in frame.locator("#here").inner_text()
+    assert not opened.faults
+    opened.context.close()
+
+
+def test_without_webgl_the_table_stays(
+    browser: Any, scene: tuple[View, Why], tmp_path: Path
+) -> None:
+    none = "HTMLCanvasElement.prototype.getContext = () => null"
+    opened = Tab(browser, scene[0].save(tmp_path / "page.html"), before=none)
+    assert "no WebGL 2" in opened.text("#panes")
+    assert opened.page.locator("#organs tbody tr").count() == 3
     assert not opened.faults
     opened.context.close()
 

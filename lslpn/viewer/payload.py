@@ -272,7 +272,7 @@ def _pack_why(why: Why, values: np.ndarray) -> tuple[dict[str, Any], str]:
     slices = [z for z, sources in enumerate(why.sources) if sources]
     labels = why.labels[slices]
     ranks = np.where(labels < 0, 255, _ranks(labels, values)).astype(np.uint8)
-    windows = np.where(why.windows[slices] < 0, 65535, why.windows[slices]).astype("<u2")
+    windows = why.windows[slices].astype("<i4")
     cosines = np.rint(why.cosines[slices] * 10000).astype("<i2")
     facts = {
         "slices": slices,
@@ -283,7 +283,7 @@ def _pack_why(why: Why, values: np.ndarray) -> tuple[dict[str, Any], str]:
         "support_boxes": [boxes.tolist() for boxes in why.support_boxes],
         "sources": [[[list(s) for s in source] for source in why.sources[z]] for z in slices],
     }
-    # Words of two bytes first, so that they lie at even places.
+    # The widest words first, so that all lie at multiples of their size.
     return facts, _base64(windows.tobytes() + cosines.tobytes() + ranks.tobytes())
 
 

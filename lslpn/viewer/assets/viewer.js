@@ -271,9 +271,9 @@
     const raw = await new Response(stream).arrayBuffer();
     const count = why.shape.reduce((a, b) => a * b, 1);
     reasons = {
-      windows: new Uint16Array(raw, 0, count),
-      cosines: new Int16Array(raw, 2 * count, count),
-      ranks: new Uint8Array(raw, 4 * count, count),
+      windows: new Int32Array(raw, 0, count),
+      cosines: new Int16Array(raw, 4 * count, count),
+      ranks: new Uint8Array(raw, 6 * count, count),
     };
   }
 
@@ -306,7 +306,7 @@
       const cosine = reasons.cosines[i] / 10000;
       cosines.push([called(rank), cosine]);
       let text = "drawn in none of the windows over this point";
-      if (reasons.windows[i] !== 65535) {
+      if (reasons.windows[i] >= 0) {
         const [Gy, Gx] = [why.rows.length, why.columns.length];
         const [gy, gx] = [Math.floor(reasons.windows[i] / Gx) % Gy, reasons.windows[i] % Gx];
         const source = why.sources[index][Math.floor(reasons.windows[i] / (Gy * Gx))];
@@ -381,7 +381,10 @@
   let chosenLayout = null, chosenWindow = 0;
   const panes = [];
   if (!document.createElement("canvas").getContext("webgl2")) {
-    $("panes").replaceChildren(make("p", {}, "This browser has no WebGL 2, so that no picture can be drawn; the table beside it holds."));
+    $("panes").replaceChildren(make("p", {}, "This browser has no WebGL 2, so that no picture can be drawn. The table of organs holds all the same."));
+    document.querySelectorAll(".bar, .row, #position, #position + p").forEach((part) => (part.hidden = true));
+    document.querySelectorAll("#organs input, #organs button").forEach((part) => (part.disabled = true));
+    document.body.dataset.ready = "without pictures";
     return;
   }
   const besides = [
@@ -400,24 +403,27 @@
   });
   besides.forEach(([name], i) => $("beside").append(make("option", { value: i }, name)));
   $("beside-choice").hidden = besides.length < 2;
-  $("beside").addEventListener("change", async () => {
+  // One after the other: a choice may come while the one before it still loads.
+  let turn = Promise.resolve();
+  const beside = () => (turn = turn.then(async () => {
     const choice = besides[$("beside").value][1];
     $("right").hidden = !choice;
     panes[1]?.figure.querySelector(".stage p")?.remove();
-    if (!choice) panes.length = 1;
-    else {
+    panes.length = 1;
+    if (choice) {
       if (!right) {
         right = new Pane($("right"));
         await right.nv.attachToCanvas(right.canvas);
       }
-      panes[1] = right;
       await right.show(...choice());
       right.nv.setAtlasOutline($("outline").checked ? 1 : 0);
+      panes[1] = right;
     }
     panes.forEach((pane) => pane.nv.resizeListener());
     panes.forEach((pane) => pane.layout());
     move(here);
-  });
+  }));
+  $("beside").addEventListener("change", beside);
   $("outline").addEventListener("change", () => panes.forEach((pane) => pane.nv.setAtlasOutline($("outline").checked ? 1 : 0)));
   $("opacity").addEventListener("input", () => panes.forEach((pane) => pane.nv.volumes.length > 1 && pane.nv.setOpacity(1, $("opacity").value / 100)));
 
@@ -434,8 +440,11 @@
   move(largest ? largest.at : here);
   if (besides.length > 1) {
     $("beside").value = supports.length ? besides.length - supports.length : 1;
-    $("beside").dispatchEvent(new Event("change"));
+    await beside();
   }
   document.body.dataset.ready = "yes";
   window.lslpn = { panes, where: () => here };
-})();
+})().catch((error) => {
+  document.getElementById("here").textContent = `The pictures cannot be drawn: ${error.message}`;
+  throw error;
+});
