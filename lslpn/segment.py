@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .intensities import common_window, interpret
-from .methods import FewShotNetwork
+from .methods import LSLPN, FewShotNetwork
 from .prepare import ABDOMEN_WINDOW, Prepared, Window, prepare, warn_unlike
 from .volumes import Volume
+from .why import Recorder, Why
 
 Shot = tuple[int, int]  # index of the support, slice
 
@@ -54,10 +55,12 @@ class Segmentation:
         labels: uint8 or int16 [Z, Y, X] in the frame of the query's data.
         matches: int [supports, Z], the slice of each support that each query slice was matched
             with, or BEYOND.
+        why: which windows decided, where that was asked for and the method has windows.
     """
 
     labels: np.ndarray
     matches: np.ndarray
+    why: Why | None = None
 
 
 def segment(
@@ -111,8 +114,9 @@ def segment_matched(
     align: Literal["none", "body"] | None = None,
     batch: int = 8,
     progress: bool = False,
+    explain: bool = False,
 ) -> Segmentation:
-    """As `segment`, and tell which slices were matched."""
+    """As `segment`, and tell which slices were matched; with `explain`, which windows decided."""
     if align is None:
         align = model.config.align
     if not supports:
@@ -147,7 +151,16 @@ def segment_matched(
                     "body, in the same modality",
                     stacklevel=2,
                 )
-            found = _segment(model, ready, target, matches, batch, progress)
+            recorder = None
+            if explain and isinstance(model, LSLPN) and model.config.reduce == "max":
+                recorder = Recorder(
+                    len(target.slices),
+                    model.head.grid,
+                    (target.slices.shape[1], target.slices.shape[2]),
+                    target.boxes,
+                    [support.boxes for support in ready],
+                )
+            found = _segment(model, ready, target, matches, batch, progress, recorder)
     finally:
         model.train(training)
     if not found.any():
@@ -162,7 +175,8 @@ def segment_matched(
         warnings.warn(
             f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=2
         )
-    return Segmentation(target.restore(found), matches)
+    why = None if recorder is None else recorder.result()
+    return Segmentation(target.restore(found), matches, why)
 
 
 def _prepare(
@@ -357,6 +371,7 @@ def _segment(
     matches: np.ndarray,
     batch: int,
     progress: bool,
+    recorder: Recorder | None = None,
 ) -> np.ndarray:
     """Labels [Z, S, S] of the query's prepared slices."""
     device = next(model.parameters()).device
@@ -395,6 +410,10 @@ def _segment(
                     torch.from_numpy(masks)[None].to(device),
                 )
                 logits = model.match(features[None, len(new) :], support, size)[0]
+                if recorder is not None:
+                    recorder.add(
+                        queries, [0, *shown], features[len(new) :], support.values, [own], matched
+                    )
                 organ, winner = logits[:, 1:].max(1)
                 lead = organ - logits[:, 0]
                 better = lead > best

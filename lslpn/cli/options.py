@@ -168,6 +168,15 @@ SizeOption = Annotated[
         show_default=False,
     ),
 ]
+NamesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--names",
+        metavar="JSON",
+        help='Names of the organs for the page: a dataset.json, or any file with its "labels".',
+        show_default=False,
+    ),
+]
 _PRESET_HELP = "Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold]"
 PresetOption = Annotated[Preset, typer.Option("--preset", help=f"{_PRESET_HELP}.")]
 UntrainedPresetOption = Annotated[
