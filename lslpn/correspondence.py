@@ -69,10 +69,10 @@ def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float,
     a, b = (F.normalize((scan - scan.mean(0)).flatten(1), dim=1) for scan in (a, b))
     if len(a) == 1 or len(b) == 1:
         cosine = a @ b.T
-        best = int(cosine.argmax())
-        i, j = divmod(best, len(b))
+        winner = int(cosine.argmax())
+        i, j = divmod(winner, len(b))
         shift = (j + 0.5) * b_mm / len(b) - (i + 0.5) * a_mm / len(a)
-        return 1.0, shift, float(cosine.flatten()[best])
+        return 1.0, shift, float(cosine.flatten()[winner])
     cosine = a @ b.T
     heights = (torch.arange(len(a)) + 0.5) * (a_mm / len(a))
     least = min(_LEAST_SHARE * min(a_mm, b_mm), _LEAST_MM)
@@ -113,7 +113,12 @@ def describe(features: Field, boxes: Tensor) -> Tensor:
 
 
 def trunk_to_trunk(
-    places: Tensor, start: Beginning, query: Tensor, query_mm: float, support: Tensor, support_mm: float
+    places: Tensor,
+    start: Beginning,
+    query: Tensor,
+    query_mm: float,
+    support: Tensor,
+    support_mm: float,
 ) -> Tensor:
     """The map that a beginning stands for: positions [Z, Y, X, 3] in the support.
 

@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -115,23 +114,26 @@ def frames_of(
                     stacklevel=4,
                 )
             boxes = [None] * len(images)
-    whole = [np.tile(np.array([0, *im.data.shape[1:2], 0, im.data.shape[2]]), (len(im.data), 1)) for im in images]
-    looked_at = [own if box is None else box for own, box in zip(whole, boxes, strict=True)]
+    whole = [
+        np.tile(np.array([0, *im.data.shape[1:2], 0, im.data.shape[2]]), (len(im.data), 1))
+        for im in images
+    ]
+    looked_at = [every if box is None else box for every, box in zip(whole, boxes, strict=True)]
     widest = max(
         (box[:, high].max() - box[:, low].min()) * image.spacing[axis]
         for box, image in zip(looked_at, images, strict=True)
         for low, high, axis in ((0, 1, 1), (2, 3, 2))
     )
     unit = min(1.0, float(widest) / _WIDE_MM)
-    drawn = [*(labels.data for _, labels in supports), None]
+    drawn: list[np.ndarray | None] = [*(labels.data for _, labels in supports), None]
     frames = []
-    for image, how, values, box, labels in zip(images, read, data, looked_at, drawn, strict=True):
+    for image, how, values, box, own in zip(images, read, data, looked_at, drawn, strict=True):
         if window == "auto":
             limits = ABDOMEN_WINDOW if how.hu else None
         else:
             limits = window if window is None or isinstance(window, tuple) else None
         treatment = Treatment(image.path.name, how, bool(boxes[0] is not None) if crop else None)
-        frames.append(_frame(config, image, values, how.air, limits, box, unit, labels, treatment))
+        frames.append(_frame(config, image, values, how.air, limits, box, unit, own, treatment))
     warn_unlike([frame.treatment for frame in frames])
     return frames[:-1], frames[-1]
 

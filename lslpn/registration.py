@@ -133,7 +133,9 @@ def affine(query: Scan, support: Scan, start: Tensor) -> Tensor:
         inside = _inside(support, map_).float()
         moved = _search(pairs, map_, width, reach) * _cell(query)
         points = _pooled(places.movedim(-1, 0), width)
-        told = (_pooled(body[None].float(), width)[0] > 0.7) & (_pooled(inside[None], width)[0] > 0.9)
+        told = (_pooled(body[None].float(), width)[0] > 0.7) & (
+            _pooled(inside[None], width)[0] > 0.9
+        )
         if int(told.sum()) < _LEAST_POINTS:
             break
         source = points.movedim(0, -1)[told]
@@ -214,7 +216,9 @@ def mind(scan: Scan) -> Field:
     size = scan.image.size
     image = scan.image.at(centres(lattice_shape(size, _MIND_SPACING), size))
     # The six neighbours at 2 cells; those of a pair are at right angles.
-    shifts = [tuple(sign * 2 * (axis == a) for a in range(3)) for axis in range(3) for sign in (-1, 1)]
+    shifts = [
+        tuple(sign * 2 * (axis == a) for a in range(3)) for axis in range(3) for sign in (-1, 1)
+    ]
     padded = F.pad(image[None], (2,) * 6, mode="replicate")[0, 0]
     z, y, x = image.shape[1:]
     neighbours = [padded[2 + dz :, 2 + dy :, 2 + dx :][:z, :y, :x] for dz, dy, dx in shifts]
@@ -279,7 +283,7 @@ def _costs(here: Tensor, there: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     cost = here.new_empty(len(moves), z, y, x)
     for n, (dz, dy, dx) in enumerate((moves + reach).tolist()):
         part = (slice(dz, dz + z), slice(dy, dy + y), slice(dx, dx + x))
-        cost[n] = square[part] - 2 * (here * padded[(slice(None), *part)]).sum(0)
+        cost[n] = square[part] - 2 * (here * padded[:, part[0], part[1], part[2]]).sum(0)
     cost += here.square().sum(0)
     for _ in range(2):
         cost = F.avg_pool3d(cost[None], 3, stride=1, padding=1, count_include_pad=False)[0]
@@ -308,7 +312,10 @@ def _descend(pairs: Sequence[_Pair], map_: Tensor) -> Tensor:
     """What gradient descent adds to a map, [Z, Y, X, 3] mm: alike descriptors, smooth changes."""
     with torch.enable_grad(), torch.inference_mode(False):
         # Tensors made in inference mode cannot be used for gradients.
-        own = [(pair.query.clone(), Field(pair.support.values.clone(), pair.support.size)) for pair in pairs]
+        own = [
+            (pair.query.clone(), Field(pair.support.values.clone(), pair.support.size))
+            for pair in pairs
+        ]
         start = map_.clone()
         moved = torch.zeros(3, *start.shape[:3], requires_grad=True)
         optimizer = torch.optim.Adam([moved], lr=_RATE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,30 @@ import numpy as np
 import pytest
 import torch
 from conftest import synthetic_ct, write_nifti
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lslpn.segment
 from lslpn.errors import InputError
 from lslpn.model import LSLPN, untrained
 from lslpn.prepare import Prepared, prepare
 from lslpn.presets import preset
-from lslpn.segment import BEYOND, segment, segment_matched
+from lslpn.segment import (
+    _BEYOND_COSINE,
+    _STRETCH_COST,
+    BEYOND,
+    _prepare,
+    match_slices,
+    segment,
+    segment_matched,
+    slice_similarity,
+)
 from lslpn.volumes import Volume, read_image, read_labels, write_labels
 
 
 @pytest.fixture(scope="module")
 def model() -> LSLPN:
-    config = dataclasses.replace(preset("published").model, size=96, min_pixels=0, align="body")
+    config = dataclasses.replace(preset("published").model, size=64, min_pixels=0, align="body")
     return untrained(config)
 
 
@@ -60,6 +72,112 @@ def _dice(a: np.ndarray, b: np.ndarray, label: int) -> float:
 def _part(volume: Volume, start: int, stop: int) -> Volume:
     grid = dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], stop - start))
     return dataclasses.replace(volume, data=volume.data[start:stop], grid=grid)
+
+
+# --- matching slices ---------------------------------------------------------------------------
+
+
+def _worth(similarity: np.ndarray, path: tuple[int, ...], dq: float, ds: float) -> float:
+    """What match_slices maximises, said once more; `path` has -1 below and S above the support."""
+    count = similarity.shape[1]
+    total = 0.0
+    for z, s in enumerate(path):
+        total += dq * (similarity[z, s] if 0 <= s < count else _BEYOND_COSINE)
+        if not z:
+            continue
+        before = path[z - 1]
+        if before < 0 <= s < count:
+            total -= _STRETCH_COST * ds * s
+        elif 0 <= before < count <= s:
+            total -= _STRETCH_COST * ds * (count - 1 - before)
+        elif before >= 0 and s < count:
+            total -= _STRETCH_COST * abs((s - before) * ds - dq)
+    return total
+
+
+def _allowed(path: tuple[int, ...], count: int) -> bool:
+    steps = list(itertools.pairwise(path))
+    return all(a <= b for a, b in steps) and (-1, count) not in steps
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    dq=st.sampled_from([1.0, 2.5]),
+    ds=st.sampled_from([1.0, 4.0]),
+    seed=st.integers(0, 9999),
+)
+def test_no_path_is_worth_more(shape: tuple[int, int], dq: float, ds: float, seed: int) -> None:
+    similarity = np.random.default_rng(seed).uniform(-0.3, 0.5, shape)
+    queries, count = shape
+    paths = [
+        p for p in itertools.product(range(-1, count + 1), repeat=queries) if _allowed(p, count)
+    ]
+    best = max(paths, key=lambda p: _worth(similarity, p, dq, ds))
+    if all(s in (-1, count) for s in best):  # all beyond is not for choice
+        inside = [p for p in paths if all(0 <= s < count for s in p)]
+        best = max(inside, key=lambda p: _worth(similarity, p, dq, ds))
+    expected = [BEYOND if s in (-1, count) else s for s in best]
+    assert match_slices(similarity, dq, ds).tolist() == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=st.tuples(st.integers(1, 30), st.integers(1, 30)), seed=st.integers(0, 9999))
+def test_order_is_kept_and_beyond_is_at_the_ends(shape: tuple[int, int], seed: int) -> None:
+    similarity = np.random.default_rng(seed).uniform(-1, 1, shape)
+    match = match_slices(similarity, 3.0, 2.0)
+    assert match.shape == (shape[0],)
+    inside = np.flatnonzero(match != BEYOND)
+    assert len(inside)
+    assert (np.diff(inside) == 1).all()
+    assert (np.diff(match[inside]) >= 0).all()
+    assert match.max() < shape[1]
+
+
+def _bumps(query_mm: np.ndarray, support_mm: np.ndarray) -> np.ndarray:
+    """Alike where the millimetres agree, slightly unlike far away."""
+    return np.exp(-(((query_mm[:, None] - support_mm[None, :]) / 12) ** 2)) - 0.3
+
+
+def test_spacings_are_told_apart() -> None:
+    support = np.arange(0, 90, 3.0)
+    query = np.arange(6, 60, 1.5)
+    match = match_slices(_bumps(query, support), 1.5, 3.0)
+    assert np.abs(support[match] - query).max() <= 3
+
+
+def test_a_query_that_reaches_beyond_runs_off_both_ends() -> None:
+    support = np.arange(60, 120, 3.0)
+    query = np.arange(0, 200, 4.0)
+    match = match_slices(_bumps(query, support), 4.0, 3.0)
+    assert (match[query < 40] == BEYOND).all()
+    assert (match[query > 140] == BEYOND).all()
+    inside = (query >= 60) & (query <= 117)
+    assert np.abs(support[match[inside]] - query[inside]).max() <= 4
+
+
+def test_a_support_that_reaches_beyond_is_no_trouble() -> None:
+    support = np.arange(0, 300, 3.0)
+    query = np.arange(90, 130, 2.0)
+    match = match_slices(_bumps(query, support), 2.0, 3.0)
+    assert np.abs(support[match] - query).max() <= 3
+
+
+def test_nothing_alike_is_matched_all_the_same() -> None:
+    assert (match_slices(np.full((5, 3), -1.0), 3.0, 3.0) != BEYOND).all()
+    assert match_slices(np.array([[-1.0]]), 3.0, 3.0).tolist() == [0]
+
+
+def test_similarity_of_slices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scan = torch.rand(6, 32, 4, 4, generator=generator) + 5  # a large part is common to all
+    same = slice_similarity(scan, scan, 3.0, 3.0)
+    np.testing.assert_allclose(np.diag(same), 1, atol=1e-5)
+    off = same[~np.eye(6, dtype=bool)]
+    assert off.max() < 0.3
+    # Twice the slices at half the distance are the same scan, as far as the common part goes.
+    dense = slice_similarity(scan.repeat_interleave(2, dim=0), scan, 1.5, 3.0)
+    np.testing.assert_allclose(dense[::2], same, atol=1e-5)
 
 
 # --- segmenting --------------------------------------------------------------------------------

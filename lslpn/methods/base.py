@@ -107,10 +107,14 @@ class FewShotNetwork(nn.Module, ABC):
         depth = len(query)
         out = []
         for z in range(depth):
-            near = [z] if self.one_shot else list(range(max(0, z - reach), min(depth, z + reach + 1)))
+            near = (
+                [z] if self.one_shot else list(range(max(0, z - reach), min(depth, z + reach + 1)))
+            )
             ways = [masks[near]] if not self.one_shot else list(masks[near].split(1, dim=1))
             logits = [
-                self.match(query[None, z : z + 1], self.describe(support[None, near], way[None]), size)
+                self.match(
+                    query[None, z : z + 1], self.describe(support[None, near], way[None]), size
+                )
                 for way in ways
             ]
             if self.one_shot:
@@ -123,11 +127,9 @@ class FewShotNetwork(nn.Module, ABC):
     def forward(
         self, support_images: Tensor, support_masks: Tensor, query_images: Tensor
     ) -> Tensor:
-        features = self._features(support_images, support_masks, query_images)
-        shots = support_images.shape[1]
-        support = self.describe(features[:, :shots], support_masks)
+        features, support = self._halves(support_images, support_masks, query_images)
         size = (query_images.shape[-2], query_images.shape[-1])
-        return self.match(features[:, shots:], support, size)
+        return self.match(features, support, size)
 
     def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
         """What training lowers: the cross-entropy of the logits, a scalar.
@@ -147,6 +149,14 @@ class FewShotNetwork(nn.Module, ABC):
         """Those that start from noise beside a pretrained trunk: TrainConfig.reduction_lr_factor
         is theirs. None by default."""
         return []
+
+    def _halves(
+        self, support_images: Tensor, support_masks: Tensor, query_images: Tensor
+    ) -> tuple[Tensor, Any]:
+        """What `match` matches: query features, and what the support says."""
+        features = self._features(support_images, support_masks, query_images)
+        shots = support_images.shape[1]
+        return features[:, shots:], self.describe(features[:, :shots], support_masks)
 
     def _features(
         self, support_images: Tensor, support_masks: Tensor, query_images: Tensor

@@ -6,7 +6,7 @@ ISBI 2021.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, masked_average_pool
 
-from ..presets import ModelConfig
+from ..presets import ModelConfig, TrainConfig
 from .base import EncoderNetwork
+
+if TYPE_CHECKING:
+    from ..episodes import Batch
 
 _MOST_NUMBERS = 2**25  # prototypes of a volume that are held at once: 128 MiB
 
@@ -95,6 +98,15 @@ class LSLPN(EncoderNetwork):
             )
             out.append(self.head.match(own[:, None], prototypes, size)[:, 0])
         return torch.cat(out)
+
+    def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
+        """Cross-entropy, zero where no pixel has a label; in one pass that writes no logits."""
+        features, support = self._halves(
+            batch.support_images, batch.support_masks, batch.query_images
+        )
+        labels, ignored = batch.query_labels, options.ignore_index
+        loss = self._head(support.grid).match_loss(features, support.values, labels, ignored)
+        return loss.where((labels != ignored).any(), 0)
 
     def _head(self, grid: GridSpec | None) -> LocalPrototypeHead:
         head: LocalPrototypeHead = self.head
