@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -53,23 +54,12 @@ class Field:
     values: Tensor
     size: tuple[float, float, float]
 
-    def at(self, positions: Tensor, *, outside: str = "border") -> Tensor:
-        """Interpolated values [C, ...] at positions [..., 3]; `outside` is "border" or "zeros"."""
-        return _sample(self.values, positions, self.size, "bilinear", outside)
-
-    def nearest(self, positions: Tensor) -> Tensor:
-        """Values [C, ...] of the cells that positions [..., 3] fall in, 0 outside of the frame."""
-        return _sample(self.values, positions, self.size, "nearest", "zeros")
-
-
-def _sample(
-    values: Tensor, positions: Tensor, size: Sequence[float], mode: str, outside: str
-) -> Tensor:
-    place = (2 * positions / positions.new_tensor(size) - 1).flip(-1)
-    out = F.grid_sample(
-        values[None], place[None], mode=mode, padding_mode=outside, align_corners=False
-    )
-    return out[0]
+    def at(self, positions: Tensor) -> Tensor:
+        """Interpolated values [C, ...] at positions [..., 3]; those of the edge beyond it."""
+        place = (2 * positions / positions.new_tensor(self.size) - 1).flip(-1)
+        return F.grid_sample(
+            self.values[None], place[None], padding_mode="border", align_corners=False
+        )[0]
 
 
 def centres(shape: Sequence[int], size: Sequence[float]) -> Tensor:
@@ -96,6 +86,11 @@ class Scan:
     image: Field
     features: Field
 
+    @cached_property
+    def mind(self) -> Field:
+        """Its self-similarity, see `mind`; worked out once, however many scans are compared."""
+        return mind(self.image)
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -115,57 +110,109 @@ class Alignment:
     folding: float
 
 
-def affine(query: Scan, support: Scan, start: Tensor) -> Tensor:
-    """The affine map that the displacements agree on.
+class Registration:
+    """Two scans that are to be laid on each other; what is compared is worked out once.
 
     Args:
         query: its lattice is searched over.
         support: what is compared with it.
-        start: [4, 3], the map to begin with: position @ start[:3] + start[3].
 
-    Returns:
-        [4, 3]; `start` itself where the scans share too little to tell.
+    Attributes:
+        places: positions [Z, Y, X, 3] of the query's lattice.
     """
-    places, body, pairs = _prepare(query, support)
-    matrix = start
-    for width, reach in _AFFINE_STAGES:
-        map_ = places @ matrix[:3] + matrix[3]
-        inside = _inside(support, map_).float()
-        moved = _search(pairs, map_, width, reach) * _cell(query)
-        points = _pooled(places.movedim(-1, 0), width)
-        told = (_pooled(body[None].float(), width)[0] > 0.7) & (
-            _pooled(inside[None], width)[0] > 0.9
-        )
-        if int(told.sum()) < _LEAST_POINTS:
-            break
-        source = points.movedim(0, -1)[told]
-        target = (source + moved.movedim(0, -1)[told]) @ matrix[:3] + matrix[3]
-        matrix = _trimmed_affine(source, target)
-    return matrix
 
+    def __init__(self, query: Scan, support: Scan) -> None:
+        self.query, self.support = query, support
+        self.places = centres(lattice_shape(query.image.size), query.image.size)
+        self._body = _box((query.image.at(self.places) > 0.05).float())[0] > 0.5
 
-def deformable(query: Scan, support: Scan, start: Tensor) -> Alignment:
-    """Bend an affine map until the descriptors agree; arguments as `affine`."""
-    places, body, pairs = _prepare(query, support)
-    size = query.image.size
-    map_ = places @ start[:3] + start[3]
-    for width, reach in _BENDING_STAGES:
-        moved = _search(pairs, map_, width, reach) * _cell(query)
+    def affine(self, start: Tensor) -> Tensor:
+        """The affine map that the displacements agree on.
+
+        Args:
+            start: [4, 3], the map to begin with: position @ start[:3] + start[3].
+
+        Returns:
+            [4, 3]; `start` itself where the scans share too little to tell.
+        """
+        matrix = start
+        for width, reach in _AFFINE_STAGES:
+            map_ = self.places @ matrix[:3] + matrix[3]
+            moved = self._search(map_, width, reach)
+            points = _pooled(self.places.movedim(-1, 0), width)
+            told = (_pooled(self._body[None].float(), width)[0] > 0.7) & (
+                _pooled(self._inside(map_)[None].float(), width)[0] > 0.9
+            )
+            if int(told.sum()) < _LEAST_POINTS:
+                break
+            source = points.movedim(0, -1)[told]
+            target = (source + moved.movedim(0, -1)[told]) @ matrix[:3] + matrix[3]
+            matrix = _trimmed_affine(source, target)
+        return matrix
+
+    def deformable(self, start: Tensor) -> Alignment:
+        """Bend the affine map `start` until the descriptors agree."""
+        places, size = self.places, self.query.image.size
         z, y, x = places.shape[:3]
-        moved = F.interpolate(
-            moved[None], scale_factor=width, mode="trilinear", align_corners=False
-        )[0, :, :z, :y, :x].movedim(0, -1)
-        # The map at a displaced place: what it adds to the place is carried on beyond the frame.
-        added = Field((map_ - places).movedim(-1, 0), size).at(places + moved).movedim(0, -1)
-        map_ = places + moved + added
-    map_ = map_ + _descend(pairs, map_)
-    return _judged(query, support, map_, body)
+        map_ = places @ start[:3] + start[3]
+        for width, reach in _BENDING_STAGES:
+            moved = F.interpolate(
+                self._search(map_, width, reach)[None],
+                scale_factor=width,
+                mode="trilinear",
+                align_corners=False,
+            )[0, :, :z, :y, :x].movedim(0, -1)
+            # What the map adds to a displaced place is carried on beyond the frame.
+            added = Field((map_ - places).movedim(-1, 0), size).at(places + moved).movedim(0, -1)
+            map_ = places + moved + added
+        return self.aligned(map_ + _descend(self._pairs, map_))
 
+    def aligned(self, positions: Tensor) -> Alignment:
+        """Positions [Z, Y, X, 3] in the support, over the lattice, as an alignment."""
+        body, inside = self._body, self._inside(positions)
+        both, count = body & inside, int(body.sum())
+        cell = self._cell.view(3)
+        z, y, x = (n - 1 for n in positions.shape[:3])
+        rows = [positions.diff(dim=axis)[:z, :y, :x] / cell[axis] for axis in range(3)]
+        folded = torch.linalg.det(torch.stack(rows, -1)) <= 0
+        told = both[:z, :y, :x]
+        return Alignment(
+            Field(positions.movedim(-1, 0).contiguous(), self.query.image.size),
+            self._likeness(positions, both),
+            float(both.sum() / count) if count else 0.0,
+            float((folded & told).sum() / told.sum().clamp_min(1)),
+        )
 
-def aligned(query: Scan, support: Scan, positions: Tensor) -> Alignment:
-    """Positions [Z, Y, X, 3] in the support, over the lattice of the query, as an alignment."""
-    places = centres(lattice_shape(query.image.size), query.image.size)
-    return _judged(query, support, positions, _body(query, places))
+    @cached_property
+    def _pairs(self) -> list[_Pair]:
+        features = principal_components(self.query.features, self.support.features)
+        kinds = [features, (self.query.mind, self.support.mind)]
+        return [_Pair(own.at(self.places), other) for own, other in kinds]
+
+    @cached_property
+    def _cell(self) -> Tensor:
+        """mm of a lattice cell, [3, 1, 1, 1]."""
+        sides = zip(self.query.image.size, self.places.shape[:3], strict=True)
+        return torch.tensor([mm / n for mm, n in sides]).view(3, 1, 1, 1)
+
+    def _inside(self, positions: Tensor) -> Tensor:
+        size = positions.new_tensor(self.support.image.size)
+        return ((positions >= 0) & (positions <= size)).all(-1)
+
+    def _search(self, map_: Tensor, width: int, reach: int) -> Tensor:
+        """Displacements [3, z, y, x] in mm, over the lattice thinned by `width`."""
+        here = torch.cat([_pooled(pair.query, width) for pair in self._pairs])
+        there = torch.cat([_pooled(pair.support.at(map_), width) for pair in self._pairs])
+        cost, moves = _costs(here, there, reach)
+        return _smoothest(cost, moves) * width * self._cell
+
+    def _likeness(self, positions: Tensor, where: Tensor) -> float:
+        if not where.any():
+            return -1.0
+        a = self.query.features.at(self.places[where][None, None])[:, 0, 0]
+        b = self.support.features.at(positions[where][None, None])[:, 0, 0]
+        a, b = (F.normalize(f - f.mean(1, keepdim=True), dim=0) for f in (a, b))
+        return float((a * b).sum(0).mean())
 
 
 def fitted(places: Tensor, positions: Tensor) -> Tensor:
@@ -186,17 +233,6 @@ class _Pair:
     support: Field
 
 
-def _prepare(query: Scan, support: Scan) -> tuple[Tensor, Tensor, list[_Pair]]:
-    """Places of the query's lattice, which of them lie in the body, and what is compared there."""
-    places = centres(lattice_shape(query.image.size), query.image.size)
-    pairs = [_Pair(own.at(places), other) for own, other in _descriptors(query, support)]
-    return places, _body(query, places), pairs
-
-
-def _descriptors(query: Scan, support: Scan) -> list[tuple[Field, Field]]:
-    return [principal_components(query.features, support.features), (mind(query), mind(support))]
-
-
 def principal_components(a: Field, b: Field) -> tuple[Field, Field]:
     """Features of two scans without their mean, of length 1, along the main axes of both."""
     flat = torch.cat([f.values.flatten(1)[:, ::3] for f in (a, b)], 1).double()
@@ -211,16 +247,16 @@ def principal_components(a: Field, b: Field) -> tuple[Field, Field]:
     return reduced(a), reduced(b)
 
 
-def mind(scan: Scan) -> Field:
+def mind(image: Field) -> Field:
     """MIND-SSC, averaged over 9 mm: [12, Z, Y, X] in (0, 1], at 3 mm."""
-    size = scan.image.size
-    image = scan.image.at(centres(lattice_shape(size, _MIND_SPACING), size))
+    size = image.size
+    grey = image.at(centres(lattice_shape(size, _MIND_SPACING), size))
     # The six neighbours at 2 cells; those of a pair are at right angles.
     shifts = [
         tuple(sign * 2 * (axis == a) for a in range(3)) for axis in range(3) for sign in (-1, 1)
     ]
-    padded = F.pad(image[None], (2,) * 6, mode="replicate")[0, 0]
-    z, y, x = image.shape[1:]
+    padded = F.pad(grey[None], (2,) * 6, mode="replicate")[0, 0]
+    z, y, x = grey.shape[1:]
     neighbours = [padded[2 + dz :, 2 + dy :, 2 + dx :][:z, :y, :x] for dz, dy, dx in shifts]
     pairs = [(i, j) for i in range(6) for j in range(i) if i // 2 != j // 2]
     distances = torch.stack([(neighbours[i] - neighbours[j]).square() for i, j in pairs])
@@ -237,36 +273,11 @@ def _box(values: Tensor) -> Tensor:
     return F.avg_pool3d(F.pad(values[None], (1,) * 6, mode="replicate"), 3, stride=1)[0]
 
 
-def _body(scan: Scan, places: Tensor) -> Tensor:
-    grey = (scan.image.at(places) > 0.05).float()
-    return _box(grey)[0] > 0.5
-
-
-def _inside(support: Scan, map_: Tensor) -> Tensor:
-    size = map_.new_tensor(support.image.size)
-    return ((map_ >= 0) & (map_ <= size)).all(-1)
-
-
-def _cell(query: Scan) -> Tensor:
-    """mm of a lattice cell, [3, 1, 1, 1]."""
-    size = query.image.size
-    shape = lattice_shape(size)
-    return torch.tensor([mm / n for mm, n in zip(size, shape, strict=True)]).view(3, 1, 1, 1)
-
-
 # --- search ------------------------------------------------------------------------------------
 
 
 def _pooled(values: Tensor, width: int) -> Tensor:
     return F.avg_pool3d(values[None], width, ceil_mode=True, count_include_pad=False)[0]
-
-
-def _search(pairs: Sequence[_Pair], map_: Tensor, width: int, reach: int) -> Tensor:
-    """Displacements [3, z, y, x] in lattice cells, over the lattice thinned by `width`."""
-    here = torch.cat([_pooled(pair.query, width) for pair in pairs])
-    there = torch.cat([_pooled(pair.support.at(map_), width) for pair in pairs])
-    cost, moves = _costs(here, there, reach)
-    return _smoothest(cost, moves) * width
 
 
 def _costs(here: Tensor, there: Tensor, reach: int) -> tuple[Tensor, Tensor]:
@@ -351,28 +362,3 @@ def _trimmed_affine(source: Tensor, target: Tensor) -> Tensor:
         error = (wanted - known @ matrix).square().sum(1)
         kept = error.topk(max(_LEAST_POINTS // 2, int(_KEPT * len(source))), largest=False).indices
     return matrix.float()
-
-
-def _judged(query: Scan, support: Scan, map_: Tensor, body: Tensor) -> Alignment:
-    inside = _inside(support, map_)
-    count = int(body.sum())
-    overlap = float((inside & body).sum() / count) if count else 0.0
-    cell = _cell(query).view(3)
-    rows = [map_.diff(dim=axis) / cell[axis] for axis in range(3)]
-    z, y, x = (n - 1 for n in map_.shape[:3])
-    jacobian = torch.stack([row[:z, :y, :x] for row in rows], -1)
-    told = (body & inside)[:z, :y, :x]
-    folded = (torch.linalg.det(jacobian) <= 0) & told
-    folding = float(folded.sum() / told.sum().clamp_min(1))
-    field = Field(map_.movedim(-1, 0).contiguous(), query.image.size)
-    return Alignment(field, _likeness(query, support, map_, body & inside), overlap, folding)
-
-
-def _likeness(query: Scan, support: Scan, map_: Tensor, where: Tensor) -> float:
-    if not where.any():
-        return -1.0
-    places = centres(lattice_shape(query.image.size), query.image.size)[where]
-    a = query.features.at(places[None, None])[:, 0, 0]
-    b = support.features.at(map_[where][None, None])[:, 0, 0]
-    a, b = (F.normalize(f - f.mean(1, keepdim=True), dim=0) for f in (a, b))
-    return float((a * b).sum(0).mean())

@@ -23,17 +23,7 @@ from .correspondence import begin, describe, trunk_to_trunk
 from .errors import InputError
 from .frames import Frame, frames_of, restored
 from .methods import FewShotNetwork
-from .registration import (
-    Alignment,
-    Field,
-    Scan,
-    affine,
-    aligned,
-    centres,
-    deformable,
-    fitted,
-    lattice_shape,
-)
+from .registration import Alignment, Field, Registration, Scan, centres, fitted, lattice_shape
 from .volumes import Volume
 
 Align = Literal["affine", "deformable"]
@@ -90,8 +80,8 @@ def segment_registered(
         with torch.inference_mode():
             total = sum(len(frame.slices) for frame in (target, *frames))
             with tqdm(total=total, desc="Reading", unit="slice", disable=not progress) as bar:
-                features = [_encoded(model, frame, batch, bar) for frame in (target, *frames)]
-            return _segment(model, frames, target, features, align, depth, keep_islands, progress)
+                scans = [_encoded(model, frame, batch, bar) for frame in (target, *frames)]
+            return _segment(model, frames, target, scans, align, depth, keep_islands, progress)
     finally:
         model.amp = amp
 
@@ -103,8 +93,8 @@ def _bfloat16_is_faster(model: FewShotNetwork) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Field:
-    """Features of all slices, [D, Z, h, w], on the CPU."""
+def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Scan:
+    """The frame with the features of all its slices, [D, Z, h, w], on the CPU."""
     device = next(model.parameters()).device
     out = []
     for images in frame.slices.split(batch):
@@ -116,19 +106,23 @@ def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Fiel
             "model: its features hold NaN or infinite values, so that nothing can be segmented; "
             "its weights are damaged or its training diverged: use another checkpoint"
         )
-    return Field(values.transpose(0, 1).contiguous(), frame.size)
+    features = Field(values.transpose(0, 1).contiguous(), frame.size)
+    return Scan(Field(frame.slices[None], frame.size), features)
 
 
 # --- aligning ----------------------------------------------------------------------------------
 
 
 def _aligned(
-    support: Frame, query: Frame, seen: Field, own: Field, align: Align
+    support: Frame, query: Frame, seen: Scan, own: Scan, align: Align
 ) -> tuple[Alignment, Used]:
     """Where the support lies, and by which alignment; warns of what failed."""
     names = f"{query.source.path.name} by {support.source.path.name}"
     start = begin(
-        describe(own, query.boxes), describe(seen, support.boxes), query.size[0], support.size[0]
+        describe(own.features, query.boxes),
+        describe(seen.features, support.boxes),
+        query.size[0],
+        support.size[0],
     )
     if start.mirrored:
         sides = {"x": "left and right", "y": "front and back", "z": "head and feet"}
@@ -145,21 +139,18 @@ def _aligned(
             "modality",
             stacklevel=5,
         )
-    places = centres(lattice_shape(query.size), query.size)
+    registration = Registration(own, seen)
+    places = registration.places
     beginning = trunk_to_trunk(
         places, start, query.boxes, query.size[0], support.boxes, support.size[0]
     )
-    a, b = (
-        Scan(Field(frame.slices[None], frame.size), features)
-        for frame, features in ((query, own), (support, seen))
-    )
-    rough = aligned(a, b, beginning)
+    rough = registration.aligned(beginning)
     how: Used = "none" if support.treatment.body_found is None else "body"
     if min(*places.shape[:3], *lattice_shape(support.size)) < 8:
         warnings.warn(f"{names}: too few slices to align them, so that they are not", stacklevel=5)
         return rough, how
-    matrix = affine(a, b, fitted(places, beginning))
-    straight = aligned(a, b, places @ matrix[:3] + matrix[3])
+    matrix = registration.affine(fitted(places, beginning))
+    straight = registration.aligned(places @ matrix[:3] + matrix[3])
     if straight.overlap < _LEAST_OVERLAP:
         warnings.warn(
             f"{names}: aligned, the bodies overlap by {straight.overlap:.0%} only, so that they "
@@ -169,7 +160,7 @@ def _aligned(
         return rough, how
     if align == "affine":
         return straight, "affine"
-    bent = deformable(a, b, matrix)
+    bent = registration.deformable(matrix)
     if bent.folding > _MOST_FOLDING:
         warnings.warn(
             f"{names}: the deformation folds over itself in {bent.folding:.0%} of the body, so "
@@ -187,13 +178,13 @@ def _segment(
     model: FewShotNetwork,
     supports: Sequence[Frame],
     query: Frame,
-    features: Sequence[Field],
+    scans: Sequence[Scan],
     align: Align,
     depth: float,
     keep_islands: bool,
     progress: bool,
 ) -> Registered:
-    own, *others = features
+    own, *others = scans
     values = sorted({int(v) for frame in supports for v in np.unique(_labels(frame)) if v})
     matches, used, weights = [], [], []
     by_features: Tensor | None = None
@@ -202,7 +193,9 @@ def _segment(
             found, how = _aligned(support, query, seen, own, align)
             matches.append(_middle(found, query, support))
             used.append(how)
-            leads, carried, drawn = _leads(model, support, query, seen, own, found, values, depth)
+            leads, carried, drawn = _leads(
+                model, support, query, seen.features, own.features, found, values, depth
+            )
             weight = torch.where(drawn, torch.tensor(found.likeness * _CERTAIN).exp(), 0.0)
             weight = weight[None, :, None, None]
             if by_features is None:
@@ -228,12 +221,7 @@ def _segment(
             "body, or differ in modality, contrast agent or range of grey values",
             stacklevel=4,
         )
-    return Registered(
-        labels,
-        np.stack(matches),
-        confidence,
-        tuple(used),
-    )
+    return Registered(labels, np.stack(matches), confidence, tuple(used))
 
 
 def _middle(found: Alignment, query: Frame, support: Frame) -> np.ndarray:

@@ -17,16 +17,7 @@ from lslpn.frames import frames_of, restored
 from lslpn.methods import FewShotNetwork
 from lslpn.model import LSLPN, untrained
 from lslpn.presets import preset
-from lslpn.registration import (
-    Field,
-    Scan,
-    affine,
-    aligned,
-    centres,
-    deformable,
-    fitted,
-    lattice_shape,
-)
+from lslpn.registration import Field, Registration, Scan, centres, fitted, lattice_shape
 from lslpn.segment import Segmentation, segment, segment_matched
 from lslpn.volumes import Volume, read_image, read_labels
 from lslpn_kernels import reference
@@ -100,7 +91,7 @@ def test_an_affine_displacement_is_found() -> None:
     places = centres(lattice_shape(_SIZE, 3.0), _SIZE)
     query, support = _scan(places @ truth[:3] + truth[3]), _scan()
     start = torch.cat([torch.eye(3), torch.zeros(1, 3)])
-    found = affine(query, support, start)
+    found = Registration(query, support).affine(start)
     middle = places[10:-10:5, 10:-10:5, 10:-10:5].reshape(-1, 3)
     wanted = middle @ truth[:3] + truth[3]
 
@@ -117,7 +108,8 @@ def test_a_deformation_is_found_and_does_not_fold() -> None:
     bump = torch.exp(-((places - middle) / 60).square().sum(-1, keepdim=True))
     query, support = _scan(places + bump * places.new_tensor([14.0, -16.0, 12.0])), _scan()
     start = torch.cat([torch.eye(3), torch.zeros(1, 3)])
-    found = deformable(query, support, start)
+    registration = Registration(query, support)
+    found = registration.deformable(start)
     wanted = places + bump * places.new_tensor([14.0, -16.0, 12.0])
     near = bump[..., 0] > 0.5
     off = (found.map.at(places).movedim(0, -1) - wanted).norm(dim=-1)[near].mean()
@@ -126,18 +118,19 @@ def test_a_deformation_is_found_and_does_not_fold() -> None:
     assert off < 0.4 * before
     assert found.folding < 0.01
     assert found.overlap > 0.95
-    plain = aligned(query, support, centres(lattice_shape(_SIZE), _SIZE))
+    plain = registration.aligned(registration.places)
     assert found.likeness > plain.likeness
 
 
 def test_folds_and_missing_overlap_are_measured() -> None:
     scan = _scan()
-    places = centres(lattice_shape(_SIZE), _SIZE)
+    registration = Registration(scan, scan)
+    places = registration.places
     turned = places * places.new_tensor([-1.0, 1.0, 1.0]) + places.new_tensor([_SIZE[0], 0, 0])
-    assert aligned(scan, scan, turned).folding > 0.99
-    assert aligned(scan, scan, places).folding == 0
+    assert registration.aligned(turned).folding > 0.99
+    assert registration.aligned(places).folding == 0
     away = places + places.new_tensor([_SIZE[0] * 0.75, 0, 0])
-    assert aligned(scan, scan, away).overlap < 0.3
+    assert registration.aligned(away).overlap < 0.3
     torch.testing.assert_close(
         fitted(places, places * 2 + 5),
         torch.cat([torch.eye(3) * 2, torch.full((1, 3), 5.0)]),
