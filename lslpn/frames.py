@@ -9,7 +9,6 @@ wide: of smaller ones, children, heads or mice, all measures grow in proportion.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
-from .intensities import common_window, interpret
-from .prepare import ABDOMEN_WINDOW, Treatment, Window, trunk_boxes, warn_unlike
+from .intensities import interpret
+from .prepare import (
+    Treatment,
+    shared_window,
+    trunk_boxes,
+    warn_not_cropped,
+    warn_unlike,
+    whole_boxes,
+    window_limits,
+)
 from .presets import ModelConfig
 from .volumes import Volume, check_same_grid
 
@@ -78,15 +85,13 @@ def frames_of(
     config: ModelConfig,
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
-    crop: bool,
 ) -> tuple[list[Frame], Frame]:
-    """Supports and query, treated alike as far as can be: one window, all cropped or none.
+    """Supports and query, treated alike as far as can be: one window, all cut to the trunk or none.
 
     Args:
         config: of the model: its size, window and normalisation.
         supports: pairs of an image and its labels.
         query: the scan to segment.
-        crop: cut every scan to the patient's trunk, where one stands out in all of them.
 
     Raises:
         InputError: labels on another grid than their image, or every voxel of a scan is on one
@@ -96,43 +101,29 @@ def frames_of(
         check_same_grid(image, labels)
     images = [*(image for image, _ in supports), query]
     read = [interpret(image.data) for image in images]
-    window: Window = config.window
-    if window == "auto" and all(how.hu for how in read):
-        window = common_window(read, ABDOMEN_WINDOW)
+    window = shared_window(config.window, read)
     data = [how.apply(image.data) for how, image in zip(read, images, strict=True)]
-    boxes: list[np.ndarray | None] = [None] * len(images)
-    if crop:
-        boxes = [
-            trunk_boxes(values, image.spacing, how.air)
-            for values, image, how in zip(data, images, read, strict=True)
-        ]
-        missing = [im.path.name for im, box in zip(images, boxes, strict=True) if box is None]
-        if missing:
-            if len(missing) < len(images):
-                warnings.warn(
-                    f"{missing[0]}: no body stands out in it, so that no scan is cut to the body",
-                    stacklevel=4,
-                )
-            boxes = [None] * len(images)
-    whole = [
-        np.tile(np.array([0, *im.data.shape[1:2], 0, im.data.shape[2]]), (len(im.data), 1))
-        for im in images
+    trunks = [
+        trunk_boxes(values, image.spacing, how.air)
+        for values, image, how in zip(data, images, read, strict=True)
     ]
-    looked_at = [every if box is None else box for every, box in zip(whole, boxes, strict=True)]
+    without = [im.path.name for im, box in zip(images, trunks, strict=True) if box is None]
+    warn_not_cropped(without, len(images))
+    boxes = [
+        whole_boxes(values) if without or box is None else box
+        for values, box in zip(data, trunks, strict=True)
+    ]
     widest = max(
         (box[:, high].max() - box[:, low].min()) * image.spacing[axis]
-        for box, image in zip(looked_at, images, strict=True)
+        for box, image in zip(boxes, images, strict=True)
         for low, high, axis in ((0, 1, 1), (2, 3, 2))
     )
     unit = min(1.0, float(widest) / _WIDE_MM)
     drawn: list[np.ndarray | None] = [*(labels.data for _, labels in supports), None]
     frames = []
-    for image, how, values, box, own in zip(images, read, data, looked_at, drawn, strict=True):
-        if window == "auto":
-            limits = ABDOMEN_WINDOW if how.hu else None
-        else:
-            limits = window if window is None or isinstance(window, tuple) else None
-        treatment = Treatment(image.path.name, how, bool(boxes[0] is not None) if crop else None)
+    for image, how, values, box, own in zip(images, read, data, boxes, drawn, strict=True):
+        limits = window_limits(how, window)
+        treatment = Treatment(image.path.name, how, not without)
         frames.append(_frame(config, image, values, how.air, limits, box, unit, own, treatment))
     warn_unlike([frame.treatment for frame in frames])
     return frames[:-1], frames[-1]

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import InputError
-from .intensities import common_window, interpret
-from .methods import LSLPN, FewShotNetwork
-from .prepare import ABDOMEN_WINDOW, Prepared, Window, prepare, warn_unlike
+from .intensities import interpret
+from .methods import LSLPN, FewShotNetwork, check_features
+from .prepare import Prepared, prepare, shared_window, warn_not_cropped, warn_unlike
 from .volumes import Volume
 from .volumetric import DEPTH_MM, segment_registered
 from .why import Recorder, Why
@@ -233,10 +233,7 @@ def _prepare(
     """Supports and query, treated alike as far as can be: one window, all cropped or none."""
     config = model.config
     scans: list[tuple[Volume, Volume | None]] = [*supports, (query, None)]
-    window: Window = config.window
-    read = [interpret(image.data) for image, _ in scans]
-    if window == "auto" and all(how.hu for how in read):
-        window = common_window(read, ABDOMEN_WINDOW)
+    window = shared_window(config.window, [interpret(image.data) for image, _ in scans])
 
     def prepared(align: Literal["none", "body"]) -> list[Prepared]:
         return [
@@ -253,12 +250,8 @@ def _prepare(
 
     out = prepared(align)
     without = [scan.treatment.name for scan in out if scan.treatment.body_found is False]
+    warn_not_cropped(without, len(out))
     if without:
-        if len(without) < len(out):
-            warnings.warn(
-                f"{without[0]}: no body stands out in it, so that no scan is cut to the body",
-                stacklevel=3,
-            )
         out = prepared("none")
     warn_unlike([scan.treatment for scan in out])
     return out[:-1], out[-1]
@@ -297,11 +290,7 @@ def _describe(model: FewShotNetwork, slices: np.ndarray, batch: int, bar: tqdm) 
         out.append(F.adaptive_avg_pool2d(features, _CELLS).float().cpu())
         bar.update(len(images))
     described = torch.cat(out)
-    if not described.isfinite().all():
-        raise InputError(
-            "model: its features hold NaN or infinite values, so that nothing can be segmented; "
-            "its weights are damaged or its training diverged: use another checkpoint"
-        )
+    check_features(described)
     return described
 
 

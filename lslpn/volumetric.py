@@ -20,9 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .correspondence import begin, describe, trunk_to_trunk
-from .errors import InputError
 from .frames import Frame, frames_of, restored
-from .methods import FewShotNetwork
+from .methods import FewShotNetwork, check_features
 from .registration import Alignment, Field, Registration, Scan, centres, fitted, lattice_shape
 from .volumes import Volume
 
@@ -73,7 +72,7 @@ def segment_registered(
     progress: bool = False,
 ) -> Registered:
     """As `segment.segment_matched`, which checks the arguments; model in evaluation mode."""
-    frames, target = frames_of(model.config, supports, query, crop=True)
+    frames, target = frames_of(model.config, supports, query)
     amp = model.amp
     model.amp = amp or _bfloat16_is_faster(model)
     try:
@@ -101,11 +100,7 @@ def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Scan
         out.append(model.encode(images.to(device)).float().cpu())
         bar.update(len(images))
     values = torch.cat(out)
-    if not values.isfinite().all():
-        raise InputError(
-            "model: its features hold NaN or infinite values, so that nothing can be segmented; "
-            "its weights are damaged or its training diverged: use another checkpoint"
-        )
+    check_features(values)
     features = Field(values.transpose(0, 1).contiguous(), frame.size)
     return Scan(Field(frame.slices[None], frame.size), features)
 

@@ -264,6 +264,19 @@ def segmentation_loss(
     return total / share.where(share > 0, 1)
 
 
+def check_features(features: Tensor) -> None:
+    """Refuse features that no weights in good order give.
+
+    Raises:
+        InputError: some are NaN or infinite.
+    """
+    if not features.isfinite().all():
+        raise InputError(
+            "model: its features hold NaN or infinite values, so that nothing can be segmented; "
+            "its weights are damaged or its training diverged: use another checkpoint"
+        )
+
+
 def check_one_shot(method: str, *, ways: int, shots: int) -> None:
     """Refuse more than one class or support image.
 
