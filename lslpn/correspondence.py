@@ -65,15 +65,17 @@ _MIRRORED = 0.1
 
 
 def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float, float]:
-    # What all slices of a scan have in common says nothing of where they lie.
-    a, b = (F.normalize((scan - scan.mean(0)).flatten(1), dim=1) for scan in (a, b))
-    if len(a) == 1 or len(b) == 1:
-        cosine = a @ b.T
+    single = len(a) == 1 or len(b) == 1
+    # What all slices of a scan have in common says nothing of where they lie; of one, that is all.
+    a, b = (
+        F.normalize((scan if single else scan - scan.mean(0)).flatten(1), dim=1) for scan in (a, b)
+    )
+    cosine = a @ b.T
+    if single:
         winner = int(cosine.argmax())
         i, j = divmod(winner, len(b))
         shift = (j + 0.5) * b_mm / len(b) - (i + 0.5) * a_mm / len(a)
         return 1.0, shift, float(cosine.flatten()[winner])
-    cosine = a @ b.T
     heights = (torch.arange(len(a)) + 0.5) * (a_mm / len(a))
     least = min(_LEAST_SHARE * min(a_mm, b_mm), _LEAST_MM)
     best = (-torch.inf, 1.0, 0.0, -1.0)

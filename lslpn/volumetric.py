@@ -140,7 +140,7 @@ def _aligned(
         places, start, query.boxes, query.size[0], support.boxes, support.size[0]
     )
     rough = registration.aligned(beginning)
-    how: Used = "none" if support.treatment.body_found is None else "body"
+    how: Used = "body" if support.treatment.body_found else "none"
     if min(*places.shape[:3], *lattice_shape(support.size)) < 8:
         warnings.warn(f"{names}: too few slices to align them, so that they are not", stacklevel=5)
         return rough, how

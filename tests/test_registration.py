@@ -168,7 +168,10 @@ def test_a_mirrored_scan_is_told(name: str, axis: int) -> None:
 def test_single_slices_go_to_the_slice_that_is_most_alike() -> None:
     scan = _slices(40)
     one = scan[20:21]
-    assert begin(one, one, 5.0, 5.0).shift == 0
+    same = begin(one, one, 5.0, 5.0)
+    assert same.shift == 0
+    assert same.likeness == pytest.approx(1)
+    assert begin(one, scan, 5.0, 200.0).shift == 100
 
 
 def test_trunk_goes_to_trunk() -> None:
@@ -326,6 +329,21 @@ def test_too_few_slices_are_laid_trunk_to_trunk_and_that_is_told(
         result = _found(model, [(image, labels)], image)
     assert result.alignments == ("body",)
     assert _dice(result.labels, labels.data, 1) > 0.7
+
+
+def test_where_no_body_stands_out_no_trunk_is_laid_on_another(
+    model: LSLPN, support: tuple[Volume, Volume]
+) -> None:
+    image, labels = support
+    noise = np.random.default_rng(0).normal(100, 10, image.data.shape).astype(np.float32)
+    close_up = dataclasses.replace(image, data=noise)
+    # The slices are too low for registration: 14 of 1 mm in a patient who is 192 mm wide.
+    close_up, labels = (
+        dataclasses.replace(volume, spacing=(1.0, 3.0, 3.0)) for volume in (close_up, labels)
+    )
+    with pytest.warns(UserWarning, match="too few slices to align them"):
+        result = _found(model, [(close_up, labels)], close_up)
+    assert result.alignments == ("none",)
 
 
 def test_scans_that_show_different_things_are_told(
