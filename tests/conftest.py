@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +17,9 @@ from nibabel.orientations import (
     io_orientation,
     ornt_transform,
 )
+
+if TYPE_CHECKING:
+    from lslpn.volumes import Volume
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -143,3 +147,28 @@ def write_synthetic_dataset(root: Path, cases: int = 4) -> Path:
 def synthetic_dataset(tmp_path: Path) -> Path:
     """The folder of a small data set: 4 cases syn_00..syn_03 with liver, spleen and kidney."""
     return write_synthetic_dataset(tmp_path / "Dataset001_synthetic")
+
+
+def synthetic_scan(
+    folder: Path,
+    seed: int,
+    *,
+    shift: float = 0.0,
+    axes: str = "RAS",
+    shape: tuple[int, int, int] = (14, 56, 64),
+) -> tuple[Volume, Volume]:
+    """`synthetic_ct` written to files and read again: the image and its labels."""
+    from lslpn.volumes import read_image, read_labels  # tests of the kernels do without
+
+    image, labels = synthetic_ct(seed, shape=shape, shift=shift)
+    name = f"{seed}{axes}"
+    return (
+        read_image(write_nifti(folder / f"{name}.nii.gz", image, axes=axes)),
+        read_labels(write_nifti(folder / f"{name}_l.nii.gz", labels, axes=axes, dtype=np.uint8)),
+    )
+
+
+def dice_of(a: np.ndarray, b: np.ndarray, label: int) -> float:
+    """Of one label in two label maps."""
+    x, y = a == label, b == label
+    return float(2 * (x & y).sum() / (x.sum() + y.sum()))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import synthetic_ct, write_nifti
+from conftest import dice_of, synthetic_scan
 from torch import Tensor
 
 from lslpn.correspondence import begin, trunk_to_trunk
@@ -19,7 +19,7 @@ from lslpn.model import LSLPN, untrained
 from lslpn.presets import preset
 from lslpn.registration import Field, Registration, Scan, centres, fitted, lattice_shape
 from lslpn.segment import Segmentation, segment, segment_matched
-from lslpn.volumes import Volume, read_image, read_labels
+from lslpn.volumes import Volume
 from lslpn_kernels import reference
 
 _SIZE = (240.0, 240.0, 264.0)
@@ -35,32 +35,14 @@ def model() -> LSLPN:
     return _model()
 
 
-def _volumes(
-    folder: Path, seed: int, *, shift: float = 0.0, axes: str = "RAS", flip: bool = False
-) -> tuple[Volume, Volume]:
-    image, labels = synthetic_ct(seed, shift=shift)
-    if flip:
-        image, labels = image[:, :, ::-1], labels[:, :, ::-1]
-    name = f"{seed}{axes}{flip}"
-    return (
-        read_image(write_nifti(folder / f"{name}.nii.gz", image, axes=axes)),
-        read_labels(write_nifti(folder / f"{name}_l.nii.gz", labels, axes=axes, dtype=np.uint8)),
-    )
-
-
 @pytest.fixture
 def support(tmp_path: Path) -> tuple[Volume, Volume]:
-    return _volumes(tmp_path, 0)
+    return synthetic_scan(tmp_path, 0)
 
 
 @pytest.fixture
 def query(tmp_path: Path) -> tuple[Volume, Volume]:
-    return _volumes(tmp_path, 1, shift=0.04, axes="LPI")
-
-
-def _dice(a: np.ndarray, b: np.ndarray, label: int) -> float:
-    x, y = a == label, b == label
-    return float(2 * (x & y).sum() / (x.sum() + y.sum()))
+    return synthetic_scan(tmp_path, 1, shift=0.04, axes="LPI")
 
 
 # --- registration --------------------------------------------------------------------------------
@@ -263,7 +245,7 @@ def test_a_frame_and_back(
     leads = torch.stack([torch.where(at == value, 1.0, -1.0) for value in (1, 2, 3)], 1)
     back = restored(frame, leads, [1, 2, 3])
     for label in (1, 2, 3):
-        assert _dice(back, support[1].data, label) > 0.85
+        assert dice_of(back, support[1].data, label) > 0.85
     outside = frame.labels_at(torch.tensor([[-1.0, 5, 5], [5, 5, 1e6]]))
     assert outside.tolist() == [0, 0]
 
@@ -280,7 +262,7 @@ def test_organs_are_found_in_another_scan(
     assert result.alignments == (align,)
     assert result.confidence is not None
     for label in (1, 2, 3):
-        assert _dice(result.labels, query[1].data, label) > 0.75
+        assert dice_of(result.labels, query[1].data, label) > 0.75
         assert 0.4 < result.confidence[label] <= 1
     assert result.matches.shape == (1, 14)
 
@@ -300,15 +282,15 @@ def test_labels_that_one_of_two_supports_lacks(
     result = segment_matched(model, [(image, one), (image, two)], query[0], align="affine")
     assert result.labels.dtype == np.int16
     assert set(np.unique(result.labels)) == {0, 300, 600}
-    assert _dice(result.labels, query[1].data.astype(int) * 300, 300) > 0.7
-    assert _dice(result.labels, query[1].data.astype(int) * 300, 600) > 0.7
+    assert dice_of(result.labels, query[1].data.astype(int) * 300, 300) > 0.7
+    assert dice_of(result.labels, query[1].data.astype(int) * 300, 600) > 0.7
 
 
 def test_the_files_own_orientation_does_not_matter(
     model: LSLPN, support: tuple[Volume, Volume], tmp_path: Path
 ) -> None:
     first, other = (
-        segment(model, [support], _volumes(tmp_path, 1, axes=axes)[0], align="affine")
+        segment(model, [support], synthetic_scan(tmp_path, 1, axes=axes)[0], align="affine")
         for axes in ("RAS", "SRP")
     )
     np.testing.assert_array_equal(first, other)
@@ -328,7 +310,7 @@ def test_too_few_slices_are_laid_trunk_to_trunk_and_that_is_told(
     with pytest.warns(UserWarning, match="too few slices to align them"):
         result = _found(model, [(image, labels)], image)
     assert result.alignments == ("body",)
-    assert _dice(result.labels, labels.data, 1) > 0.7
+    assert dice_of(result.labels, labels.data, 1) > 0.7
 
 
 def test_where_no_body_stands_out_no_trunk_is_laid_on_another(
