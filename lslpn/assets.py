@@ -1,4 +1,4 @@
-"""What ships with the package: two CT scans with labels, and the weights of the encoder's trunk.
+"""What ships with the package: two CT scans with labels, and weights.
 
 Sources and licences are in NOTICE. The labels of the scans are TotalSegmentator's predictions,
 not drawings by a human.
@@ -36,6 +36,12 @@ def asset(name: str) -> Path:
 def trunk_weights() -> Path:
     """ResNet-50, conv1 to layer3, trained on ImageNet; torchvision's names, safetensors."""
     return asset("resnet50_imagenet_trunk.safetensors")
+
+
+def trained_weights() -> Path:
+    """LSLPN trained on CT scans, see docs/weights.md: its tensors, and as metadata its
+    configuration, safetensors."""
+    return asset("lslpn_ct.safetensors")
 
 
 def demo_image(scan: Literal["a", "b"]) -> Path:

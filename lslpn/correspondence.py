@@ -53,8 +53,6 @@ def begin(query: Tensor, support: Tensor, query_mm: float, support_mm: float) ->
     stretch, shift, likeness = _best(query, support, query_mm, support_mm)
     mirrored = []
     for name, axis in (("x", 3), ("y", 2), ("z", 0)):
-        if axis == 0 and min(len(query), len(support)) < 8:
-            continue
         other = _best(query, support.flip(axis), query_mm, support_mm)[2]
         if other > likeness + _MIRRORED:
             mirrored.append(name)
@@ -65,17 +63,9 @@ _MIRRORED = 0.1
 
 
 def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float, float]:
-    single = len(a) == 1 or len(b) == 1
-    # What all slices of a scan have in common says nothing of where they lie; of one, that is all.
-    a, b = (
-        F.normalize((scan if single else scan - scan.mean(0)).flatten(1), dim=1) for scan in (a, b)
-    )
+    # What all slices of a scan have in common says nothing of where they lie.
+    a, b = (F.normalize((scan - scan.mean(0)).flatten(1), dim=1) for scan in (a, b))
     cosine = a @ b.T
-    if single:
-        winner = int(cosine.argmax())
-        i, j = divmod(winner, len(b))
-        shift = (j + 0.5) * b_mm / len(b) - (i + 0.5) * a_mm / len(a)
-        return 1.0, shift, float(cosine.flatten()[winner])
     heights = (torch.arange(len(a)) + 0.5) * (a_mm / len(a))
     least = min(_LEAST_SHARE * min(a_mm, b_mm), _LEAST_MM)
     best = (-torch.inf, 1.0, 0.0, -1.0)

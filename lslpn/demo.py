@@ -1,12 +1,11 @@
 """The demo: an organ found in one real CT scan from the labels of another.
 
 Both scans ship with the package. They differ in orientation, spacing and field of view, and one
-covers a fifth of what the other does; the network has seen no medical image.
+covers a fifth of what the other does; the network has been trained without any label.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -20,23 +19,18 @@ from .assets import LABELS_NOTE, demo_image, demo_labels, demo_organs
 from .atomic import check_writable, write_text
 from .figures import Panel, overlay
 from .info import versions
-from .model import untrained
+from .model import pretrained
 from .prepare import ABDOMEN_WINDOW, body_boxes
-from .presets import preset
 from .segment import BEYOND, segment_matched
 from .viewer import Support, view
 from .volumes import Volume, read_image, read_labels, write_labels
 
-# Half of the preset's 512: finer than both scans, whose trunks are 110 and 175 pixels wide, and
-# four times as fast.
-_SIZE = 256
 _SHOWN = (0.15, 0.5, 0.85)  # which slices the figure shows, as parts of the query's height
 
 
 def run_demo(
     out: str | os.PathLike[str],
     *,
-    seed: int = 1234,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -51,7 +45,6 @@ def run_demo(
 
     Args:
         out: a folder, made if need be.
-        seed: of the untrained reduction layer.
         device: where the network runs.
         progress: show bars with rate and time left on stderr.
 
@@ -73,9 +66,11 @@ def run_demo(
     image, labels = read_image(demo_image("a")), read_labels(demo_labels("a"))
     query, truth = read_image(demo_image("b")), read_labels(demo_labels("b"))
 
-    config = dataclasses.replace(preset("published").model, size=_SIZE, align="body")
-    model = untrained(config, seed=seed).to(device)
-    found = segment_matched(model, [(image, labels)], query, progress=progress, explain=True)
+    model = pretrained().to(device)
+    # Scan B is too low, 40 mm, to be registered.
+    found = segment_matched(
+        model, [(image, labels)], query, align="body", progress=progress, explain=True
+    )
     match = found.matches[0]
 
     write_labels(folder / names[0], found.labels, query)
@@ -103,9 +98,8 @@ def run_demo(
         },
         "seconds": round(time.perf_counter() - start, 1),
         "settings": {
-            "preset": "published",
-            "size": _SIZE,
-            "seed": seed,
+            "weights": "ct",
+            "size": model.config.size,
             "align": "body",
             "support": image.path.name,
             "query": query.path.name,
@@ -152,7 +146,7 @@ def _draw(
         path,
         rows,
         {value: organ for organ, value in organs.items()},
-        title="Untrained network; all given labels are TotalSegmentator's predictions",
+        title="All given labels are TotalSegmentator's predictions",
         panel_size=3.2,
     )
 

@@ -1,16 +1,40 @@
-"""The network before training, of any method; `checkpoint.load_model` has trained ones."""
+"""Networks to begin with: before training, of any method, or trained, the one that ships.
+
+`checkpoint.load_model` has those that you trained.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import torch
+from safetensors import safe_open
 
+from .assets import trained_weights
 from .errors import InputError
 from .methods import LSLPN, FewShotNetwork, build
 from .presets import Config, ModelConfig, preset
 
-__all__ = ["LSLPN", "FewShotNetwork", "untrained"]
+__all__ = ["LSLPN", "FewShotNetwork", "pretrained", "untrained"]
+
+
+def pretrained() -> FewShotNetwork:
+    """The network that ships, in evaluation mode: LSLPN trained on CT scans without any label.
+
+    What it was trained on, and what it reaches, is in docs/weights.md.
+
+    Raises:
+        InputError: the installation lacks the file.
+    """
+    with safe_open(trained_weights(), "pt") as file:
+        config = ModelConfig(**json.loads(file.metadata()["model"]))
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with torch.random.fork_rng(devices=[]):
+        model = build(dataclasses.replace(config, weights="random"))
+    model.load_state_dict(weights)
+    model.config = config
+    return model.eval()
 
 
 def untrained(

@@ -35,11 +35,11 @@ _MIND_SPACING = 3.0
 _COMPONENTS = 24
 # (points of the 6 mm lattice averaged into one, reach of the search in such points), first to last
 _AFFINE_STAGES = ((3, 4), (3, 3), (2, 3))
-_BENDING_STAGES = ((3, 4), (2, 3))
+_BENDING_STAGES = ((3, 4), (2, 3), (1, 3))
 _COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # convexAdam's
 _KEPT = 0.8  # share of the displacements that an affine map is fitted to
 _LEAST_POINTS = 60
-_STEPS, _RATE, _SMOOTHNESS = 50, 1.0, 1.0  # of gradient descent
+_STEPS, _RATE, _SMOOTHNESS = 50, 1.0, 0.5  # of gradient descent
 
 
 @dataclass(frozen=True)

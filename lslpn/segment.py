@@ -1,8 +1,9 @@
 """Segment a scan that nobody has looked at yet, with one or a few labelled scans.
 
 The protocols of the literature tell the method where in the query the organ begins and ends.
-Here nobody knows. So every slice of the query is matched with a slice of each support, in order
-along z, or lies beyond them; an organ that its match does not show is not in it.
+Here nobody knows. Supports are registered to the query and matched there (see `volumetric`); or
+every slice of the query is matched with a slice of each support, in order along z, or lies beyond
+them, and an organ that its match does not show is not in it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def segment(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
-    align: Literal["none", "body", "affine", "deformable"] | None = None,
+    align: Literal["none", "body", "affine", "deformable"] = "deformable",
     depth: float = DEPTH_MM,
     keep_islands: bool = False,
     batch: int = 8,
@@ -83,9 +84,9 @@ def segment(
 ) -> np.ndarray:
     """Segment a scan by one or more labelled scans.
 
-    Every slice of the query is matched with a slice of each support (see `match_slices`). The
-    matched slices say which organs it may hold; they and their neighbours are its shots. Memory
-    grows with `batch` and not with the length of the scans, the volumes themselves aside.
+    Each support is registered to the query, and windows in three dimensions are matched; or, with
+    `align` "body" and "none", every slice of the query is matched with a slice of each support (see
+    `match_slices`), which says which organs it may hold; it and its neighbours are its shots.
 
     Args:
         model: of any method; decides the size and the window, see `lslpn.model`. Runs where its
@@ -94,15 +95,14 @@ def segment(
             out with the same values. A label that a support lacks altogether is taken for not
             drawn there: that support is no shot for it, neither for nor against.
         query: the scan to segment.
-        align: "body" cuts every slice to the patient's trunk first, which the method needs where
-            scans differ in field of view; "none" takes the whole slices; default: as the model
-            was trained, `model.config.align`. Where no body stands out in one of the scans, none
-            is cut. "affine" and "deformable" register each support to the query, as a whole or
-            organ by organ, and then match windows in three dimensions instead of slices; where
-            that fails, the one before is taken, with a warning.
-        depth: with "affine" and "deformable", mm along z that a window reaches over: slices within
+        align: "deformable" and "affine" register each support to the query, organ by organ or as a
+            whole; where that fails, the one before is taken, with a warning, and scans too small
+            for it (less than 100 mm high) are matched as by "body". "body" matches slices that are
+            cut to the patient's trunk first, "none" whole slices. Where no body stands out in one
+            of the scans, none is cut.
+        depth: with "deformable" and "affine", mm along z that a window reaches over: slices within
             half of it, either way, make a prototype together; 0 is the slice alone. Of a patient
-            less than 300 mm wide it is less in proportion.
+            less than 300 mm wide it is less in proportion, as are the 100 mm above.
         keep_islands: with these, keep pieces of an organ that are much smaller than its largest.
         batch: query slices that are encoded at once.
         progress: show bars with rate and time left on stderr.
@@ -134,7 +134,7 @@ def segment_matched(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
-    align: Literal["none", "body", "affine", "deformable"] | None = None,
+    align: Literal["none", "body", "affine", "deformable"] = "deformable",
     depth: float = DEPTH_MM,
     keep_islands: bool = False,
     batch: int = 8,
@@ -142,8 +142,6 @@ def segment_matched(
     explain: bool = False,
 ) -> Segmentation:
     """As `segment`, and tell which slices were matched; with `explain`, which windows decided."""
-    if align is None:
-        align = model.config.align
     if not supports:
         raise InputError("supports: expected at least one labelled scan, got none")
     for _, drawn in supports:
@@ -169,10 +167,15 @@ def segment_matched(
                 keep_islands=keep_islands,
                 batch=batch,
                 progress=progress,
+                explain=explain,
             )
         finally:
             model.train(training)
-        return Segmentation(found.labels, found.matches, None, found.confidence, found.alignments)
+        if found is not None:
+            return Segmentation(
+                found.labels, found.matches, found.why, found.confidence, found.alignments
+            )
+        align = "body"
     ready, target = _prepare(model, supports, query, align)
     model.eval()
     try:

@@ -21,21 +21,23 @@ from tqdm import tqdm
 
 from .correspondence import begin, describe, trunk_to_trunk
 from .frames import Frame, frames_of, restored
-from .methods import FewShotNetwork, check_features
-from .registration import Alignment, Field, Registration, Scan, centres, fitted, lattice_shape
+from .methods import LSLPN, FewShotNetwork, check_features
+from .registration import Alignment, Field, Registration, Scan, centres, fitted
 from .volumes import Volume
+from .why import Recorder, Why
 
 Align = Literal["affine", "deformable"]
 Used = Literal["none", "body", "affine", "deformable"]
 
 DEPTH_MM = 60.0
 _PRIOR_WEIGHT = 1.0
-_PRIOR_MM = 8.0  # labels are taken to lie this much off
+_PRIOR_MM = 4.0  # labels are taken to lie this much off
 _PRIOR_LEAST = 0.02  # what a label's share is at least, where it was not carried to
 _SMOOTH_MM = (6.0, 2.0)  # along z, and in the slice
 _ISLAND = 0.2  # pieces smaller than this share of an organ's largest are taken off
 _UNLIKE = 0.15  # mean cosine of slices that go together, below which scans show different things
 _LEAST_OVERLAP = 0.25
+_LEAST_MM, _LEAST_SLICES = 100.0, 8  # of a scan that can be aligned
 _MOST_FOLDING = 0.25
 _CERTAIN = 6.0  # likeness of supports is sharpened by this before they are weighed
 
@@ -52,12 +54,14 @@ class Registered:
             agree, by its aligned labels and by its features: the Dice of the two. An organ that
             was not found has 0.
         alignments: how each support was aligned in the end.
+        why: which windows decided, where that was asked for and the method has windows.
     """
 
     labels: np.ndarray
     matches: np.ndarray
     confidence: dict[int, float]
     alignments: tuple[Used, ...]
+    why: Why | None = None
 
 
 def segment_registered(
@@ -70,9 +74,24 @@ def segment_registered(
     keep_islands: bool = False,
     batch: int = 8,
     progress: bool = False,
-) -> Registered:
-    """As `segment.segment_matched`, which checks the arguments; model in evaluation mode."""
+    explain: bool = False,
+) -> Registered | None:
+    """As `segment.segment_matched`, which checks the arguments; model in evaluation mode.
+
+    Returns:
+        None where a scan is too small to be aligned, with a warning.
+    """
     frames, target = frames_of(model.config, supports, query)
+    for frame in (target, *frames):
+        if min(frame.size) < _LEAST_MM or len(frame.slices) < _LEAST_SLICES:
+            z, y, x = frame.size
+            warnings.warn(
+                f"{frame.source.path.name}: too small to be aligned in three dimensions, "
+                f"{len(frame.slices)} slices of {z:.0f} x {y:.0f} x {x:.0f} mm; its slices are "
+                "matched one by one instead",
+                stacklevel=3,
+            )
+            return None
     amp = model.amp
     model.amp = amp or _bfloat16_is_faster(model)
     try:
@@ -80,7 +99,9 @@ def segment_registered(
             total = sum(len(frame.slices) for frame in (target, *frames))
             with tqdm(total=total, desc="Reading", unit="slice", disable=not progress) as bar:
                 scans = [_encoded(model, frame, batch, bar) for frame in (target, *frames)]
-            return _segment(model, frames, target, scans, align, depth, keep_islands, progress)
+            return _segment(
+                model, frames, target, scans, align, depth, keep_islands, progress, explain
+            )
     finally:
         model.amp = amp
 
@@ -136,14 +157,10 @@ def _aligned(
         )
     registration = Registration(own, seen)
     places = registration.places
+    how: Used = "body" if support.treatment.body_found else "none"
     beginning = trunk_to_trunk(
         places, start, query.boxes, query.size[0], support.boxes, support.size[0]
     )
-    rough = registration.aligned(beginning)
-    how: Used = "body" if support.treatment.body_found else "none"
-    if min(*places.shape[:3], *lattice_shape(support.size)) < 8:
-        warnings.warn(f"{names}: too few slices to align them, so that they are not", stacklevel=5)
-        return rough, how
     matrix = registration.affine(fitted(places, beginning))
     straight = registration.aligned(places @ matrix[:3] + matrix[3])
     if straight.overlap < _LEAST_OVERLAP:
@@ -152,7 +169,7 @@ def _aligned(
             "are laid trunk to trunk instead",
             stacklevel=5,
         )
-        return rough, how
+        return registration.aligned(beginning), how
     if align == "affine":
         return straight, "affine"
     bent = registration.deformable(matrix)
@@ -178,19 +195,31 @@ def _segment(
     depth: float,
     keep_islands: bool,
     progress: bool,
+    explain: bool,
 ) -> Registered:
     own, *others = scans
     values = sorted({int(v) for frame in supports for v in np.unique(_labels(frame)) if v})
     matches, used, weights = [], [], []
     by_features: Tensor | None = None
+    recorder = None
+    if explain and isinstance(model, LSLPN) and model.config.reduce == "max":
+        recorder = _recorder(model, supports, query)
     with tqdm(total=len(supports), desc="Segmenting", unit="support", disable=not progress) as bar:
         for support, seen in zip(supports, others, strict=True):
             found, how = _aligned(support, query, seen, own, align)
-            matches.append(_middle(found, query, support))
+            matches.append(_heights(found, support, query, query.source.data.shape[0]))
             used.append(how)
+            brought, masks = _brought(support, query, seen.features, own.features, found, values)
+            reach = round(depth / 2 / (query.size[0] / len(query.slices)))
             leads, carried, drawn = _leads(
-                model, support, query, seen.features, own.features, found, values, depth
+                model, support, query, own.features, brought, masks, values, reach
             )
+            if recorder is not None and isinstance(model, LSLPN):
+                shown = [n for n, there in enumerate(drawn.tolist()) if there]
+                _record(
+                    recorder, model, len(matches) - 1, found, support, query, own.features, brought,
+                    masks[:, shown], [values[n] for n in shown], reach,
+                )  # fmt: skip
             weight = torch.where(drawn, torch.tensor(found.likeness * _CERTAIN).exp(), 0.0)
             weight = weight[None, :, None, None]
             if by_features is None:
@@ -216,27 +245,28 @@ def _segment(
             "body, or differ in modality, contrast agent or range of grey values",
             stacklevel=4,
         )
-    return Registered(labels, np.stack(matches), confidence, tuple(used))
+    why = None if recorder is None else recorder.result()
+    return Registered(labels, np.stack(matches), confidence, tuple(used), why)
 
 
-def _middle(found: Alignment, query: Frame, support: Frame) -> np.ndarray:
-    """The support's slice over the middle of each slice of the query's source."""
-    count = query.source.data.shape[0]
-    z = (torch.arange(count) + 0.5) * query.spacing[0]
-    y, x = (mm / 2 for mm in query.size[1:])
-    place = torch.stack((z, torch.full_like(z, y), torch.full_like(z, x)), -1)
-    return support.slice_of(found.map.at(place[None, None])[0, 0, 0]).numpy()
+def _brought(
+    support: Frame, query: Frame, seen: Field, own: Field, found: Alignment, values: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The support as it lies over the query: features [Z, D, h, w], masks bool [Z, N, H, W]."""
+    there = found.map.at(centres(own.values.shape[1:], query.size)).movedim(0, -1)
+    labels = support.labels_at(found.map.at(centres(query.slices.shape, query.size)).movedim(0, -1))
+    return seen.at(there).transpose(0, 1), torch.stack([labels == value for value in values], 1)
 
 
 def _leads(
     model: FewShotNetwork,
     support: Frame,
     query: Frame,
-    seen: Field,
     own: Field,
-    found: Alignment,
+    brought: Tensor,
+    masks: Tensor,
     values: Sequence[int],
-    depth: float,
+    reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How far each label leads the background, by features and by the aligned labels.
 
@@ -245,14 +275,9 @@ def _leads(
     """
     device = next(model.parameters()).device
     count, height, width = query.slices.shape
-    there = found.map.at(centres(own.values.shape[1:], query.size)).movedim(0, -1)
-    brought = seen.at(there).transpose(0, 1)
-    labels = support.labels_at(found.map.at(centres(query.slices.shape, query.size)).movedim(0, -1))
-    masks = torch.stack([labels == value for value in values], 1)
     present = np.unique(_labels(support))
     drawn = torch.tensor([value in present for value in values])
     size = ((height + 1) // 2, (width + 1) // 2)
-    reach = round(depth / 2 / (query.size[0] / count))
     logits = model.match_volume(
         own.values.transpose(0, 1).to(device),
         brought.to(device),
@@ -269,6 +294,82 @@ def _leads(
     rest = 1 - shares.sum(1, keepdim=True)
     carried = (shares + _PRIOR_LEAST).log() - (rest.clamp_min(0) + _PRIOR_LEAST).log()
     return leads, carried, drawn
+
+
+def _recorder(model: LSLPN, supports: Sequence[Frame], query: Frame) -> Recorder:
+    count = query.source.data.shape[0]
+    high, wide = (round(mm / s) for mm, s in zip(query.size[1:], query.spacing[1:], strict=True))
+    y0, x0 = query.corner
+    boxes = np.tile(np.array([y0, y0 + high, x0, x0 + wide]), (count, 1))
+    others = [np.zeros((support.source.data.shape[0], 4), np.int64) for support in supports]
+    _, height, width = query.slices.shape
+    return Recorder(count, model.head.grid, (height, width), boxes, others)
+
+
+def _record(
+    recorder: Recorder,
+    model: LSLPN,
+    number: int,
+    found: Alignment,
+    support: Frame,
+    query: Frame,
+    own: Field,
+    brought: Tensor,
+    masks: Tensor,
+    values: Sequence[int],
+    reach: int,
+) -> None:
+    """Which windows of support `number` decide, slice by slice of the query."""
+    device = next(model.parameters()).device
+    depth = len(query.slices)
+    count = query.source.data.shape[0]
+    near = ((np.arange(count) + 0.5) * depth / count).astype(int)
+    heights = _heights(found, support, query, depth)
+    where = centres((depth, 16, 16), query.size)
+    there = found.map.at(where).movedim(0, -1)
+    features = own.values.transpose(0, 1)
+    for z in range(depth):
+        sources = np.flatnonzero(near == z).tolist()
+        span = heights[max(0, z - reach) : z + reach + 1]
+        span = span[span >= 0]
+        if not sources or not len(span):
+            continue
+        centre = int(heights[z]) if heights[z] >= 0 else int(span[len(span) // 2])
+        # In a slice of the support, the query's frame is drawn as the rectangle that is nearest.
+        recorder.support_boxes[number][centre] = _rectangle(where[z], there[z], support, query)
+        prototypes = model.volume_prototypes(
+            brought.to(device), masks.to(device), range(z, z + 1), reach
+        )
+        recorder.add(
+            sources,
+            [0, *values],
+            features[z].to(device).expand(len(sources), -1, -1, -1),
+            prototypes,
+            [[(number, int(s)) for s in span]],
+            [(number, centre)],
+        )
+
+
+def _heights(found: Alignment, support: Frame, query: Frame, count: int) -> np.ndarray:
+    """The support's slice over the middle of each of `count` slices of the query, or -1."""
+    z = (torch.arange(count) + 0.5) * (query.size[0] / count)
+    y, x = (mm / 2 for mm in query.size[1:])
+    place = torch.stack((z, torch.full_like(z, y), torch.full_like(z, x)), -1)
+    return support.slice_of(found.map.at(place[None, None])[0, 0, 0]).numpy()
+
+
+def _rectangle(here: Tensor, there: Tensor, support: Frame, query: Frame) -> list[int]:
+    """Voxels y0, y1, x0, x1 of the support that the query's frame lies over: least squares."""
+    out = []
+    for axis, corner in ((1, support.corner[0]), (2, support.corner[1])):
+        a, b = here[..., axis].flatten().double(), there[..., axis].flatten().double()
+        slope = ((a - a.mean()) * (b - b.mean())).sum() / (a - a.mean()).square().sum()
+        ends = b.mean() + slope * (torch.tensor([0.0, query.size[axis]]) - a.mean())
+        limit = support.source.data.shape[axis]
+        out += [
+            min(max(round(float(end) / support.spacing[axis]) + corner, 0), limit) for end in ends
+        ]
+    return out
 
 
 def _smoothed(planes: Tensor, cell: Sequence[float], sigmas: tuple[float, float]) -> Tensor:

@@ -483,7 +483,7 @@ def test_every_method_segments_a_scan(method: str, tmp_path: Path) -> None:
     supports = [(read_image(a), read_labels(b)) for a, b in (paths["a"], paths["b"])]
     model = network(method)
     query = read_image(paths["b"][0])
-    found = segment(model, supports, query)
+    found = segment(model, supports, query, align="body")
     assert found.shape == query.data.shape
     assert set(found.ravel().tolist()) <= {0, 1, 2, 3}
 

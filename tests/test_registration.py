@@ -147,15 +147,6 @@ def test_a_mirrored_scan_is_told(name: str, axis: int) -> None:
     assert begin(scan, scan.flip(axis), 300.0, 300.0).mirrored == (name,)
 
 
-def test_single_slices_go_to_the_slice_that_is_most_alike() -> None:
-    scan = _slices(40)
-    one = scan[20:21]
-    same = begin(one, one, 5.0, 5.0)
-    assert same.shift == 0
-    assert same.likeness == pytest.approx(1)
-    assert begin(one, scan, 5.0, 200.0).shift == 100
-
-
 def test_trunk_goes_to_trunk() -> None:
     start = begin(_slices(20), _slices(20), 100.0, 100.0)
     query, support = torch.tensor([[0.0, 100, 0, 200]]), torch.tensor([[50.0, 250, 10, 410]])
@@ -296,36 +287,47 @@ def test_the_files_own_orientation_does_not_matter(
     np.testing.assert_array_equal(first, other)
 
 
-def test_too_few_slices_are_laid_trunk_to_trunk_and_that_is_told(
-    model: LSLPN, support: tuple[Volume, Volume]
+@pytest.mark.parametrize("small", ["one slice", "low"])
+def test_a_scan_too_small_to_be_aligned_is_matched_slice_by_slice(
+    model: LSLPN, support: tuple[Volume, Volume], small: str
 ) -> None:
-    image, labels = (
-        dataclasses.replace(
-            volume,
-            data=volume.data[7:8],
-            grid=dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], 1)),
+    if small == "one slice":
+        image, labels = (
+            dataclasses.replace(
+                volume,
+                data=volume.data[7:8],
+                grid=dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], 1)),
+            )
+            for volume in support
         )
-        for volume in support
-    )
-    with pytest.warns(UserWarning, match="too few slices to align them"):
-        result = _found(model, [(image, labels)], image)
-    assert result.alignments == ("body",)
+    else:  # 14 slices of 1 mm in a patient who is 192 mm wide
+        image, labels = (dataclasses.replace(v, spacing=(1.0, 3.0, 3.0)) for v in support)
+    with pytest.warns(UserWarning, match="too small to be aligned in three dimensions"):
+        result = segment_matched(model, [(image, labels)], image)
+    body = segment_matched(model, [(image, labels)], image, align="body")
+    assert np.array_equal(result.labels, body.labels)
+    assert result.alignments == ()
     assert dice_of(result.labels, labels.data, 1) > 0.7
 
 
-def test_where_no_body_stands_out_no_trunk_is_laid_on_another(
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_decided_is_told_in_places_of_the_support(
     model: LSLPN, support: tuple[Volume, Volume]
 ) -> None:
-    image, labels = support
-    noise = np.random.default_rng(0).normal(100, 10, image.data.shape).astype(np.float32)
-    close_up = dataclasses.replace(image, data=noise)
-    # The slices are too low for registration: 14 of 1 mm in a patient who is 192 mm wide.
-    close_up, labels = (
-        dataclasses.replace(volume, spacing=(1.0, 3.0, 3.0)) for volume in (close_up, labels)
-    )
-    with pytest.warns(UserWarning, match="too few slices to align them"):
-        result = _found(model, [(close_up, labels)], close_up)
-    assert result.alignments == ("none",)
+    """By itself: each window of the query lies where it lies in the support."""
+    image = support[0]
+    found = segment_matched(model, [support], image, align="affine", explain=True)
+    why = found.why
+    assert why is not None
+    middle = len(image.data) // 2
+    [[shots]] = why.sources[middle]
+    assert shots.first <= shots.centre <= shots.last
+    assert abs(shots.centre - middle) <= 1
+    box = why.support_boxes[0][shots.centre]
+    assert np.abs(box - why.query_boxes[middle]).max() <= 3  # voxels
+    liver = why.labels[middle, 0] == 1
+    assert liver.any()
+    assert why.cosines[middle, 0][liver].min() > 0.5
 
 
 def test_scans_that_show_different_things_are_told(

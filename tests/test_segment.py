@@ -1,8 +1,9 @@
-"""Matching slices along z, and segmenting a scan of which nothing is known."""
+"""Matching slices along z, and segmenting a scan slice by slice."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from lslpn.segment import (
     BEYOND,
     _prepare,
     match_slices,
-    segment,
-    segment_matched,
     slice_similarity,
 )
 from lslpn.volumes import Volume, read_image, read_labels, write_labels
+
+# Slice by slice; test_registration.py has the rest.
+segment = functools.partial(lslpn.segment.segment, align="body")
+segment_matched = functools.partial(lslpn.segment.segment_matched, align="body")
 
 
 @pytest.fixture(scope="module")

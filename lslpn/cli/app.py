@@ -35,6 +35,7 @@ from .options import (
     ProtocolName,
     QuietOption,
     SegmentAlign,
+    SegmentWeights,
     SizeOption,
     UntrainedPresetOption,
     UntrainedSeedOption,
@@ -189,22 +190,21 @@ def segment(
     names: NamesOption = None,
     checkpoint: CheckpointOption = None,
     align: Annotated[
-        SegmentAlign | None,
+        SegmentAlign,
+        SegmentWeights,
         typer.Option(
             "--align",
-            help="body crops the scans to the patient's body first; affine and deformable register "
-            "the labelled scan to the query as well, which finds more; default: as the checkpoint "
-            "was trained, and body without one.",
-            show_default=False,
+            help="affine and deformable register the labelled scan to the query; body and none "
+            "match slice with slice, cut to the patient's body or whole.",
         ),
-    ] = None,
+    ] = SegmentAlign.deformable,
     depth: Annotated[
         float | None,
         typer.Option(
             "--depth",
             metavar="MM",
             min=0,
-            help="With affine or deformable: how far a window reaches along z; default: 60.",
+            help="How far a window reaches along z, where scans are registered; default: 60.",
             show_default=False,
         ),
     ] = None,
@@ -212,9 +212,18 @@ def segment(
         bool,
         typer.Option(
             "--keep-islands",
-            help="With affine or deformable: keep small pieces of an organ apart from the rest.",
+            help="Keep small pieces of an organ apart from the rest, where scans are registered.",
         ),
     ] = False,
+    weights: Annotated[
+        SegmentWeights | None,
+        typer.Option(
+            "--weights",
+            help="Without --checkpoint: ct has been trained on CT scans without labels, imagenet "
+            "is a network before training; default: ct, and imagenet with --preset or --seed.",
+            show_default=False,
+        ),
+    ] = None,
     preset: UntrainedPresetOption = None,
     size: SizeOption = None,
     seed: UntrainedSeedOption = None,
@@ -224,13 +233,21 @@ def segment(
 ) -> None:
     """Find the organs of a labelled scan in another scan.
 
-    Without --checkpoint the untrained network is used: ImageNet features and a random reduction
-    layer, which works already.
+    Without --checkpoint the network is the one that ships, trained on CT scans without any label.
 
     [bold]lslpn segment --support-image A.nii.gz --support-mask A_mask.nii.gz --query B.nii.gz
     --out B_mask.nii.gz[/bold]
     """
     _untrained_only(checkpoint, preset, seed)
+    if weights is not None and checkpoint is not None:
+        raise InputError("--weights: a checkpoint has its own; leave out --weights or --checkpoint")
+    if weights is SegmentWeights.ct and (preset is not None or seed is not None):
+        raise InputError(
+            "--weights ct: --preset and --seed describe an untrained network; leave them out, or "
+            "give --weights imagenet"
+        )
+    shipped = checkpoint is None and preset is None and seed is None
+    shipped = shipped and weights is not SegmentWeights.imagenet
     if len(support_image) != len(support_mask):
         raise InputError(
             f"--support-mask: expected one per --support-image, got {len(support_mask)} for "
@@ -249,7 +266,8 @@ def segment(
     for option, unused in (("--depth", depth is not None), ("--keep-islands", keep_islands)):
         if unused and not registers:
             raise InputError(
-                f"{option}: belongs to --align affine and deformable; give one of them as well"
+                f"{option}: belongs to --align affine and deformable; give one of them, or leave "
+                "it out"
             )
     if names is not None and html is None:
         raise InputError("--names: expected --html as well, whose page shows them; give both")
@@ -279,14 +297,12 @@ def segment(
     from ..volumetric import DEPTH_MM
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
-    model = _model(trained, checkpoint, preset, size, seed, device)
-    if align is None and trained is None:
-        align = SegmentAlign.body
+    model = _model(trained, checkpoint, preset, size, seed, device, shipped=shipped)
     found = run(
         model,
         supports,
         volume,
-        align=model.config.align if align is None else align.value,
+        align=align.value,
         depth=DEPTH_MM if depth is None else depth,
         keep_islands=keep_islands,
         progress=not quiet,
@@ -773,8 +789,10 @@ def _model(
     seed: int | None,
     device: str,
     method: MethodName | None = None,
+    *,
+    shipped: bool = False,
 ) -> FewShotNetwork:
-    """The model of a checkpoint, or an untrained one; ready to run."""
+    """The model of a checkpoint, the one that ships, or an untrained one; ready to run."""
     import dataclasses
 
     where = torch_device(device)
@@ -782,6 +800,10 @@ def _model(
         from ..checkpoint import restored
 
         model = restored(trained, checkpoint)
+    elif shipped:
+        from ..model import pretrained
+
+        model = pretrained()
     else:
         from ..model import untrained
         from ..presets import PRESETS, with_overrides

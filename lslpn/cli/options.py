@@ -36,6 +36,13 @@ class SegmentAlign(str, Enum):
     deformable = "deformable"
 
 
+class SegmentWeights(str, Enum):
+    """The networks that come with the package."""
+
+    ct = "ct"
+    imagenet = "imagenet"
+
+
 class ProtocolName(str, Enum):
     """The evaluation protocols; `lslpn.protocols.PROTOCOLS` has what they do."""
 
