@@ -377,7 +377,8 @@ def match_weights_kernel(
     DOT: tl.constexpr,
 ):
     """One program: a tile, CB classes and PB of their P places; the first of a tile the Gram maps
-    as well (ALL says that there are no others). The first `row_programs` take the lengths of 16 prototypes each instead.
+    as well (ALL says that there are no others). The first `row_programs` take the lengths of 16
+    prototypes each instead.
 
     The blocks of the classes hold `logit_scale` times the sums of dS / |Up F| (of MEAN: of all
     windows alike, divided by their number). S = <Up F, q> / |Up F|, hence those of the Gram maps:

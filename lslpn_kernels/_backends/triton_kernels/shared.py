@@ -112,8 +112,8 @@ def dot(a, b, DOT: tl.constexpr):
 
 @triton.jit
 def load_features(at, d, D, STRIDES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr):
-    """Channels d of the locations at these addresses, [locations, channels]. Neighbouring lanes read
-    what lies next to each other in memory. EVEN says that d < D."""
+    """Channels d of the locations at these addresses, [locations, channels]. Neighbouring lanes
+    read what lies next to each other in memory. EVEN says that d < D."""
     step = wide(d, LONG) * STRIDES[0]
     if STRIDES[0] == 1:
         at = at[:, None] + step[None, :]
