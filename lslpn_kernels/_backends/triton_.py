@@ -366,7 +366,9 @@ class _Match:
         row_blocks = max(1, -(-(h - step) // (BI - step)))
         column_blocks = max(1, -(-(w - step) // (BJ - step)))
         common = {"NY": rows.near, "NX": columns.near}
-        BK = _power(D, 16, 32)
+        BK = _power(
+            D, 16, 16 if features.dtype == torch.float32 else 32
+        )  # of more, registers spill
         self.dots = _Launch(
             "dots_kernel",
             B * Q * row_blocks * column_blocks,

@@ -482,10 +482,10 @@ def match_weights_kernel(
         if ALL or (first == 0) & (first_place == 0):
             n2 = tl.arange(0, 2 * N)[None, :]
             number = (r[:, None] - R) * 2 + n2 // N
-            at = (C * P + number) * (RY * RX) + n2 % N
+            to_maps = to + (C * P + number) * (RY * RX) + n2 % N
             half = tl.where(number == 3, 0.5, 1.0)
             mask = (number >= 0) & (number < 4) & (n2 % N < RX)
-            tl.store(to + at, half * maps, mask=mask)
+            tl.store(to_maps, half * maps, mask=mask)
 
 
 @triton.jit
