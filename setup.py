@@ -41,7 +41,8 @@ INSTRUCTION_SETS = {
         "-Wno-maybe-uninitialized",  # of intrinsics, in gcc 12
     ],
 }
-KERNELS = ("masked_average_pool.cpp", "cosine_match.cpp")  # in csrc/cpu
+# In csrc/cpu.
+KERNELS = ("masked_average_pool.cpp", "cosine_match.cpp", "cosine_match_loss.cpp")
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]

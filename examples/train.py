@@ -34,9 +34,10 @@ def main(steps: int = 60) -> list[float]:
         images, labels = scans(8)
         features = encoder(images).unflatten(0, (4, 2))  # 4 episodes of a support and a query
         labels = labels.unflatten(0, (4, 2))
-        # The support's label map goes in as it is; the logits have the size of the image.
-        logits = head(features[:, :1], labels[:, :1], features[:, 1:], num_classes=2)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1])
+        support, query = features[:, :1], features[:, 1:]
+        # Label maps go in as they are. The loss is cross-entropy at the size of the image; its
+        # logits, head(support, labels[:, :1], query, num_classes=2), are never written.
+        loss = head.loss(support, labels[:, :1], query, labels[:, 1:], num_classes=2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -20,12 +20,12 @@ class Network(nn.Module):
         self.head = LocalPrototypeHead(GridSpec(scale=1 / 2), logit_scale=20.0)
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits of the queries from images [B, 2, 1, H, W]: a support and a query each."""
+        """The loss of images [B, 2, 1, H, W], a support and a query each, and label maps."""
         B = images.shape[0]
         features = self.encoder(images.flatten(0, 1)).unflatten(0, (B, 2))
         # Under autocast the features are bfloat16; the head computes in float32 all the same.
-        logits: torch.Tensor = self.head(features[:, :1], labels, features[:, 1:], num_classes=2)
-        return logits.flatten(0, 1)
+        support, query = features[:, :1], features[:, 1:]
+        return self.head.loss(support, labels[:, :1], query, labels[:, 1:], num_classes=2)
 
 
 def main(steps: int = 60, backend: str = "inductor") -> list[float]:
@@ -38,8 +38,7 @@ def main(steps: int = 60, backend: str = "inductor") -> list[float]:
     for step in range(steps):
         images, labels = (t.to(device).unflatten(0, (4, 2)) for t in scans(8))
         with torch.autocast(device, torch.bfloat16):
-            logits = compiled(images, labels[:, :1])
-            loss = nn.functional.cross_entropy(logits, labels[:, 1])
+            loss = compiled(images, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

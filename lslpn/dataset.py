@@ -198,6 +198,16 @@ class UnlabelledScans(Dataset):
         )
 
 
+def read_names(path: Path) -> dict[int, str]:
+    """Label value to organ, from the "labels" of a data set's dataset.json or a file like it.
+
+    Raises:
+        InputError: the file cannot be read, or its labels are not as a data set has them.
+    """
+    labels, _ = _labels(path, _load_json(path))
+    return {value: organ for organ, value in labels.items()}
+
+
 def _load_json(path: Path) -> dict[str, Any]:
     try:
         # From bytes: JSON is UTF-8, -16 or -32, and Windows puts a byte order mark before it.

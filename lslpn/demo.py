@@ -24,6 +24,7 @@ from .model import untrained
 from .prepare import ABDOMEN_WINDOW, body_boxes
 from .presets import preset
 from .segment import BEYOND, segment_matched
+from .viewer import Support, view
 from .volumes import Volume, read_image, read_labels, write_labels
 
 # Half of the preset's 512: finer than both scans, whose trunks are 110 and 175 pixels wide, and
@@ -45,7 +46,8 @@ def run_demo(
 
     - prediction.nii.gz: the labels, in B's own grid;
     - overlay.png: support, ground truth and prediction side by side;
-    - report.json: what this function returns.
+    - report.json: what this function returns;
+    - result.html: a page that shows all of it in any browser, see `lslpn.viewer`.
 
     Args:
         out: a folder, made if need be.
@@ -64,7 +66,7 @@ def run_demo(
     """
     start = time.perf_counter()
     folder = Path(out)
-    names = ("prediction.nii.gz", "overlay.png", "report.json")
+    names = ("prediction.nii.gz", "overlay.png", "report.json", "result.html")
     for name in names:
         check_writable(folder / name)
     organs = demo_organs()
@@ -73,11 +75,21 @@ def run_demo(
 
     config = dataclasses.replace(preset("published").model, size=_SIZE, align="body")
     model = untrained(config, seed=seed).to(device)
-    found = segment_matched(model, [(image, labels)], query, progress=progress)
+    found = segment_matched(model, [(image, labels)], query, progress=progress, explain=True)
     match = found.matches[0]
 
     write_labels(folder / names[0], found.labels, query)
     _draw(folder / names[1], (image, labels), (query, truth), found.labels, match, organs)
+    view(
+        query,
+        found.labels,
+        truth=truth,
+        names={v: o.replace("_", " ") for o, v in organs.items()},
+        supports=[Support(image, labels.data, match, "A")],
+        why=found.why,
+        title="CT B, segmented by the labels of CT A",
+        notes=[LABELS_NOTE],
+    ).save(folder / names[3])
     present = {o: v for o, v in organs.items() if (truth.data == v).any()}
     largest_first = sorted(present, key=lambda o: -np.count_nonzero(truth.data == organs[o]))
     report: dict[str, Any] = {

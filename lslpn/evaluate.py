@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from .dataset import Dataset
     from .volumes import Volume
 
+    # Called after each query case: its name, image and ground truth, and the labels found with
+    # each grid of windows. Organs are segmented one by one; where two overlap, the first stays.
+    Observer = Callable[[str, Volume, Volume, list[np.ndarray]], None]
+
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     """2 |P n T| / (|P| + |T|) of two boolean arrays of one shape; 1.0 where both are empty."""
@@ -59,6 +63,7 @@ def evaluate(
     batch: int = 8,
     progress: bool = True,
     name: str | None = None,
+    observe: Observer | None = None,
 ) -> Evaluation:
     """Segment organs of query cases from one support case, and score them in 3-D.
 
@@ -80,6 +85,8 @@ def evaluate(
         batch: query slices encoded at once.
         progress: show a bar on stderr.
         name: what the model is called in the result; default: its method.
+        observe: called after each query case with its name, image and ground truth, and a list of
+            the labels that were found, [Z, Y, X] in the frame of the image, one for each grid.
 
     Raises:
         InputError: an unknown case, organ, protocol or align; the support among the queries; an
@@ -98,6 +105,7 @@ def evaluate(
         batch=batch,
         progress=progress,
         name=name,
+        observe=observe,
     )[0]
 
 
@@ -115,6 +123,7 @@ def evaluate_grids(
     batch: int = 8,
     progress: bool = True,
     name: str | None = None,
+    observe: Observer | None = None,
 ) -> list[Evaluation]:
     """`evaluate` for several grids of windows at once, which share the encoder's work.
 
@@ -143,6 +152,7 @@ def evaluate_grids(
         batch=batch,
         progress=progress,
         name=name,
+        observe=observe,
     )
 
 
@@ -179,6 +189,7 @@ def _evaluate(
     batch: int,
     progress: bool,
     name: str | None,
+    observe: Observer | None,
 ) -> list[Evaluation]:
     rule = protocol_of(protocol, chunks)
     if align is None:
@@ -212,7 +223,7 @@ def _evaluate(
             with tqdm(total=total, unit="slice", disable=not progress, dynamic_ncols=True) as bar:
                 for plan in plans:
                     bar.set_description(plan.case)
-                    runner.run(dataset, plan, labels, bar)
+                    runner.run(dataset, plan, labels, bar, observe)
         warn_unlike(runner.treatments)
     finally:
         model.train(was_training)
@@ -385,7 +396,14 @@ class _Runner:
     def _input(self) -> str:
         return f"{self.model.config.size} x {self.model.config.size} pixels"
 
-    def run(self, dataset: Dataset, plan: _Plan, labels: dict[str, int], bar: Any) -> None:
+    def run(
+        self,
+        dataset: Dataset,
+        plan: _Plan,
+        labels: dict[str, int],
+        bar: Any,
+        observe: Observer | None,
+    ) -> None:
         """Segment and score one query case."""
         if not plan.pairs:
             return
@@ -426,6 +444,7 @@ class _Runner:
             bar.update(len(part))
 
         ignored = ready.labels == dataset.ignore
+        maps = [np.zeros_like(truth.data) for _ in self.views] if observe else []
         for organ, supports in support_of.items():
             zs = sorted(supports)
             wanted = truth.data[zs] == labels[organ]
@@ -439,6 +458,10 @@ class _Runner:
                 full[zs] = predicted[organ, v]
                 found = (ready.restore(full)[zs] > 0) & (truth.data[zs] != dataset.ignore)
                 full[ignored] = 0
+                if observe:
+                    drawn = maps[v][zs]
+                    drawn[found & (drawn == 0)] = labels[organ]
+                    maps[v][zs] = drawn
                 self.rows[v].append(
                     Row(
                         organ=organ,
@@ -465,6 +488,8 @@ class _Runner:
                         query_aspect=_aspect(ready, shown),
                     )
                 )
+        if observe:
+            observe(plan.case, image, truth, maps)
 
 
 def _aspect(ready: Prepared, z: int) -> float:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from .errors import InputError
-from .intensities import AIR_BELOW_HU, Intensities, interpret
+from .intensities import AIR_BELOW_HU, Intensities, common_window, interpret
 from .volumes import Volume, check_same_grid
 
 # What the few-shot papers on abdominal CT use (ALPNet and all after it), in HU. On the demo pair,
@@ -138,11 +138,11 @@ def prepare(
         check_same_grid(image, labels)
     how = interpret(image.data)
     data = how.apply(image.data)
-    boxes = _body(data, image.spacing, how.air) if align == "body" else None
+    boxes = trunk_boxes(data, image.spacing, how.air) if align == "body" else None
     treatment = Treatment(image.path.name, how, None if align == "none" else boxes is not None)
-    boxes = _whole(data) if boxes is None else boxes
+    boxes = whole_boxes(data) if boxes is None else boxes
 
-    limits = _limits(how, window)
+    limits = window_limits(how, window)
     data = data if limits is None else data.clip(*limits)
     low, high = float(data.min()), float(data.max())
     if limits is not None and low == high:
@@ -183,10 +183,18 @@ def resolve_window(image: Volume, window: Window) -> tuple[float, float] | None:
     Raises:
         ValueError: low is not below high, or a word other than "auto".
     """
-    return _limits(interpret(image.data), window)
+    return window_limits(interpret(image.data), window)
 
 
-def _limits(how: Intensities, window: Window) -> tuple[float, float] | None:
+def shared_window(window: Window, read: Sequence[Intensities]) -> Window:
+    """`window` for scans that are used together: of "auto", what is left of it in all of them."""
+    if window == "auto" and all(how.hu for how in read):
+        return common_window(read, ABDOMEN_WINDOW)
+    return window
+
+
+def window_limits(how: Intensities, window: Window) -> tuple[float, float] | None:
+    """`resolve_window`, of a scan whose grey values were read already."""
     if window is None:
         return None
     if window == "auto":
@@ -194,6 +202,22 @@ def _limits(how: Intensities, window: Window) -> tuple[float, float] | None:
     if isinstance(window, str) or not window[0] < window[1]:
         raise ValueError(f'window: expected "auto", None or (low, high), got {window!r}')
     return float(window[0]), float(window[1])
+
+
+def warn_not_cropped(without: Sequence[str], scans: int) -> None:
+    """Warn that none of the scans is cut to the body, since some of them show none.
+
+    Nothing is said where no scan shows one.
+
+    Args:
+        without: names of the scans in which no body stands out.
+        scans: how many there are.
+    """
+    if 0 < len(without) < scans:
+        warnings.warn(
+            f"{without[0]}: no body stands out in it, so that no scan is cut to the body",
+            stacklevel=4,
+        )
 
 
 def warn_unlike(treatments: Sequence[Treatment]) -> None:
@@ -248,12 +272,15 @@ def body_boxes(image: Volume) -> np.ndarray:
     is told by `interpret`. Where nothing like a body stands out, the boxes are the whole slices.
     """
     how = interpret(image.data)
-    boxes = _body(how.apply(image.data), image.spacing, how.air)
-    return _whole(image.data) if boxes is None else boxes
+    boxes = trunk_boxes(how.apply(image.data), image.spacing, how.air)
+    return whole_boxes(image.data) if boxes is None else boxes
 
 
-def _body(data: np.ndarray, spacing: tuple[float, float, float], air: float) -> np.ndarray | None:
-    """`body_boxes`, or None where no body stands out."""
+def trunk_boxes(
+    data: np.ndarray, spacing: tuple[float, float, float], air: float
+) -> np.ndarray | None:
+    """`body_boxes` of grey values [Z, Y, X] as `interpret` reads them, or None where no body
+    stands out."""
     if not math.isfinite(air):
         return None
     step = -(-max(data.shape[1:]) // _WORKING_SIZE)
@@ -289,8 +316,8 @@ def _body(data: np.ndarray, spacing: tuple[float, float, float], air: float) -> 
     return boxes
 
 
-def _whole(data: np.ndarray) -> np.ndarray:
-    """Boxes that keep every pixel."""
+def whole_boxes(data: np.ndarray) -> np.ndarray:
+    """Boxes that keep every pixel of [Z, Y, X]: int [Z, 4], y0, y1, x0, x1."""
     _, height, width = data.shape
     return np.tile(np.array([0, height, 0, width], np.int64), (len(data), 1))
 

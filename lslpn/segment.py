@@ -8,7 +8,7 @@ along z, or lies beyond them; an organ that its match does not show is not in it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,10 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import InputError
-from .intensities import common_window, interpret
-from .methods import FewShotNetwork
-from .prepare import ABDOMEN_WINDOW, Prepared, Window, prepare, warn_unlike
+from .intensities import interpret
+from .methods import LSLPN, FewShotNetwork, check_features
+from .prepare import Prepared, prepare, shared_window, warn_not_cropped, warn_unlike
 from .volumes import Volume
+from .volumetric import DEPTH_MM, segment_registered
+from .why import Recorder, Why
 
 Shot = tuple[int, int]  # index of the support, slice
 
@@ -54,10 +56,18 @@ class Segmentation:
         labels: uint8 or int16 [Z, Y, X] in the frame of the query's data.
         matches: int [supports, Z], the slice of each support that each query slice was matched
             with, or BEYOND.
+        why: which windows decided, where that was asked for and the method has windows on single
+            slices: none where the supports were registered.
+        confidence: where they were, label to a number from 0 to 1: the Dice of what the aligned
+            labels and what the features say of an organ; 0 for one that was not found.
+        alignments: where they were, how each support was aligned in the end.
     """
 
     labels: np.ndarray
     matches: np.ndarray
+    why: Why | None = None
+    confidence: Mapping[int, float] | None = None
+    alignments: tuple[str, ...] = ()
 
 
 def segment(
@@ -65,7 +75,9 @@ def segment(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
-    align: Literal["none", "body"] | None = None,
+    align: Literal["none", "body", "affine", "deformable"] | None = None,
+    depth: float = DEPTH_MM,
+    keep_islands: bool = False,
     batch: int = 8,
     progress: bool = False,
 ) -> np.ndarray:
@@ -85,7 +97,13 @@ def segment(
         align: "body" cuts every slice to the patient's trunk first, which the method needs where
             scans differ in field of view; "none" takes the whole slices; default: as the model
             was trained, `model.config.align`. Where no body stands out in one of the scans, none
-            is cut.
+            is cut. "affine" and "deformable" register each support to the query, as a whole or
+            organ by organ, and then match windows in three dimensions instead of slices; where
+            that fails, the one before is taken, with a warning.
+        depth: with "affine" and "deformable", mm along z that a window reaches over: slices within
+            half of it, either way, make a prototype together; 0 is the slice alone. Of a patient
+            less than 300 mm wide it is less in proportion.
+        keep_islands: with these, keep pieces of an organ that are much smaller than its largest.
         batch: query slices that are encoded at once.
         progress: show bars with rate and time left on stderr.
 
@@ -97,9 +115,17 @@ def segment(
     Raises:
         InputError: no support, a support's labels are empty or on another grid than its image, or
             the model's weights are damaged.
+        ValueError: `align` or `depth` of another value than those above.
     """
     return segment_matched(
-        model, supports, query, align=align, batch=batch, progress=progress
+        model,
+        supports,
+        query,
+        align=align,
+        depth=depth,
+        keep_islands=keep_islands,
+        batch=batch,
+        progress=progress,
     ).labels
 
 
@@ -108,23 +134,46 @@ def segment_matched(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
-    align: Literal["none", "body"] | None = None,
+    align: Literal["none", "body", "affine", "deformable"] | None = None,
+    depth: float = DEPTH_MM,
+    keep_islands: bool = False,
     batch: int = 8,
     progress: bool = False,
+    explain: bool = False,
 ) -> Segmentation:
-    """As `segment`, and tell which slices were matched."""
+    """As `segment`, and tell which slices were matched; with `explain`, which windows decided."""
     if align is None:
         align = model.config.align
     if not supports:
         raise InputError("supports: expected at least one labelled scan, got none")
-    for _, labels in supports:
-        if not labels.data.any():
+    for _, drawn in supports:
+        if not drawn.data.any():
             raise InputError(
-                f"{labels.path}: the mask is empty (every voxel is 0), expected at least one "
+                f"{drawn.path}: the mask is empty (every voxel is 0), expected at least one "
                 "labelled voxel; give the mask in which the organ is drawn"
             )
-    ready, target = _prepare(model, supports, query, align)
+    if align not in ("none", "body", "affine", "deformable"):
+        raise ValueError(f"align: expected none, body, affine or deformable, got {align!r}")
+    if not depth >= 0:
+        raise ValueError(f"depth: expected 0 mm or more, got {depth}")
     training = model.training
+    if align == "affine" or align == "deformable":
+        model.eval()
+        try:
+            found = segment_registered(
+                model,
+                supports,
+                query,
+                align=align,
+                depth=depth,
+                keep_islands=keep_islands,
+                batch=batch,
+                progress=progress,
+            )
+        finally:
+            model.train(training)
+        return Segmentation(found.labels, found.matches, None, found.confidence, found.alignments)
+    ready, target = _prepare(model, supports, query, align)
     model.eval()
     try:
         with torch.inference_mode():
@@ -147,10 +196,19 @@ def segment_matched(
                     "body, in the same modality",
                     stacklevel=2,
                 )
-            found = _segment(model, ready, target, matches, batch, progress)
+            recorder = None
+            if explain and isinstance(model, LSLPN) and model.config.reduce == "max":
+                recorder = Recorder(
+                    len(target.slices),
+                    model.head.grid,
+                    (target.slices.shape[1], target.slices.shape[2]),
+                    target.boxes,
+                    [support.boxes for support in ready],
+                )
+            labels = _segment(model, ready, target, matches, batch, progress, recorder)
     finally:
         model.train(training)
-    if not found.any():
+    if not labels.any():
         shown = any(True for _ in _groups(ready, matches, batch))
         reason = (
             "everywhere the background is more alike than an organ; the scans may differ in "
@@ -162,7 +220,8 @@ def segment_matched(
         warnings.warn(
             f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=2
         )
-    return Segmentation(target.restore(found), matches)
+    why = None if recorder is None else recorder.result()
+    return Segmentation(target.restore(labels), matches, why)
 
 
 def _prepare(
@@ -174,10 +233,7 @@ def _prepare(
     """Supports and query, treated alike as far as can be: one window, all cropped or none."""
     config = model.config
     scans: list[tuple[Volume, Volume | None]] = [*supports, (query, None)]
-    window: Window = config.window
-    read = [interpret(image.data) for image, _ in scans]
-    if window == "auto" and all(how.hu for how in read):
-        window = common_window(read, ABDOMEN_WINDOW)
+    window = shared_window(config.window, [interpret(image.data) for image, _ in scans])
 
     def prepared(align: Literal["none", "body"]) -> list[Prepared]:
         return [
@@ -194,12 +250,8 @@ def _prepare(
 
     out = prepared(align)
     without = [scan.treatment.name for scan in out if scan.treatment.body_found is False]
+    warn_not_cropped(without, len(out))
     if without:
-        if len(without) < len(out):
-            warnings.warn(
-                f"{without[0]}: no body stands out in it, so that no scan is cut to the body",
-                stacklevel=3,
-            )
         out = prepared("none")
     warn_unlike([scan.treatment for scan in out])
     return out[:-1], out[-1]
@@ -238,11 +290,7 @@ def _describe(model: FewShotNetwork, slices: np.ndarray, batch: int, bar: tqdm) 
         out.append(F.adaptive_avg_pool2d(features, _CELLS).float().cpu())
         bar.update(len(images))
     described = torch.cat(out)
-    if not described.isfinite().all():
-        raise InputError(
-            "model: its features hold NaN or infinite values, so that nothing can be segmented; "
-            "its weights are damaged or its training diverged: use another checkpoint"
-        )
+    check_features(described)
     return described
 
 
@@ -357,6 +405,7 @@ def _segment(
     matches: np.ndarray,
     batch: int,
     progress: bool,
+    recorder: Recorder | None = None,
 ) -> np.ndarray:
     """Labels [Z, S, S] of the query's prepared slices."""
     device = next(model.parameters()).device
@@ -395,6 +444,10 @@ def _segment(
                     torch.from_numpy(masks)[None].to(device),
                 )
                 logits = model.match(features[None, len(new) :], support, size)[0]
+                if recorder is not None:
+                    recorder.add(
+                        queries, [0, *shown], features[len(new) :], support.values, [own], matched
+                    )
                 organ, winner = logits[:, 1:].max(1)
                 lead = organ - logits[:, 0]
                 better = lead > best

@@ -10,7 +10,7 @@ from ._backends import BackendStatus
 from ._backends import status as _status
 from .geometry import GridSpec
 from .head import LocalPrototypeHead
-from .ops import cosine_match, masked_average_pool
+from .ops import cosine_match, cosine_match_loss, masked_average_pool
 
 __all__ = [
     "BackendStatus",
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "backends",
     "cosine_match",
+    "cosine_match_loss",
     "masked_average_pool",
 ]
 

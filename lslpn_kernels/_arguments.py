@@ -231,3 +231,44 @@ def cosine_match(
         )
     check_reduce(reduce)
     check_logit_scale(logit_scale)
+
+
+def cosine_match_loss(
+    features: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, C: Any
+) -> None:
+    """What `cosine_match`, with the size of the labels, does not ask."""
+    _together("labels", labels, features)
+    if labels.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"labels must hold as many query images Q as features, {features.shape[1]}, "
+            f"got {labels.shape[1]}"
+        )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+    if not -(1 << 31) <= ignore_index < 1 << 31:
+        raise ValueError(f"ignore_index must fit into 32 bits, got {ignore_index}")
+    if weight is None:
+        return
+    _tensor("weight", weight, "[C]")
+    _floating("weight", weight)
+    if weight.shape[0] != C:
+        raise ValueError(f"weight must have {C} numbers, one a class, got {weight.shape[0]}")
+    if weight.device != features.device:
+        raise ValueError(
+            f"weight must be on the device of features, {features.device}, got {weight.device}"
+        )
+    if weight.requires_grad:
+        raise ValueError("weight gets no gradient: pass weight.detach()")
+
+
+def check_labels(labels: Tensor) -> None:
+    _tensor("labels", labels, "[B, Q, H, W]", empty="B Q")
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"labels must be integers [B, Q, H, W], got {labels.dtype}")
+
+
+def stray_label(label: int, C: int, ignore_index: int) -> str:
+    return (
+        f"labels must lie in 0 .. {C - 1}, the classes of the prototypes, or be ignore_index "
+        f"({ignore_index}), got {label}"
+    )

@@ -9,14 +9,23 @@ registered with PyTorch, `lslpn_kernels::<name>`, with the same backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import windows
-from ._backends import Kernels, load, winner_dtype
+from ._backends import winner_dtype
+from ._operators import (
+    Final,
+    grid_of,
+    kernels_of,
+    library,
+    may_differentiate,
+    register,
+    register_fake,
+    register_vmap,
+)
 from ._torch_internals import in_transform, is_eager, refuse_tangents
 from .geometry import GridSpec
 from .reference import accumulation_dtype
@@ -70,36 +79,10 @@ def _outside_eager(operator: Any, transformed: type[torch.autograd.Function]) ->
     return transformed.apply
 
 
-@lru_cache(maxsize=64)
-def _kernels(backend: str, device: torch.device) -> Kernels:
-    module, reason = load(backend, device)
-    if module is None:
-        raise RuntimeError(f'backend="{backend}" {reason}')
-    return module
-
-
 # ---- the registered operators: geometry travels as plain numbers, so that graphs can hold it ----
 
-_library = torch.library.Library("lslpn_kernels", "DEF")
-_grid = lru_cache(maxsize=64)(GridSpec)
 
-
-def _register(schema: str) -> Any:
-    """Defines an operator; the function below it is its kernel on every device."""
-
-    def register(function: Any) -> Any:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
-        return function
-
-    return register
-
-
-def _register_fake(name: str) -> Any:
-    return torch.library.register_fake(f"lslpn_kernels::{name}", lib=_library)
-
-
-@_register(
+@register(
     "masked_average_pool(Tensor features, Tensor masks, SymInt C, float scale, float spacing, "
     "float min_pixels, str backend) -> (Tensor prototypes, Tensor factor)"
 )
@@ -114,12 +97,12 @@ def _pool(
 ) -> tuple[Tensor, Tensor]:
     if features.numel() == 0:
         return _empty_pool(features, masks, C, scale, spacing, min_pixels, backend)
-    kernels = _kernels(backend, features.device)
-    grid = _grid(scale, spacing)
+    kernels = kernels_of(backend, features.device)
+    grid = grid_of(scale, spacing)
     return kernels.masked_average_pool(features, masks.contiguous(), C, grid, min_pixels)
 
 
-@_register_fake("masked_average_pool")
+@register_fake("masked_average_pool")
 def _empty_pool(
     features: Tensor,
     masks: Tensor,
@@ -140,7 +123,7 @@ def _empty_pool(
     )
 
 
-@_register(
+@register(
     "masked_average_pool_backward(Tensor grad, Tensor masks, SymInt C, Tensor factor, "
     "Tensor features, float scale, float spacing, str backend) -> Tensor"
 )
@@ -156,13 +139,13 @@ def _pool_backward(
 ) -> Tensor:
     if features.numel() == 0:
         return torch.empty_like(features)
-    return _kernels(backend, features.device).masked_average_pool_backward(
+    return kernels_of(backend, features.device).masked_average_pool_backward(
         *(grad.contiguous(), masks.contiguous(), C, factor.contiguous(), features),
-        _grid(scale, spacing),
+        grid_of(scale, spacing),
     )
 
 
-@_register_fake("masked_average_pool_backward")
+@register_fake("masked_average_pool_backward")
 def _(
     grad: Tensor,
     masks: Tensor,
@@ -176,7 +159,7 @@ def _(
     return torch.empty_like(features)
 
 
-@_register(
+@register(
     "cosine_match(Tensor features, Tensor prototypes, float scale, float spacing, SymInt H, "
     "SymInt W, str reduce, bool winners, float logit_scale, str backend) "
     "-> (Tensor scores, Tensor winners, Tensor gram)"
@@ -197,14 +180,14 @@ def _match(
         return _empty_match(
             *(features, prototypes, scale, spacing, H, W, reduce, winners, logit_scale, backend)
         )
-    scores, best, *gram = _kernels(backend, features.device).cosine_match(
-        *(features, prototypes.contiguous(), _grid(scale, spacing), (H, W), reduce, winners),
+    scores, best, *gram = kernels_of(backend, features.device).cosine_match(
+        *(features, prototypes.contiguous(), grid_of(scale, spacing), (H, W), reduce, winners),
         logit_scale=logit_scale,
     )
     return scores, best, gram[0] if gram else scores.new_empty(0)
 
 
-@_register_fake("cosine_match")
+@register_fake("cosine_match")
 def _empty_match(
     features: Tensor,
     prototypes: Tensor,
@@ -220,7 +203,7 @@ def _empty_match(
     B, Q, _, h, w = features.shape
     shape = (B, Q, prototypes.shape[1], H, W)
     kept = shape if winners and reduce == "max" else (0,)
-    maps = getattr(_kernels(backend, features.device), "GRAM_MAPS", 0) if winners else 0
+    maps = getattr(kernels_of(backend, features.device), "GRAM_MAPS", 0) if winners else 0
     dtype = accumulation_dtype(features.dtype)
     return (
         features.new_empty(shape, dtype=dtype),
@@ -229,7 +212,7 @@ def _empty_match(
     )
 
 
-@_register(
+@register(
     "cosine_match_backward(Tensor grad, Tensor features, Tensor prototypes, Tensor scores, "
     "Tensor winners, Tensor gram, float scale, float spacing, str reduce, float logit_scale, "
     "str backend, bool[2] wanted) -> (Tensor, Tensor)"
@@ -250,7 +233,7 @@ def _match_backward(
 ) -> tuple[Tensor, Tensor]:
     if features.numel() == 0:
         return torch.empty_like(features), torch.zeros_like(prototypes)
-    kernels = _kernels(backend, features.device)
+    kernels = kernels_of(backend, features.device)
     kept = (gram.contiguous(),) if gram.numel() else ()
     choice = {"wanted": (wanted[0], wanted[1])} if getattr(kernels, "SELECTIVE", False) else {}
     grads = kernels.cosine_match_backward(
@@ -259,7 +242,7 @@ def _match_backward(
         prototypes.contiguous(),
         scores.contiguous(),
         winners.contiguous(),
-        _grid(scale, spacing),
+        grid_of(scale, spacing),
         reduce,
         *kept,
         logit_scale=logit_scale,
@@ -269,7 +252,7 @@ def _match_backward(
     return first, second
 
 
-@_register_fake("cosine_match_backward")
+@register_fake("cosine_match_backward")
 def _(
     grad: Tensor,
     features: Tensor,
@@ -290,35 +273,10 @@ def _(
     )
 
 
-# ---- torch.func.vmap: every tensor has the episodes B first, so a batch of calls is one call ----
-
-
-def _register_vmap(name: str) -> None:
-    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        n = info.batch_size
-
-        def merge(value: Any, dim: int | None) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            moved = value.expand(n, *value.shape) if dim is None else value.movedim(dim, 0)
-            return moved.flatten(0, 1)
-
-        def split(value: Tensor) -> Tensor:
-            # What is kept for the backward pass may be empty: [0].
-            return value.unflatten(0, (n, -1)) if value.numel() else value.new_empty(n, 0)
-
-        out = getattr(torch.ops.lslpn_kernels, name).default(*map(merge, args, in_dims))
-        if isinstance(out, Tensor):
-            return split(out), 0
-        return tuple(map(split, out)), (0,) * len(out)
-
-    torch.library.register_vmap(f"lslpn_kernels::{name}", rule, lib=_library)
-
-
-_register_vmap("masked_average_pool")
-_register_vmap("masked_average_pool_backward")
-_register_vmap("cosine_match")
-_register_vmap("cosine_match_backward")
+register_vmap("masked_average_pool")
+register_vmap("masked_average_pool_backward")
+register_vmap("cosine_match")
+register_vmap("cosine_match_backward")
 
 
 # ---- autograd: for the operators and, around the kernels themselves, for eager mode --------------
@@ -343,8 +301,8 @@ def _pool_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     if not is_eager(grad, features):
         call = torch.ops.lslpn_kernels.masked_average_pool_backward.default
     grad_features = call(grad, masks, ctx.classes, factor, features, *ctx.settings)
-    if _may_differentiate():
-        grad_features, _ = _Final.apply("masked_average_pool", grad_features, None, grad)
+    if may_differentiate():
+        grad_features, _ = Final.apply("masked_average_pool", grad_features, None, grad)
     return grad_features, *(None,) * 6
 
 
@@ -367,17 +325,17 @@ def _match_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]
     if not is_eager(grad, features):
         call = torch.ops.lslpn_kernels.cosine_match_backward.default
     grads = call(grad, *saved, *ctx.settings, wanted)
-    if _may_differentiate():
-        grads = _Final.apply("cosine_match", *grads, grad, features, prototypes)
+    if may_differentiate():
+        grads = Final.apply("cosine_match", *grads, grad, features, prototypes)
     first, second = (g if w else None for g, w in zip(grads, wanted, strict=True))
     return first, second, *(None,) * 8
 
 
 torch.library.register_autograd(
-    "lslpn_kernels::masked_average_pool", _pool_gradients, setup_context=_keep_pool, lib=_library
+    "lslpn_kernels::masked_average_pool", _pool_gradients, setup_context=_keep_pool, lib=library
 )
 torch.library.register_autograd(
-    "lslpn_kernels::cosine_match", _match_gradients, setup_context=_keep_match, lib=_library
+    "lslpn_kernels::cosine_match", _match_gradients, setup_context=_keep_match, lib=library
 )
 
 
@@ -417,32 +375,3 @@ class _TransformedMatch(torch.autograd.Function):
     forward = staticmethod(torch.ops.lslpn_kernels.cosine_match.default)
     setup_context = staticmethod(_keep_match)
     backward = staticmethod(_match_gradients)
-
-
-def _may_differentiate() -> bool:
-    """Whether gradients are asked for that can themselves be differentiated."""
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled()
-
-
-class _Final(torch.autograd.Function):
-    """Hands gradients on as they are and refuses to be differentiated, so that a second derivative
-    is an error rather than silently zero. `sources` are what the gradients depend on."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        name: str, first: Tensor, second: Tensor | None, *sources: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        return first.view_as(first), None if second is None else second.view_as(second)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            f"lslpn_kernels.{ctx.name} has no second derivative; "
-            'backend="torch" and backend="reference" have one'
-        )

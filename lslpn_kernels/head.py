@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import _arguments
 from ._backends import check_name
 from .geometry import GridSpec
-from .ops import cosine_match, masked_average_pool
+from .ops import cosine_match, cosine_match_loss, masked_average_pool
 
 if TYPE_CHECKING:
     from .check import Report
@@ -24,7 +24,7 @@ class LocalPrototypeHead(nn.Module):
         prototypes = masked_average_pool(support_features, masks, grid, min_pixels)
         logits = logit_scale * cosine_match(query_features, prototypes, grid, (H, W))
 
-    It has no parameters. Train it with cross-entropy on the logits, at image resolution.
+    It has no parameters. Train it with `loss`, the cross-entropy of the logits at image resolution.
 
     Args:
         grid: the windows; the paper's 1/8 of the image, half overlapping, by default.
@@ -86,6 +86,40 @@ class LocalPrototypeHead(nn.Module):
         H, W = support_masks.shape[-2:]
         return self.match(query_features, prototypes, (H, W))
 
+    def loss(
+        self,
+        support_features: Tensor,
+        support_masks: Tensor,
+        query_features: Tensor,
+        labels: Tensor,
+        ignore_index: int = 255,
+        weight: Tensor | None = None,
+        num_classes: int | None = None,
+    ) -> Tensor:
+        """The mean cross-entropy of the logits with `labels`, in a pass that writes no logits.
+
+        Equivalent to::
+
+            logits = head(support_features, support_masks, query_features, num_classes)
+            F.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(0, 1), weight, ignore_index=ignore_index
+            )
+
+        Args:
+            support_features, support_masks, query_features, num_classes: as of `forward`.
+            labels: the class of each pixel of the query images, [B, Q, H, W], of any integer dtype.
+            ignore_index: the label of pixels that do not count.
+            weight: [N + 1], floating, of the classes: the mean is weighted then.
+
+        Returns:
+            the loss, a scalar, float32 (float64 for float64); NaN where no pixel counts.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see `cosine_match_loss`.
+        """
+        prototypes = self.prototypes(support_features, support_masks, num_classes)
+        return self.match_loss(query_features, prototypes, labels, ignore_index, weight)
+
     def prototypes(
         self, support_features: Tensor, support_masks: Tensor, num_classes: int | None = None
     ) -> Tensor:
@@ -101,6 +135,22 @@ class LocalPrototypeHead(nn.Module):
         return cosine_match(
             *(query_features, prototypes, self.grid, size, self.reduce, self.backend),
             logit_scale=self.logit_scale,
+        )
+
+    def match_loss(
+        self,
+        query_features: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
+        ignore_index: int = 255,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """The query half of `loss`."""
+        return cosine_match_loss(
+            *(query_features, prototypes, labels, self.grid, self.reduce, self.backend),
+            logit_scale=self.logit_scale,
+            ignore_index=ignore_index,
+            weight=weight,
         )
 
     def check(

@@ -1,6 +1,6 @@
-"""The two operators: their arguments are checked, and a backend is chosen.
+"""The operators: their arguments are checked, and a backend is chosen.
 
-The plain backends are called as they are, the kernels through `_autograd`.
+The plain backends are called as they are, the kernels through `_autograd` and `_loss`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import _arguments, _autograd, reference
-from ._backends import PLAIN, choose, torch_
+from . import _arguments, _autograd, _loss, reference
+from ._backends import PLAIN, choose, has_loss, torch_
 from ._torch_internals import in_dispatch_mode, in_transform, is_eager
 from .geometry import GridSpec
 from .reference import accumulation_dtype
@@ -159,8 +160,104 @@ def cosine_match(
     return _autograd.match(features, prototypes, grid, size, reduce, logit_scale, backend)
 
 
+def cosine_match_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    grid: GridSpec,
+    reduce: str = "max",
+    backend: str = "auto",
+    logit_scale: float = 1.0,
+    *,
+    ignore_index: int = _arguments.IGNORED,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The mean cross-entropy of `cosine_match` with labels: a pass that writes no logits.
+
+    Equivalent to::
+
+        logits = cosine_match(features, prototypes, grid, (H, W), reduce, logit_scale=logit_scale)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(0, 1), weight, ignore_index=ignore_index
+        )
+
+    So it is NaN where no pixel counts, with gradients of zero. A backend without kernels for it
+    (`reference` and `torch`; any under `torch.func`) computes it like this.
+
+    Args:
+        features: query features [B, Q, D, h, w], as in `cosine_match`.
+        prototypes: [B, C, Gy, Gx, D], as in `cosine_match`.
+        labels: the class of each pixel, [B, Q, H, W], of any integer dtype; the size is theirs.
+        grid: the windows.
+        reduce: "max" as in the paper, or "mean" over the windows of a pixel.
+        backend: as in `masked_average_pool`.
+        logit_scale: multiplies the cosines, for logits.
+        ignore_index: the label of pixels that do not count.
+        weight: [C], floating, of the classes: the mean is weighted then. It gets no gradient.
+
+    Returns:
+        the loss, a scalar, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device; on the CPU
+            also where a label is neither a class nor `ignore_index`. On a GPU, where that would
+            have to be waited for, the loss is NaN then.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    eager = is_eager(features, prototypes) and type(labels) is Tensor
+    settings = (grid, reduce, logit_scale, ignore_index, *_facts(labels), *_facts(weight))
+    key = _key(features, prototypes, *settings) if eager else None
+    if key is None or key not in _passed:
+        _arguments.check_labels(labels)
+        size = (labels.shape[2], labels.shape[3])
+        _arguments.cosine_match(features, prototypes, grid, size, reduce, logit_scale)
+        _arguments.cosine_match_loss(features, labels, weight, ignore_index, prototypes.shape[1])
+        _remember(key)
+    if labels.dtype != torch.uint8:
+        labels = labels.to(torch.int64)
+    if weight is not None:
+        weight = weight.to(accumulation_dtype(features.dtype)).contiguous()
+    backend = _chosen(backend, features, grid, reduce)
+    if abs(logit_scale) > 1e-6 and _has_loss(backend, features, grid, reduce):
+        prototypes = prototypes.to(accumulation_dtype(features.dtype)).contiguous()
+        return _loss.match_loss(
+            *(features, prototypes, labels, weight, grid, reduce),
+            *(int(ignore_index), float(logit_scale), backend),
+        )
+    size = (labels.shape[2], labels.shape[3])
+    logits = cosine_match(features, prototypes, grid, size, reduce, backend, logit_scale)
+    return _cross_entropy(logits, labels.to(torch.int64), weight, ignore_index)
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int
+) -> Tensor:
+    """`F.cross_entropy`, but for labels out of range: these make a GPU unusable there."""
+    C = logits.shape[2]
+    known: Tensor | None = None
+    if labels.device.type != "cpu":
+        known = ((labels >= 0) & (labels < C) | (labels == ignore_index)).all()
+        labels = labels.where(labels == ignore_index, labels.clamp(0, C - 1))
+    try:
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(0, 1), weight, ignore_index=ignore_index
+        )
+    except IndexError:
+        known = (labels >= 0) & (labels < C) | (labels == ignore_index)
+        stray = int(labels[~known][0])
+        raise ValueError(_arguments.stray_label(stray, C, ignore_index)) from None
+    return loss if known is None else loss.where(known, torch.nan)
+
+
 # What has passed the checks before, for they take as long as a small kernel.
 _passed: set[tuple[Any, ...]] = set()
+
+
+def _facts(value: object) -> tuple[Any, ...]:
+    """All that the checks look at in an argument that may be no tensor."""
+    if not isinstance(value, Tensor):
+        return (value,)
+    return value.shape, value.dtype, value.device, value.layout, value.requires_grad
 
 
 def _key(a: Tensor, b: Tensor, *settings: Any) -> tuple[Any, ...] | None:
@@ -201,3 +298,14 @@ def _choose_constant(
     backend: str, device: torch.device, dtype: torch.dtype, grid: str, reduce: str
 ) -> str:
     return choose(backend, device, dtype, GridSpec(*map(float, grid.split())), reduce)
+
+
+def _has_loss(backend: str, features: Tensor, grid: GridSpec, reduce: str) -> bool:
+    if torch.compiler.is_compiling():
+        return _has_loss_constant(backend, features.device, grid.written, reduce)
+    return not in_transform() and has_loss(backend, features.device, grid, reduce)
+
+
+@torch.compiler.assume_constant_result
+def _has_loss_constant(backend: str, device: torch.device, grid: str, reduce: str) -> bool:
+    return has_loss(backend, device, GridSpec(*map(float, grid.split())), reduce)

@@ -1,5 +1,5 @@
-"""Compiles native sources for tests that run them outside of the package: under sanitizers, or
-emulated. What has been built once is kept under build/ until a source changes."""
+"""Compiles native sources for tests that run them outside of the package: under sanitizers, or in
+the machine of tests/ptx. What has been built once is kept under build/ until a source changes."""
 
 from __future__ import annotations
 

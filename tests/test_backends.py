@@ -1,6 +1,6 @@
 """What each backend can do in the training loops of others: one test a row of docs/backends.md.
 
-Every test runs on the CPU: `cuda` in its emulation, `triton` in its interpreter, for which
+Every test runs on the CPU: `cuda` as tests/ptx executes it, `triton` in its interpreter, for which
 test_triton.py runs this file in a process of its own. What a backend cannot do is in `NO`, and the
 same test checks that it refuses clearly.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation.fixtures import emulated, kernels  # noqa: F401
+from ptx.fixtures import kernels, module  # noqa: F401
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +62,7 @@ ROWS = {
     "test_gradients_of_any_layout": "incoming gradients that are expanded or not contiguous",
     "test_autocast": "`torch.autocast`, bfloat16 or float16, whatever the features' dtype",
     "test_backward_inside_autocast": "the backward pass inside `torch.autocast`",
+    "test_loss": "`LocalPrototypeHead.loss`, in one graph and under `torch.func` too",
     "test_inference_first": "`inference_mode` first and training after, and the reverse",
     "test_fullgraph": "`torch.compile(fullgraph=True)`, default and reduce-overhead",
     "test_checkpointing": "activation checkpointing",
@@ -244,6 +245,35 @@ def test_backward_inside_autocast(backend: str, declined: bool) -> None:
     close(found, oracle(inputs), 2e-2 if declined else 2e-6)
 
 
+def test_loss(backend: str) -> None:
+    """Cross-entropy of the logits, whatever the backend has for it."""
+    support, masks, query = episode(Q=2, N=2)
+    labels = torch.arange(2 * H * W).reshape(1, 2, H, W) % 4
+    labels[labels == 3] = 255
+    weight = torch.tensor([0.5, 1.0, 2.0])
+    call = LocalPrototypeHead(GridSpec(1.0), 2.0, backend=backend)
+
+    def loss(s: Tensor, q: Tensor) -> Tensor:
+        return call.loss(s, masks, q, labels, weight=weight)
+
+    exact = tuple(t.detach().double().requires_grad_() for t in (support, query))
+    logits = LocalPrototypeHead(GridSpec(1.0), 2.0, backend="reference")(exact[0], masks, exact[1])
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(0, 1), weight.double(), ignore_index=255
+    )
+    grads = torch.autograd.grad(wanted, exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(support, query)
+    close((found, *torch.autograd.grad(found, (support, query))), (wanted, *grads), 2e-6)
+    torch.compiler.reset()
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(support, query)
+    close((found, *torch.autograd.grad(found, (support, query))), (wanted, *grads), 2e-6)
+    support, query = support.detach(), query.detach()
+    close(torch.func.grad(loss, (0, 1))(support, query), grads, 2e-6)
+    mapped = torch.func.vmap(loss)(torch.stack((support, -support)), torch.stack((query, query)))
+    close((mapped,), (torch.stack((loss(support, query), loss(-support, query))),), 2e-6)
+
+
 def test_inference_first(backend: str) -> None:
     """In a process that has not used this geometry before, in either order."""
     for grid, first in ((GridSpec(0.61, 0.5), True), (GridSpec(0.67, 0.5), False)):
@@ -266,7 +296,10 @@ def test_fullgraph(backend: str, mode: str) -> None:
     """In one graph, with two results kept, as those of two batches of one step are."""
     torch.compiler.reset()
     call = LocalPrototypeHead(GridSpec(1.0), 2.0, backend=backend)
-    compiled = torch.compile(call, fullgraph=True, mode=mode)
+    # Variable sizes suit the operators; in the plain PyTorch of `reference`, Inductor thinks for
+    # minutes about the bounds of each window.
+    dynamic = False if backend == "reference" else None
+    compiled = torch.compile(call, fullgraph=True, mode=mode, dynamic=dynamic)
     first, second = episode(), episode(Q=1)
     second[2].data.neg_()
     kept = compiled(*first), compiled(*second)

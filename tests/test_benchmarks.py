@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import head, instructions, machine, report
+from benchmarks import head, instructions, loss, machine, report
 from benchmarks.formulations import build
 from benchmarks.sizes import PARTS, PASSES, SIZES, draw, least_bytes, least_flops
 from benchmarks.timing import Slot, Work, in_turn, sample
@@ -57,6 +58,11 @@ def test_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"| {name} |" in printed for name in BACKENDS)
     if path.with_suffix(".png").exists():  # matplotlib is optional
         assert path.with_suffix(".png").stat().st_size > 5000
+
+
+def test_loss_in_one_pass_beside_two(capsys: pytest.CaptureFixture[str]) -> None:
+    loss.main(["--size", "tiny", "--rounds", "2"])
+    assert re.search(r"head\.loss +\d+\.\d+ ms\n\d+\.\d+ times as fast\n$", capsys.readouterr().out)
 
 
 def test_wrong_backend_is_found_and_not_timed(

@@ -219,5 +219,6 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     used = imported("tests")
     assert used <= always | extras["test"]
     # ninja is run by setup.py, and the optional packages are needed where the tests call lslpn.
-    # Triton is looked at by its name.
-    assert extras["test"] <= used | build | optional | {"triton"}
+    # Triton and the browser's driver are looked at by their names; pytest-xdist is pytest's -n.
+    by_name = {"triton", "playwright", "pytest-xdist"}
+    assert extras["test"] <= used | build | optional | by_name

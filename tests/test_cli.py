@@ -575,9 +575,11 @@ def test_scans_are_aligned_as_the_checkpoint_was_trained(
     from lslpn.presets import preset, with_overrides
 
     used = []
-    real = lslpn.segment.segment
+    real = lslpn.segment.segment_matched
     monkeypatch.setattr(
-        lslpn.segment, "segment", lambda *a, **k: (used.append(k["align"]), real(*a, **k))[1]
+        lslpn.segment,
+        "segment_matched",
+        lambda *a, **k: (used.append(k["align"]), real(*a, **k))[1],
     )
     record = {"dataset": "d", "cases": [], "organs": [], "hold_out": ["liver"], "checksum": 0}
     for align in ("none", "body"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lslpn import demo
-from lslpn.assets import asset, demo_image, demo_labels, demo_organs, trunk_weights
+from lslpn.assets import LABELS_NOTE, asset, demo_image, demo_labels, demo_organs, trunk_weights
 from lslpn.errors import InputError
 from lslpn.volumes import check_same_grid, read_image, read_labels
 
@@ -54,6 +54,7 @@ def test_report_and_picture(ran: tuple[Path, dict[str, Any]]) -> None:
         "overlay.png",
         "prediction.nii.gz",
         "report.json",
+        "result.html",
     ]
     assert json.loads((out / "report.json").read_text()) == report
     assert "TotalSegmentator" in report["note"]
@@ -64,6 +65,9 @@ def test_report_and_picture(ran: tuple[Path, dict[str, Any]]) -> None:
     picture = (out / "overlay.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 50_000
+    page = (out / "result.html").read_text()
+    assert str(out) not in page
+    assert LABELS_NOTE in page
 
 
 def test_folder_that_cannot_be_written_is_told_before_the_work(

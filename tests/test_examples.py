@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lslpn.viewer import View
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -25,13 +27,27 @@ def test_the_loss_falls(name: str, options: dict[str, str]) -> None:
     assert losses[-1] < losses[0] / 2
 
 
-def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    cells = json.loads((EXAMPLES / "head.ipynb").read_text())["cells"]
+def run_notebook(name: str) -> dict[str, object]:
+    """What the code cells define; Jupyter is not needed."""
     names: dict[str, object] = {}
-    for cell in cells:
+    for cell in json.loads((EXAMPLES / name).read_text())["cells"]:
         if cell["cell_type"] == "code":
             assert not cell["outputs"], "commit the notebook without its outputs"
-            exec("".join(cell["source"]), names)  # Jupyter is not needed
+            exec("".join(cell["source"]), names)
+    return names
+
+
+def test_the_notebook_of_the_head_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    run_notebook("head.ipynb")
     printed = capsys.readouterr().out
     assert "of the equations in float64" in printed
     assert float(printed.partition("Dice ")[2].split()[0]) > 0.9
+
+
+def test_the_notebook_of_the_viewer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lslpn.viewer.find_spec", lambda name: None)  # with and without ipyniivue
+    shown = run_notebook("view.ipynb")["shown"]
+    assert isinstance(shown, View)
+    assert "<iframe" in shown._repr_mimebundle_()["text/html"]
+    assert shown.facts["why"]["slices"]
+    assert max(organ["dice"] or 0 for organ in shown.facts["organs"]) > 0.5

@@ -19,6 +19,7 @@ from lslpn_kernels import (
     LocalPrototypeHead,
     backends,
     cosine_match,
+    cosine_match_loss,
     masked_average_pool,
 )
 from lslpn_kernels._arguments import windows
@@ -428,6 +429,7 @@ def test_compile_small_images_with_symbolic_sizes() -> None:
 F = torch.zeros(1, 1, 3, 4, 4)
 M = torch.ones(1, 1, 2, 9, 9, dtype=torch.bool)
 P = torch.zeros(1, 2, *GRID.shape(9, 9), 3)
+LABELS = torch.ones(1, 1, 9, 9, dtype=torch.long)
 
 BAD_POOL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": None}, TypeError, "features must be a torch.Tensor"),
@@ -582,6 +584,10 @@ def test_fuzz_the_public_functions() -> None:
         if rng.random() < 0.5:
             good = {"features": F, "prototypes": P, "grid": GRID, "size": (9, 9), "reduce": "max"}
             call = cosine_match
+        if rng.random() < 0.3:
+            good = {"features": F, "prototypes": P, "labels": LABELS, "grid": GRID}
+            good |= {"ignore_index": 255, "weight": torch.ones(2)}
+            call = cosine_match_loss
         for name in rng.sample(sorted(good), rng.choice([1, 1, 2, 3])):
             good[name] = _anything(rng)
         try:
@@ -590,6 +596,12 @@ def test_fuzz_the_public_functions() -> None:
         except (TypeError, ValueError):
             pass
     assert survived > 10
+
+
+def _cpu_loss(*args: Any) -> Any:
+    from lslpn_kernels._backends import cpu
+
+    return cpu.cosine_match_loss(*args[:7], ignore_index=args[7], logit_scale=args[8])
 
 
 def test_fuzz_the_backend() -> None:
@@ -604,6 +616,7 @@ def test_fuzz_the_backend() -> None:
         (cpu.masked_average_pool_backward, [pooled, M, 2, factor, F, GRID]),
         (cpu.cosine_match, [F, pooled, GRID, (9, 9), "max", True]),
         (cpu.cosine_match_backward, [scores, F, pooled, scores, winners, GRID, "max"]),
+        (_cpu_loss, [F, pooled, LABELS, torch.ones(2), GRID, "max", (True, True), 255, 1.0]),
     ]
     survived = 0
     for _ in range(3000):
@@ -646,7 +659,7 @@ def test_fuzz_the_binding() -> None:
 
     names = [name for name in dir(module) if name.startswith("cpu_") and "instruction" not in name]
     arity = {"cpu_masked_average_pool": 8, "cpu_masked_average_pool_backward": 7}
-    arity |= {"cpu_cosine_match": 8, "cpu_cosine_match_backward": 11}
+    arity |= {"cpu_cosine_match": 8, "cpu_cosine_match_backward": 11, "cpu_cosine_match_loss": 11}
     assert sorted(names) == sorted(arity)
     built = 0
     for _ in range(6000):
@@ -664,7 +677,11 @@ def test_fuzz_the_binding() -> None:
             "cpu_masked_average_pool": 4,
             "cpu_cosine_match": 3,
             "cpu_cosine_match_backward": 6,
+            "cpu_cosine_match_loss": 5,
         }
+        if "loss" in name and rng.random() < 0.9:
+            args[3] = to_dlpack(rng.choice([LABELS, LABELS.byte(), LABELS + 1]))
+            args[8] = rng.choice([255, 0, -(2**31), 2**40])
         if "match" in name and rng.random() < 0.9:
             args[-2] = rng.choice([1.0, 20.0, -3.0, 0.0, math.nan])
         if name in flags and rng.random() < 0.9:

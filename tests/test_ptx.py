@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from cases import GOLDEN, SITUATIONS, Case, assert_near, run
 from ptx import cuda, hooks, machine, triton_driver
+from ptx.fixtures import kernels, module  # noqa: F401
 from ptx.machine import ExecutionError, Kernel, Launch, settings
-from ptx.program import Program, TranslationError, kernels
+from ptx.program import Program, TranslationError
+from ptx.program import kernels as kernels_of
 from test_gpu import PAPER, _drawn
 from torch import Tensor
 
@@ -108,30 +110,15 @@ def golden(path: Path, backend: str) -> None:
 # ---- the CUDA kernels, as nvcc compiles them ----
 
 
-@pytest.fixture(scope="module")
-def module() -> cuda.Module:
-    if reason := cuda.obstacle():
-        pytest.skip(reason)
-    return cuda.load()
-
-
-@pytest.fixture
-def compiled(module: cuda.Module) -> Iterator[cuda.Module]:
-    """`backend="cuda"` executes what nvcc made for 9.0."""
-    module.take(90)
-    with hooks.cuda(module):
-        yield module
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_cuda_situation(compiled: cuda.Module, name: str, dtype: torch.dtype) -> None:
+def test_cuda_situation(kernels: cuda.Module, name: str, dtype: torch.dtype) -> None:
     close(SITUATIONS[name], "cuda", dtype)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_cuda_for_another_gpu(compiled: cuda.Module, dtype: torch.dtype) -> None:
-    compiled.take(80)
+def test_cuda_for_another_gpu(kernels: cuda.Module, dtype: torch.dtype) -> None:
+    kernels.take(80)
     case = SITUATIONS["channels_last"]
     if dtype == torch.float64:
         torch.testing.assert_close(run(case, "cuda"), run(case, "reference"))
@@ -141,12 +128,12 @@ def test_cuda_for_another_gpu(compiled: cuda.Module, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_cuda_drawn_at_random(compiled: cuda.Module, seed: int) -> None:
+def test_cuda_drawn_at_random(kernels: cuda.Module, seed: int) -> None:
     case, dtype = _drawn(seed)
     close(case, "cuda", dtype, few=False)
 
 
-def test_cuda_takes_no_notice_of_the_strides_of_single_images(compiled: cuda.Module) -> None:
+def test_cuda_takes_no_notice_of_the_strides_of_single_images(kernels: cuda.Module) -> None:
     """Some releases of torch export 1 for a dimension of length 1; the fast path is kept."""
     dense = torch.randn(1, 1, 9, 9, 32).movedim(-1, 2)
     single = dense.as_strided(dense.shape, (1, 1, *dense.stride()[2:]))
@@ -162,12 +149,12 @@ def test_cuda_takes_no_notice_of_the_strides_of_single_images(compiled: cuda.Mod
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_cuda_golden(compiled: cuda.Module, path: Path) -> None:
+def test_cuda_golden(kernels: cuda.Module, path: Path) -> None:
     with settings(truncates=True):
         golden(path, "cuda")
 
 
-def test_cuda_at_the_size_of_the_paper(compiled: cuda.Module) -> None:
+def test_cuda_at_the_size_of_the_paper(kernels: cuda.Module) -> None:
     case = Case(D=256, h=65, w=65, H=512, W=512, grid=PAPER)
     close(case, "cuda", torch.bfloat16, few=False)
 
@@ -234,7 +221,7 @@ def test_instruction_budget(backend: str) -> None:
 
 
 def test_two_operands_of_one_matrix_product_exchanged(
-    compiled: cuda.Module, monkeypatch: pytest.MonkeyPatch
+    kernels: cuda.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layouts of fragments are checked: of the product that is issued most often, the parts of
     a that hold the lower rows and the right columns change places."""
@@ -252,7 +239,7 @@ def test_two_operands_of_one_matrix_product_exchanged(
     program = Program(launch.program.source)
     a = program.instructions[place].operands
     a[5], a[6] = a[6], a[5]
-    monkeypatch.setitem(compiled.kernels, program.name, Kernel(program))
+    monkeypatch.setitem(kernels.kernels, program.name, Kernel(program))
     with pytest.raises(AssertionError, match=r"scores|grad|prototypes"):
         close(case, "cuda", torch.bfloat16)
 
@@ -273,7 +260,7 @@ def execute(
     ptx = f"""{HEADER}.extern .shared .align 16 .b8 memory[];
         .visible .entry kernel(.param .u64 data)
         {{ {REGISTERS} ld.param.u64 %d1, [data]; mov.u32 %r1, %tid.x; {body} ret; }}"""
-    kernel = Kernel(Program(kernels(ptx)["kernel"]))
+    kernel = Kernel(Program(kernels_of(ptx)["kernel"]))
     data = np.zeros(64, np.uint32) if data is None else data
     machine.name_memory(data.ctypes.data, data.nbytes)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import synthetic_ct, write_nifti
+from conftest import dice_of, synthetic_ct, synthetic_scan, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,35 +38,14 @@ def model() -> LSLPN:
     return untrained(config)
 
 
-def _scan(
-    folder: Path,
-    seed: int,
-    *,
-    shift: float = 0.0,
-    axes: str = "RAS",
-    shape: tuple[int, int, int] = (14, 56, 64),
-) -> tuple[Volume, Volume]:
-    image, labels = synthetic_ct(seed, shape=shape, shift=shift)
-    name = f"{seed}{axes}"
-    return (
-        read_image(write_nifti(folder / f"{name}.nii.gz", image, axes=axes)),
-        read_labels(write_nifti(folder / f"{name}_l.nii.gz", labels, axes=axes, dtype=np.uint8)),
-    )
-
-
 @pytest.fixture
 def support(tmp_path: Path) -> tuple[Volume, Volume]:
-    return _scan(tmp_path, 0)
+    return synthetic_scan(tmp_path, 0)
 
 
 @pytest.fixture
 def query(tmp_path: Path) -> tuple[Volume, Volume]:
-    return _scan(tmp_path, 1, shift=0.04, axes="LPI")
-
-
-def _dice(a: np.ndarray, b: np.ndarray, label: int) -> float:
-    x, y = a == label, b == label
-    return float(2 * (x & y).sum() / (x.sum() + y.sum()))
+    return synthetic_scan(tmp_path, 1, shift=0.04, axes="LPI")
 
 
 def _part(volume: Volume, start: int, stop: int) -> Volume:
@@ -183,14 +162,14 @@ def test_similarity_of_slices() -> None:
 # --- segmenting --------------------------------------------------------------------------------
 
 
-def test_organs_are_found_in_another_scan(
+def test_organs_are_found_in_anothersynthetic_scan(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     found = segment(model, [support], query[0])
     assert found.shape == query[0].data.shape
     assert found.dtype == np.uint8
     for label in (1, 2, 3):
-        assert _dice(found, query[1].data, label) > 0.6
+        assert dice_of(found, query[1].data, label) > 0.6
     # A slice far from every organ comes out empty: the first and last of the phantom have none.
     assert not query[1].data[0].any()
     assert not found[0].any()
@@ -208,14 +187,14 @@ def test_field_of_view_does_not_matter_after_the_body_crop(
     aligned = segment(model, [support], volume)
     plain = segment(model, [support], volume, align="none")
     for label in (1, 2, 3):
-        assert _dice(aligned, truth, label) > 0.6
-    assert _dice(plain, truth, 1) < _dice(aligned, truth, 1) - 0.2
+        assert dice_of(aligned, truth, label) > 0.6
+    assert dice_of(plain, truth, 1) < dice_of(aligned, truth, 1) - 0.2
 
 
 def test_the_files_own_orientation_does_not_matter(
     model: LSLPN, support: tuple[Volume, Volume], tmp_path: Path
 ) -> None:
-    scans = [_scan(tmp_path, 1, axes=axes)[0] for axes in ("RAS", "LPI", "SRP")]
+    scans = [synthetic_scan(tmp_path, 1, axes=axes)[0] for axes in ("RAS", "LPI", "SRP")]
     first, *others = [segment(model, [support], scan) for scan in scans]
     for other in others:
         np.testing.assert_array_equal(first, other)
@@ -239,25 +218,25 @@ def test_labels_come_out_as_they_went_in(
     found = segment(model, [(image, dataclasses.replace(labels, data=renamed))], query[0])
     assert found.dtype == np.int16
     assert set(np.unique(found)) == {0, 7, 300}
-    assert _dice(found, np.array([0, 300, 7, 0])[query[1].data], 300) > 0.6
+    assert dice_of(found, np.array([0, 300, 7, 0])[query[1].data], 300) > 0.6
 
 
 def test_several_supports_and_labels_that_some_lack(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
 ) -> None:
-    other = _scan(tmp_path, 2, shift=0.08, axes="SRP", shape=(18, 50, 60))
+    other = synthetic_scan(tmp_path, 2, shift=0.08, axes="SRP", shape=(18, 50, 60))
     both = segment_matched(model, [support, other], query[0])
     assert both.matches.shape == (2, 14)
     for label in (1, 2, 3):
-        assert _dice(both.labels, query[1].data, label) > 0.6
+        assert dice_of(both.labels, query[1].data, label) > 0.6
     # The liver is drawn in the one support, the spleen in the other.
     liver, spleen = (
         (image, dataclasses.replace(labels, data=np.where(labels.data == v, v, 0).astype("u1")))
         for (image, labels), v in ((support, 1), (other, 2))
     )
     found = segment(model, [liver, spleen], query[0])
-    assert _dice(found, query[1].data, 1) > 0.5
-    assert _dice(found, query[1].data, 2) > 0.5
+    assert dice_of(found, query[1].data, 1) > 0.5
+    assert dice_of(found, query[1].data, 2) > 0.5
     assert not (found == 3).any()
 
 
@@ -270,7 +249,7 @@ def test_a_query_slice_beyond_the_support_is_empty(
     result = segment_matched(model, [(image, labels)], query[0])
     outside = result.matches[0] == BEYOND
     assert not result.labels[outside].any()
-    assert _dice(result.labels[:8], query[1].data[:8], 1) > 0.5
+    assert dice_of(result.labels[:8], query[1].data[:8], 1) > 0.5
 
 
 def test_size_of_the_batch_does_not_matter(
@@ -285,7 +264,7 @@ def test_single_slices(model: LSLPN, support: tuple[Volume, Volume]) -> None:
     image, labels = (_part(volume, 7, 8) for volume in support)
     found = segment(model, [(image, labels)], image)
     assert found.shape == (1, 56, 64)
-    assert _dice(found, labels.data, 1) > 0.7
+    assert dice_of(found, labels.data, 1) > 0.7
 
 
 def test_model_is_left_as_it_was(
@@ -383,7 +362,7 @@ def test_mr_over_noise_by_a_support_over_zeros(
 ) -> None:
     found = segment(model, [_mr(support, 0)], _mr(query, 8)[0])
     for label in (1, 2, 3):
-        assert _dice(found, query[1].data, label) > 0.6
+        assert dice_of(found, query[1].data, label) > 0.6
     assert not recwarn.list
 
 

@@ -259,6 +259,21 @@ def test_loss_ignores_255_and_is_zero_without_any_label() -> None:
     assert segmentation_loss(logits, torch.full_like(labels, 255)) == 0
 
 
+def test_loss_of_lslpn_is_that_of_its_logits(dataset: Dataset) -> None:
+    config = small(batch=2, batch_norm="frozen", dropout=0.0)
+    batch = Episodes(dataset, config, cases=dataset.cases, progress=False).batch(0)
+    model = untrained(config)
+    batch.query_labels[0, 0, ::2] = 255
+    logits = model(batch.support_images, batch.support_masks, batch.query_images)
+    loss = model.loss(batch, config.train)
+    torch.testing.assert_close(loss, segmentation_loss(logits, batch.query_labels))
+    batch.query_labels.fill_(255)
+    nothing = model.loss(batch, config.train)
+    nothing.backward()
+    assert nothing == 0
+    assert not model.encoder.reduction.weight.grad.any()
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(dataset: Dataset) -> None:
     config = small(batch=4, batch_norm="frozen", dropout=0.0, lr=1.0, momentum=0.0)
     batch = Episodes(dataset, config, cases=dataset.cases, progress=False).batch(0)

@@ -65,6 +65,30 @@ TensorView dense(const char* name, py::handle capsule, DType dtype,
   return v;
 }
 
+// [B, C, Gy, Gx, D] in the accumulation type.
+TensorView prototypes_of(py::handle capsule, const Features& f, const Geometry& geometry) {
+  const TensorView p = cpu_view("prototypes", capsule, 5);
+  expect_dtype(p, accumulation(f.dtype));
+  expect_shape(p, {f.B, p.shape[1], geometry.y().windows, geometry.x().windows, f.D});
+  expect_contiguous(p);
+  return p;
+}
+
+// Of the features, to be written; null data where it is not wanted.
+Features gradient_of(const py::object& capsule, const Features& f, DType dtype,
+                     const Geometry& geometry) {
+  if (capsule.is_none()) {
+    Features none = f;
+    none.data = nullptr;
+    return none;
+  }
+  const TensorView v = cpu_view("grad_features", capsule, 5);
+  expect_dtype(v, dtype);
+  expect_shape(v, {f.B, f.N, f.D, f.h, f.w});
+  expect_apart(v);
+  return features_of(v, geometry);
+}
+
 bool winner_bytes(const TensorView& winners, const Geometry& geometry) {
   const auto& tables = geometry.tables<float>();
   if (winners.dtype == DType::int32) return false;
@@ -124,11 +148,8 @@ void match(const Geometry& geometry, py::handle features, py::handle prototypes,
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
-  const TensorView p = cpu_view("prototypes", prototypes, 5);
+  const TensorView p = prototypes_of(prototypes, f, geometry);
   const std::int64_t C = p.shape[1];
-  expect_dtype(p, dtype);
-  expect_shape(p, {f.B, C, y.windows, x.windows, f.D});
-  expect_contiguous(p);
   const TensorView out = dense("scores", scores, dtype, {f.B, f.N, C, y.pixels, x.pixels});
   void* winner_data = nullptr;
   bool bytes = true;
@@ -155,11 +176,8 @@ void match_backward(const Geometry& geometry, py::handle grad, py::handle featur
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
-  const TensorView p = cpu_view("prototypes", prototypes, 5);
+  const TensorView p = prototypes_of(prototypes, f, geometry);
   const std::int64_t C = p.shape[1];
-  expect_dtype(p, dtype);
-  expect_shape(p, {f.B, C, y.windows, x.windows, f.D});
-  expect_contiguous(p);
   const TensorView g = dense("grad", grad, dtype, {f.B, f.N, C, y.pixels, x.pixels});
   const TensorView s = dense("scores", scores, dtype, {f.B, f.N, C, y.pixels, x.pixels});
   const void* winner_data = nullptr;
@@ -171,15 +189,7 @@ void match_backward(const Geometry& geometry, py::handle grad, py::handle featur
     expect_contiguous(v);
     winner_data = v.data;
   }
-  Features df = f;
-  df.data = nullptr;
-  if (!grad_features.is_none()) {
-    const TensorView v = cpu_view("grad_features", grad_features, 5);
-    expect_dtype(v, f.dtype);
-    expect_shape(v, {f.B, f.N, f.D, f.h, f.w});
-    expect_apart(v);
-    df = features_of(v, geometry);
-  }
+  const Features df = gradient_of(grad_features, f, f.dtype, geometry);
   void* dp = nullptr;
   if (!grad_prototypes.is_none()) {
     dp = dense("grad_prototypes", grad_prototypes, dtype, {f.B, C, y.windows, x.windows, f.D}).data;
@@ -191,6 +201,50 @@ void match_backward(const Geometry& geometry, py::handle grad, py::handle featur
                                   static_cast<A*>(dp), thread_count(threads),
                                   static_cast<A>(logit_scale)});
   });
+}
+
+// The mean cross-entropy. Gradients, where wanted, are written in the accumulation type.
+double match_loss(const Geometry& geometry, py::handle features, py::handle prototypes,
+                  py::handle labels, const py::object& weight, bool mean,
+                  const py::object& grad_features, const py::object& grad_prototypes,
+                  std::int32_t ignore_index, double logit_scale, int threads) {
+  if (!(std::abs(logit_scale) >= 1e-6)) throw py::value_error("logit_scale must not be 0");
+  const Features f = features_of(cpu_view("features", features, 5), geometry);
+  const Axis &y = geometry.y(), &x = geometry.x();
+  const DType dtype = accumulation(f.dtype);
+  const TensorView p = prototypes_of(prototypes, f, geometry);
+  const std::int64_t C = p.shape[1];
+  const TensorView l = cpu_view("labels", labels, 4);
+  if (l.dtype != DType::uint8) expect_dtype(l, DType::int64);
+  expect_shape(l, {f.B, f.N, y.pixels, x.pixels});
+  expect_contiguous(l);
+  const void* weights = nullptr;
+  if (!weight.is_none()) {
+    const TensorView v = cpu_view("weight", weight, 1);
+    expect_dtype(v, dtype);
+    expect_shape(v, {C});
+    expect_contiguous(v);
+    weights = v.data;
+  }
+  const Features df = gradient_of(grad_features, f, dtype, geometry);
+  void* dp = nullptr;
+  if (!grad_prototypes.is_none()) {
+    dp = dense("grad_prototypes", grad_prototypes, dtype, {f.B, C, y.windows, x.windows, f.D}).data;
+  }
+  LossResult result{};
+  without_lock(dtype, [&](auto number) {
+    using A = decltype(number);
+    cosine_match(MatchLoss<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C), mean,
+                              l.data, l.dtype == DType::uint8, ignore_index,
+                              static_cast<const A*>(weights), df, static_cast<A*>(dp), &result,
+                              thread_count(threads), static_cast<A>(logit_scale)});
+  });
+  if (!result.in_range) {
+    throw py::value_error("labels must lie in 0 .. " + std::to_string(C - 1) +
+                          ", the classes of the prototypes, or be ignore_index (" +
+                          std::to_string(ignore_index) + "), got " + std::to_string(result.stray));
+  }
+  return result.loss;
 }
 
 }  // namespace
@@ -205,6 +259,7 @@ void register_cpu(py::module_& m) {
   m.def("cpu_masked_average_pool_backward", &pool_backward);
   m.def("cpu_cosine_match", &match);
   m.def("cpu_cosine_match_backward", &match_backward);
+  m.def("cpu_cosine_match_loss", &match_loss);
   m.def("cpu_instruction_sets", [] {
     py::list names;
     for (const std::string& name : instruction_sets()) names.append(name);

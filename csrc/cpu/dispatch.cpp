@@ -18,6 +18,8 @@
   void cosine_match(const Match<double>&);               \
   void cosine_match(const MatchBackward<float>&);        \
   void cosine_match(const MatchBackward<double>&);       \
+  void cosine_match(const MatchLoss<float>&);            \
+  void cosine_match(const MatchLoss<double>&);           \
   }                                                      \
   }                                                      \
   }
@@ -101,6 +103,10 @@ template <class A>
 void cosine_match(const MatchBackward<A>& args) {
   LSLPN_DISPATCH(cosine_match)
 }
+template <class A>
+void cosine_match(const MatchLoss<A>& args) {
+  LSLPN_DISPATCH(cosine_match)
+}
 
 template void masked_average_pool(const Pool<float>&);
 template void masked_average_pool(const Pool<double>&);
@@ -110,6 +116,8 @@ template void cosine_match(const Match<float>&);
 template void cosine_match(const Match<double>&);
 template void cosine_match(const MatchBackward<float>&);
 template void cosine_match(const MatchBackward<double>&);
+template void cosine_match(const MatchLoss<float>&);
+template void cosine_match(const MatchLoss<double>&);
 
 // ---- memory -----------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ template <class A>
 void cosine_match(const Match<A>& args);
 template <class A>
 void cosine_match(const MatchBackward<A>& args);
+template <class A>
+void cosine_match(const MatchLoss<A>& args);
 
 // The instruction sets that this processor has, the best last; the one in use; and another choice
 // of it, for tests. Throws std::invalid_argument for one that is not there.

@@ -110,6 +110,33 @@ struct MatchBackward {
   A logit_scale = A(1);  // of the scores; not 0
 };
 
+// What a call of the loss comes to.
+struct LossResult {
+  double loss;         // the mean; NaN where nothing is counted
+  bool in_range;       // whether all labels are; else nothing was computed
+  std::int64_t stray;  // one that is not
+};
+
+// The cross-entropy of the logits logit_scale * S, and its gradients. Labels [B, Q, H, W], uint8 or
+// int64.
+template <class A>
+struct MatchLoss {
+  Tables<A> tables;
+  Features features;
+  const A* prototypes;
+  int C;
+  bool mean;
+  const void* labels;
+  bool labels_are_bytes;
+  std::int32_t ignore_index;
+  const A* weight;         // [C], or null: 1
+  Features grad_features;  // in A, shapes as features; null data where not wanted
+  A* grad_prototypes;      // null where not wanted
+  LossResult* result;
+  int threads;
+  A logit_scale;  // not 0
+};
+
 // No call takes more threads than this.
 constexpr int kMostThreads = 256;
 

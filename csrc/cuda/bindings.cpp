@@ -5,9 +5,7 @@
 
 #include "launch.h"
 
-#ifndef LSLPN_EMULATION
 #include <cuda_runtime_api.h>
-#endif
 
 namespace lslpn::cuda {
 namespace {
@@ -18,10 +16,6 @@ Axis axis_of(const AxisNumbers& n) {
   return axis(n[0], n[1], n[2], n[3], n[4]);
 }
 
-#ifdef LSLPN_EMULATION
-constexpr int kDevice = dlpack::kCpu;
-void make_current(int) {}
-#else
 constexpr int kDevice = dlpack::kCuda;
 
 // Python has made the tensors' device torch's current one, and this module's CUDA runtime, which is
@@ -35,7 +29,6 @@ void make_current(int device) {
     throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
   }
 }
-#endif
 
 DType accumulate(DType dtype) {
   return dtype == DType::float64 ? DType::float64 : DType::float32;
@@ -121,7 +114,7 @@ void masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
   call.factor = plain_view("factor", factor, v, a, {f.B, f.N, C, Gy, Gx}).data;
   call.min_pixels = min_pixels;
   make_current(v.device_id);
-  const Workspace workspace(allocate, pool_workspace(call, false, plain), v);
+  const Workspace workspace(allocate, pool_workspace(call, plain), v);
   call.workspace = workspace.data();
   raise(pool_forward(call, stream_of(stream), plain));
 }
@@ -138,7 +131,7 @@ void masked_average_pool_backward(py::handle grad, py::handle masks, std::int64_
   call.prototypes = plain_view("grad", grad, v, a, {f.B, C, Gy, Gx, f.D}).data;
   call.factor = plain_view("factor", factor, v, a, {f.B, f.N, C, Gy, Gx}).data;
   make_current(v.device_id);
-  const Workspace workspace(allocate, pool_workspace(call, true, plain), v);
+  const Workspace workspace(allocate, pool_workspace(call, plain), v);
   call.workspace = workspace.data();
   raise(pool_backward(call, stream_of(stream), plain));
 }

@@ -25,6 +25,26 @@ View<T> view_of(const Features& f) {
   return {static_cast<T*>(f.data), f.stride[0], f.stride[1], f.stride[2], f.stride[3], f.stride[4]};
 }
 
+// Likewise for the tiled kernels: small images, whose strides within one fit into an int.
+template <class T>
+struct Images {
+  T* data;
+  std::int64_t b, n;
+  int d, h, w;
+
+  LSLPN_DEVICE T* image(std::int64_t ib, std::int64_t in) const { return data + (ib * b + in * n); }
+};
+
+template <class T>
+Images<T> images_of(const Features& f) {
+  return {static_cast<T*>(f.data),
+          f.stride[0],
+          f.stride[1],
+          static_cast<int>(f.stride[2]),
+          static_cast<int>(f.stride[3]),
+          static_cast<int>(f.stride[4])};
+}
+
 // Double joins in where the plain kernels calculate in it.
 LSLPN_DEVICE double to_float(double value) {
   return value;
@@ -47,16 +67,16 @@ inline std::int64_t round_up(std::int64_t a, std::int64_t b) {
   return divide_up(a, b) * b;
 }
 
-// Whether eight neighbouring channels are always aligned, and can be moved 16 bytes at a time.
-inline bool eights(const Features& f) {
-  const int size = f.dtype == DType::float32 ? 4 : 2;
-  bool whole = f.stride[2] == 1 && f.D % 8 == 0;
+// Whether four neighbouring channels are always aligned, and can be moved at once.
+inline bool fours(const Features& f) {
+  bool whole = f.stride[2] == 1 && f.D % 4 == 0;
   const std::int64_t length[5] = {f.B, f.N, f.D, f.h, f.w};
   for (const int i : {0, 1, 3, 4}) {
     // The stride of a single image or location means nothing: some releases of torch export 1.
-    whole = whole && (length[i] == 1 || f.stride[i] * size % 16 == 0);
+    whole = whole && (length[i] == 1 || f.stride[i] % 4 == 0);
   }
-  return whole && reinterpret_cast<std::uintptr_t>(f.data) % 16 == 0;
+  const int size = f.dtype == DType::float32 ? 4 : 2;
+  return whole && reinterpret_cast<std::uintptr_t>(f.data) % (4 * size) == 0;
 }
 
 // Whether every element of an image can be reached from its first by an int.
@@ -109,7 +129,7 @@ LSLPN_DEVICE std::int64_t element_index() {
 }
 template <class P>
 std::string launch_each(void (*kernel)(P), std::int64_t elements, Stream stream, const P& p) {
-  return launch(kernel, divide_up(elements, kPlainThreads), 1, kPlainThreads, 0, stream, p);
+  return launch(kernel, divide_up(elements, kPlainThreads), kPlainThreads, 0, stream, p);
 }
 
 // Calls f(T()) with the type that a dtype stands for.

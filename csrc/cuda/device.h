@@ -1,13 +1,7 @@
 // The device-function layer: everything that the kernels ask of the machine.
 //
-// Two bodies stand behind these names. Here they are CUDA's own, some as inline PTX; in
-// tests/emulation they are portable C++, so that the very same kernels run on any processor,
-// under a debugger or a sanitizer. Kernels use nothing of CUDA that is not named here.
+// CUDA's own names, some as inline PTX. Kernels use nothing of CUDA that is not named here.
 #pragma once
-
-#ifdef LSLPN_EMULATION
-#include "emulation.h"
-#else
 
 #include <cuda_runtime.h>
 
@@ -23,7 +17,6 @@
 #define LSLPN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define LSLPN_DEVICE __device__ __forceinline__
 #define LSLPN_UNROLL _Pragma("unroll")
-#define LSLPN_UNROLL_BY_4 _Pragma("unroll 4")
 #define LSLPN_NO_UNROLL _Pragma("unroll 1")
 // Kernel parameters stay in constant memory, also where they are indexed at run time.
 #define LSLPN_PARAMETERS const __grid_constant__
@@ -35,14 +28,8 @@ using Stream = void*;  // cudaStream_t, as an integer from Python
 LSLPN_DEVICE int thread_index() {
   return static_cast<int>(threadIdx.x);
 }
-LSLPN_DEVICE int block_threads() {
-  return static_cast<int>(blockDim.x);
-}
 LSLPN_DEVICE std::int64_t block_index() {
   return blockIdx.x;
-}
-LSLPN_DEVICE std::int64_t block_index_y() {
-  return blockIdx.y;
 }
 
 LSLPN_DEVICE char* shared_memory() {
@@ -56,8 +43,23 @@ LSLPN_DEVICE void block_barrier() {
 LSLPN_DEVICE void warp_barrier() {
   __syncwarp();
 }
+LSLPN_DEVICE unsigned ballot(bool value) {
+  return __ballot_sync(0xffffffffu, value);
+}
+LSLPN_DEVICE int count_bits(unsigned bits) {
+  return __popc(bits);
+}
+LSLPN_DEVICE int shuffle(int value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 LSLPN_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// The same number, which the compiler does not work out anew at each use.
+LSLPN_DEVICE std::int64_t kept(std::int64_t value) {
+  asm("" : "+l"(value));
+  return value;
 }
 
 LSLPN_DEVICE float inverse_sqrt(float x) {
@@ -93,40 +95,40 @@ LSLPN_DEVICE void from_float(float value, Half& out) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
 }
 
-// c [16 x 8] += a [16 x 16] b [16 x 8] by a whole warp, products of T summed in float32. With
-// g = lane / 4 and q = lane % 4 a lane holds, two neighbours of T in a register, lower one first:
-//   a[0] = a(g, 2q..)  a[1] = a(g + 8, 2q..)  a[2] = a(g, 2q + 8..)  a[3] = a(g + 8, 2q + 8..)
-//   b[0] = b(2q.., g)  b[1] = b(2q + 8.., g)
-//   c[0], c[1] = c(g, 2q..)  c[2], c[3] = c(g + 8, 2q..)
-template <class T>
-LSLPN_DEVICE void matrix_multiply(float (&c)[4], const std::uint32_t (&a)[4],
-                                  const std::uint32_t (&b)[2]);
-template <>
-LSLPN_DEVICE void matrix_multiply<Half>(float (&c)[4], const std::uint32_t (&a)[4],
-                                        const std::uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// A float32 is the sum of two numbers of the tensor cores' TF32: `high`, cut off, and the rest. As
+// bits, which is how the tensor cores take them.
+LSLPN_DEVICE void split_tf32(float value, std::uint32_t& high, std::uint32_t& low) {
+  asm("and.b32 %0, %1, 0xffffe000;" : "=r"(high) : "f"(value));
+  asm("sub.f32 %0, %1, %2;" : "=r"(low) : "f"(value), "r"(high));
 }
-template <>
-LSLPN_DEVICE void matrix_multiply<BFloat16>(float (&c)[4], const std::uint32_t (&a)[4],
-                                            const std::uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+LSLPN_DEVICE std::uint32_t bits_of(float value) {
+  return __float_as_uint(value);
+}
+// Where `keep` is all ones the value, where it is 0 a zero, whatever the value is.
+LSLPN_DEVICE float masked(float value, unsigned keep) {
+  float result;
+  asm("and.b32 %0, %1, %2;" : "=f"(result) : "f"(value), "r"(keep));
+  return result;
 }
 
-// 16 bytes from global to shared memory behind the thread's back, both ends aligned to 16 bytes.
-// They are there for the thread that asked for them after copy_wait(), for the others of the
-// block after a barrier as well.
-LSLPN_DEVICE void copy_async(void* shared, const void* global) {
-  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
-}
-LSLPN_DEVICE void copy_wait() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+// d [16 x 8] = a [16 x 8] b [8 x 8], plus d unless it `begins`, by a whole warp, products of TF32
+// summed in float32. With g = lane / 4 and q = lane % 4 a lane holds
+//   a[0] = a(g, q)  a[1] = a(g + 8, q)  a[2] = a(g, q + 4)  a[3] = a(g + 8, q + 4)
+//   b[0] = b(q, g)  b[1] = b(q + 4, g)
+//   c[0], c[1] = c(g, 2q), c(g, 2q + 1)  c[2], c[3] = c(g + 8, 2q), c(g + 8, 2q + 1)
+LSLPN_DEVICE void matrix_multiply(float (&d)[4], const std::uint32_t (&a)[4],
+                                  const std::uint32_t (&b)[2], bool begins) {
+  if (begins) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
 }
 
 // What the launches need to know of the current device.
@@ -161,10 +163,10 @@ std::string probe_kernel(void (*kernel)(P)) {
 
 // Launches a kernel on a stream of the current device. Returns what went wrong, empty if nothing.
 template <class P>
-std::string launch(void (*kernel)(P), std::int64_t blocks, std::int64_t blocks_y, int threads,
-                   std::size_t shared, Stream stream, const P& parameters) {
+std::string launch(void (*kernel)(P), std::int64_t blocks, int threads, std::size_t shared,
+                   Stream stream, const P& parameters) {
   static_assert(sizeof(P) <= 4096, "a kernel has 4 KiB for its parameters");
-  if (blocks > 0x7fffffff || blocks_y > 0xffff) return "too many blocks for one launch";
+  if (blocks > 0x7fffffff) return "too many blocks for one launch";
   if (shared > 48 * 1024) {
     // Always the device's maximum: a lower limit, set by one thread, could fail the launch of
     // another that has just set its own.
@@ -172,12 +174,10 @@ std::string launch(void (*kernel)(P), std::int64_t blocks, std::int64_t blocks_y
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, this_device().shared_memory);
     if (error != cudaSuccess) return error_text(error);
   }
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
+  const dim3 grid(static_cast<unsigned>(blocks));
   void* arguments[] = {const_cast<P*>(&parameters)};
   return error_text(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads),
                                      arguments, shared, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace lslpn::cuda
-
-#endif

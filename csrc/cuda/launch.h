@@ -61,13 +61,8 @@ struct Match {
 // last row or column, or into a pair of locations that no pixel lies between, are of no use.
 constexpr int kGramMaps = 4;
 
-// Whether the tiled kernels take these arguments. They are for float32 and half precision and for
-// grids in which few windows meet; the plain ones take everything, at their leisure.
-bool pool_is_tiled(const Pool& call);
-bool match_is_tiled(const Match& call);
-
 // `plain` forces the plain kernels. The result is what went wrong, empty if nothing did.
-std::int64_t pool_workspace(const Pool& call, bool backward, bool plain);
+std::int64_t pool_workspace(const Pool& call, bool plain);
 std::string pool_forward(const Pool& call, Stream stream, bool plain);
 std::string pool_backward(const Pool& call, Stream stream, bool plain);
 std::int64_t match_workspace(const Match& call, bool backward, bool plain);

@@ -2,209 +2,254 @@
 //
 // Interpolation is linear, so the sum over a window of M * Up F is a sum over feature locations
 // of weights times F, the weights being the masks carried down to feature resolution, Up^T M.
-//   1. pool_weights: masks -> weights and pixel counts of every tile. Tiles are cut where windows
-//      start or end, so that windows are unions of tiles.
-//   2. march (march.h): features times weights, windows put together, divided by their counts;
-//      or backward: gradients of windows times weights.
-#include "march.h"
+//   mask_weights   masks -> weights and pixel counts of every tile
+//   pool           features times weights, divided by the counts
+//   pool_backward  gradients of windows times weights
+#include "gather.h"
+#include "pixels.h"
 #include "plain_pool.h"
+#include "scatter.h"
 
 namespace lslpn::cuda {
 namespace {
 
-constexpr int kWeightsWarps = 4;
-constexpr int kWeightsRows = 8;  // rows of masks on their way at a time
+constexpr int kClasses = 2;      // at a time
+constexpr int kRowsAtATime = 4;  // rows of masks on their way
 
-struct PoolWeights {
-  Masks masks;
+struct MaskWeights {
+  Grid grid;
+  const void* masks;
   int C;
   std::int64_t first_image, images;
-  Axis y, x;
-  Tiles tiles_y, tiles_x;
-  MapLayout layout;
-  float* maps;    // [images, tiles] of layout: a slot for each class
+  float* maps;    // [images, tiles, C, kMap]
   float* counts;  // [images, tiles, C]
 };
 
-constexpr std::size_t kWeightsShared = sizeof(TileTaps) + kBoard * sizeof(float);
+struct MaskMemory {
+  RowTaps rows;
+  ColumnWeights weights;
+  float board[kTileSide][kClasses][kTilePixels + 1];
+};
+
+// How much of a pixel belongs to classes c and c + 1; of an image's masks, as core/masks.h has it.
+template <class M, MaskKind kKind>
+LSLPN_DEVICE void read_masks(const M* masks, int plane, int C, int c, float (&value)[kClasses]) {
+  if constexpr (kKind == MaskKind::labels) {
+    value[0] = masks[0] == static_cast<M>(c) ? 1 : 0;
+    value[1] = masks[0] == static_cast<M>(c + 1) ? 1 : 0;
+  } else if constexpr (kKind == MaskKind::classes) {
+    value[0] = static_cast<float>(masks[static_cast<std::int64_t>(c) * plane]);
+    value[1] = c + 1 < C ? static_cast<float>(masks[static_cast<std::int64_t>(c + 1) * plane]) : 0;
+  } else {
+    value[1] = c + 1 < C ? static_cast<float>(masks[static_cast<std::int64_t>(c) * plane]) : 0;
+    if (c > 0) {
+      value[0] = static_cast<float>(masks[static_cast<std::int64_t>(c - 1) * plane]);
+    } else {
+      float held = value[1];
+      for (int k = 1; k < C - 1; ++k) {
+        held += static_cast<float>(masks[static_cast<std::int64_t>(k) * plane]);
+      }
+      value[0] = held > 1 ? 0 : 1 - held;  // NaN stays NaN
+    }
+  }
+}
 
 // A warp a tile.
-LSLPN_KERNEL(32 * kWeightsWarps, 4)
-pool_weights(LSLPN_PARAMETERS PoolWeights p) {
+template <class M, MaskKind kKind>
+LSLPN_KERNEL(kPixelThreads, 4)
+mask_weights(LSLPN_PARAMETERS MaskWeights p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int tiles = p.tiles_y.count * p.tiles_x.count;
-  const std::int64_t index = block_index() * kWeightsWarps + warp;  // image and tile
-  if (index >= p.images * tiles) return;
-  const std::int64_t image = index / tiles;
-  const int tile = static_cast<int>(index - image * tiles);
-  char* memory = shared_memory() + warp * kWeightsShared;
-  TileTaps& taps = *reinterpret_cast<TileTaps*>(memory);
-  float* board = reinterpret_cast<float*>(memory + sizeof(TileTaps));
+  const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
+  if (index >= p.images * p.grid.tiles()) return;
+  const std::int64_t image = index / p.grid.tiles();
+  MaskMemory& memory = reinterpret_cast<MaskMemory*>(shared_memory())[warp];
+  const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
+  const ColumnSums columns(tile, lane, memory.weights);
+  const int plane = p.grid.y.pixels * p.grid.x.pixels;
+  const int stored = kKind == MaskKind::labels ? 1 : kKind == MaskKind::foreground ? p.C - 1 : p.C;
+  const M* masks = static_cast<const M*>(p.masks) + (p.first_image + image) * stored * plane +
+                   tile.pixel(p.grid, lane);
 
-  const Stretch y = stretch(p.y, p.tiles_y, tile / p.tiles_x.count);
-  const Stretch x = stretch(p.x, p.tiles_x, tile % p.tiles_x.count);
-  find_taps(taps, p.y, p.x, y, x, lane);
-  warp_barrier();
-  const int height = y.end - y.begin, width = x.end - x.begin;
-  const Columns columns = columns_of(taps, width, lane % 8);
-  float* map = p.maps + index * p.layout.tile;
-
-  for (int c0 = 0; c0 < p.C; c0 += 4) {
-    // Sums over the pixels so far of a column with a tap on row `row`, and on the next.
-    float here[4] = {}, next[4] = {}, count[4] = {};
-    int row = taps.y[0].lower;
-    const auto finish_row = [&] {
-      const float sum = sum_columns(board, here, taps, columns, lane);
-      const int c = c0 + lane / 8, j = lane % 8;
-      if (c < p.C && j < p.layout.columns) {
-        map[row * p.layout.row + c * p.layout.columns + j] = sum;
-      }
-      for (int e = 0; e < 4; ++e) {
+  LSLPN_NO_UNROLL
+  for (int c = 0; c < p.C; c += kClasses) {
+    // Sums over the pixels of a column with a tap on a row of locations, and on the next.
+    float here[kClasses], next[kClasses] = {}, count[kClasses] = {};
+    int y = 0;
+    LSLPN_NO_UNROLL
+    for (int row = 0; row < kTileSide; ++row) {
+      LSLPN_UNROLL
+      for (int e = 0; e < kClasses; ++e) {
         here[e] = next[e];
         next[e] = 0;
       }
-      ++row;
-    };
-    for (int i0 = 0; i0 < height; i0 += kWeightsRows) {
-      float m[kWeightsRows][4];
-      LSLPN_UNROLL
-      for (int k = 0; k < kWeightsRows; ++k) {
+      const int end = y + tile.rows_at(row);
+      by_rows<kRowsAtATime>(y, end, [&](const auto& rows) {
+        float m[kRowsAtATime][kClasses];
         LSLPN_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          m[k][e] = 0;
-          if (lane < width && i0 + k < height && c0 + e < p.C) {
-            const std::int64_t row = static_cast<std::int64_t>(y.begin + i0 + k) * p.x.pixels;
-            m[k][e] = mask_at<float>(p.masks, p.first_image + image, c0 + e, row + x.begin + lane,
-                                     static_cast<std::int64_t>(p.y.pixels) * p.x.pixels);
+        for (int k = 0; k < kRowsAtATime; ++k) {
+          read_masks<M, kKind>(masks + rows[k] * p.grid.x.pixels, plane, p.C, c, m[k]);
+        }
+        LSLPN_UNROLL
+        for (int k = 0; k < kRowsAtATime; ++k) {
+          const float upper = memory.rows[rows[k]].upper;
+          LSLPN_UNROLL
+          for (int e = 0; e < kClasses; ++e) {
+            const float value = rows.lacks(k) ? 0 : m[k][e], high = upper * value;
+            here[e] += value - high;
+            next[e] += high;
+            count[e] += value;
           }
         }
-      }
+      });
+      y = end;
       LSLPN_UNROLL
-      for (int k = 0; k < kWeightsRows; ++k) {
-        if (i0 + k >= height) break;
-        const Taps<float> t = taps.y[i0 + k];
-        while (row < t.lower) finish_row();
-        for (int e = 0; e < 4; ++e) {
-          here[e] += (1 - t.upper) * m[k][e];
-          next[e] += t.upper * m[k][e];
-          count[e] += m[k][e];
-        }
+      for (int e = 0; e < kClasses; ++e) memory.board[row][e][lane] = here[e];
+    }
+    warp_barrier();
+    const int e = lane / 8, j = lane % 8;  // a class and a row's parity, a column of locations
+    float sum[kTileSide / 2] = {};
+    LSLPN_NO_UNROLL
+    for (int x = columns.touching.begin; x < columns.touching.end; ++x) {
+      const float weight = columns.weight[x];
+      LSLPN_UNROLL
+      for (int r = 0; r < kTileSide / 2; ++r) {
+        sum[r] += weight * memory.board[2 * r + e / 2][e % 2][x];
       }
     }
-    while (row <= y.upper - y.lower) finish_row();
-    for (int e = 0; e < 4; ++e) {
-      for (int step = 16; step > 0; step /= 2) count[e] += shuffle_xor(count[e], step);
-      if (lane == 0 && c0 + e < p.C) p.counts[index * p.C + c0 + e] = count[e];
+    if (c + e % 2 < p.C) {
+      float* map = p.maps + (index * p.C + c + e % 2) * kMap;
+      LSLPN_UNROLL
+      for (int r = 0; r < kTileSide / 2; ++r) {
+        if (j < kTileSide) map[kTileSide * (2 * r + e / 2) + j] = sum[r];
+      }
+      if (j < 4 && e < 2) map[kTileSide * kTileSide + j] = 0;
     }
+    LSLPN_UNROLL
+    for (int k = 0; k < kClasses; ++k) {
+      if (lane >= tile.x.pixels) count[k] = 0;  // repeats the last column
+      for (int step = 16; step > 0; step /= 2) count[k] += shuffle_xor(count[k], step);
+      if (lane == 0 && c + k < p.C) p.counts[index * p.C + c + k] = count[k];
+    }
+    warp_barrier();
   }
+}
+
+template <class T>
+struct PoolKernel {
+  Exchange exchange;
+  Images<T> features;  // or their gradient
+};
+
+template <class T>
+LSLPN_KERNEL(kExchangeThreads, 3)
+pool(LSLPN_PARAMETERS PoolKernel<const T> p) {
+  gather<T, true>(p.exchange, p.features, block_index());
+}
+
+template <class T>
+LSLPN_KERNEL(kExchangeThreads, 3)
+pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
+  const Images<const T> none{nullptr, 0, 0, 0, 0, 0};
+  scatter<T, true>(p.exchange, none, p.features, block_index());
 }
 
 // ---- on the host ----
 
 // All that is decided before the first launch.
 struct PoolPlan {
-  Tiles tiles_y, tiles_x;
-  March march;
-  std::int64_t map_floats, count_floats;  // of an image
-  Chunks chunks;
+  Exchange exchange;
+  std::int64_t floats;    // of workspace, an image
+  std::int64_t episodes;  // of a chunk
 };
 
-bool make_plan(const Pool& call, bool backward, PoolPlan& plan) {
+bool make_plan(const Pool& call, PoolPlan& plan) {
   const Features& f = call.features;
+  Exchange& e = plan.exchange;
   if (f.dtype == DType::float64 || f.D > kTiledAxis || call.masks.C > kTiledAxis) return false;
-  March& m = plan.march;
-  if (!cut_at_windows(call.y, kTileRows, m.tiles_y)) return false;
-  if (!cut_at_windows(call.x, kTileColumns, m.tiles_x)) return false;
-  m.B = f.B;
-  m.N = f.N;
-  m.C = static_cast<int>(call.masks.C);
-  m.D = static_cast<int>(f.D);
-  m.y = call.y;
-  m.x = call.x;
-  m.tile_windows = m.tile_windows_x = 1;
-  m.layout = MapLayout::of(m.tiles_y, m.tiles_x, m.C);
-  if (!plan_march(m, backward ? Pass::pool_backward : Pass::pool)) return false;
-  const std::int64_t tiles = static_cast<std::int64_t>(m.tiles_y.count) * m.tiles_x.count;
-  plan.map_floats = tiles * m.layout.tile;
-  plan.count_floats = tiles * call.masks.C;
-  plan.chunks = Chunks::of(f, 4 * (plan.map_floats + plan.count_floats));
-  return true;
+  if (!make_grid(call.y, call.x, e.grid)) return false;
+  e.N = f.N;
+  e.C = e.slots = static_cast<int>(call.masks.C);
+  e.D = static_cast<int>(f.D);
+  plan.floats = std::int64_t{e.grid.tiles()} * e.C * (kMap + 1);
+  plan.episodes = episodes_of_chunk(f, 4 * plan.floats);
+  return plan_exchange(e, plan.episodes);
 }
 
-bool plan_pool(const Pool& call, bool backward, PoolPlan& plan) {
-  thread_local Plans<PoolPlan> plans[2];
-  return plans[backward].find(plan_key(call.features, call.y, call.x, call.masks.C), plan,
-                              [&](PoolPlan& made) { return make_plan(call, backward, made); });
+bool plan_pool(const Pool& call, PoolPlan& plan) {
+  thread_local Plans<PoolPlan> plans;
+  const Features& f = call.features;
+  return small_images(f) && plans.find(plan_key(f, call.y, call.x, call.masks.C), plan,
+                                       [&](PoolPlan& made) { return make_plan(call, made); });
 }
 
+std::string launch_mask_weights(const Masks& masks, const MaskWeights& w, Stream stream) {
+  const std::int64_t blocks = divide_up(w.images * w.grid.tiles(), kPixelWarps);
+  const auto start = [&](void (*kernel)(MaskWeights)) {
+    return launch(kernel, blocks, kPixelThreads, kPixelWarps * sizeof(MaskMemory), stream, w);
+  };
+  const bool bytes = masks_are_bytes(masks);
+  switch (masks.kind) {
+    case MaskKind::labels:
+      return bytes ? start(mask_weights<std::uint8_t, MaskKind::labels>)
+                   : start(mask_weights<std::int64_t, MaskKind::labels>);
+    case MaskKind::foreground:
+      return bytes ? start(mask_weights<std::uint8_t, MaskKind::foreground>)
+                   : start(mask_weights<float, MaskKind::foreground>);
+    default:
+      return bytes ? start(mask_weights<std::uint8_t, MaskKind::classes>)
+                   : start(mask_weights<float, MaskKind::classes>);
+  }
+}
+
+template <class T>
 std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream, bool backward) {
   const Features& f = call.features;
-  March& m = plan.march;
-  PoolWeights w{};
-  w.masks = call.masks;
-  w.C = m.C;
-  w.y = call.y;
-  w.x = call.x;
-  w.tiles_y = m.tiles_y;
-  w.tiles_x = m.tiles_x;
-  w.layout = m.layout;
-  w.maps = static_cast<float*>(call.workspace);
-  w.counts = w.maps + plan.chunks.images * plan.map_floats;
-  m.maps = w.maps;
-  m.tile_sums = w.counts;
-  m.min_pixels = static_cast<float>(call.min_pixels);
-  float* prototypes = static_cast<float*>(call.prototypes);
-  float* factor = static_cast<float*>(call.factor);
-  if (backward) {
-    set_grad_features(m, f);
-    m.scale = factor;
-    m.vectors = prototypes;
-    m.vectors_aligned = f.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(prototypes) % 16 == 0;
-  } else {
-    set_features(m, f);
-    m.factor = factor;
-    m.out = prototypes;
-  }
-  return plan.chunks.each(f, [&](const Chunk& chunk) {
-    w.first_image = chunk.first_b * f.N + chunk.first_n;
-    w.images = chunk.episodes * chunk.images;
-    m.first_b = chunk.first_b;
-    m.first_n = chunk.first_n;
-    m.images = chunk.images;
-    m.accumulate = chunk.first_n > 0;
-    const std::int64_t tiles = w.images * m.tiles_y.count * m.tiles_x.count;
-    std::string error = launch(pool_weights, divide_up(tiles, kWeightsWarps), 1,
-                               kWarp * kWeightsWarps, kWeightsWarps * kWeightsShared, stream, w);
+  Exchange& e = plan.exchange;
+  float* maps = static_cast<float*>(call.workspace);
+  MaskWeights w{e.grid, call.masks.data, e.C, 0, 0, maps, nullptr};
+  w.counts = maps + plan.episodes * f.N * e.grid.tiles() * e.C * kMap;
+  e.maps = w.maps;
+  e.counts = w.counts;
+  e.min_pixels = static_cast<float>(call.min_pixels);
+  e.scale = static_cast<float*>(call.factor);
+  e.out = static_cast<float*>(call.prototypes);
+  e.vectors = e.out;
+  return each_chunk(f.B, plan.episodes, [&](const Chunk& chunk) {
+    e.chunk = chunk;
+    w.first_image = chunk.first * f.N;
+    w.images = chunk.episodes * f.N;
+    const std::string error = launch_mask_weights(call.masks, w, stream);
     if (!error.empty()) return error;
-    return backward ? launch_march<Pass::pool_backward>(m, chunk.episodes, stream)
-                    : launch_march<Pass::pool>(m, chunk.episodes, stream);
+    if (backward) {
+      return launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory),
+                    stream, PoolKernel<T>{e, images_of<T>(f)});
+    }
+    return launch(pool<T>, e.gather_blocks(), kExchangeThreads, gather_memory(e), stream,
+                  PoolKernel<const T>{e, images_of<const T>(f)});
   });
 }
 
 std::string pool(const Pool& call, Stream stream, bool backward, bool plain) {
   PoolPlan plan;
-  if (!plain && plan_pool(call, backward, plan)) {
-    return tiled_pool(call, plan, stream, backward);
-  }
-  return with_type(call.features.dtype,
-                   [&](auto type) { return plain_pool<decltype(type)>(call, stream, backward); });
+  const bool tiled = !plain && plan_pool(call, plan);
+  return with_type(call.features.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) < 8) {
+      if (tiled) return tiled_pool<T>(call, plan, stream, backward);
+    }
+    return plain_pool<T>(call, stream, backward);
+  });
 }
 
 }  // namespace
 
-bool pool_is_tiled(const Pool& call) {
+std::int64_t pool_workspace(const Pool& call, bool plain) {
   PoolPlan plan;
-  return plan_pool(call, false, plan) && plan_pool(call, true, plan);
-}
-
-std::int64_t pool_workspace(const Pool& call, bool backward, bool plain) {
-  PoolPlan plan;
-  if (plain || !plan_pool(call, backward, plan)) return 0;
-  return 4 * plan.chunks.images * (plan.map_floats + plan.count_floats);
+  return plain || !plan_pool(call, plan) ? 0 : 4 * plan.episodes * call.features.N * plan.floats;
 }
 
 std::string probe() {
-  return probe_kernel(pool_weights);
+  return probe_kernel(pool<float>);
 }
 
 std::string pool_forward(const Pool& call, Stream stream, bool plain) {

@@ -1,8 +1,8 @@
 // How the tiled kernels cut the image into tiles, and what a tile knows of its axes.
 //
-// An axis is cut into stretches of at most kTilePixels pixels; a tile is a stretch of rows by a
-// stretch of columns. The pixels of a tile are interpolated from a small block of feature
-// locations and lie in few windows, so that a warp can hold all that belongs to a tile.
+// An axis is cut wherever a window starts or ends, and into stretches of at most kTilePixels
+// pixels; a tile is a stretch of rows by a stretch of columns. All pixels of a tile lie in the same
+// windows, and are interpolated from the same block of at most kTileSide x kTileSide locations.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +15,11 @@
 
 namespace lslpn::cuda {
 
+constexpr int kWarp = 32;
 constexpr int kTilePixels = 32;  // a lane for each column of a tile
-constexpr int kTileRows = 6;     // feature locations of a tile, at most
-constexpr int kTileColumns = 8;
+constexpr int kTileSide = 6;     // feature locations of a tile along an axis, at most
+// Floats of a map over a tile's locations: row r, column c at kTileSide r + c, and zeros elsewhere.
+constexpr int kMap = 40;
 constexpr int kMaxTiles = 400;  // along an axis; they travel as kernel parameters
 // Up to here pixel positions fit into 32 bits.
 constexpr int kTiledAxis = 1 << 14;
@@ -25,16 +27,26 @@ constexpr int kTiledAxis = 1 << 14;
 // One axis cut into stretches.
 struct Tiles {
   int count;
-  int cells, windows;  // the most that a stretch has of them
+  int windows;   // the most over a stretch
+  bool between;  // whether any pixel lies between two locations
   std::uint16_t begin[kMaxTiles + 1];
 };
 
-// A stretch: pixels begin <= x < end, in windows first .. last (not every pixel in each of them),
-// interpolated from feature locations lower .. upper.
+// An image cut into tiles.
+struct Grid {
+  Axis y, x;
+  Tiles tiles_y, tiles_x;
+
+  LSLPN_HD int tiles() const { return tiles_y.count * tiles_x.count; }
+  LSLPN_HD int windows() const { return y.windows * x.windows; }
+  LSLPN_HD int tile_windows() const { return tiles_y.windows * tiles_x.windows; }
+};
+
+// A stretch: its pixels, the feature locations they are interpolated from, the windows over them.
 struct Stretch {
-  int begin, end;
-  int first, last;
-  int lower, upper;
+  short pixel, pixels;
+  short cell, cells;
+  short window, windows;
 };
 
 // Axis::taps in 32 bits, for axes of at most kTiledAxis pixels and cells.
@@ -53,147 +65,108 @@ LSLPN_HD int upper_tap(const Axis& axis, int pixel) {
 }
 
 LSLPN_HD Stretch stretch_of(const Axis& axis, int begin, int end) {
-  return {begin,
-          end,
-          axis.covering(begin).first,
-          axis.covering(end - 1).last,
-          short_taps(axis, begin).lower,
-          upper_tap(axis, end - 1)};
+  const int cell = short_taps(axis, begin).lower;
+  const Covering windows = axis.covering(begin);
+  return {
+      static_cast<short>(begin),         static_cast<short>(end - begin),
+      static_cast<short>(cell),          static_cast<short>(upper_tap(axis, end - 1) - cell + 1),
+      static_cast<short>(windows.first), static_cast<short>(windows.last - windows.first + 1)};
 }
 LSLPN_HD Stretch stretch(const Axis& axis, const Tiles& tiles, int i) {
   return stretch_of(axis, tiles.begin[i], tiles.begin[i + 1]);
 }
 
+// A range: begin <= i < end.
+struct Range {
+  int begin, end;
+};
+
 // The stretch that a pixel lies in, found from a guess.
 LSLPN_HD int stretch_at(const Tiles& tiles, int pixel) {
-  const int pixels = tiles.begin[tiles.count];
-  int i =
-      static_cast<int>(static_cast<unsigned>(pixel * tiles.count) / static_cast<unsigned>(pixels));
+  const unsigned pixels = tiles.begin[tiles.count];
+  int i = static_cast<int>(static_cast<unsigned>(pixel * tiles.count) / pixels);
   while (tiles.begin[i] > pixel) --i;
   while (tiles.begin[i + 1] <= pixel) ++i;
   return i;
 }
 
-// What a feature location is touched by: stretches and windows, both ends included. None where
-// no pixel is interpolated from it: last_stretch < first_stretch.
-struct Cell {
-  short first_stretch, last_stretch;
-  short first_window, last_window;
-};
-LSLPN_HD Cell cell_of(const Axis& axis, const Tiles& tiles, int cell) {
-  // The pixels with a tap on it; estimated from outside, then pixel by pixel.
-  const int n = axis.pixels, cells = axis.cells;
-  int first = ((2 * cell - 1) * n) / (2 * cells) - 2;
-  int last = ((2 * cell + 3) * n) / (2 * cells) + 1;
-  first = first < 0 ? 0 : first;
-  last = last > n - 1 ? n - 1 : last;
-  while (first < n && upper_tap(axis, first) < cell) ++first;
-  while (last >= 0 && short_taps(axis, last).lower > cell) --last;
-  if (last < first) return {0, -1, 0, -1};
-  return {static_cast<short>(stretch_at(tiles, first)), static_cast<short>(stretch_at(tiles, last)),
-          static_cast<short>(axis.covering(first).first),
-          static_cast<short>(axis.covering(last).last)};
+// The stretches of windows first .. last.
+LSLPN_HD Range stretches_of_windows(const Axis& axis, const Tiles& tiles, int first, int last) {
+  return {stretch_at(tiles, axis.start(first)),
+          stretch_at(tiles, axis.start(last) + axis.window - 1) + 1};
 }
 
-// The tiles' weights, or gradients, at feature locations: for every image and tile
-//   [rows][slots][columns]   rows and columns of the tile's own block of feature locations
-// with rows rounded up to 16 bytes, so that they can be copied asynchronously.
-struct MapLayout {
-  int rows, slots, columns;
-  int row;   // floats from row to row
-  int tile;  // floats from tile to tile
+// The stretches that have any of the locations first .. last.
+LSLPN_HD Range stretches_near(const Axis& axis, const Tiles& tiles, int first, int last) {
+  const auto guess = [&](int cell) {
+    const int pixel = static_cast<int>(static_cast<unsigned>(cell * axis.pixels) /
+                                       static_cast<unsigned>(axis.cells));
+    return stretch_at(tiles, pixel < axis.pixels ? pixel : axis.pixels - 1);
+  };
+  const auto lower = [&](int i) { return short_taps(axis, tiles.begin[i]).lower; };
+  const auto upper = [&](int i) { return upper_tap(axis, tiles.begin[i + 1] - 1); };
+  int i = guess(first), j = guess(last);
+  while (i > 0 && upper(i - 1) >= first) --i;
+  while (i < tiles.count && upper(i) < first) ++i;
+  while (j < tiles.count - 1 && lower(j + 1) <= last) ++j;
+  while (j >= 0 && lower(j) > last) --j;
+  return {i, j < i ? i : j + 1};
+}
 
-  static MapLayout of(const Tiles& y, const Tiles& x, int slots) {
-    MapLayout m{y.cells, slots, x.cells, 0, 0};
-    m.row = static_cast<int>(round_up(std::int64_t{slots} * m.columns, 4));
-    m.tile = m.rows * m.row;
-    return m;
-  }
-};
+// Begin and end of a block, where `length` is cut into `blocks` that differ by 1 at most.
+LSLPN_HD Range block_of(int length, int blocks, int block) {
+  return {length * block / blocks, length * (block + 1) / blocks};
+}
 
 // ---- on the host ----
 
-inline bool tileable(const Axis& axis) {
-  return axis.pixels <= kTiledAxis && axis.cells <= kTiledAxis;
-}
-
-// Fills in what follows from `begin` and `count`.
-inline void measure(const Axis& axis, Tiles& tiles) {
-  tiles.cells = tiles.windows = 0;
-  for (int i = 0; i < tiles.count; ++i) {
-    const Stretch s = stretch(axis, tiles, i);
-    tiles.cells = std::max(tiles.cells, s.upper - s.lower + 1);
-    tiles.windows = std::max(tiles.windows, s.last - s.first + 1);
-  }
-}
-
-// Stretches of `length` pixels, whatever windows they cross.
-inline bool cut_evenly(const Axis& axis, int length, Tiles& tiles) {
-  tiles.count = static_cast<int>(divide_up(axis.pixels, length));
-  if (tiles.count > kMaxTiles) return false;
-  for (int i = 0; i < tiles.count; ++i) tiles.begin[i] = static_cast<std::uint16_t>(i * length);
-  tiles.begin[tiles.count] = static_cast<std::uint16_t>(axis.pixels);
-  measure(axis, tiles);
-  return true;
-}
-
-// The even cut that has the kernels read the least: few feature locations twice, few windows.
-inline bool cut_for_matching(const Axis& axis, int cells, int windows, Tiles& best) {
-  if (!tileable(axis)) return false;
-  std::int64_t least = -1;
-  for (int length = std::min(kTilePixels, axis.pixels); length >= 1; --length) {
-    Tiles tiles;
-    if (!cut_evenly(axis, length, tiles)) break;
-    if (tiles.cells > cells || tiles.windows > windows) continue;
-    const std::int64_t cost =
-        static_cast<std::int64_t>(tiles.count) * tiles.cells * (4 + tiles.windows);
-    if (least < 0 || cost < least) {
-      least = cost;
-      best = tiles;
-    }
-  }
-  return least >= 0;
-}
-
-// Stretches that begin wherever a window starts or ends: all pixels of one lie in the same windows.
-inline bool cut_at_windows(const Axis& axis, int cells, Tiles& tiles) {
-  if (!tileable(axis)) return false;
+// Cuts an axis; false where there is no way.
+inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
+  if (axis.pixels > kTiledAxis || axis.cells > kTiledAxis || axis.windows > kMaxTiles) return false;
   std::vector<int> cuts{0, axis.pixels};
-  if (axis.windows > kMaxTiles) return false;
   for (int m = 0; m < axis.windows; ++m) {
     cuts.push_back(axis.start(m));
     cuts.push_back(axis.start(m) + axis.window);
   }
   std::sort(cuts.begin(), cuts.end());
   cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
-  tiles.count = 0;
+  tiles.count = tiles.windows = 0;
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
     // In equal parts, as few as do; a single pixel always does.
     const int length = cuts[i + 1] - cuts[i];
+    const auto begin = [&](int k, int parts) { return cuts[i] + k * length / parts; };
     const auto fits = [&](int parts) {
       for (int k = 0; k < parts; ++k) {
-        const Stretch part =
-            stretch_of(axis, cuts[i] + k * length / parts, cuts[i] + (k + 1) * length / parts);
-        if (part.upper - part.lower >= cells) return false;
+        if (stretch_of(axis, begin(k, parts), begin(k + 1, parts)).cells > kTileSide) return false;
       }
       return true;
     };
     int parts = static_cast<int>(divide_up(length, kTilePixels));
     while (!fits(parts)) ++parts;
+    if (tiles.count + parts > kMaxTiles) return false;
     for (int k = 0; k < parts; ++k) {
-      if (tiles.count == kMaxTiles) return false;
-      tiles.begin[tiles.count++] = static_cast<std::uint16_t>(cuts[i] + k * length / parts);
+      tiles.begin[tiles.count++] = static_cast<std::uint16_t>(begin(k, parts));
     }
+    const Covering windows = axis.covering(cuts[i]);
+    tiles.windows = std::max(tiles.windows, windows.last - windows.first + 1);
   }
   tiles.begin[tiles.count] = static_cast<std::uint16_t>(axis.pixels);
-  measure(axis, tiles);
+  tiles.between = false;
+  for (int x = 0; x < axis.pixels; ++x) tiles.between |= short_taps(axis, x).upper > 0;
   return true;
 }
 
-// Plans follow from sizes alone and take longer than a launch: a thread keeps those it has made.
-using PlanKey = std::array<std::int64_t, 18>;
+inline bool make_grid(const Axis& y, const Axis& x, Grid& grid) {
+  grid.y = y;
+  grid.x = x;
+  return cut_at_windows(y, grid.tiles_y) && cut_at_windows(x, grid.tiles_x);
+}
 
-inline PlanKey plan_key(const Features& f, const Axis& y, const Axis& x, std::int64_t C) {
+// Plans follow from sizes alone and take longer than a launch: a thread keeps those it has made.
+using PlanKey = std::array<std::int64_t, 19>;
+
+inline PlanKey plan_key(const Features& f, const Axis& y, const Axis& x, std::int64_t C,
+                        bool mean = false) {
   const Device device = this_device();
   return {f.dtype == DType::float64   ? 8
           : f.dtype == DType::float32 ? 4
@@ -214,7 +187,8 @@ inline PlanKey plan_key(const Features& f, const Axis& y, const Axis& x, std::in
           x.windows,
           device.multiprocessors,
           device.shared_memory,
-          device.workspace};
+          device.workspace,
+          mean};
 }
 
 template <class Plan>
@@ -240,40 +214,30 @@ class Plans {
   std::map<PlanKey, std::optional<Plan>> known_;
 };
 
-// The tiles' maps lie in a workspace, which should not grow with the batch: images are taken in
-// chunks, whole episodes or parts of one.
+// The tiles' maps lie in a workspace, which should not grow with the batch: episodes are taken in
+// chunks.
 struct Chunk {
-  std::int64_t first_b, first_n, episodes, images;  // images of each episode
+  std::int64_t first, episodes;
 };
 
-struct Chunks {
-  std::int64_t images;  // the most that a chunk has, over all its episodes
+// How many episodes a chunk has, for `bytes` of workspace an image. All of a chunk take no more
+// than a part of their features, or than some MiB if these are small; but it is one episode at
+// least.
+inline std::int64_t episodes_of_chunk(const Features& f, std::int64_t bytes) {
+  const std::int64_t size = f.dtype == DType::float32 ? 4 : 2;
+  const std::int64_t budget =
+      std::max<std::int64_t>(this_device().workspace, f.B * f.N * f.D * f.h * f.w * size / 12);
+  return std::min(f.B, std::max<std::int64_t>(1, budget / (bytes * f.N)));
+}
 
-  // For `bytes` of workspace an image. Never more than a part of the features, or than some MiB
-  // if they are small; but one image at least.
-  static Chunks of(const Features& f, std::int64_t bytes) {
-    const std::int64_t size = f.dtype == DType::float32 ? 4 : 2;
-    const std::int64_t all = f.B * f.N;
-    const std::int64_t budget =
-        std::max<std::int64_t>(this_device().workspace, all * f.D * f.h * f.w * size / 12);
-    const std::int64_t images = std::min(all, std::max<std::int64_t>(1, budget / bytes));
-    return {images < f.N ? images : images / f.N * f.N};
+// Calls launches(chunk), which returns an error or an empty string, for one chunk after the other.
+template <class F>
+std::string each_chunk(std::int64_t B, std::int64_t episodes, F launches) {
+  for (std::int64_t b = 0; b < B; b += episodes) {
+    const std::string error = launches(Chunk{b, std::min(episodes, B - b)});
+    if (!error.empty()) return error;
   }
-
-  // Calls f(chunk), which returns an error or an empty string, for one chunk after the other.
-  template <class F>
-  std::string each(const Features& features, F f) const {
-    const std::int64_t N = features.N;
-    const std::int64_t episodes = std::max<std::int64_t>(1, images / N);
-    for (std::int64_t b = 0; b < features.B; b += episodes) {
-      for (std::int64_t n = 0; n < N; n += images) {
-        const std::string error =
-            f(Chunk{b, n, std::min(episodes, features.B - b), std::min(images, N - n)});
-        if (!error.empty()) return error;
-      }
-    }
-    return "";
-  }
-};
+  return "";
+}
 
 }  // namespace lslpn::cuda

@@ -1,4 +1,4 @@
-"""The command line: `lslpn demo`, `segment`, `train`, `evaluate`, `prepare`, `experiment`, `info`.
+"""The command line: `lslpn demo`, `segment`, `view`, `train`, `evaluate` and more, see `app`.
 
 Results go to stdout; progress, notes and errors go to stderr. Exit codes: 0 done; 1 a fault of
 ours or of the machine; 2 something given cannot be used, said in one line; 130 interrupted.
@@ -28,11 +28,13 @@ from .options import (
     InterruptedByUserError,
     MethodName,
     MethodOption,
+    NamesOption,
     OneOfEach,
     Preset,
     PresetOption,
     ProtocolName,
     QuietOption,
+    SegmentAlign,
     SizeOption,
     UntrainedPresetOption,
     UntrainedSeedOption,
@@ -46,11 +48,14 @@ from .options import (
 from .prepare import prepare_app
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lslpn_kernels import GridSpec
 
     from ..checkpoint import Checkpoint
     from ..dataset import Dataset
     from ..methods import FewShotNetwork
+    from ..volumes import Volume
 
 _SEED = 1234  # of an untrained model
 
@@ -110,7 +115,7 @@ def demo(
         typer.Option(
             "--out",
             metavar="DIR",
-            help="Where prediction.nii.gz, overlay.png and report.json go; "
+            help="Where result.html, prediction.nii.gz, overlay.png and report.json go; "
             "those of an earlier demo are replaced.",
         ),
     ] = Path("demo"),
@@ -123,7 +128,7 @@ def demo(
     field of view. The labels of both are predictions of TotalSegmentator, not a human's. Runs
     offline, in minutes on two CPU cores.
     """
-    for name in ("prediction.nii.gz", "overlay.png", "report.json"):
+    for name in ("prediction.nii.gz", "overlay.png", "report.json", "result.html"):
         _writable(out / name)
     from ..demo import run_demo
 
@@ -132,7 +137,8 @@ def demo(
     for organ, value in report["dice"].items():
         print(f"{organ:<{width}}  Dice {value:.3f}")
     print(report["note"])
-    print(f"written to {out}: prediction.nii.gz, overlay.png, report.json")
+    print(f"written to {out}: result.html, prediction.nii.gz, overlay.png, report.json")
+    print(f"open {out / 'result.html'} in any browser to see it, and click into it to see why")
 
 
 @app.command(cls=OneOfEach)
@@ -170,16 +176,45 @@ def segment(
             show_default=False,
         ),
     ],
-    checkpoint: CheckpointOption = None,
-    align: Annotated[
-        Align | None,
+    html: Annotated[
+        Path | None,
         typer.Option(
-            "--align",
-            help="body crops the scans to the patient's body first; default: as the checkpoint was "
-            "trained, and body without one.",
+            "--html",
+            metavar="HTML",
+            help="Write a page as well that shows the result in any browser: slices and 3-D, the "
+            "support beside the query, and why a voxel took its label.",
             show_default=False,
         ),
     ] = None,
+    names: NamesOption = None,
+    checkpoint: CheckpointOption = None,
+    align: Annotated[
+        SegmentAlign | None,
+        typer.Option(
+            "--align",
+            help="body crops the scans to the patient's body first; affine and deformable register "
+            "the labelled scan to the query as well, which finds more; default: as the checkpoint "
+            "was trained, and body without one.",
+            show_default=False,
+        ),
+    ] = None,
+    depth: Annotated[
+        float | None,
+        typer.Option(
+            "--depth",
+            metavar="MM",
+            min=0,
+            help="With affine or deformable: how far a window reaches along z; default: 60.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_islands: Annotated[
+        bool,
+        typer.Option(
+            "--keep-islands",
+            help="With affine or deformable: keep small pieces of an organ apart from the rest.",
+        ),
+    ] = False,
     preset: UntrainedPresetOption = None,
     size: SizeOption = None,
     seed: UntrainedSeedOption = None,
@@ -210,11 +245,24 @@ def segment(
     ):
         if any(_same_file(out, path) for path in given):
             raise InputError(f"--out: {out} is also given as {name}; give it another name")
-    _free(out, force)
-    _writable(out)
+    registers = align in (SegmentAlign.affine, SegmentAlign.deformable)
+    for option, unused in (("--depth", depth is not None), ("--keep-islands", keep_islands)):
+        if unused and not registers:
+            raise InputError(
+                f"{option}: belongs to --align affine and deformable; give one of them as well"
+            )
+    if names is not None and html is None:
+        raise InputError("--names: expected --html as well, whose page shows them; give both")
+    if html is not None:
+        _named_html(html, "--html")
+    for path in (out, html):
+        if path is not None:
+            _free(path, force)
+            _writable(path)
 
     import numpy as np
 
+    from ..dataset import read_names
     from ..volumes import check_same_grid, read_image, read_labels, write_labels
 
     supports = []
@@ -224,26 +272,122 @@ def segment(
         check_same_grid(image, mask)
         supports.append((image, mask))
     volume = read_image(query)
+    named = {} if names is None else read_names(names)
 
     from ..checkpoint import load_checkpoint
-    from ..segment import segment as run
+    from ..segment import segment_matched as run
+    from ..volumetric import DEPTH_MM
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
     model = _model(trained, checkpoint, preset, size, seed, device)
     if align is None and trained is None:
-        align = Align.body
-    labels = run(
+        align = SegmentAlign.body
+    found = run(
         model,
         supports,
         volume,
         align=model.config.align if align is None else align.value,
+        depth=DEPTH_MM if depth is None else depth,
+        keep_islands=keep_islands,
         progress=not quiet,
+        explain=html is not None,
     )
+    labels = found.labels
     write_labels(out, labels, volume)
     print(f"written: {out}")
+    if html is not None:
+        from ..viewer import Support
+        from ..viewer import view as shown_as
+
+        scans = [
+            Support(image, mask.data, match)
+            for (image, mask), match in zip(supports, found.matches, strict=True)
+        ]
+        layers = {"prediction": labels}
+        shown_as(
+            volume,
+            layers,
+            names=named,
+            confidence=found.confidence,
+            supports=scans,
+            why=found.why,
+        ).save(html)
+        print(f"written: {html}")
     for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
         count = int((labels == label).sum())
-        print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml")
+        sure = "" if found.confidence is None else f", confidence {found.confidence[label]:.2f}"
+        print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
+
+
+@app.command(cls=OneOfEach)
+@command
+def view(
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="A scan, NIfTI.", show_default=False)
+    ],
+    labels: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[LABELS]...",
+            help="Labels of it; the first are shown on the left, the others beside them.",
+            show_default=False,
+        ),
+    ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            "--truth",
+            metavar="NIFTI",
+            help="Ground truth, shown beside the labels, with the Dice of the first.",
+            show_default=False,
+        ),
+    ] = None,
+    names: NamesOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="HTML",
+            help="The page; default: named after the scan, in the current folder.",
+            show_default=False,
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--open", help="Open the page in the default browser.")
+    ] = False,
+    force: ForceOption = False,
+) -> None:
+    """Write a page that shows a scan and its labels in any browser, offline.
+
+    One HTML file holds everything; large scans are thinned for it.
+
+    [bold]lslpn view B.nii.gz B_mask.nii.gz --out B.html[/bold]
+    """
+    from ..dataset import read_names
+    from ..viewer import file_stem
+    from ..viewer import view as shown_as
+    from ..volumes import read_image, read_labels
+
+    if out is not None:
+        _named_html(out, "--out")
+    named = {} if names is None else read_names(names)
+    volume = read_image(image)
+    path = Path(f"{file_stem(volume)}.html") if out is None else out
+    _free(path, force)
+    _writable(path)
+    layers: dict[str, Any] = {}
+    for file in labels or []:
+        one = read_labels(file)
+        name = file_stem(one)
+        while name in layers:  # the same name in another folder
+            name += " (another)"
+        layers[name] = one
+    shown_as(volume, layers, truth=truth, names=named).save(path)
+    print(f"written: {path}")
+    if show:
+        import webbrowser
+
+        webbrowser.open(path.absolute().as_uri())
 
 
 @app.command(cls=OneOfEach)
@@ -465,6 +609,14 @@ def evaluate(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown.")
     ] = False,
+    html: Annotated[
+        bool,
+        typer.Option(
+            "--html",
+            help="Write evaluation.html as well: the table, a box plot, the worst cases first, and "
+            "a page in views/ for each case.",
+        ),
+    ] = False,
     device: DeviceOption = "auto",
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -519,6 +671,9 @@ def evaluate(
         "progress": not quiet,
         "name": _name(preset, seed, method) if untrained else str(checkpoint),
     }
+    views = _Views(out, dataset) if html else None
+    if views is not None:
+        options["observe"] = views.write
     if isinstance(model, LSLPN):
         results = evaluate_grids(model, dataset, grids=grids, **options)
     else:
@@ -530,6 +685,10 @@ def evaluate(
         print(summary(results, markdown=markdown), end="\n\n")
     figures = len(written) - 1
     print(f"written: {written[0]} and {figures} figure{'s' * (figures != 1)} beside it")
+    if views is not None:
+        from ..viewer.evaluation import write_evaluation
+
+        print(f"written: {write_evaluation(out / 'evaluation.html', results, views.addresses)}")
 
 
 @app.command(cls=OneOfEach)
@@ -550,6 +709,28 @@ def info(
 
 
 # --- parts ----------------------------------------------------------------------------------
+
+
+class _Views:
+    """A page for each case of an evaluation, written as soon as the case is done."""
+
+    def __init__(self, out: Path, dataset: Dataset) -> None:
+        self.out = out
+        self.names = {value: organ for organ, value in dataset.labels.items()}
+        self.addresses: dict[str, str] = {}
+
+    def write(self, case: str, image: Volume, truth: Volume, found: list[np.ndarray]) -> None:
+        from urllib.parse import quote
+
+        from ..viewer import view as shown_as
+
+        layers = {
+            "prediction" if len(found) == 1 else f"prediction, grid {i}": labels
+            for i, labels in enumerate(found, 1)
+        }
+        path = self.out / "views" / f"{case}.html"
+        shown_as(image, layers, truth=truth, names=self.names, title=case).save(path)
+        self.addresses[case] = f"views/{quote(path.name)}"
 
 
 def _grids(
@@ -661,6 +842,11 @@ def _writable(path: Path) -> None:
     from ..atomic import check_writable
 
     check_writable(path)
+
+
+def _named_html(path: Path, option: str) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{option}: expected a name that ends in .html, got {path.name}")
 
 
 def _free(path: Path, force: bool) -> None:

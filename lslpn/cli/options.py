@@ -27,6 +27,15 @@ class Align(str, Enum):
     body = "body"
 
 
+class SegmentAlign(str, Enum):
+    """How `segment` brings supports to the query."""
+
+    none = "none"
+    body = "body"
+    affine = "affine"
+    deformable = "deformable"
+
+
 class ProtocolName(str, Enum):
     """The evaluation protocols; `lslpn.protocols.PROTOCOLS` has what they do."""
 
@@ -165,6 +174,15 @@ SizeOption = Annotated[
         metavar="PIXELS",
         min=32,
         help="Side of the square that slices are resized to; default: the model's own.",
+        show_default=False,
+    ),
+]
+NamesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--names",
+        metavar="JSON",
+        help='Names of the organs for the page: a dataset.json, or any file with its "labels".',
         show_default=False,
     ),
 ]

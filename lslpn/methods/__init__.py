@@ -6,7 +6,7 @@ import torch
 
 from ..presets import ModelConfig
 from .alpnet import ALPNet
-from .base import FewShotNetwork, segmentation_loss
+from .base import FewShotNetwork, check_features, segmentation_loss
 from .lslpn import LSLPN
 from .panet import PANet
 from .senet import SENet
@@ -19,6 +19,7 @@ __all__ = [
     "PANet",
     "SENet",
     "build",
+    "check_features",
     "segmentation_loss",
 ]
 

@@ -84,14 +84,52 @@ class FewShotNetwork(nn.Module, ABC):
             [B, Q, N + 1, H, W], float32 (float64 for float64 features); class 0 the background.
         """
 
+    def match_volume(
+        self, query: Tensor, support: Tensor, masks: Tensor, size: tuple[int, int], reach: int
+    ) -> Tensor:
+        """Logits of a scan's slices by those of another that lies as it does.
+
+        Slice z of the query is segmented by slices z - reach .. z + reach of the support. Here
+        those are its shots (of a method of one shot: slice z alone), a way at a time for a method
+        of one way.
+
+        Args:
+            query: features of the query's slices, [Z, D, h, w].
+            support: of the support's, [Z, D, h, w].
+            masks: bool [Z, N, H, W], one per foreground class.
+            size: (H, W) of the logits.
+            reach: slices.
+
+        Returns:
+            float32 [Z, N + 1, H, W]; class 0 the background. Of a method of one way, a foreground
+            logit is what it exceeds its own background by, and the background is 0.
+        """
+        depth = len(query)
+        out = []
+        for z in range(depth):
+            near = (
+                [z] if self.one_shot else list(range(max(0, z - reach), min(depth, z + reach + 1)))
+            )
+            ways = [masks[near]] if not self.one_shot else list(masks[near].split(1, dim=1))
+            logits = [
+                self.match(
+                    query[None, z : z + 1], self.describe(support[None, near], way[None]), size
+                )
+                for way in ways
+            ]
+            if self.one_shot:
+                leads = torch.cat([one[0, :, 1:] - one[0, :, :1] for one in logits], 1)
+                out.append(F.pad(leads, (0, 0, 0, 0, 1, 0)))
+            else:
+                out.append(logits[0][0])
+        return torch.cat(out)
+
     def forward(
         self, support_images: Tensor, support_masks: Tensor, query_images: Tensor
     ) -> Tensor:
-        features = self._features(support_images, support_masks, query_images)
-        shots = support_images.shape[1]
-        support = self.describe(features[:, :shots], support_masks)
+        features, support = self._halves(support_images, support_masks, query_images)
         size = (query_images.shape[-2], query_images.shape[-1])
-        return self.match(features[:, shots:], support, size)
+        return self.match(features, support, size)
 
     def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
         """What training lowers: the cross-entropy of the logits, a scalar.
@@ -111,6 +149,14 @@ class FewShotNetwork(nn.Module, ABC):
         """Those that start from noise beside a pretrained trunk: TrainConfig.reduction_lr_factor
         is theirs. None by default."""
         return []
+
+    def _halves(
+        self, support_images: Tensor, support_masks: Tensor, query_images: Tensor
+    ) -> tuple[Tensor, Any]:
+        """What `match` matches: query features, and what the support says."""
+        features = self._features(support_images, support_masks, query_images)
+        shots = support_images.shape[1]
+        return features[:, shots:], self.describe(features[:, :shots], support_masks)
 
     def _features(
         self, support_images: Tensor, support_masks: Tensor, query_images: Tensor
@@ -216,6 +262,19 @@ def segmentation_loss(
         return total / known.sum().clamp_min(1)
     share = (weight[labels.where(known, 0)] * known).sum()
     return total / share.where(share > 0, 1)
+
+
+def check_features(features: Tensor) -> None:
+    """Refuse features that no weights in good order give.
+
+    Raises:
+        InputError: some are NaN or infinite.
+    """
+    if not features.isfinite().all():
+        raise InputError(
+            "model: its features hold NaN or infinite values, so that nothing can be segmented; "
+            "its weights are damaged or its training diverged: use another checkpoint"
+        )
 
 
 def check_one_shot(method: str, *, ways: int, shots: int) -> None:

@@ -2,7 +2,8 @@
 
 A backend is a module of this folder. Those made of plain PyTorch (`reference`, `torch`) offer the
 two operators themselves and leave the backward pass to autograd. The others offer `Kernels`:
-both directions of both operators, which `lslpn_kernels._autograd` registers with PyTorch.
+both directions of both operators, which `lslpn_kernels._autograd` registers with PyTorch, and may
+offer `LossKernels` beside, for `lslpn_kernels._loss`.
 """
 
 from __future__ import annotations
@@ -97,6 +98,61 @@ class Kernels(Protocol):
         A backend that has `SELECTIVE = True` is told by ``wanted=(True, False)``, say, that only
         the first of them is needed, and returns an empty tensor in place of the other.
         """
+
+
+class LossKernels(Kernels, Protocol):
+    """What a kernel backend offers that has the cross-entropy of the logits in its matching.
+
+    `labels` [B, Q, H, W] are uint8 or int64, `weight` is None or [C] in the accumulation dtype;
+    both are contiguous. `ignore_index` fits into 32 bits, and `logit_scale` is not 0. `wanted`
+    tells which of features and prototypes want a gradient, the backward pass as the forward pass.
+    Where labels are wrong, a backend of the CPU raises ValueError; one of a GPU, which must not
+    wait for the host, returns NaN.
+    """
+
+    # Optional: declines_loss(grid, reduce) -> bool, whether a call is left to `cosine_match`.
+
+    def cosine_match_loss(
+        self,
+        features: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        grid: GridSpec,
+        reduce: str,
+        wanted: tuple[bool, bool],
+        *,
+        ignore_index: int,
+        logit_scale: float,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss, a scalar, and what `cosine_match_loss_backward` needs."""
+
+    def loss_kept(
+        self,
+        features: Tensor,
+        prototypes: Tensor,
+        grid: GridSpec,
+        size: tuple[int, int],
+        reduce: str,
+        wanted: tuple[bool, bool],
+    ) -> list[Tensor]:
+        """What is kept, as empty tensors; sizes may be symbols of a trace."""
+
+    def cosine_match_loss_backward(
+        self,
+        grad: Tensor,
+        kept: list[Tensor],
+        features: Tensor,
+        prototypes: Tensor,
+        grid: GridSpec,
+        size: tuple[int, int],
+        reduce: str,
+        wanted: tuple[bool, bool],
+        *,
+        logit_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `features` and `prototypes`, an empty tensor in place of one that is not
+        wanted. `grad` is a scalar on the device. A tensor of `kept` may be a result itself."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +292,15 @@ def choose(
     if obstacle:
         raise RuntimeError(f'backend="{name}" {obstacle}; backend="auto" takes one that can run')
     return name
+
+
+def has_loss(name: str, device: torch.device, grid: GridSpec, reduce: str) -> bool:
+    """Whether a backend has `LossKernels` for such a call."""
+    if name in PLAIN:
+        return False
+    module = load(name, device)[0]
+    declines = getattr(module, "declines_loss", None)
+    return hasattr(module, "cosine_match_loss") and not (declines and declines(grid, reduce))
 
 
 @lru_cache(maxsize=256)

@@ -170,3 +170,80 @@ def cosine_match_backward(
         _threads(),
     )
     return grad_features, grad_prototypes
+
+
+def cosine_match_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    grid: GridSpec,
+    reduce: str,
+    wanted: tuple[bool, bool],
+    *,
+    ignore_index: int,
+    logit_scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """See `Kernels`. What is kept are the gradients themselves, in the accumulation dtype: all that
+    they still lack is the incoming one, a number."""
+    h, w = features.shape[3:]
+    H, W = labels.shape[2:]
+    kept = loss_kept(features, prototypes, grid, (H, W), reduce, wanted)
+    first, second = _pair(kept, wanted)
+    loss = _call(
+        "cpu_cosine_match_loss",
+        _geometry(grid, H, h, W, w)[0],
+        to_dlpack(features),
+        to_dlpack(prototypes),
+        to_dlpack(labels),
+        None if weight is None else to_dlpack(weight),
+        reduce == "mean",
+        None if first is None else to_dlpack(first),
+        None if second is None else to_dlpack(second),
+        ignore_index,
+        logit_scale,
+        _threads(),
+    )
+    return torch.tensor(loss, dtype=prototypes.dtype, device="cpu"), kept
+
+
+def loss_kept(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+) -> list[Tensor]:
+    """See `Kernels`."""
+    both = torch.empty_like(features, dtype=prototypes.dtype), torch.empty_like(prototypes)
+    return [gradient for gradient, want in zip(both, wanted, strict=True) if want]
+
+
+def cosine_match_loss_backward(
+    grad: Tensor,
+    kept: list[Tensor],
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+    *,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `Kernels`."""
+    factor = float(grad)
+    first, second = (
+        _empty((0,), of.dtype)
+        if gradient is None
+        else (gradient if factor == 1 else gradient * factor).to(of.dtype)
+        for gradient, of in zip(_pair(kept, wanted), (features, prototypes), strict=True)
+    )
+    return first, second
+
+
+def _pair(kept: list[Tensor], wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    """The gradients of features and prototypes, None for one that is not wanted."""
+    gradients = iter(kept)
+    return tuple(next(gradients) if want else None for want in wanted)

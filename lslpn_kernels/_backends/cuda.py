@@ -23,7 +23,7 @@ from . import current_device, native, winner_dtype
 GRAM_MAPS = 4
 
 # True sends every call to the plain kernels, one thread an element, that otherwise take what the
-# tiled ones do not: float64, averages, and grids where very many windows meet. For tests.
+# tiled ones do not: float64, and grids where very many windows meet. For tests.
 _PLAIN = False
 
 DEVICE_TYPES = ("cuda",)
@@ -55,9 +55,9 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def declines(grid: GridSpec, reduce: str) -> bool:
-    """See `Kernels`. The tiled kernels do not take averages, nor grids of more than four windows
-    over a pixel along an axis, and the plain kernels are slow."""
-    return reduce == "mean" or grid.spacing < 1 / 3
+    """See `Kernels`. The tiled kernels do not take grids of more than four windows over a pixel
+    along an axis, and the plain kernels are slow."""
+    return grid.spacing < 1 / 3
 
 
 def _call(name: str, device: torch.device, *args: Any) -> None:

@@ -6,12 +6,12 @@
                       in the machine
     triton_driver.py  a driver for Triton that does
     hooks.py          where the backends of lslpn_kernels take these; the only file that knows them
+    fixtures.py       `kernels`, for tests of the CUDA kernels
     budgets.json      warp instructions of each kernel, written by
                       `python -m benchmarks.instructions --budgets`
 
-What it finds that the emulation of the sources (tests/emulation) cannot: layouts of matrix
-fragments, inline PTX, what a compiler does, the layout of parameters, alignment, shared memory that
-is read before it is written, tensor cores that cut off sums, and everything about Triton. An
-instruction that is missing here is an error that names it: add it to a table of machine.cpp, from
-the PTX ISA.
+It finds wrong layouts of matrix fragments and of parameters, accesses out of bounds or misaligned,
+races for shared memory and between blocks, shared memory that is read before it is written, and
+what tensor cores cut off when they add. An instruction that is missing here is an error that names
+it: add it to a table of machine.cpp, from the PTX ISA.
 """

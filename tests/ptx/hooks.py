@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from lslpn_kernels import ops
-from lslpn_kernels._autograd import _kernels
 from lslpn_kernels._backends import _obstacle, load
 from lslpn_kernels._backends import cuda as cuda_backend
 from lslpn_kernels._backends import triton_ as triton_backend
+from lslpn_kernels._operators import kernels_of
 
 from . import machine
 from .cuda import Module
@@ -25,9 +25,9 @@ KERNELS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend}
 _KDLCUDA = 2
 
 
-def _forget() -> None:
+def forget() -> None:
     """What was found out about backends, once for all."""
-    for cached in (load, _obstacle, _kernels, ops._choose_once):
+    for cached in (load, _obstacle, kernels_of, ops._choose_once):
         cached.cache_clear()
 
 
@@ -88,11 +88,11 @@ def cuda(module: Module) -> Iterator[None]:
         patch.object(cuda_backend, "_stream", lambda device: 0),
         patch.object(cuda_backend, "to_dlpack", _capsule),
     ):
-        _forget()
+        forget()
         try:
             yield
         finally:
-            _forget()
+            forget()
 
 
 @contextmanager
@@ -106,8 +106,8 @@ def triton(arch: int) -> Iterator[None]:
         patch.dict(triton_backend._plans, clear=True),
         triton_driver.active(arch, name_tensor),
     ):
-        _forget()
+        forget()
         try:
             yield
         finally:
-            _forget()
+            forget()

@@ -320,6 +320,7 @@ class Runner {
       pool_backward();
       match();
       match_backward();
+      loss();
       if (one_in(4)) at_once();
     }
     where = name;
@@ -644,6 +645,82 @@ class Runner {
       require(features.gaps_untouched(), "matching writes between the gradient's elements");
       first = std::move(features);
       first_prototypes = std::move(prototypes);
+    }
+  }
+
+  // The cross-entropy of labels that are drawn, some of them ignored, and one out of range.
+  void loss() const {
+    const std::int64_t images = case_.B * case_.N, pixels = p_.pixels();
+    const bool bytes = one_in(2), weighted = one_in(2);
+    const int ignored = one_in(2) ? 255 : 0;
+    Numbers label(images * pixels), weight(case_.C);
+    for (double& y : label) y = one_in(5) ? ignored : draw(0, classes() - 1);
+    for (double& w : weight) w = weighted ? draw(1, 8) / 4. : 1;
+    const Buffer<unsigned char> as_bytes(label);
+    const Buffer<std::int64_t> as_longs(label);
+    const Buffer<A> weights(weight);
+
+    constexpr double kScale = 3;
+    double total = 0, wanted = 0;
+    for (const double y : label) total += y == ignored ? 0 : weight[static_cast<int>(y)];
+    Numbers grad(images * case_.C * pixels);
+    for (std::int64_t at = 0; at < images * pixels; ++at) {
+      const int y = static_cast<int>(label[at]);
+      if (y == ignored) continue;
+      const std::int64_t first = at / pixels * case_.C * pixels + at % pixels;
+      double sum = 0;
+      for (int c = 0; c < classes(); ++c) {
+        sum += std::exp(kScale * matched_.scores[first + c * pixels]);
+      }
+      for (int c = 0; c < classes(); ++c) {
+        const double p = std::exp(kScale * matched_.scores[first + c * pixels]) / sum;
+        grad[first + c * pixels] = kScale * weight[y] / total * (p - (c == y));
+        if (c == y) wanted -= weight[y] / total * std::log(p);
+      }
+    }
+    if (total == 0) wanted = std::numeric_limits<double>::quiet_NaN();
+    const oracle::MatchGradients gradients = oracle::match_backward(p_, matched_, mean_, grad);
+
+    FeatureBuffer first;
+    Buffer<A> first_prototypes;
+    double first_loss = 0;
+    for (int threads = 1; threads <= kThreads; ++threads) {
+      FeatureBuffer features = lay_out(gradient_layout_, exact_ ? DType::float64 : DType::float32,
+                                       {case_.B, case_.N, case_.D, p_.y.cells, p_.x.cells});
+      Buffer<A> prototypes(static_cast<std::int64_t>(gradients.prototypes.size()));
+      lslpn::LossResult result{};
+      const void* labels = bytes ? static_cast<const void*>(as_bytes.data) : as_longs.data;
+      lslpn::MatchLoss<A> args{tables(),      features_.view,  prototypes_.data,
+                               classes(),     mean_,           labels,
+                               bytes,         ignored,         weighted ? weights.data : nullptr,
+                               features.view, prototypes.data, &result,
+                               threads,       A(kScale)};
+      // Each gradient alone, and the loss alone, are the same as together.
+      const bool no_features = threads == 3 || threads == 4, no_prototypes = threads == 4;
+      if (no_features) args.grad_features.data = nullptr;
+      if (no_prototypes) args.grad_prototypes = nullptr;
+      lslpn::cosine_match(args);
+      require(result.in_range, "a label is said to be out of range");
+      if (threads > 1) {
+        require(std::memcmp(&result.loss, &first_loss, sizeof first_loss) == 0,
+                "the loss changes with the number of threads, or with what is wanted");
+        require(no_features || same(features.bytes, first.bytes),
+                "gradients of features of the loss change with the number of threads");
+        require(no_prototypes || same(prototypes, first_prototypes),
+                "gradients of prototypes of the loss change with the number of threads");
+        continue;
+      }
+      if (!not_finite_) compare("loss", {result.loss}, {wanted}, tolerance(kScale));
+      if (!not_finite_ && exact_) {  // else another window may win by a rounding error
+        compare("gradient of features of the loss", features.numbers(), gradients.features,
+                tolerance(gradients.feature_scale));
+        compare("gradient of prototypes of the loss", prototypes.numbers(), gradients.prototypes,
+                tolerance(gradients.prototype_scale));
+      }
+      require(features.gaps_untouched(), "the loss writes between the gradient's elements");
+      first = std::move(features);
+      first_prototypes = std::move(prototypes);
+      first_loss = result.loss;
     }
   }
 

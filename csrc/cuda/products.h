@@ -1,0 +1,59 @@
+// Small dense products on the tensor cores, as exact as float32.
+//
+// float32 is cut into two TF32; the product of the low parts is below rounding. Half precision fits
+// into one. Tensor cores cut off what does not fit when they add, which over a long sum would
+// become an error of many units in the last place: they sum few products, which are added up in
+// float32.
+#pragma once
+
+#include "common.h"
+
+namespace lslpn::cuda {
+
+// The part of a matrix that a lane holds, see matrix_multiply.
+template <int kCount>
+struct Operand {
+  std::uint32_t high[kCount], low[kCount];
+
+  LSLPN_DEVICE void set(int i, float value) { split_tf32(value, high[i], low[i]); }
+};
+using OperandA = Operand<4>;
+using OperandB = Operand<2>;
+
+// d = a b over kSteps of k, the small products first. kHalves: the numbers of `a`, or those of
+// both, are of half precision.
+template <int kHalves, int kSteps>
+LSLPN_DEVICE void multiply(float (&d)[4], const OperandA (&a)[kSteps],
+                           const OperandB (&b)[kSteps]) {
+  LSLPN_UNROLL
+  for (int k = 0; k < kSteps; ++k) {
+    if constexpr (kHalves < 1) matrix_multiply(d, a[k].low, b[k].high, k == 0);
+    if constexpr (kHalves < 2) matrix_multiply(d, a[k].high, b[k].low, kHalves == 1 && k == 0);
+  }
+  LSLPN_UNROLL
+  for (int k = 0; k < kSteps; ++k) {
+    matrix_multiply(d, a[k].high, b[k].high, kHalves == 2 && k == 0);
+  }
+}
+
+// How many of the operands are of half precision where one is of features.
+template <class T>
+constexpr int kHalf = sizeof(T) == 2 ? 1 : 0;
+
+// Of features of type T.
+template <class T, int kCount>
+LSLPN_DEVICE void set_feature(Operand<kCount>& operand, int i, T value) {
+  if constexpr (kHalf<T> == 1) {
+    operand.high[i] = bits_of(to_float(value));
+  } else {
+    operand.set(i, value);
+  }
+}
+
+// An element at so many bytes: what is far apart is addressed so, with offsets worked out once.
+template <class T>
+LSLPN_DEVICE T read(const T* from, std::int64_t bytes) {
+  return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + bytes);
+}
+
+}  // namespace lslpn::cuda

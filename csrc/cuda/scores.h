@@ -1,0 +1,435 @@
+// Matching forward: scores and winners of the pixels of a tile, from the inner products of its
+// feature locations with the prototypes of its windows and among themselves.
+#pragma once
+
+#include "pixels.h"
+#include "products.h"
+
+namespace lslpn::cuda {
+namespace {
+
+constexpr int kLocationBlocks = kMap / 8;  // blocks of 8 locations of a tile
+
+struct MatchTiles {
+  Grid grid;
+  const float* prototypes;  // [B, C, Gy, Gx, D]
+  int C, D;
+  std::int64_t N, first_image, images;
+  int overlap_x;
+  bool mean;
+  float logit_scale;  // multiplies the cosines
+  float* scores;
+  std::uint8_t* winners;
+  float* gram;  // [images, kGramMaps, h, w]
+  // Backward.
+  const float* grad;
+  int slots;
+  float* maps;             // [images, tiles, slots, kMap]
+  float* inverse_lengths;  // [B, C, Gy, Gx]
+  std::int64_t first_prototype, prototype_count;
+  std::int64_t tile_blocks;  // the others see to the prototypes
+
+  // How the w-th window of a tile is written as a winner.
+  LSLPN_DEVICE int place(int w, int windows_x) const {
+    return w / windows_x * overlap_x + w % windows_x;
+  }
+};
+
+// A lane's column of pixels, and what it is interpolated from.
+struct Column {
+  int left, right;  // columns of locations
+  float p, q;       // their weights
+
+  LSLPN_DEVICE explicit Column(const Taps<float>& t)
+      : left(t.lower), right(t.upper > 0 ? t.lower + 1 : t.lower), p(1 - t.upper), q(t.upper) {}
+};
+
+// |Up F|^2 down a column of pixels.
+struct Norm {
+  float row = 0, next = 0, between = 0;  // see core/arithmetic.h
+
+  // 1 / |u|, 0 where it has no direction.
+  LSLPN_DEVICE float inverse_length(float upper) const {
+    const float square = squared_length(row, next, between, upper);
+    return square < eps_squared<float>() ? 0.0f : inverse_sqrt(square);
+  }
+};
+
+// kWindows of a tile at most; classes and columns of products of one pass over the channels.
+template <int kWindows>
+constexpr int kPassClasses = kWindows == 4 ? 2 : 1;
+template <int kWindows>
+constexpr int kProducts = kPassClasses<kWindows> * kWindows / 8;
+
+enum GramKind { kOwn, kRight, kBelow, kDiagonal, kOther, kGramKinds };
+
+template <int kWindows>
+struct alignas(16) ScoreMemory {
+  float dots[kMap][8 * kProducts<kWindows> + 4];
+  float gram[kGramKinds][kMap];
+  RowTaps rows;
+};
+
+template <class T>
+struct ScoreKernel {
+  MatchTiles match;
+  Images<const T> features;
+  bool fours;  // four channels of a location can be read at once
+};
+
+// Four neighbouring channels.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T value[4];
+};
+
+// Inner products of a tile over all channels, 16 at a time: of its locations with the prototypes
+// of a pass and among themselves. A lane has channels 4q .. 4q + 3 of location g of each block of
+// 8, and of prototype g of each product.
+template <class T, int kWindows>
+struct Dots {
+  float dots[3][kProducts<kWindows>][4] = {};  // blocks 2t and 2t + 1 of locations
+  float gram[kLocationBlocks][4] = {};         // blocks k and k + 1 with k
+
+  template <bool kTail>
+  LSLPN_DEVICE void add(const T* features, const std::int64_t (&offset)[kLocationBlocks],
+                        int stride, bool fours,
+                        const float* const (&prototypes)[kProducts<kWindows>],
+                        const float (&scale)[kProducts<kWindows>], bool four_prototypes, int left,
+                        bool first) {
+    Four<T> raw[kLocationBlocks];
+    if (fours && !kTail) {
+      LSLPN_UNROLL
+      for (int k = 0; k < kLocationBlocks; ++k) {
+        raw[k] = read(reinterpret_cast<const Four<T>*>(features), offset[k]);
+      }
+    } else {
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        LSLPN_UNROLL
+        for (int k = 0; k < kLocationBlocks; ++k) {
+          raw[k].value[e] = kTail && e >= left ? T{} : read(features, offset[k]);
+        }
+        features += stride;
+      }
+    }
+    Four<float> p[kProducts<kWindows>];
+    LSLPN_UNROLL
+    for (int j = 0; j < kProducts<kWindows>; ++j) {
+      if (four_prototypes && !kTail) {
+        p[j] = *reinterpret_cast<const Four<float>*>(prototypes[j]);
+      } else {
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) p[j].value[e] = kTail && e >= left ? 0 : prototypes[j][e];
+      }
+    }
+    Operand<4> f[kLocationBlocks];
+    LSLPN_UNROLL
+    for (int k = 0; k < kLocationBlocks; ++k) {
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) set_feature(f[k], e, raw[k].value[e]);
+    }
+    LSLPN_UNROLL
+    for (int j = 0; j < kProducts<kWindows>; ++j) {
+      Operand<4> q;
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) q.set(e, p[j].value[e] * scale[j]);
+      LSLPN_UNROLL
+      for (int t = 0; t < 3; ++t) {
+        const Operand<4>& bottom = f[minimum(2 * t + 1, kLocationBlocks - 1)];
+        float sum[4];
+        multiply<kHalf<T>, 2>(sum, {rows(f[2 * t], bottom, 0), rows(f[2 * t], bottom, 1)},
+                              {columns(q, 0), columns(q, 1)});
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) dots[t][j][e] += sum[e];
+      }
+    }
+    if (!first) return;
+    LSLPN_UNROLL
+    for (int k = 0; k < kLocationBlocks; ++k) {
+      const Operand<4>& bottom = f[minimum(k + 1, kLocationBlocks - 1)];
+      float sum[4];
+      multiply<2 * kHalf<T>, 2>(sum, {rows(f[k], bottom, 0), rows(f[k], bottom, 1)},
+                                {columns(f[k], 0), columns(f[k], 1)});
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) gram[k][e] += sum[e];
+    }
+  }
+
+  // Channels 2h and 2h + 1 of a lane's four.
+  LSLPN_DEVICE static OperandA rows(const Operand<4>& top, const Operand<4>& bottom, int h) {
+    return {{top.high[2 * h], bottom.high[2 * h], top.high[2 * h + 1], bottom.high[2 * h + 1]},
+            {top.low[2 * h], bottom.low[2 * h], top.low[2 * h + 1], bottom.low[2 * h + 1]}};
+  }
+  LSLPN_DEVICE static OperandB columns(const Operand<4>& of, int h) {
+    return {{of.high[2 * h], of.high[2 * h + 1]}, {of.low[2 * h], of.low[2 * h + 1]}};
+  }
+
+  LSLPN_DEVICE void put(ScoreMemory<kWindows>& memory, int lane, bool first) const {
+    const int g = lane / 4, q = lane % 4;
+    LSLPN_UNROLL
+    for (int t = 0; t < 3; ++t) {
+      LSLPN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (2 * t + half >= kLocationBlocks) break;
+        LSLPN_UNROLL
+        for (int j = 0; j < kProducts<kWindows>; ++j) {
+          *reinterpret_cast<float2*>(&memory.dots[8 * (2 * t + half) + g][8 * j + 2 * q]) =
+              make_float2(dots[t][j][2 * half], dots[t][j][2 * half + 1]);
+        }
+      }
+    }
+    if (!first) return;
+    // A lane has <F(l), F(l + distance)> for l = 8 k + 2 q + e.
+    LSLPN_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int distance = g - 2 * q - e % 2 + (e < 2 ? 0 : 8);
+      const int kind = distance == 0               ? kOwn
+                       : distance == 1             ? kRight
+                       : distance == kTileSide     ? kBelow
+                       : distance == kTileSide + 1 ? kDiagonal
+                       : distance == kTileSide - 1 ? kOther
+                                                   : -1;
+      const int shift = 2 * q + e % 2 - (kind == kOther ? 1 : 0);
+      if (kind < 0) continue;
+      LSLPN_UNROLL
+      for (int k = 0; k < kLocationBlocks; ++k) {
+        if ((k > 0 || shift >= 0) && (e < 2 || k + 1 < kLocationBlocks)) {
+          memory.gram[kind][8 * k + shift] = gram[k][e];
+        }
+      }
+    }
+  }
+};
+
+// Writes the Gram maps down for the backward pass. Each feature location belongs to the first tile
+// that has it and all its neighbours.
+template <class Memory>
+LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const Memory& memory,
+                            std::int64_t image, int lane) {
+  const PixelStretch &y = tile.y, &x = tile.x;
+  const int after_y = y.pixel + y.pixels, after_x = x.pixel + x.pixels;
+  const int begin_y = y.pixel == 0 ? 0 : y.cell, begin_x = x.pixel == 0 ? 0 : x.cell;
+  const int end_y =
+      after_y == p.grid.y.pixels ? p.grid.y.cells : short_taps(p.grid.y, after_y).lower;
+  const int end_x =
+      after_x == p.grid.x.pixels ? p.grid.x.cells : short_taps(p.grid.x, after_x).lower;
+  const std::int64_t size = static_cast<std::int64_t>(p.grid.y.cells) * p.grid.x.cells;
+  float* maps = p.gram + image * kGramMaps * size;
+  const int width = end_x - begin_x;
+  for (int e = lane; e < (end_y - begin_y) * width; e += kWarp) {
+    const int i = begin_y + e / width, j = begin_x + e % width;
+    const int r = i - y.cell, c = j - x.cell, l = kTileSide * r + c;
+    const bool inside = r >= 0 && r < y.cells && c >= 0 && c < x.cells;
+    float* target = maps + static_cast<std::int64_t>(i) * p.grid.x.cells + j;
+    target[0] = inside ? memory.gram[kOwn][l] : 0;
+    target[size] = inside ? memory.gram[kRight][l] : 0;
+    target[2 * size] = inside ? memory.gram[kBelow][l] : 0;
+    target[3 * size] = inside ? memory.gram[kDiagonal][l] + memory.gram[kOther][l] : 0;
+  }
+}
+
+// Scores and winners of the classes of a pass for the pixels of a tile.
+template <int kWindows>
+struct Scorer {
+  static constexpr int kClasses = kPassClasses<kWindows>;
+  using Row = float[kClasses][kWindows];  // dots in a lane's column, at a row of locations
+
+  const MatchTiles& p;
+  const PixelTile& tile;
+  const ScoreMemory<kWindows>& memory;
+  const Column column;
+  float* scores[kClasses];  // of the first pixel; null where nothing is to be written
+  std::uint8_t* winners[kClasses];
+
+  LSLPN_DEVICE float gram(int kind, int row, int column) const {
+    return memory.gram[kind][kTileSide * row + column];
+  }
+  LSLPN_DEVICE float norm_row(int r) const {
+    const float p = column.p, q = column.q;
+    return p * p * gram(kOwn, r, column.left) + q * q * gram(kOwn, r, column.right) +
+           2 * p * q * gram(kRight, r, column.left);
+  }
+  LSLPN_DEVICE float norm_between(int r) const {
+    const float p = column.p, q = column.q;
+    return p * p * gram(kBelow, r, column.left) + q * q * gram(kBelow, r, column.right) +
+           p * q * (gram(kDiagonal, r, column.left) + gram(kOther, r, column.left));
+  }
+  LSLPN_DEVICE void enter(Row& row, int r) const {
+    const float* left = memory.dots[kTileSide * r + column.left];
+    const float* right = memory.dots[kTileSide * r + column.right];
+    LSLPN_UNROLL
+    for (int k = 0; k < kClasses * kWindows; k += 4) {
+      const float4 a = *reinterpret_cast<const float4*>(left + k);
+      const float4 b = *reinterpret_cast<const float4*>(right + k);
+      const float value[4] = {column.p * a.x + column.q * b.x, column.p * a.y + column.q * b.y,
+                              column.p * a.z + column.q * b.z, column.p * a.w + column.q * b.w};
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) row[(k + e) / kWindows][(k + e) % kWindows] = value[e];
+    }
+  }
+
+  LSLPN_DEVICE void walk() const {
+    const int windows = tile.y.windows * tile.x.windows, stride = p.grid.x.pixels;
+    const int reciprocal = (256 + tile.x.windows - 1) / tile.x.windows;  // w / windows_x, w < 16
+    const int further = p.overlap_x - tile.x.windows;
+    Norm norm;
+    Row here, next, slope;
+    int row = -2, at = 0;
+    bool known = false;  // whether `next` is the row after `row`
+    int y = 0;
+    LSLPN_NO_UNROLL
+    while (y < tile.y.pixels) {
+      // Pixels between the same two rows of locations; or one that lies on a row: the next may
+      // hold a NaN that is none of its business.
+      RowTap t = memory.rows[y];
+      const bool between = t.upper > 0;
+      if (known && t.lower == row + 1) {
+        norm.row = norm.next;
+        LSLPN_UNROLL
+        for (int c = 0; c < kClasses; ++c) {
+          LSLPN_UNROLL
+          for (int w = 0; w < kWindows; ++w) here[c][w] = next[c][w];
+        }
+      } else {
+        norm.row = norm_row(t.lower);
+        enter(here, t.lower);
+      }
+      row = t.lower;
+      known = between;
+      if (between) {
+        norm.next = norm_row(row + 1);
+        norm.between = norm_between(row);
+        enter(next, row + 1);
+      }
+      LSLPN_UNROLL
+      for (int c = 0; c < kClasses; ++c) {
+        LSLPN_UNROLL
+        for (int w = 0; w < kWindows; ++w) slope[c][w] = between ? next[c][w] - here[c][w] : 0;
+      }
+      do {
+        const float scale = norm.inverse_length(t.upper) * p.logit_scale;
+        LSLPN_UNROLL
+        for (int c = 0; c < kClasses; ++c) {
+          float best = here[c][0] + t.upper * slope[c][0];
+          int winner = 0;
+          if (p.mean) {
+            LSLPN_UNROLL
+            for (int w = 1; w < kWindows; ++w) {
+              if (w < windows) best += here[c][w] + t.upper * slope[c][w];
+            }
+            best /= static_cast<float>(windows);
+          } else {
+            // Of equal windows the first stays. NaN stays NaN.
+            LSLPN_UNROLL
+            for (int w = 1; w < kWindows; ++w) {
+              const float value = here[c][w] + t.upper * slope[c][w];
+              winner = value > best ? w : winner;
+              best = max_or_nan(best, value);
+            }
+          }
+          if (scores[c]) scores[c][at] = best * scale;
+          if (winners[c]) {
+            winner += (winner * reciprocal >> 8) * further;
+            winners[c][at] = static_cast<std::uint8_t>(winner);
+          }
+        }
+        at += stride;
+        if (++y == tile.y.pixels) break;
+        t = memory.rows[y];
+      } while (between && t.lower == row);
+    }
+  }
+};
+
+// A warp a tile.
+template <class T, int kWindows>
+LSLPN_KERNEL(kPixelThreads, kWindows == 4 ? 3 : 2)
+scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
+  const MatchTiles& p = kernel.match;
+  const Images<const T>& features = kernel.features;
+  constexpr int kClasses = kPassClasses<kWindows>;
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+  const int g = lane / 4, q = lane % 4;
+  const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
+  if (index >= p.images * p.grid.tiles()) return;
+  const std::int64_t image = index / p.grid.tiles(), b = image / p.N;
+  ScoreMemory<kWindows>& memory = reinterpret_cast<ScoreMemory<kWindows>*>(shared_memory())[warp];
+  const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
+  const int windows = tile.y.windows * tile.x.windows;
+  const int steps = p.D / 16, left = p.D - 16 * steps - 4 * q;
+  const bool four_prototypes =
+      p.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.prototypes) % 16 == 0;
+  std::int64_t offset[kLocationBlocks];  // bytes
+  LSLPN_UNROLL
+  for (int k = 0; k < kLocationBlocks; ++k) {
+    // Beyond the tile's last locations they repeat: what comes of them is not looked at.
+    const int l = 8 * k + g;
+    const int r = minimum(l / kTileSide, tile.y.cells - 1);
+    const int c = minimum(l % kTileSide, tile.x.cells - 1);
+    offset[k] = std::int64_t{r * features.h + c * features.w} * int{sizeof(T)};
+  }
+  const T* corner = features.image(b, image - b * p.N) +
+                    (tile.y.cell * features.h + tile.x.cell * features.w + 4 * q * features.d);
+  LSLPN_NO_UNROLL
+  for (int c0 = 0; c0 < p.C; c0 += kClasses) {
+    const bool first = c0 == 0;
+    const float* prototypes[kProducts<kWindows>];
+    float scale[kProducts<kWindows>];
+    LSLPN_UNROLL
+    for (int j = 0; j < kProducts<kWindows>; ++j) {
+      // Columns that fill up repeat the first window, which wins over them, or the last class.
+      const int column = 8 * j + g;
+      const int c = minimum(c0 + column / kWindows, p.C - 1);
+      const int w = column % kWindows < windows ? column % kWindows : 0;
+      const int window = (tile.y.window + w / tile.x.windows) * p.grid.x.windows + tile.x.window +
+                         w % tile.x.windows;
+      prototypes[j] = p.prototypes + ((b * p.C + c) * p.grid.windows() + window) * p.D + 4 * q;
+      float square = 0;
+      const float* from = prototypes[j];
+      for (int s = 0; s < steps; ++s, from += 16) {
+        if (four_prototypes) {
+          const float4 v = *reinterpret_cast<const float4*>(from);
+          square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        } else {
+          for (int e = 0; e < 4; ++e) square += from[e] * from[e];
+        }
+      }
+      for (int e = 0; e < minimum(left, 4); ++e) square += from[e] * from[e];
+      square += shuffle_xor(square, 1);
+      square += shuffle_xor(square, 2);
+      scale[j] = square < eps_squared<float>() ? 0.0f : inverse_sqrt(square);
+    }
+    Dots<T, kWindows> dots;
+    const T* from = corner;
+    LSLPN_NO_UNROLL
+    for (int s = 0; s < steps; ++s) {
+      dots.template add<false>(from, offset, features.d, kernel.fours, prototypes, scale,
+                               four_prototypes, 4, first);
+      from += 16 * features.d;
+      LSLPN_UNROLL
+      for (int j = 0; j < kProducts<kWindows>; ++j) prototypes[j] += 16;
+    }
+    if (16 * steps < p.D) {
+      dots.template add<true>(from, offset, features.d, false, prototypes, scale, false, left,
+                              first);
+    }
+    dots.put(memory, lane, first);
+    warp_barrier();
+    if (p.gram && first) keep_gram(p, tile, memory, image, lane);
+    Scorer<kWindows> scorer{p, tile, memory, Column(tile.taps), {}, {}};
+    LSLPN_UNROLL
+    for (int c = 0; c < kClasses; ++c) {
+      const std::int64_t plane = image * p.C + minimum(c0 + c, p.C - 1);
+      const std::int64_t at = plane * p.grid.y.pixels * p.grid.x.pixels + tile.pixel(p.grid, lane);
+      const bool there = lane < tile.x.pixels && c0 + c < p.C;
+      scorer.scores[c] = there ? p.scores + at : nullptr;
+      scorer.winners[c] = there && p.winners ? p.winners + at : nullptr;
+    }
+    scorer.walk();
+    warp_barrier();
+  }
+}
+
+}  // namespace
+}  // namespace lslpn::cuda

@@ -1,0 +1,175 @@
+"""Scans and labels as one HTML page that any browser opens, without a network.
+
+Takes plain data: volumes, arrays, names. Knows nothing of networks.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..atomic import write_text
+from ..errors import InputError
+from ..volumes import Volume, check_same_grid, read_image, read_labels
+from .page import viewer
+from .payload import Support, check_labels, contents, file_stem
+
+if TYPE_CHECKING:
+    from ..why import Why
+
+__all__ = ["Support", "View", "file_stem", "view"]
+
+Labels = np.ndarray | Volume | str | os.PathLike[str]
+
+_HEIGHT = 720  # of the page in a notebook, in pixels
+
+
+@dataclass(frozen=True)
+class View:
+    """A scan with its labels, ready to be shown; made by `view`.
+
+    A notebook shows it as it is: through ipyniivue where that is installed, else as the page.
+
+    Attributes:
+        title: the page's title.
+        facts: what the page says.
+        blocks: what it shows, base64 by name.
+    """
+
+    title: str
+    facts: dict[str, Any] = field(repr=False)
+    blocks: dict[str, str] = field(repr=False)
+
+    def html(self) -> str:
+        """The page: one document that holds everything and asks for nothing."""
+        return viewer(self.title, self.facts, self.blocks)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        write_text(path, self.html())
+        return Path(path)
+
+    def widget(self) -> Any:
+        """An `ipyniivue.NiiVue` with the scan and the first labels, to go on with in Python.
+
+        Raises:
+            InputError: ipyniivue is not installed.
+        """
+        if find_spec("ipyniivue") is None:
+            raise InputError(
+                'widget: needs ipyniivue, which is not installed; pip install "lslpn[notebook]"'
+            )
+        from ipyniivue import NiiVue, Volume
+
+        _, low, high = self.facts["image"]["windows"][0]
+        shown = [
+            Volume(
+                data=base64.b64decode(self.blocks[name]), name=f"{name}.nii.gz", colormap="gray",
+                opacity=opacity, cal_min=least, cal_max=most,
+            )
+            for name, opacity, least, most in (
+                ("image", 1.0, low, high),
+                ("layer-0", 0.5, None, None),
+            )
+            if name in self.blocks
+        ]  # fmt: skip
+        if len(shown) > 1:
+            colours = ["#000000", *(organ["colour"] for organ in self.facts["organs"])]
+            channels = {
+                channel: [int(hue[i : i + 2], 16) for hue in colours]
+                for channel, i in (("R", 1), ("G", 3), ("B", 5))
+            }
+            names = ["", *(organ["name"] for organ in self.facts["organs"])]
+            shown[1].set_colormap_label({**channels, "labels": names})
+        widget = NiiVue(is_radiological_convention=True)
+        widget.load_volumes(shown)
+        return widget
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        if find_spec("ipyniivue") is not None:
+            return self.widget()._repr_mimebundle_(**options)
+        page = html.escape(self.html())
+        frame = (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="{html.escape(self.title)}" '
+            f'style="width:100%;height:{_HEIGHT}px;border:0"></iframe>'
+        )
+        return {"text/html": frame, "text/plain": repr(self)}
+
+
+def view(
+    image: Volume | str | os.PathLike[str],
+    labels: Labels | Mapping[str, Labels] | None = None,
+    *,
+    truth: Labels | None = None,
+    names: Mapping[int, str] | None = None,
+    confidence: Mapping[int, float] | None = None,
+    supports: Sequence[Support] = (),
+    why: Why | None = None,
+    title: str | None = None,
+    notes: Sequence[str] = (),
+) -> View:
+    """Show a scan with its labels: in a notebook, or by `view(...).save("scan.html")`.
+
+    A scan of more than 12 million voxels is thinned, and the page says so; volumes and Dice are
+    those of the whole scan. Of files no more than their names go into the page.
+
+    Args:
+        image: the scan, or the path of its file.
+        labels: whole numbers, 0 the background: [Z, Y, X] in the frame of `image.data`, a volume,
+            or the path of a file; or such labels by name, of which the first are on the left.
+        truth: ground truth; it is shown beside the labels, with their Dice.
+        names: label value to the organ's name.
+        confidence: label value to how sure the segmentation is of the organ, 0 to 1.
+        supports: the labelled scans that it was segmented by; the slices that were matched follow
+            those of the query.
+        why: which windows decided, see `lslpn.why`; its supports are `supports`, in that order.
+        title: default: the name of the image's file.
+        notes: lines that the page shows on top.
+
+    Raises:
+        InputError: a file cannot be used; labels in another grid than their image's, negative, or
+            no whole numbers.
+    """
+    scan = image if isinstance(image, Volume) else read_image(image)
+    alone = "labels" if truth is None else "prediction"
+    named = dict(labels) if isinstance(labels, Mapping) else {alone: labels}
+    if truth is not None:
+        named["ground truth"] = truth
+    layers = {name: _array(name, one, scan) for name, one in named.items() if one is not None}
+    for support in supports:
+        check_labels(support.title, support.labels, support.image)
+    facts, blocks = contents(
+        scan,
+        layers,
+        truth=None if truth is None else "ground truth",
+        names=names or {},
+        confidence=confidence or {},
+        supports=supports,
+        why=why,
+        notes=notes,
+    )
+    return View(title or file_stem(scan), facts, blocks)
+
+
+def _array(name: str, labels: Labels, image: Volume) -> np.ndarray:
+    """Labels in the frame of the image, checked."""
+    if isinstance(labels, (str, os.PathLike)):
+        labels = read_labels(labels)
+    if isinstance(labels, Volume):
+        check_same_grid(image, labels)
+        labels = labels.data
+    labels = np.asarray(labels)
+    check_labels(name, labels, image)
+    return labels

@@ -1,0 +1,217 @@
+"""What an evaluation found, as a page: the table, a box plot, the worst cases first."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from ..atomic import write_text
+from ..figures import colour
+from ..results import Evaluation, Example, format_score, fraction
+from .page import document
+
+_WORST = 24  # pairs of organ and case that are shown with pictures
+_SIDE = 192  # pixels along the longer side of a picture
+
+
+def write_evaluation(
+    path: str | os.PathLike[str],
+    evaluations: Sequence[Evaluation],
+    views: Mapping[str, str] | None = None,
+) -> Path:
+    """Write evaluations as one HTML page that needs neither network nor script.
+
+    Args:
+        path: the file; replaced whole or not at all.
+        evaluations: one for each grid of windows; pictures are of those that hold `examples`.
+        views: case to the address of its own page, relative to this one; see `write_page`.
+
+    Returns:
+        the path written.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    first = evaluations[0]
+    body = [
+        f"<header><h1>{escape(first.dataset)}: 3-D Dice by organ</h1></header>",
+        "<main class=report>",
+    ]
+    for evaluation in evaluations:
+        body.append(_section(evaluation, views or {}, len(evaluations) > 1))
+    body.append("</main>")
+    write_text(path, document(f"{first.dataset}: evaluation", "\n".join(body)))
+    return Path(path)
+
+
+def _section(evaluation: Evaluation, views: Mapping[str, str], several: bool) -> str:
+    grid = "none"
+    if evaluation.scale is not None:
+        grid = f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
+    facts = {
+        "Model": evaluation.model,
+        "Support": evaluation.support,
+        "Protocol": f"{evaluation.protocol}, {evaluation.chunks} chunks",
+        "Windows": grid,
+        "Input": f"{evaluation.size} x {evaluation.size} pixels, align {evaluation.align}",
+        "Query cases": str(len(evaluation.queries)),
+    }
+    parts = [f"<h2>Windows: {grid}</h2>"] if several else []
+    parts.append(
+        "<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
+    )
+    parts += [_table(evaluation), _boxes(evaluation), _worst(evaluation, views)]
+    if evaluation.skipped:
+        parts.append("<h2>Not scored</h2><ul>")
+        parts += [
+            f"<li>{escape(s.organ)} in {escape(s.case)}: {escape(s.reason)}</li>"
+            for s in evaluation.skipped
+        ]
+        parts.append("</ul>")
+    return "<section>" + "\n".join(parts) + "</section>"
+
+
+def _table(evaluation: Evaluation) -> str:
+    heads = ("organ", "cases", "mean", "median", "least", "greatest")
+    rows = []
+    for organ in evaluation.organs:
+        scores = evaluation.scores(organ) or [float("nan")]
+        cells = [str(len(evaluation.scores(organ)))]
+        cells += [format_score(f(scores)) for f in (statistics.fmean, statistics.median, min, max)]
+        rows.append((organ, cells))
+    if len(evaluation.organs) > 1:
+        average = [format_score(evaluation.mean()), format_score(evaluation.median())]
+        rows.append(("all", ["", *average, "", ""]))
+    return (
+        "<table><caption>Dice over the query cases</caption><thead><tr>"
+        + "".join(f'<th scope="col">{head}</th>' for head in heads)
+        + "</tr></thead><tbody>"
+        + "".join(
+            f'<tr><th scope="row">{escape(organ)}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "</tr>"
+            for organ, cells in rows
+        )
+        + "</tbody></table>"
+    )
+
+
+def _boxes(evaluation: Evaluation) -> str:
+    """A box plot by hand: quartiles, median, and every case as a point."""
+    left, width, line = 150, 560, 34
+    organs = [organ for organ in evaluation.organs if evaluation.scores(organ)]
+    if not organs:
+        return "<p>Nothing was scored.</p>"
+    height = line * len(organs) + 30
+    parts = [
+        f'<svg class="boxes" role="img" aria-label="Box plot of Dice by organ; the table above has '
+        f'the numbers" viewBox="0 0 {left + width + 30} {height}">'
+    ]
+    for tick in range(6):
+        x = left + width * tick / 5
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="0" y2="{height - 24}"/>')
+        parts.append(f'<text class="tick" x="{x}" y="{height - 8}">{tick / 5:.1f}</text>')
+    for i, organ in enumerate(organs):
+        rows = [row for row in evaluation.rows if row.organ == organ]
+        y = line * i + line / 2
+        low, q1, median, q3, high = (
+            left + width * float(q)
+            for q in np.quantile([row.dice for row in rows], (0, 0.25, 0.5, 0.75, 1))
+        )
+        shown = organ if len(organ) <= 20 else organ[:19] + "…"
+        parts.append(f'<text class="organ" x="{left - 10}" y="{y + 4}">{escape(shown)}</text>')
+        parts.append(f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<rect class="box" x="{q1:.1f}" y="{y - 9}" width="{max(q3 - q1, 1):.1f}" '
+            'height="18"/>'
+        )
+        parts.append(
+            f'<line class="median" x1="{median:.1f}" x2="{median:.1f}" y1="{y - 9}" y2="{y + 9}"/>'
+        )
+        parts += [
+            f'<circle cx="{left + width * row.dice:.1f}" cy="{y}" r="3.2">'
+            f"<title>{escape(row.case)}: {row.dice:.3f}</title></circle>"
+            for row in rows
+        ]
+    return "".join(parts) + "</svg>"
+
+
+def _worst(evaluation: Evaluation, views: Mapping[str, str]) -> str:
+    rows = sorted(evaluation.rows, key=lambda row: row.dice)
+    if not rows:
+        return ""
+    examples = {(x.organ, x.case): x for x in evaluation.examples}
+    label = {organ: i for i, organ in enumerate(evaluation.organs, 1)}
+    parts = ["<h2>Cases, the worst first</h2>"]
+    if len(rows) > _WORST:
+        parts.append(
+            f"<p class=quiet>Of {len(rows)} pairs of organ and case the {_WORST} worst have "
+            "pictures; the others follow as a list.</p>"
+        )
+    parts.append("<ol>")
+    for i, row in enumerate(rows):
+        where = escape(row.case)
+        if row.case in views:
+            where = f'<a href="{escape(views[row.case])}">{where}</a>'
+        text = (
+            f"<p><b>{escape(row.organ)}</b> in {where}: Dice {row.dice:.3f} "
+            f"<span class=quiet>({row.predicted_voxels} voxels found, {row.truth_voxels} in the "
+            "ground truth)</span></p>"
+        )
+        example = examples.get((row.organ, row.case))
+        pictures = ""
+        if example is not None and i < _WORST:
+            hue = colour(label[row.organ])
+            pictures = "".join(
+                _figure(example, what, hue) for what in ("support", "truth", "found")
+            )
+            pictures = f'<div class="pictures">{pictures}</div>'
+        parts.append(f"<li>{text}{pictures}</li>")
+    return "\n".join([*parts, "</ol>"])
+
+
+def _figure(example: Example, what: str, hue: str) -> str:
+    image, mask, aspect, title = {
+        "support": (
+            example.support_image, example.support_mask, example.support_aspect,
+            f"support, slice {example.support_slice}",
+        ),
+        "truth": (
+            example.query_image, example.truth, example.query_aspect,
+            f"ground truth, slice {example.query_slice}",
+        ),
+        "found": (
+            example.query_image, example.prediction, example.query_aspect,
+            f"prediction, slice {example.query_slice}",
+        ),
+    }[what]  # fmt: skip
+    alt = f"{example.organ} in {example.case}, {title}"
+    return (
+        f'<figure><img alt="{escape(alt)}" src="{_picture(image, mask, aspect, hue)}">'
+        f"<figcaption>{title}</figcaption></figure>"
+    )
+
+
+def _picture(image: np.ndarray, mask: np.ndarray, aspect: float, hue: str) -> str:
+    """A slice with the outline of a mask, as a data URI."""
+    from PIL import Image
+    from scipy import ndimage
+
+    scale = min(_SIDE, _SIDE / aspect)
+    size = (max(1, round(scale)), max(1, round(scale * aspect)))
+    low, high = float(image.min()), float(image.max())
+    grey = ((image - low) * (255 / (high - low or 1))).astype(np.uint8)
+    pixels = np.array(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB"))
+    inside = np.array(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
+    edge = (inside > 0) & ~ndimage.binary_erosion(inside > 0, iterations=2)
+    pixels[edge] = [int(hue[i : i + 2], 16) for i in (1, 3, 5)]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=82, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,0 +1,351 @@
+"""Supports that are registered to the query: where they lie, and windows in three dimensions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import dice_of, synthetic_scan
+from torch import Tensor
+
+from lslpn.correspondence import begin, trunk_to_trunk
+from lslpn.errors import InputError
+from lslpn.frames import frames_of, restored
+from lslpn.methods import FewShotNetwork
+from lslpn.model import LSLPN, untrained
+from lslpn.presets import preset
+from lslpn.registration import Field, Registration, Scan, centres, fitted, lattice_shape
+from lslpn.segment import Segmentation, segment, segment_matched
+from lslpn.volumes import Volume
+from lslpn_kernels import reference
+
+_SIZE = (240.0, 240.0, 264.0)
+
+
+def _model(**changes: object) -> LSLPN:
+    options: dict[str, object] = {"size": 96, "min_pixels": 0, "align": "body", **changes}
+    return untrained(dataclasses.replace(preset("published").model, **options))
+
+
+@pytest.fixture(scope="module")
+def model() -> LSLPN:
+    return _model()
+
+
+@pytest.fixture
+def support(tmp_path: Path) -> tuple[Volume, Volume]:
+    return synthetic_scan(tmp_path, 0)
+
+
+@pytest.fixture
+def query(tmp_path: Path) -> tuple[Volume, Volume]:
+    return synthetic_scan(tmp_path, 1, shift=0.04, axes="LPI")
+
+
+# --- registration --------------------------------------------------------------------------------
+
+
+def _anatomy(positions: Tensor) -> Tensor:
+    """Smooth structure in all directions, one value for each position; 0 far from the middle."""
+    generator = torch.Generator().manual_seed(3)
+    waves = torch.randn(12, 3, generator=generator) * 0.05
+    phases = torch.rand(12, generator=generator) * 6.28
+    value = (positions @ waves.T + phases).sin().sum(-1) / 8 + 0.5
+    middle = positions.new_tensor(_SIZE) / 2
+    inside = ((positions - middle) / (middle - 12)).square().sum(-1) < 1
+    return torch.where(inside, value.clamp(0.1, 1), 0.0)
+
+
+def _scan(map_: Tensor | None = None, spacing: float = 3.0) -> Scan:
+    """The anatomy, or what a scan shows whose places lie at `map_` of it."""
+    places = centres(lattice_shape(_SIZE, spacing), _SIZE)
+    image = _anatomy(places if map_ is None else map_)[None]
+    field = Field(image, _SIZE)
+    coarse = torch.cat([image, image.roll(1, 1), image.square(), image.roll(2, 3)])
+    return Scan(field, Field(torch.nn.functional.avg_pool3d(coarse[None], (2, 4, 4))[0], _SIZE))
+
+
+def test_an_affine_displacement_is_found() -> None:
+    truth = torch.tensor([[1.06, 0, 0], [0, 0.95, 0.04], [0.03, 0, 1.0], [-12.0, 14.0, 9.0]])
+    places = centres(lattice_shape(_SIZE, 3.0), _SIZE)
+    query, support = _scan(places @ truth[:3] + truth[3]), _scan()
+    start = torch.cat([torch.eye(3), torch.zeros(1, 3)])
+    found = Registration(query, support).affine(start)
+    middle = places[10:-10:5, 10:-10:5, 10:-10:5].reshape(-1, 3)
+    wanted = middle @ truth[:3] + truth[3]
+
+    def off(matrix: Tensor) -> float:
+        return float((middle @ matrix[:3] + matrix[3] - wanted).norm(dim=1).mean())
+
+    assert off(start) > 15
+    assert off(found) < 5
+
+
+def test_a_deformation_is_found_and_does_not_fold() -> None:
+    places = centres(lattice_shape(_SIZE, 3.0), _SIZE)
+    middle = places.new_tensor(_SIZE) / 2
+    bump = torch.exp(-((places - middle) / 60).square().sum(-1, keepdim=True))
+    query, support = _scan(places + bump * places.new_tensor([14.0, -16.0, 12.0])), _scan()
+    start = torch.cat([torch.eye(3), torch.zeros(1, 3)])
+    registration = Registration(query, support)
+    found = registration.deformable(start)
+    wanted = places + bump * places.new_tensor([14.0, -16.0, 12.0])
+    near = bump[..., 0] > 0.5
+    off = (found.map.at(places).movedim(0, -1) - wanted).norm(dim=-1)[near].mean()
+    before = (places - wanted).norm(dim=-1)[near].mean()
+    assert before > 15
+    assert off < 0.4 * before
+    assert found.folding < 0.01
+    assert found.overlap > 0.95
+    plain = registration.aligned(registration.places)
+    assert found.likeness > plain.likeness
+
+
+def test_folds_and_missing_overlap_are_measured() -> None:
+    scan = _scan()
+    registration = Registration(scan, scan)
+    places = registration.places
+    turned = places * places.new_tensor([-1.0, 1.0, 1.0]) + places.new_tensor([_SIZE[0], 0, 0])
+    assert registration.aligned(turned).folding > 0.99
+    assert registration.aligned(places).folding == 0
+    away = places + places.new_tensor([_SIZE[0] * 0.75, 0, 0])
+    assert registration.aligned(away).overlap < 0.3
+    torch.testing.assert_close(
+        fitted(places, places * 2 + 5),
+        torch.cat([torch.eye(3) * 2, torch.full((1, 3), 5.0)]),
+        atol=1e-3,
+        rtol=0,
+    )
+
+
+# --- where it begins -----------------------------------------------------------------------------
+
+
+def _slices(count: int, seed: int = 0) -> Tensor:
+    """Descriptors that change smoothly from slice to slice."""
+    noise = torch.randn(count + 8, 6, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.stack([noise[z : z + 8].mean(0) for z in range(count)])
+
+
+def test_a_part_of_a_scan_is_found_in_the_whole() -> None:
+    scan = _slices(80)
+    found = begin(scan[30:70], scan, 40 * 5.0, 80 * 5.0)
+    assert abs(found.shift - 150) <= 5
+    assert found.stretch == 1
+    assert found.likeness > 0.9
+    assert not found.mirrored
+    back = begin(scan, scan[30:70], 80 * 5.0, 40 * 5.0)
+    assert abs(back.shift + 150) <= 5
+
+
+@pytest.mark.parametrize(("name", "axis"), [("x", 3), ("y", 2), ("z", 0)])
+def test_a_mirrored_scan_is_told(name: str, axis: int) -> None:
+    scan = _slices(60)
+    assert begin(scan, scan.flip(axis), 300.0, 300.0).mirrored == (name,)
+
+
+def test_single_slices_go_to_the_slice_that_is_most_alike() -> None:
+    scan = _slices(40)
+    one = scan[20:21]
+    same = begin(one, one, 5.0, 5.0)
+    assert same.shift == 0
+    assert same.likeness == pytest.approx(1)
+    assert begin(one, scan, 5.0, 200.0).shift == 100
+
+
+def test_trunk_goes_to_trunk() -> None:
+    start = begin(_slices(20), _slices(20), 100.0, 100.0)
+    query, support = torch.tensor([[0.0, 100, 0, 200]]), torch.tensor([[50.0, 250, 10, 410]])
+    places = torch.tensor([[[[50.0, 25.0, 150.0]]]])
+    found = trunk_to_trunk(places, start, query, 100.0, support, 100.0)
+    np.testing.assert_allclose(found[0, 0, 0, 1:], [100, 310])
+
+
+# --- windows in three dimensions -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reach", [0, 1, 3, 20])
+def test_a_window_weighs_all_pixels_of_all_its_slices_alike(
+    reach: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices of a run laid beside each other are one slice, whose masked average is the oracle."""
+    generator = torch.Generator().manual_seed(reach)
+    depth, height, width = 7, 40, 36
+    network = _model(channels=5, min_pixels=4)
+    query, support = torch.rand(2, depth, 5, 5, 6, generator=generator)
+    masks = torch.rand(depth, 2, height, width, generator=generator) < 0.2
+    masks[:, 1] &= ~masks[:, 0]
+    masks[2] = False
+    grid = network.head.grid
+    wide = reference.cosine_match  # the oracle of the match, in float64
+    classes = torch.cat([~masks.any(1, keepdim=True), masks], 1).double()
+    expected = []
+    for z in range(depth):
+        near = range(max(0, z - reach), min(depth, z + reach + 1))
+        sums, counts = [], []
+        for k in near:
+            one = reference.masked_average_pool(
+                support[None, None, k].double(), classes[None, None, k], grid
+            )
+            areas = reference.masked_average_pool(
+                torch.ones(1, 1, 1, 5, 6, dtype=torch.float64), classes[None, None, k], grid
+            )
+            count = torch.zeros_like(areas[0, ..., 0])
+            for gy, top in enumerate(grid.axis(height).starts):
+                for gx, left in enumerate(grid.axis(width).starts):
+                    k_y, k_x = grid.axis(height).window, grid.axis(width).window
+                    part = classes[k, :, top : top + k_y, left : left + k_x]
+                    count[:, gy, gx] = part.sum((1, 2))
+            sums.append(one[0] * count[..., None])
+            counts.append(count[..., None])
+        total = torch.stack(counts).sum(0)
+        prototypes = torch.where(
+            total > 4, torch.stack(sums).sum(0) / total.clamp_min(1), torch.zeros(())
+        )
+        expected.append(
+            wide(query[None, None, z].double(), prototypes[None], grid, (height, width))[0, 0] * 20
+        )
+    found = network.match_volume(query, support, masks, (height, width), reach)
+    torch.testing.assert_close(found.double(), torch.stack(expected), atol=2e-4, rtol=0)
+    monkeypatch.setattr("lslpn.methods.lslpn._MOST_NUMBERS", 1)  # a slice at a time
+    again = network.match_volume(query, support, masks, (height, width), reach)
+    torch.testing.assert_close(again, found, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["panet", "alpnet", "senet"])
+def test_methods_without_windows_take_the_slices_near(method: str) -> None:
+    network: FewShotNetwork = untrained(
+        dataclasses.replace(preset("published").model, size=64, method=method)
+    )
+    images = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(3, 2, 64, 64, dtype=torch.bool)
+    masks[:, 0, 10:30, 10:40], masks[:, 1, 40:60, 20:50] = True, True
+    with torch.no_grad():
+        features = network.encode(images)
+        logits = network.match_volume(features, features, masks, (64, 64), 1)
+    assert logits.shape == (3, 3, 64, 64)
+    assert logits.isfinite().all()
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+
+def test_a_frame_and_back(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    (frame,), _ = frames_of(model.config, [support], query[0])
+    assert float(frame.slices.min()) >= 0
+    assert float(frame.slices.max()) <= 1
+    # A small patient's millimetres grow: the trunk, 154 mm wide, counts for 300.
+    assert frame.size[2] == pytest.approx(300)
+    at = frame.labels_at(centres(frame.slices.shape, frame.size))
+    leads = torch.stack([torch.where(at == value, 1.0, -1.0) for value in (1, 2, 3)], 1)
+    back = restored(frame, leads, [1, 2, 3])
+    for label in (1, 2, 3):
+        assert dice_of(back, support[1].data, label) > 0.85
+    outside = frame.labels_at(torch.tensor([[-1.0, 5, 5], [5, 5, 1e6]]))
+    assert outside.tolist() == [0, 0]
+
+
+# --- segmenting ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("align", ["affine", "deformable"])
+def test_organs_are_found_in_another_scan(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], align: str
+) -> None:
+    result = segment_matched(model, [support], query[0], align=align)  # type: ignore[arg-type]
+    assert result.labels.dtype == np.uint8
+    assert result.alignments == (align,)
+    assert result.confidence is not None
+    for label in (1, 2, 3):
+        assert dice_of(result.labels, query[1].data, label) > 0.75
+        assert 0.4 < result.confidence[label] <= 1
+    assert result.matches.shape == (1, 14)
+
+
+def _found(*given: object, **options: object) -> Segmentation:
+    return segment_matched(*given, align="deformable", **options)  # type: ignore[arg-type]
+
+
+def test_labels_that_one_of_two_supports_lacks(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    image, labels = support
+    one, two = (
+        dataclasses.replace(labels, data=np.where(labels.data == v, v * 300, 0).astype(np.int16))
+        for v in (1, 2)
+    )
+    result = segment_matched(model, [(image, one), (image, two)], query[0], align="affine")
+    assert result.labels.dtype == np.int16
+    assert set(np.unique(result.labels)) == {0, 300, 600}
+    assert dice_of(result.labels, query[1].data.astype(int) * 300, 300) > 0.7
+    assert dice_of(result.labels, query[1].data.astype(int) * 300, 600) > 0.7
+
+
+def test_the_files_own_orientation_does_not_matter(
+    model: LSLPN, support: tuple[Volume, Volume], tmp_path: Path
+) -> None:
+    first, other = (
+        segment(model, [support], synthetic_scan(tmp_path, 1, axes=axes)[0], align="affine")
+        for axes in ("RAS", "SRP")
+    )
+    np.testing.assert_array_equal(first, other)
+
+
+def test_too_few_slices_are_laid_trunk_to_trunk_and_that_is_told(
+    model: LSLPN, support: tuple[Volume, Volume]
+) -> None:
+    image, labels = (
+        dataclasses.replace(
+            volume,
+            data=volume.data[7:8],
+            grid=dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], 1)),
+        )
+        for volume in support
+    )
+    with pytest.warns(UserWarning, match="too few slices to align them"):
+        result = _found(model, [(image, labels)], image)
+    assert result.alignments == ("body",)
+    assert dice_of(result.labels, labels.data, 1) > 0.7
+
+
+def test_where_no_body_stands_out_no_trunk_is_laid_on_another(
+    model: LSLPN, support: tuple[Volume, Volume]
+) -> None:
+    image, labels = support
+    noise = np.random.default_rng(0).normal(100, 10, image.data.shape).astype(np.float32)
+    close_up = dataclasses.replace(image, data=noise)
+    # The slices are too low for registration: 14 of 1 mm in a patient who is 192 mm wide.
+    close_up, labels = (
+        dataclasses.replace(volume, spacing=(1.0, 3.0, 3.0)) for volume in (close_up, labels)
+    )
+    with pytest.warns(UserWarning, match="too few slices to align them"):
+        result = _found(model, [(close_up, labels)], close_up)
+    assert result.alignments == ("none",)
+
+
+def test_scans_that_show_different_things_are_told(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    noise = np.random.default_rng(0).normal(0, 60, query[0].data.shape).astype(np.float32)
+    body = np.where(query[0].data > -300, noise, -1000).astype(np.float32)
+    with pytest.warns(UserWarning, match="hardly alike"):
+        _found(model, [support], dataclasses.replace(query[0], data=body))
+
+
+def test_options_are_checked(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    with pytest.raises(ValueError, match="align: expected none, body, affine or deformable"):
+        segment(model, [support], query[0], align="rigid")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="depth: expected 0 mm or more"):
+        segment(model, [support], query[0], align="affine", depth=-1)
+    broken = _model()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match="its weights are damaged"):
+        _found(broken, [support], query[0])
