@@ -33,7 +33,7 @@ DEVICE_TYPES = ("cpu", "cuda") if _INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
-GRAM_MAPS = 5
+GRAM_MAPS = 4
 
 # Bytes of workspace that one launch may take. A call that needs more is done in parts; where a
 # single image needs more (thousands of windows over a pixel), the `torch` backend takes over.
@@ -361,14 +361,9 @@ class _Match:
         Gy, Gx = geometry.y.windows, geometry.x.windows
         self.size = B * Q * geometry.dots(C)
         long = _needs_long(features, strides, C * Gy * Gx * D, C * H * W, geometry.dots(C), h * w)
-        BI, BJ = 4, 8
-        step = int(geometry.between)
-        row_blocks = max(1, -(-(h - step) // (BI - step)))
-        column_blocks = max(1, -(-(w - step) // (BJ - step)))
+        row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
         common = {"NY": rows.near, "NX": columns.near}
-        BK = _power(
-            D, 16, 16 if features.dtype == torch.float32 else 32
-        )  # of more, registers spill
+        BK = _power(D, 16, 16 if features.dtype == torch.float32 else 32)
         self.dots = _Launch(
             "dots_kernel",
             B * Q * row_blocks * column_blocks,
@@ -377,15 +372,16 @@ class _Match:
                 "STRIDES": strides[2:],
                 "EVEN": D % BK == 0,
                 **common,
-                "BI": BI,
-                "BJ": BJ,
-                "BN": _power(C * geometry.windows_near(BI, BJ), 16, 32),
+                "BI": _BI,
+                "BJ": _BJ,
+                "BN": 16,
                 "BK": BK,
+                "GRAM_BK": 8 if strides[2] > 1 else BK,
                 "BETWEEN": geometry.between,
                 "LONG": long,
                 "DOT": _dot(features.dtype),
             },
-            warps=4,
+            warps=1,
         )
         BX = _power(W, 16, 256)
         self.scores = _Launch(

@@ -217,7 +217,7 @@ class Geometry:
 
     def match_weights(self, C: int, reduce: str) -> int:
         """Numbers kept of an image for the backward direction of matching."""
-        return self.tiles * (C * self.places(reduce) + 5) * self.block
+        return self.tiles * (C * self.places(reduce) + 4) * self.block
 
     def dots(self, C: int) -> int:
         """Inner products kept of an image."""

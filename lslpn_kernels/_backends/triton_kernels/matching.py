@@ -4,13 +4,12 @@
 Nothing is ever interpolated to image resolution but classes. Between the first two lie
 
     dots  [image, C, NY, NX, h, w]: <F(i, j), q_{c,m}> for the windows m near a location, those over
-          a pixel that is interpolated from it. Window (my, mx) is at (my % NY, mx % NX).
-    gram  [image, 5, h, w]: |F|^2; products with the right and with the lower neighbour; of both
-          diagonals of the cell to the lower right, that from upper left first.
+          a pixel that is interpolated from it, from the first of these on.
+    gram  [image, 4, h, w]: |F|^2; products with the right and with the lower neighbour; the sum of
+          those of both diagonals of the cell to the lower right.
 
 and between the last two the derivatives of the loss by them, tile by tile: a block for each class
-and place of the winning window (see `products`), and four for the Gram maps, of which both
-diagonals have the same.
+and place of the winning window (see `products`), and four for the Gram maps.
 """
 
 # mypy: ignore-errors
@@ -55,66 +54,52 @@ from .shared import (
 
 
 @triton.jit
-def _store_gram(gram, products, i, j, inside, h, w, BJ: tl.constexpr, LAST_I: tl.constexpr):
-    """Writes what the Gram maps need of the inner products of a block of locations [M, M]: of
-    locations but the last row and column of the block, unless these are the last of all."""
-    M: tl.constexpr = i.shape[0]
-    cell = tl.arange(0, M)
-    distance = cell[None, :] - cell[:, None]
-    last_j = cell % BJ == BJ - 1
-    last_i = cell // BJ == LAST_I
-    own = inside & ((j == w - 1) | ~last_j) & ((i == h - 1) | ~last_i)
-    right = inside & (j + 1 < w) & ~last_j & ((i == h - 1) | ~last_i)
-    below = inside & (i + 1 < h) & ~last_i & ((j == w - 1) | ~last_j)
-    across = inside & (j + 1 < w) & (i + 1 < h) & ~last_j & ~last_i
-    mask = (distance == 0) & own[:, None]
-    mask |= (distance == 1) & right[:, None]
-    mask |= (distance == BJ) & below[:, None]
-    mask |= (distance == BJ + 1) & across[:, None]
-    # The other diagonal, from the upper right location to the lower left one.
-    from_right = (distance == BJ - 1) & (cell % BJ > 0)[:, None]
-    from_right &= ((i + 1 < h) & ~last_i & inside)[:, None]
-    map_ = tl.where(distance >= BJ, 2, 0) + tl.where((distance == 1) | (distance == BJ + 1), 1, 0)
-    at = map_ * (h * w) + (i * w + j)[:, None]
-    at = tl.where(from_right, 4 * h * w + (i * w + j - 1)[:, None], at)
-    tl.store(gram + at, products, mask=mask | from_right)
-
-
-@triton.jit
-def _dots(
-    at,
-    row,
-    used,
+def _store_gram(
+    features,
+    gram,
+    i,
+    j,
+    h,
+    w,
     D,
     STRIDES: tl.constexpr,
     EVEN: tl.constexpr,
-    M: tl.constexpr,
-    BN: tl.constexpr,
     BK: tl.constexpr,
-    GRAM: tl.constexpr,
+    BETWEEN: tl.constexpr,
     LONG: tl.constexpr,
-    DOT: tl.constexpr,
 ):
-    """Inner products of M locations with BN prototypes, over the prototypes' lengths; with GRAM
-    those of the locations with each other; else their squares."""
-    acc = tl.zeros((M, BN), tl.float32)
-    products = tl.zeros((M, M), tl.float32)
-    own = tl.zeros((M, BK), tl.float32)
-    squares = tl.zeros((BK, BN), tl.float32)
-    for start in range(0, D, BK):
-        d = start + tl.arange(0, BK)
-        f = load_features(at, d, D, STRIDES, EVEN, LONG)
-        mask = used[None, :] if EVEN else used[None, :] & (d < D)[:, None]
-        p = tl.load(row[None, :] + d[:, None], mask=mask, other=0.0)
-        acc += dot(f, p, DOT)
-        squares += p * p
-        if GRAM:
-            products += dot(f, tl.trans(f), DOT)
-        else:
-            f = f.to(tl.float32)
-            own += f * f
-    acc *= inverse_length(tl.sum(squares, 0))[None, :]
-    return acc, products, tl.sum(own, 1)
+    """The Gram maps of M locations, [M]. Beyond the edges, where no pixel asks for them, a location
+    is its own neighbour."""
+    inside = (i < h) & (j < w)
+    i = tl.minimum(i, h - 1)
+    j = tl.minimum(j, w - 1)
+    at = features + (wide(i, LONG) * STRIDES[1] + wide(j, LONG) * STRIDES[2])
+    gram += i * w + j
+    square = tl.zeros((i.shape[0], BK), tl.float32)
+    if BETWEEN:
+        to_right = tl.where(j + 1 < w, STRIDES[2], 0)
+        below = at + tl.where(i + 1 < h, STRIDES[1], 0)
+        right = tl.zeros_like(square)
+        lower = tl.zeros_like(square)
+        diagonals = tl.zeros_like(square)
+        for start in range(0, D, BK):
+            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            fr = load_features(at + to_right, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            fb = load_features(below, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            fd = load_features(below + to_right, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            square += f * f
+            right += f * fr
+            lower += f * fb
+            diagonals += f * fd
+            diagonals += fr * fb
+        tl.store(gram + h * w, tl.sum(right, 1), mask=inside)
+        tl.store(gram + 2 * h * w, tl.sum(lower, 1), mask=inside)
+        tl.store(gram + 3 * h * w, tl.sum(diagonals, 1), mask=inside)
+    else:
+        for start in range(0, D, BK):
+            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            square += f * f
+    tl.store(gram, tl.sum(square, 1), mask=inside)
 
 
 @triton.jit
@@ -144,66 +129,59 @@ def dots_kernel(
     BJ: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GRAM_BK: tl.constexpr,
     BETWEEN: tl.constexpr,
     LONG: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """One program: BI x BJ locations, of which the last row and column belong to the next program
-    but for their products with the others (with BETWEEN: else there are none of these), and all
-    windows near them."""
+    """One program: BI x BJ locations and all windows near them."""
     pid = tl.program_id(0)
     image = (pid // (column_blocks * row_blocks)).to(tl.int64)
     axes = (table, length)
-    STEP: tl.constexpr = 1 if BETWEEN else 0
-    M: tl.constexpr = BI * BJ
-    cell = tl.arange(0, M)
-    i_begin = pid // column_blocks % row_blocks * (BI - STEP)
-    j_begin = pid % column_blocks * (BJ - STEP)
-    i_end = tl.minimum(i_begin + BI, h)
-    j_end = tl.minimum(j_begin + BJ, w)
-    y_first, y_windows = windows_near(axes, Y, i_begin, i_end, BI)
-    x_first, x_windows = windows_near(axes, X, j_begin, j_end, BJ)
+    cell = tl.arange(0, BI * BJ)
+    i_begin = pid // column_blocks % row_blocks * BI
+    j_begin = pid % column_blocks * BJ
     i = i_begin + cell // BJ
     j = j_begin + cell % BJ
-    inside = (i < h) & (j < w)
-    y_near_first = look(axes, Y, NEAR_FIRST, i, inside)
-    y_near_last = look(axes, Y, NEAR_LAST, i, inside, -1)
-    x_near_first = look(axes, X, NEAR_FIRST, j, inside)
-    x_near_last = look(axes, X, NEAR_LAST, j, inside, -1)
     features += image // Q * stride_b + image % Q * stride_q
-    features += wide(tl.minimum(i, h - 1), LONG) * STRIDES[1]
-    features += wide(tl.minimum(j, w - 1), LONG) * STRIDES[2]
     prototypes += image // Q * (C * Gy * Gx) * D
     dots += image * (C * NY * NX) * h * w
-    gram += image * 5 * h * w
+    gram += image * 4 * h * w
+    _store_gram(features, gram, i, j, h, w, D, STRIDES, EVEN, GRAM_BK, BETWEEN, LONG)
+
+    y_first, y_windows = windows_near(axes, Y, i_begin, tl.minimum(i_begin + BI, h), BI)
+    x_first, x_windows = windows_near(axes, X, j_begin, tl.minimum(j_begin + BJ, w), BJ)
+    inside = (i < h) & (j < w)
+    y_near = look(axes, Y, NEAR_FIRST, i, inside)[None, :]
+    y_near_last = look(axes, Y, NEAR_LAST, i, inside, -1)[None, :]
+    x_near = look(axes, X, NEAR_FIRST, j, inside)[None, :]
+    x_near_last = look(axes, X, NEAR_LAST, j, inside, -1)[None, :]
+    at = features + wide(tl.minimum(i, h - 1), LONG) * STRIDES[1]
+    at += wide(tl.minimum(j, w - 1), LONG) * STRIDES[2]
     count = C * y_windows * x_windows
-    for start in range(0, tl.maximum(count, 1), BN):
-        n = start + tl.arange(0, BN)
-        used = n < count
+    for first in range(0, count, BN):
+        n = first + tl.arange(0, BN)
+        used = (n < count)[:, None]
+        n = tl.minimum(n, count - 1)  # the last one again
         c, my, mx = window_of(n, y_first, x_first, y_windows, x_windows)
         row = prototypes + wide((c * Gy + my) * Gx + mx, LONG) * D
-        if start == 0:
-            acc, products, own = _dots(
-                features, row, used, D, STRIDES, EVEN, M, BN, BK, BETWEEN, LONG, DOT
-            )
-            if BETWEEN:
-                _store_gram(gram, products, i, j, inside, h, w, BJ, BI - 1)
+        acc = tl.zeros((BI * BJ, BN), tl.float32)
+        squares = tl.zeros((BK, BN), tl.float32)
+        for start in range(0, D, BK):
+            d = start + tl.arange(0, BK)[:, None]
+            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG)
+            if EVEN:
+                p = tl.load(row[None, :] + d)
             else:
-                tl.store(gram + i * w + j, own, mask=inside)
-        else:
-            acc, products, own = _dots(
-                features, row, used, D, STRIDES, EVEN, M, BN, BK, False, LONG, DOT
-            )
-        near_y = (my[None, :] >= y_near_first[:, None]) & (my[None, :] <= y_near_last[:, None])
-        near_x = (mx[None, :] >= x_near_first[:, None]) & (mx[None, :] <= x_near_last[:, None])
-        slot = wide((c * NY + my % NY) * NX + mx % NX, LONG)
-        mine = (i < i_begin + BI - STEP) | (i == h - 1)
-        mine &= (j < j_begin + BJ - STEP) | (j == w - 1)
-        tl.store(
-            dots + slot[None, :] * (h * w) + (i * w + j)[:, None],
-            acc,
-            mask=near_y & near_x & (inside & mine)[:, None] & used[None, :],
-        )
+                p = tl.load(row[None, :] + d, mask=d < D, other=0.0)
+            acc += dot(f, p, DOT)
+            squares += p * p
+        acc *= inverse_length(tl.sum(squares, 0))[None, :]
+        my, mx = my[:, None], mx[:, None]
+        near = (my >= y_near) & (my <= y_near_last) & (mx >= x_near) & (mx <= x_near_last)
+        slot = ((c[:, None] * NY + my) * NX + mx) - (y_near * NX + x_near)
+        to = dots + (wide(slot, LONG) * (h * w) + (i * w + j)[None, :])
+        tl.store(to, tl.trans(acc), mask=near & used)
 
 
 @triton.jit
@@ -228,9 +206,7 @@ def _square_norm(gram, shape, i, j, wx, mask, below, BETWEEN: tl.constexpr):
         next_row += 2 * product * tl.load(at + size + w, mask=right & below, other=0.0)
         across = square * tl.load(at + 2 * size, mask=below, other=0.0)
         across += up * tl.load(at + 2 * size + 1, mask=right & below, other=0.0)
-        both = tl.load(at + 3 * size, mask=right & below, other=0.0)
-        both += tl.load(at + 4 * size, mask=right & below, other=0.0)
-        across += product * both
+        across += product * tl.load(at + 3 * size, mask=right & below, other=0.0)
     return row, next_row, across
 
 
@@ -284,7 +260,7 @@ def scores_kernel(
     next_row = one(axes, Y, WEIGHT, end - 1) != 0
 
     # What depends on columns alone is computed for both rows of locations, then for the T rows.
-    at = gram + image * 5 * h * w
+    at = gram + image * 4 * h * w
     row, row_below, across = _square_norm(at, (h, w), i, j, wx, x_in, x_in & next_row, BETWEEN)
     square = ((1 - wy) * (1 - wy))[:, None] * row[None, :]
     square += (wy * wy)[:, None] * row_below[None, :]
@@ -293,23 +269,33 @@ def scores_kernel(
     if MEAN:
         inverse /= ((y_last - y_first + 1) * (x_last - x_first + 1)).to(tl.float32)[None, :]
 
-    dots += image * (C * NY * NX) * h * w + i * w
+    # The dots of the first window of class 0, and from there to the next location of either axis:
+    # its windows may begin with another one.
+    to_right = x_in & (wx > 0)
+    y_near = one(axes, Y, NEAR_FIRST, i)
+    x_near = look(axes, X, NEAR_FIRST, j, x_in)
+    at = (y_first - y_near) * NX + x_first - x_near
+    at = dots + image * (C * NY * NX) * h * w + (wide(at, LONG) * (h * w) + i * w + j)
+    right = 1 + wide(x_near - look(axes, X, NEAR_FIRST, j + 1, to_right), LONG) * (h * w)
+    y_near -= look(axes, Y, NEAR_FIRST, i + 1, next_row)
+    below = w + wide(y_near, LONG) * (NX * h * w)
+
     scores += image * C * H * W
     winners += image * C * H * W
     mask = (y < end)[:, None] & x_in[None, :]
     for c in range(C):
         best = tl.full((T, BX), 0.0 if MEAN else float("-inf"), tl.float32)
         place = tl.zeros((T, BX), tl.int32)
-        for my in range(y_first, y_last + 1):
+        for number in range(y_last - y_first + 1):
+            dot = at + wide((c * NY + number) * NX, LONG) * (h * w)
             for step in tl.range(0, OX, loop_unroll_factor=OX if OX <= 4 else 1):
-                mx = x_first + step
-                near = mx <= x_last
-                right = near & (wx > 0)
-                dot = dots + wide((c * NY + my % NY) * NX + mx % NX, LONG) * (h * w) + j
+                near = x_first + step <= x_last
+                both = near & to_right
                 top = tl.load(dot, mask=near, other=0.0)
-                top += wx * (tl.load(dot + 1, mask=right, other=0.0) - top)
-                low = tl.load(dot + w, mask=near & next_row, other=0.0)
-                low += wx * (tl.load(dot + w + 1, mask=right & next_row, other=0.0) - low)
+                top += wx * (tl.load(dot + right, mask=both, other=0.0) - top)
+                low = tl.load(dot + below, mask=near & next_row, other=0.0)
+                low += wx * (tl.load(dot + below + right, mask=both & next_row, other=0.0) - low)
+                dot += h * w
                 if MEAN:
                     best += top[None, :] + wy[:, None] * (low - top)[None, :]
                 else:
@@ -317,7 +303,7 @@ def scores_kernel(
                     slope = low - top
                     top = tl.where(near, top, float("-inf"))
                     value = top[None, :] + wy[:, None] * slope[None, :]
-                    place = tl.where(value > best, (my - y_first) * OX + step, place)
+                    place = tl.where(value > best, number * OX + step, place)
                     best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
         to = wide(c * H + y, LONG)[:, None] * W + x[None, :]
         tl.store(scores + to, best * inverse, mask=mask)
@@ -400,7 +386,7 @@ def match_weights_kernel(
     grad += image * C * H * W
     scores += image * C * H * W
     winners += image * C * H * W
-    gram += image * 5 * h * w
+    gram += image * 4 * h * w
     weights += tile.to(tl.int64) * (C * P + 4) * (RY * RX)
     c = first + tl.arange(0, CB)
     plane = wide(c, LONG)[:, None, None] * (H * W)
@@ -604,7 +590,7 @@ def match_back_kernel(
                         window,
                         region,
                         features + b * stride_b + (image - b * Q) * stride_q,
-                        d,
+                        start,
                         D,
                         STRIDES,
                         EVEN,

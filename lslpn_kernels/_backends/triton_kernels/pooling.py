@@ -217,7 +217,7 @@ def pool_kernel(
             window,
             region,
             features + b * stride_b + (image - b * K) * stride_k,
-            d,
+            d_block * BD,
             D,
             STRIDES,
             EVEN,

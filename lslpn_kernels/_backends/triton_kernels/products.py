@@ -118,7 +118,7 @@ def gather(
     window,
     region,
     features,
-    d,
+    d_begin,
     D,
     STRIDES: tl.constexpr,
     EVEN: tl.constexpr,
@@ -143,7 +143,7 @@ def gather(
         j = region[2] + n % width
         cell = (i, j, inside)
         at = wide(i, LONG) * STRIDES[1] + wide(j, LONG) * STRIDES[2]
-        f = load_features(features + at, d, D, STRIDES, EVEN, LONG)
+        f = load_features(features + at, d_begin, D, STRIDES, EVEN, BD, LONG)
         weight = region_weights(axes, tiles, block, window, cell, (BN, M), REACH, OX, PLACES, LONG)
         acc += dot(weight, f, DOT)
     return acc
@@ -267,7 +267,7 @@ def scatter(
                 i_there = tl.minimum(tl.maximum(corner[0] - 1 + halo_i, 0), h - 1)
                 j_there = tl.minimum(tl.maximum(corner[1] - 1 + halo_j, 0), w - 1)
                 at = wide(i_there, LONG) * STRIDES[1] + wide(j_there, LONG) * STRIDES[2]
-                f = load_features(features + at, d, D, STRIDES, EVEN, LONG)
+                f = load_features(features + at, start, D, STRIDES, EVEN, BD, LONG)
                 own_i = (cell // BJ + 1)[:, None]
                 own_j = (cell % BJ + 1)[:, None]
                 di = halo_i[None, :] - own_i

@@ -111,16 +111,29 @@ def dot(a, b, DOT: tl.constexpr):
 
 
 @triton.jit
-def load_features(at, d, D, STRIDES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr):
-    """Channels d of the locations at these addresses, [locations, channels]. Neighbouring lanes
-    read what lies next to each other in memory. EVEN says that d < D."""
+def load_features(
+    at,
+    start,
+    D,
+    STRIDES: tl.constexpr,
+    EVEN: tl.constexpr,
+    BK: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """BK channels from `start` on of the locations at these addresses, [locations, channels].
+    Neighbouring lanes read what lies next to each other in memory. EVEN says that there are
+    so many. The start is added to the addresses first: what is left to add to them for a channel
+    is then a constant, which costs no instruction."""
+    d = tl.arange(0, BK)
+    at += tl.cast(start, tl.int64) * STRIDES[0]
     step = wide(d, LONG) * STRIDES[0]
     if STRIDES[0] == 1:
         at = at[:, None] + step[None, :]
-        return tl.load(at) if EVEN else tl.load(at, mask=(d < D)[None, :], other=0.0)
+        return tl.load(at) if EVEN else tl.load(at, mask=(start + d < D)[None, :], other=0.0)
     else:
         at = at[None, :] + step[:, None]
-        return tl.trans(tl.load(at) if EVEN else tl.load(at, mask=(d < D)[:, None], other=0.0))
+        mask = (start + d < D)[:, None]
+        return tl.trans(tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0))
 
 
 @triton.jit
