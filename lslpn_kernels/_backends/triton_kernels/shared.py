@@ -59,7 +59,7 @@ def look_weight(axes, axis: tl.constexpr, index, mask):
 
 @triton.jit
 def wide(index, LONG: tl.constexpr):
-    return index.to(tl.int64) if LONG else index
+    return tl.cast(index, tl.int64) if LONG else index
 
 
 @triton.jit
