@@ -24,6 +24,7 @@ from ..geometry import GridSpec
 from . import current_device, mask_kind, torch_, winner_dtype
 from .triton_geometry import STRIP, Geometry
 from .triton_geometry import geometry as _geometry
+from .triton_launch import Launch
 
 # With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on tensors of the CPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -97,44 +98,6 @@ def _dot(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 else "bfloat16"
 
 
-# Launching
-
-
-class _Launch:
-    """A kernel with its grid and all its arguments but the first, for one set of shapes: these are
-    the tensors, and numbers that change from call to call.
-
-    The first call goes through Triton, which specialises the kernel on its arguments and compiles
-    it; later ones go straight to the compiled kernel, in a third of the time.
-    """
-
-    def __init__(
-        self,
-        kernel: str,
-        programs: int,
-        numbers: Sequence[int | float],
-        constants: dict[str, Any],
-        warps: int = 4,
-    ) -> None:
-        self.kernel = kernel
-        self.grid = (programs, 1, 1)
-        self.numbers = tuple(numbers)
-        self.constants = constants
-        self.tail = (*numbers, *constants.values())
-        # Left to itself, ptxas now and then takes fewer registers than there are, and spills.
-        self.options = {"num_warps": warps, "num_stages": 1, "maxnreg": 255 if warps <= 4 else 128}
-        self.compiled: Any = None
-
-    def __call__(self, *first: Tensor | float) -> None:
-        if self.compiled is not None:
-            self.compiled[self.grid](*first, *self.tail)
-            return
-        from . import triton_kernels
-
-        kernel = getattr(triton_kernels, self.kernel)
-        self.compiled = kernel[self.grid](*first, *self.numbers, **self.constants, **self.options)
-
-
 _plans: dict[tuple[Any, ...], Any] = {}
 
 
@@ -191,7 +154,7 @@ class _Pool:
         tile = (rows.pieces, columns.pieces, rows.cells, columns.cells)
         CB = _power(C, 1, 8)
         chunks = -(-C // CB)
-        self.weights = _Launch(
+        self.weights = Launch(
             "mask_weights_kernel",
             B * K * geometry.tiles * chunks,
             (length, C, H, *tile, chunks),
@@ -215,7 +178,7 @@ class _Pool:
         BD = _power(D, 16, 256)
         if min_pixels is None:
             row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
-            self.back = _Launch(
+            self.back = Launch(
                 "pool_back_kernel",
                 B * K * row_blocks * column_blocks,
                 (length, K, C, D, h, w, Gy, Gx, *strides[:2], *tile, row_blocks, column_blocks),
@@ -236,7 +199,7 @@ class _Pool:
         d_blocks = -(-D // BD)
         self.splits = _splits(B * groups * d_blocks, K)
         self.shape = (self.splits, B, C, Gy, Gx, D)
-        self.sums = _Launch(
+        self.sums = Launch(
             "pool_kernel",
             self.splits * B * groups * d_blocks,
             (
@@ -363,8 +326,8 @@ class _Match:
         long = _needs_long(features, strides, C * Gy * Gx * D, C * H * W, geometry.dots(C), h * w)
         row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
         common = {"NY": rows.near, "NX": columns.near}
-        BK = _power(D, 16, 16 if features.dtype == torch.float32 else 32)
-        self.dots = _Launch(
+        BK = _power(D, 16, 16 if features.dtype == torch.float32 else 32)  # of more, they spill
+        self.dots = Launch(
             "dots_kernel",
             B * Q * row_blocks * column_blocks,
             (length, Q, C, D, h, w, Gy, Gx, *strides[:2], row_blocks, column_blocks),
@@ -384,7 +347,7 @@ class _Match:
             warps=1,
         )
         BX = _power(W, 16, 256)
-        self.scores = _Launch(
+        self.scores = Launch(
             "scores_kernel",
             B * Q * rows.strips * -(-W // BX),
             (length, C, H, h, w, rows.strips, -(-W // BX)),
@@ -506,7 +469,7 @@ class _MatchBack:
         P = geometry.places(reduce)
         PB, CB = _power(P, 1, 4), 2
         chunks = (-(-C // CB), -(-P // PB))
-        self.weights = _Launch(
+        self.weights = Launch(
             "match_weights_kernel",
             B * Q * geometry.tiles * chunks[0] * chunks[1] + row_programs,
             (length, C, D, H, h, w, *tile, self.lengths, row_programs, *chunks),
@@ -533,7 +496,7 @@ class _MatchBack:
         BD = _power(D, 16, 256)
         self.splits = _splits(B * groups, Q)
         self.shape = (self.splits, B, C, Gy, Gx, D)
-        self.back = _Launch(
+        self.back = Launch(
             "match_back_kernel",
             B * (groups * self.splits + Q * row_blocks * column_blocks),
             (
@@ -562,7 +525,6 @@ class _MatchBack:
                 "LONG": long,
                 "DOT": _dot(features.dtype),
             },
-            warps=4,
         )
 
 

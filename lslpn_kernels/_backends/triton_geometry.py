@@ -223,15 +223,6 @@ class Geometry:
         """Inner products kept of an image."""
         return C * self.rows.near * self.columns.near * self.y.cells * self.x.cells
 
-    def windows_near(self, BI: int, BJ: int) -> int:
-        """Windows near a block of BI x BJ locations, at most."""
-        result = 1
-        for axis, facts, B in ((self.y, self.rows, BI), (self.x, self.columns, BJ)):
-            first, last = (facts.rows[ROWS.index(name)] for name in ("NEAR_FIRST", "NEAR_LAST"))
-            blocks = [(begin, min(begin + B, axis.cells)) for begin in range(0, axis.cells, B)]
-            result *= max(0, *(max(last[a:b]) - min(first[a:b]) + 1 for a, b in blocks))
-        return result
-
     @cache  # noqa: B019 (as few as there are geometries, which are kept for good)
     def table(self, device: torch.device) -> Tensor:
         """The tables of both axes on the device, [2, rows, length] int32.

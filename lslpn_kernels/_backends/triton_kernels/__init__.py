@@ -14,7 +14,8 @@ those over a pixel, T_Y x T_X pixels of a block. `LONG` says that offsets within
 bits.
 """
 
-from .matching import dots_kernel, match_back_kernel, match_weights_kernel, scores_kernel
+from .matching import dots_kernel, scores_kernel
+from .matching_back import match_back_kernel, match_weights_kernel
 from .pooling import mask_weights_kernel, pool_back_kernel, pool_kernel
 
 __all__ = [

@@ -5,7 +5,7 @@ Both take `weights` from what the pixels left of each tile, the crossing of a pi
 piece of columns: [image, piece of rows, piece of columns, blocks, RY, RX] float32, one number for
 each of the tile's RY x RX locations, in one block for each class and each of the P places that a
 window can have among those over the tile (P = 1 where all windows get the same); see `pooling` and
-`matching`.
+`matching_back`.
 """
 
 # mypy: ignore-errors
