@@ -92,7 +92,7 @@ def _splits(programs: int, images: int) -> int:
 
 
 def _dot(dtype: torch.dtype) -> str:
-    """How the kernels multiply; see `triton_kernels._dot`."""
+    """How the kernels multiply; see `triton_kernels.shared.dot`."""
     if _INTERPRETED:
         return "ieee"
     return "tf32" if dtype == torch.float32 else "bfloat16"
