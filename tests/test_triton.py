@@ -27,12 +27,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 KERNELS = {
-    "mask_tiles_kernel",
+    "mask_weights_kernel",
     "pool_kernel",
     "pool_back_kernel",
     "dots_kernel",
     "scores_kernel",
-    "match_tiles_kernel",
+    "match_weights_kernel",
     "match_back_kernel",
 }
 DTYPES = ("float32", "float16", "bfloat16")

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import struct
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..geometry import Axis, GridSpec
+from ..geometry import GridSpec
 from . import current_device, mask_kind, torch_, winner_dtype
+from .triton_geometry import STRIP, Geometry
+from .triton_geometry import geometry as _geometry
+from .triton_launch import Launch
 
 # With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on tensors of the CPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -41,10 +39,6 @@ GRAM_MAPS = 4
 # Bytes of workspace that one launch may take. A call that needs more is done in parts; where a
 # single image needs more (thousands of windows over a pixel), the `torch` backend takes over.
 WORKSPACE = 1 << 31
-
-# Pixels of a piece and of a strip, at most; see `triton_kernels`.
-_PIECE, _STRIP = 32, 8
-_NEAR_FIRST, _NEAR_LAST = 4, 5  # rows of the table, as in `triton_kernels`
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -71,231 +65,6 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-# Geometry
-
-
-@dataclass(frozen=True)
-class _AxisFacts:
-    """What the kernels have to know of an axis before they are compiled.
-
-    Attributes:
-        rows: the rows of the axis table, named in `triton_kernels`.
-        near: windows near a feature location, at most.
-        overlap: windows over a pixel, at most.
-        strips, strip: number of strips, and the pixels of the longest.
-        pieces, cells: number of pieces, and the locations of the longest.
-        near_pieces, near_strips: pieces and strips near a feature location, at most.
-        window_pieces, window_strips: pieces and strips in a window, at most.
-        between: whether any pixel lies between two locations.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    near: int
-    overlap: int
-    strips: int
-    strip: int
-    pieces: int
-    cells: int
-    near_pieces: int
-    near_strips: int
-    window_pieces: int
-    window_strips: int
-    between: bool
-
-
-@cache
-def _axis_facts(axis: Axis) -> _AxisFacts:
-    taps = [axis.taps(x) for x in range(axis.pixels)]
-    covering = [axis.covering(x) for x in range(axis.pixels)]
-    lower = [i for i, _ in taps]
-    upper = [i + (weight > 0) for i, weight in taps]
-    bits = [struct.unpack("<i", struct.pack("<f", weight))[0] for _, weight in taps]
-
-    pieces = [
-        piece
-        for segment in axis.segments
-        for piece in _cut(segment.begin, segment.end, -(-(segment.end - segment.begin) // _PIECE))
-    ]
-    strips: list[tuple[int, int]] = []
-    piece_strips = []
-    for piece_begin, piece_end in pieces:
-        before = len(strips)
-        for _, run in groupby(range(piece_begin, piece_end), key=lower.__getitem__):
-            x = list(run)
-            strips += _cut(x[0], x[-1] + 1, -(-len(x) // _STRIP))
-        piece_strips.append((before, len(strips)))
-
-    # First and last of something near each location, or in each window.
-    near = _Spans(axis.cells, missing=1 << 30)
-    cell_pieces = _Spans(axis.cells)
-    window_cells, window_pieces, window_strips = (_Spans(axis.windows) for _ in range(3))
-    for number, (begin, end) in enumerate(pieces):
-        first, last = covering[begin]
-        # Every location from the first tap to the last, though of locations that lie closer than
-        # pixels some are needed by none.
-        for i in range(lower[begin], upper[end - 1] + 1):
-            cell_pieces.add(i, number, number)
-            near.add(i, first, last)
-        for m in range(first, last + 1):
-            window_cells.add(m, lower[begin], upper[end - 1])
-            window_pieces.add(m, number, number)
-            window_strips.add(m, piece_strips[number][0], piece_strips[number][1] - 1)
-
-    lowers = [lower[begin] for begin, _ in strips]
-    strip_begin = [bisect_left(lowers, i) for i in range(axis.cells)]
-    strip_end = [bisect_right(lowers, i) for i in range(axis.cells)]
-    # Strips of the location to the left are near where any of their pixels lies between the two.
-    strip_first = list(strip_begin)
-    for i in range(1, axis.cells):
-        before, after = strip_begin[i - 1], strip_end[i - 1]
-        if after > before and upper[strips[after - 1][1] - 1] == i:
-            strip_first[i] = before
-
-    rows = (
-        lower,
-        bits,
-        [first for first, _ in covering],
-        [last for _, last in covering],
-        near.first,
-        near.last,
-        cell_pieces.first,
-        cell_pieces.last,
-        strip_first,
-        strip_begin,
-        strip_end,
-        [begin for begin, _ in strips],
-        [end for _, end in strips],
-        [covering[begin][0] for begin, _ in strips],
-        [covering[begin][1] for begin, _ in strips],
-        [lower[begin] for begin, _ in pieces],
-        [upper[end - 1] for _, end in pieces],
-        [covering[begin][0] for begin, _ in pieces],
-        [covering[begin][1] for begin, _ in pieces],
-        [begin for begin, _ in piece_strips],
-        [end for _, end in piece_strips],
-        window_cells.first,
-        [last + 1 for last in window_cells.last],
-        window_pieces.first,
-        window_pieces.last,
-        window_strips.first,
-        window_strips.last,
-    )
-    return _AxisFacts(
-        rows=tuple(map(tuple, rows)),
-        near=near.longest,
-        overlap=axis.overlap,
-        strips=len(strips),
-        strip=max(end - begin for begin, end in strips),
-        pieces=len(pieces),
-        cells=max(upper[end - 1] - lower[begin] + 1 for begin, end in pieces),
-        near_pieces=cell_pieces.longest,
-        near_strips=max(b - a for a, b in zip(strip_first, strip_end, strict=True)),
-        window_pieces=window_pieces.longest,
-        window_strips=window_strips.longest,
-        between=any(weight > 0 for _, weight in taps),
-    )
-
-
-class _Spans:
-    """First and last numbers that were added to each of n entries."""
-
-    def __init__(self, n: int, missing: int = 0) -> None:
-        self.first = [missing] * n
-        self.last = [-1] * n
-
-    def add(self, entry: int, first: int, last: int) -> None:
-        if self.last[entry] < 0:
-            self.first[entry] = first
-        self.first[entry] = min(self.first[entry], first)
-        self.last[entry] = max(self.last[entry], last)
-
-    @property
-    def longest(self) -> int:
-        return max(b - a + 1 for a, b in zip(self.first, self.last, strict=True))
-
-
-def _cut(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
-    """begin .. end in parts that differ by 1 at most."""
-    size = end - begin
-    marks = [begin + part * size // parts for part in range(parts + 1)]
-    return list(pairwise(marks))
-
-
-@cache
-def _table(y: Axis, x: Axis, device: torch.device) -> Tensor:
-    """The tables of both axes on the device, [2, rows, length] int32.
-
-    They are kept for good, some 50 kB each: a captured CUDA graph holds their addresses.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "the first call for a geometry cannot be captured in a CUDA graph: call the operator "
-            "once with these shapes before capturing"
-        )
-    axes = (_axis_facts(y).rows, _axis_facts(x).rows)
-    length = max(len(row) for rows in axes for row in rows)
-    table = torch.tensor(
-        [[(*row, *([0] * (length - len(row)))) for row in rows] for rows in axes],
-        dtype=torch.int32,
-        device="cpu",
-    ).to(device)
-    if device.type == "cuda":
-        # Once only: other streams may be the next to read it.
-        torch.cuda.current_stream(device).synchronize()
-    return table
-
-
-@dataclass(frozen=True)
-class _Geometry:
-    """Everything about the two axes."""
-
-    y: Axis
-    x: Axis
-    rows: _AxisFacts
-    columns: _AxisFacts
-
-    @property
-    def block(self) -> int:
-        """Numbers in a block of the tiles of a piece."""
-        return 2 * self.rows.cells * self.columns.strips
-
-    @property
-    def between(self) -> bool:
-        """Whether any pixel lies between two locations."""
-        return self.rows.between or self.columns.between
-
-    def places(self, reduce: str) -> int:
-        """Places that a window can have over a tile; one where all windows get the same."""
-        return self.rows.overlap * self.columns.overlap if reduce == "max" else 1
-
-    def pool_tiles(self, C: int) -> int:
-        """Numbers kept of an image for pooling."""
-        return self.rows.pieces * C * self.block
-
-    def match_tiles(self, C: int, reduce: str) -> int:
-        """Numbers kept of an image for the backward direction of matching."""
-        return self.rows.pieces * (C * self.places(reduce) + 3) * self.block
-
-    def dots(self, C: int) -> int:
-        """Inner products kept of an image."""
-        return C * self.rows.near * self.columns.near * self.y.cells * self.x.cells
-
-    def windows_near(self, BI: int, BJ: int) -> int:
-        """Windows near a block of BI x BJ locations, at most."""
-        result = 1
-        for axis, facts, B in ((self.y, self.rows, BI), (self.x, self.columns, BJ)):
-            first, last = facts.rows[_NEAR_FIRST], facts.rows[_NEAR_LAST]
-            blocks = _cut(0, axis.cells, -(-axis.cells // B))
-            result *= max(0, *(max(last[a:b]) - min(first[a:b]) + 1 for a, b in blocks))
-        return result
-
-
-@cache
-def _geometry(grid: GridSpec, H: int, W: int, h: int, w: int) -> _Geometry:
-    y, x = grid.axis(H, h), grid.axis(W, w)
-    return _Geometry(y, x, _axis_facts(y), _axis_facts(x))
-
-
 # Block sizes
 
 
@@ -304,13 +73,10 @@ def _power(n: int, least: int, most: int) -> int:
     return min(max(1 << max(n - 1, 0).bit_length(), least), most)
 
 
-def _cell_block(strides: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a block of 32 locations: a compact one has the fewest windows near it,
-    a long one reads whole sectors where locations lie next to each other in memory."""
-    return (4, 8) if strides[2] == 1 else (2, 16)
+_BI, _BJ = 4, 8  # locations of a block of `scatter`, which with those around them are 60
 
 
-def _group(C: int, geometry: _Geometry, episodes: int) -> tuple[int, int, int]:
+def _group(C: int, geometry: Geometry, episodes: int) -> tuple[int, int, int]:
     """GY, GX and BN of the programs that sum over windows: groups of 2 x 2 to get many programs
     out of few episodes, 4 x 2, which read each location less often, for more."""
     GX = min(2, _power(geometry.x.windows, 1, 2))
@@ -326,49 +92,10 @@ def _splits(programs: int, images: int) -> int:
 
 
 def _dot(dtype: torch.dtype) -> str:
-    """How the kernels multiply; see `triton_kernels._dot`."""
+    """How the kernels multiply; see `triton_kernels.shared.dot`."""
     if _INTERPRETED:
         return "ieee"
     return "tf32" if dtype == torch.float32 else "bfloat16"
-
-
-# Launching
-
-
-# Left to itself, ptxas now and then takes fewer registers than there are, and spills.
-_OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
-
-
-class _Launch:
-    """A kernel with its grid and all its arguments but the first, for one set of shapes: these are
-    the tensors, and numbers that change from call to call.
-
-    The first call goes through Triton, which specialises the kernel on its arguments and compiles
-    it; later ones go straight to the compiled kernel, in a third of the time.
-    """
-
-    def __init__(
-        self,
-        kernel: str,
-        programs: int,
-        numbers: Sequence[int | float],
-        constants: dict[str, Any],
-    ) -> None:
-        self.kernel = kernel
-        self.grid = (programs, 1, 1)
-        self.numbers = tuple(numbers)
-        self.constants = constants
-        self.tail = (*numbers, *constants.values())
-        self.compiled: Any = None
-
-    def __call__(self, *first: Tensor | float) -> None:
-        if self.compiled is not None:
-            self.compiled[self.grid](*first, *self.tail)
-            return
-        from . import triton_kernels
-
-        kernel = getattr(triton_kernels, self.kernel)
-        self.compiled = kernel[self.grid](*first, *self.numbers, **self.constants, **_OPTIONS)
 
 
 _plans: dict[tuple[Any, ...], Any] = {}
@@ -390,12 +117,6 @@ def _needs_long(features: Tensor, strides: Sequence[int], *extents: int) -> bool
     """Whether offsets within an image need 64 bits."""
     span = sum((n - 1) * s for n, s in zip(features.shape[2:], strides[2:], strict=True))
     return max(span, *extents) >= 1 << 31
-
-
-def _strides(name: str, strides: Sequence[int]) -> dict[str, int]:
-    """Strides within an image. The compiler is told their values, so that it reads the neighbours
-    of a location at constant distances from one address."""
-    return {f"{name}_{letter}": n for letter, n in zip("DHW", strides[2:], strict=True)}
 
 
 def _parts(n: int, most: int) -> list[slice]:
@@ -422,75 +143,80 @@ class _Pool:
         strides = features.stride()
         geometry = _geometry(grid, H, W, h, w)
         rows, columns = geometry.rows, geometry.columns
-        self.table = _table(geometry.y, geometry.x, features.device)
+        self.table = geometry.table(features.device)
         length = self.table.shape[2]
         Gy, Gx = geometry.y.windows, geometry.x.windows
-        self.size = B * K * geometry.pool_tiles(C)
-        self.counts = B * K * rows.pieces * C * columns.strips
+        self.size = B * K * geometry.pool_weights(C)
+        self.counts = B * K * geometry.tiles * C
         long = _needs_long(
-            features, strides, C * Gy * Gx * D, C * H * W, geometry.pool_tiles(C), h * w
+            features, strides, C * Gy * Gx * D, C * H * W, geometry.pool_weights(C), h * w
         )
-        tile = (rows.pieces, columns.strips, rows.cells)
-        T_X = _power(columns.strip, 1, _STRIP)
-        blocks = -(-columns.strips * T_X // 128)
-        self.tiles = _Launch(
-            "mask_tiles_kernel",
-            B * K * rows.pieces * C * blocks,
-            (length, C, H, W, *tile, blocks),
+        tile = (rows.pieces, columns.pieces, rows.cells, columns.cells)
+        CB = _power(C, 1, 8)
+        chunks = -(-C // CB)
+        self.weights = Launch(
+            "mask_weights_kernel",
+            B * K * geometry.tiles * chunks,
+            (length, C, H, *tile, chunks),
             {
-                "T_Y": _power(rows.strip, 1, _STRIP),
-                "T_X": T_X,
-                "S": 128 // T_X,
+                "W": W,
+                "T_Y": _power(rows.strip, 1, STRIP),
+                "T_X": _power(columns.piece, 16, 32),
+                "N": _power(columns.cells, 8, 1 << 20),
+                "CB": CB,
                 "KIND": mask_kind(masks, C),
                 "LONG": long,
+                "DOT": _dot(torch.float32),
             },
+            warps=1,
         )
-        BI, BJ = _cell_block(strides[2:])
-        common = {"BI": BI, "BJ": BJ}
-        reach = {"REACH_Y": rows.near_pieces, "REACH_X": columns.near_strips}
+        common = {
+            "REACH": (rows.near_pieces, columns.near_pieces),
+            "LONG": long,
+            "DOT": _dot(features.dtype),
+        }
+        BD = _power(D, 16, 256)
         if min_pixels is None:
-            row_blocks, column_blocks = -(-h // BI), -(-w // BJ)
-            self.back = _Launch(
+            row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
+            self.back = Launch(
                 "pool_back_kernel",
                 B * K * row_blocks * column_blocks,
                 (length, K, C, D, h, w, Gy, Gx, *strides[:2], *tile, row_blocks, column_blocks),
                 {
-                    **_strides("STRIDE", strides),
-                    "EVEN": D % _power(D, 16, 128) == 0,
-                    **common,
+                    "STRIDES": strides[2:],
+                    "EVEN": D % BD == 0,
+                    "BI": _BI,
+                    "BJ": _BJ,
                     "BN": 16,
-                    "BD": _power(D, 16, 128),
-                    **reach,
-                    "LONG": long,
-                    "DOT": _dot(features.dtype),
+                    "BD": BD,
+                    **common,
                 },
             )
             return
         GY, GX, BN = _group(C, geometry, B)
         groups_y, groups_x = -(-Gy // GY), -(-Gx // GX)
         groups = groups_y * groups_x * -(-C * GY * GX // BN)
-        BD = _power(D, 16, 128)
         d_blocks = -(-D // BD)
         self.splits = _splits(B * groups * d_blocks, K)
         self.shape = (self.splits, B, C, Gy, Gx, D)
-        self.sums = _Launch(
+        self.sums = Launch(
             "pool_kernel",
             self.splits * B * groups * d_blocks,
             (
-                *(length, float(min_pixels), B, K, C, D, Gy, Gx, *strides, *tile),
+                *(length, float(min_pixels), B, K, C, D, Gy, Gx, *strides[:2], *tile),
                 *(groups_y, groups_x, groups, d_blocks, self.splits),
             ),
             {
+                "STRIDES": strides[2:],
+                "EVEN": D % BD == 0,
                 "GY": GY,
                 "GX": GX,
-                **common,
+                "M": 32,
                 "BN": BN,
                 "BD": BD,
-                **reach,
-                "PIECES": rows.window_pieces,
-                "STRIPS": _power(columns.window_strips, 1, 1 << 20),
-                "LONG": long,
-                "DOT": _dot(features.dtype),
+                "PIECES_Y": rows.window_pieces,
+                "PIECES_X": _power(columns.window_pieces, 1, 1 << 20),
+                **common,
             },
         )
 
@@ -506,7 +232,7 @@ def masked_average_pool(
     factor = features.new_empty((B, K, C, Gy, Gx), dtype=torch.float32)
     if masks.dtype == torch.bool:
         masks = masks.view(torch.uint8)
-    episodes = max(1, WORKSPACE // (4 * K * geometry.pool_tiles(C)))
+    episodes = max(1, WORKSPACE // (4 * K * geometry.pool_weights(C)))
     if episodes >= B:
         return _pool(features, masks, C, grid, min_pixels, factor), factor
     prototypes = [
@@ -529,10 +255,10 @@ def _pool(
             lambda: _Pool(features, masks, C, grid, min_pixels),
         )
         prototypes = features.new_empty(plan.shape, dtype=torch.float32)
-        tiles = features.new_empty(plan.size, dtype=torch.float32)
+        weights = features.new_empty(plan.size, dtype=torch.float32)
         counts = features.new_empty(plan.counts, dtype=torch.float32)
-        plan.tiles(masks, tiles, counts, plan.table)
-        plan.sums(tiles, counts, features, prototypes, factor, plan.table)
+        plan.weights(masks, weights, counts, plan.table)
+        plan.sums(weights, counts, features, prototypes, factor, plan.table)
         return prototypes.sum(0) if plan.splits > 1 else prototypes[0]
 
 
@@ -546,7 +272,7 @@ def masked_average_pool_backward(
     if masks.dtype == torch.bool:
         masks = masks.view(torch.uint8)
     result = torch.empty_like(features)
-    episodes = max(1, WORKSPACE // (4 * K * geometry.pool_tiles(C)))
+    episodes = max(1, WORKSPACE // (4 * K * geometry.pool_weights(C)))
     if episodes >= B:
         _pool_back(grad, masks, C, factor, result, grid)
     else:
@@ -567,10 +293,10 @@ def _pool_back(
             (grad, masks, factor, result),
             lambda: _Pool(result, masks, C, grid, None),
         )
-        tiles = result.new_empty(plan.size, dtype=torch.float32)
+        weights = result.new_empty(plan.size, dtype=torch.float32)
         counts = result.new_empty(plan.counts, dtype=torch.float32)
-        plan.tiles(masks, tiles, counts, plan.table)
-        plan.back(tiles, grad, factor, result, plan.table)
+        plan.weights(masks, weights, counts, plan.table)
+        plan.back(weights, grad, factor, result, plan.table)
 
 
 # Matching
@@ -593,45 +319,43 @@ class _Match:
         strides = features.stride()
         geometry = _geometry(grid, H, W, h, w)
         rows, columns = geometry.rows, geometry.columns
-        self.table = _table(geometry.y, geometry.x, features.device)
+        self.table = geometry.table(features.device)
         length = self.table.shape[2]
         Gy, Gx = geometry.y.windows, geometry.x.windows
         self.size = B * Q * geometry.dots(C)
         long = _needs_long(features, strides, C * Gy * Gx * D, C * H * W, geometry.dots(C), h * w)
-        BI, BJ = _cell_block(strides[2:])
-        row_blocks, column_blocks = -(-h // BI), -(-w // BJ)
-        # Blocks of a row one after the other find windows and halves of sectors in the cache, but
-        # few images need all their blocks at a time to fill the device.
-        run = min(column_blocks, 8) if B * Q >= 32 else 1
-        runs = -(-column_blocks // run)
+        row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
         common = {"NY": rows.near, "NX": columns.near}
-        self.dots = _Launch(
+        BK = _power(D, 16, 16 if features.dtype == torch.float32 else 32)  # of more, they spill
+        self.dots = Launch(
             "dots_kernel",
-            B * Q * row_blocks * runs,
-            (length, Q, C, D, h, w, Gy, Gx, *strides[:2], row_blocks, column_blocks, runs),
+            B * Q * row_blocks * column_blocks,
+            (length, Q, C, D, h, w, Gy, Gx, *strides[:2], row_blocks, column_blocks),
             {
-                **_strides("STRIDE", strides),
-                "EVEN": D % _power(D, 16, 32) == 0,
+                "STRIDES": strides[2:],
+                "EVEN": D % BK == 0,
                 **common,
-                "BI": BI,
-                "BJ": BJ,
-                "BN": _power(C * geometry.windows_near(BI, BJ), 16, 32),
-                "BK": _power(D, 16, 32),
-                "RUN": run,
+                "BI": _BI,
+                "BJ": _BJ,
+                "BN": 16,
+                "BK": BK,
+                "GRAM_BK": 8 if strides[2] > 1 else BK,
                 "BETWEEN": geometry.between,
                 "LONG": long,
                 "DOT": _dot(features.dtype),
             },
+            warps=1,
         )
         BX = _power(W, 16, 256)
-        self.scores = _Launch(
+        self.scores = Launch(
             "scores_kernel",
             B * Q * rows.strips * -(-W // BX),
-            (length, C, H, W, h, w, rows.strips, -(-W // BX)),
+            (length, C, H, h, w, rows.strips, -(-W // BX)),
             {
+                "W": W,
                 "OX": columns.overlap,
                 **common,
-                "T": _power(rows.strip, 1, _STRIP),
+                "T": _power(rows.strip, 1, STRIP),
                 "BX": BX,
                 "BETWEEN": geometry.between,
                 "MEAN": reduce == "mean",
@@ -641,9 +365,9 @@ class _Match:
         )
 
 
-def _images(geometry: _Geometry, C: int, reduce: str) -> int:
+def _images(geometry: Geometry, C: int, reduce: str) -> int:
     """Images that fit the workspace, in either direction."""
-    most = max(geometry.dots(C), geometry.match_tiles(C, reduce))
+    most = max(geometry.dots(C), geometry.match_weights(C, reduce))
     return WORKSPACE // (4 * most)
 
 
@@ -732,43 +456,47 @@ class _MatchBack:
         H, W = size
         geometry = _geometry(grid, H, W, h, w)
         rows, columns = geometry.rows, geometry.columns
-        self.table = _table(geometry.y, geometry.x, features.device)
+        self.table = geometry.table(features.device)
         length = self.table.shape[2]
         Gy, Gx = geometry.y.windows, geometry.x.windows
-        self.size = B * Q * geometry.match_tiles(C, reduce)
+        self.size = B * Q * geometry.match_weights(C, reduce)
         self.lengths = B * C * Gy * Gx
-        extents = (C * Gy * Gx * D, C * H * W, geometry.match_tiles(C, reduce), h * w)
+        extents = (C * Gy * Gx * D, C * H * W, geometry.match_weights(C, reduce), h * w)
         long = _needs_long(features, features.stride(), *extents)
         long = long or _needs_long(result, result.stride(), *extents)
-        tile = (rows.pieces, columns.strips, rows.cells)
+        tile = (rows.pieces, columns.pieces, rows.cells, columns.cells)
         row_programs = -(-self.lengths // 16)
         P = geometry.places(reduce)
-        places = min(4, _power(P, 1, 4)) if reduce == "max" else 0
-        roles = 1 + C * (-(-P // places) if places else 1)
-        T_X = _power(columns.strip, 1, _STRIP)
-        blocks = -(-columns.strips * T_X // 128)
-        self.tiles = _Launch(
-            "match_tiles_kernel",
-            B * Q * rows.pieces * roles * blocks + row_programs,
-            (length, C, D, H, W, h, w, *tile, blocks, self.lengths, row_programs, roles),
+        PB, CB = _power(P, 1, 4), 2
+        chunks = (-(-C // CB), -(-P // PB))
+        self.weights = Launch(
+            "match_weights_kernel",
+            B * Q * geometry.tiles * chunks[0] * chunks[1] + row_programs,
+            (length, C, D, H, h, w, *tile, self.lengths, row_programs, *chunks),
             {
-                "T_Y": _power(rows.strip, 1, _STRIP),
-                "T_X": T_X,
-                "S": 128 // T_X,
-                "PLACES": places,
+                "W": W,
+                "T_Y": _power(rows.strip, 1, STRIP),
+                "T_X": _power(columns.piece, 16, 32),
+                "N": _power(columns.cells, 8, 1 << 20),
+                "CB": CB,
+                "PB": PB,
                 "P": P,
                 "BETWEEN": geometry.between,
+                "MEAN": reduce == "mean",
+                "ALL": chunks == (1, 1),
                 "LONG": long,
+                "DOT": _dot(torch.float32),
             },
+            warps=1,
         )
-        BI, BJ = _cell_block(features.stride()[2:])
-        row_blocks, column_blocks = -(-h // BI), -(-w // BJ)
+        row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
         GY, GX, BN = _group(C, geometry, B)
         groups_y, groups_x = -(-Gy // GY), -(-Gx // GX)
         groups = groups_y * groups_x * -(-C * GY * GX // BN)
+        BD = _power(D, 16, 256)
         self.splits = _splits(B * groups, Q)
         self.shape = (self.splits, B, C, Gy, Gx, D)
-        self.back = _Launch(
+        self.back = Launch(
             "match_back_kernel",
             B * (groups * self.splits + Q * row_blocks * column_blocks),
             (
@@ -777,24 +505,23 @@ class _MatchBack:
                 *(groups_y, groups_x, groups, self.splits, row_blocks, column_blocks),
             ),
             {
-                **_strides("STRIDE", features.stride()),
-                **_strides("TO_STRIDE", result.stride()),
-                "EVEN": D % _power(D, 16, 64) == 0,
+                "STRIDES": features.stride()[2:],
+                "TO_STRIDES": result.stride()[2:],
+                "EVEN": D % BD == 0,
                 "P": P,
                 "OX": columns.overlap,
                 "GY": GY,
                 "GX": GX,
+                "M": 32,
                 "GATHER_BN": BN,
-                "GATHER_BD": _power(D, 16, 256),
-                "BI": BI,
-                "BJ": BJ,
+                "BI": _BI,
+                "BJ": _BJ,
                 "BN": 16,
-                "BD": _power(D, 16, 64),
-                "REACH_Y": rows.near_pieces,
-                "REACH_X": columns.near_strips,
-                "BETWEEN": geometry.between,
+                "BD": _power(D, 16, 128),  # with more, registers spill
+                "GATHER_BD": BD,
+                "REACH": (rows.near_pieces, columns.near_pieces),
                 "PLACES": reduce == "max",
-                "WHOLE": D <= 256,
+                "WHOLE": BD >= D,
                 "LONG": long,
                 "DOT": _dot(features.dtype),
             },
@@ -850,11 +577,13 @@ def _match_back(
             tensors,
             lambda: _MatchBack(features, result, C, grid, (H, W), reduce),
         )
-        tiles = features.new_empty(plan.size, dtype=torch.float32)
+        weights = features.new_empty(plan.size, dtype=torch.float32)
         lengths = features.new_empty(plan.lengths, dtype=torch.float32)
         to_prototypes = features.new_empty(plan.shape, dtype=torch.float32)
-        plan.tiles(grad, scores, winners, gram, prototypes, lengths, tiles, plan.table, logit_scale)
-        plan.back(tiles, features, prototypes, lengths, result, to_prototypes, plan.table)
+        plan.weights(
+            grad, scores, winners, gram, prototypes, lengths, weights, plan.table, logit_scale
+        )
+        plan.back(weights, features, prototypes, lengths, result, to_prototypes, plan.table)
         return to_prototypes.sum(0) if plan.splits > 1 else to_prototypes[0]
 
 

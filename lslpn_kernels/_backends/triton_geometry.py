@@ -1,0 +1,253 @@
+"""What the Triton kernels know of the geometry: one table, made on the host.
+
+An axis is cut at every edge of a window into `pieces` of at most 32 pixels, so that all pixels of a
+piece lie in the same windows. The crossing of a piece of rows and a piece of columns is a tile. The
+pixels of a piece with the same lower location are a `run`; a `strip` is 8 of them at most.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..geometry import Axis, GridSpec
+
+PIECE, STRIP = 32, 8  # pixels of a piece and of a strip, at most
+
+# Rows of the table, by what they are indexed with; `triton_kernels.shared` has the same list.
+ROWS = (
+    # a pixel
+    "LOWER",  # lower location that it is interpolated from
+    "WEIGHT",  # weight of the upper one, the bits of a float32
+    "FIRST",  # first and last window over it
+    "LAST",
+    # a feature location
+    "NEAR_FIRST",  # first and last window near it; where none is: many, -1
+    "NEAR_LAST",
+    "NEAR_PIECE_FIRST",  # first and last piece near it; where none is: 0, -1
+    "NEAR_PIECE_LAST",
+    # a piece
+    "PIECE_BEGIN",  # its pixels
+    "PIECE_END",
+    "PIECE_LOWER",  # its first and last location
+    "PIECE_UPPER",
+    "PIECE_FIRST",  # its first and last window
+    "PIECE_LAST",
+    # the r-th location of piece p, at p * cells + r
+    "RUN_BEGIN",  # pixels of the piece that have it as their lower location
+    "RUN_END",
+    # a strip of rows, pixels of one run
+    "STRIP_BEGIN",
+    "STRIP_END",
+    # a window
+    "WINDOW_CELL_BEGIN",  # locations near it
+    "WINDOW_CELL_END",
+    "WINDOW_PIECE_FIRST",  # first and last piece in it
+    "WINDOW_PIECE_LAST",
+)
+
+
+@dataclass(frozen=True)
+class AxisFacts:
+    """What the kernels have to know of an axis before they are compiled.
+
+    Attributes:
+        rows: the rows of the table.
+        near: windows near a feature location, at most.
+        overlap: windows over a pixel, at most.
+        pieces, piece, cells: number of pieces, and the pixels and locations of the longest.
+        strips, strip: number of strips, and the pixels of the longest.
+        near_pieces, window_pieces: pieces near a feature location and in a window, at most.
+        between: whether any pixel lies between two locations.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    near: int
+    overlap: int
+    pieces: int
+    piece: int
+    cells: int
+    strips: int
+    strip: int
+    near_pieces: int
+    window_pieces: int
+    between: bool
+
+
+@cache
+def axis_facts(axis: Axis) -> AxisFacts:
+    taps = [axis.taps(x) for x in range(axis.pixels)]
+    covering = [axis.covering(x) for x in range(axis.pixels)]
+    lower = [i for i, _ in taps]
+    upper = [i + (weight > 0) for i, weight in taps]
+    pieces = [
+        piece
+        for segment in axis.segments
+        for piece in cut(segment.begin, segment.end, -(-(segment.end - segment.begin) // PIECE))
+    ]
+    cells = max(upper[end - 1] - lower[begin] + 1 for begin, end in pieces)
+    runs = [
+        (begin + bisect_left(lower[begin:end], i), begin + bisect_right(lower[begin:end], i))
+        for begin, end in pieces
+        for i in range(lower[begin], lower[begin] + cells)
+    ]
+    strips = [
+        strip
+        for begin, end in runs
+        if begin < end
+        for strip in cut(begin, end, -(-(end - begin) // STRIP))
+    ]
+
+    # First and last of something near each location, or in each window.
+    near = _Spans(axis.cells, missing=1 << 30)
+    near_pieces = _Spans(axis.cells)
+    window_cells, window_pieces = _Spans(axis.windows), _Spans(axis.windows)
+    for number, (begin, end) in enumerate(pieces):
+        first, last = covering[begin]
+        # Every location from the first tap to the last, though of locations that lie closer than
+        # pixels some are needed by none.
+        for i in range(lower[begin], upper[end - 1] + 1):
+            near_pieces.add(i, number, number)
+            near.add(i, first, last)
+        for m in range(first, last + 1):
+            window_cells.add(m, lower[begin], upper[end - 1])
+            window_pieces.add(m, number, number)
+
+    rows: dict[str, Iterable[int]] = {
+        "LOWER": lower,
+        "WEIGHT": [struct.unpack("<i", struct.pack("<f", weight))[0] for _, weight in taps],
+        "FIRST": [first for first, _ in covering],
+        "LAST": [last for _, last in covering],
+        "NEAR_FIRST": near.first,
+        "NEAR_LAST": near.last,
+        "NEAR_PIECE_FIRST": near_pieces.first,
+        "NEAR_PIECE_LAST": near_pieces.last,
+        "PIECE_BEGIN": [begin for begin, _ in pieces],
+        "PIECE_END": [end for _, end in pieces],
+        "PIECE_LOWER": [lower[begin] for begin, _ in pieces],
+        "PIECE_UPPER": [upper[end - 1] for _, end in pieces],
+        "PIECE_FIRST": [covering[begin][0] for begin, _ in pieces],
+        "PIECE_LAST": [covering[begin][1] for begin, _ in pieces],
+        "RUN_BEGIN": [begin for begin, _ in runs],
+        "RUN_END": [end for _, end in runs],
+        "STRIP_BEGIN": [begin for begin, _ in strips],
+        "STRIP_END": [end for _, end in strips],
+        "WINDOW_CELL_BEGIN": window_cells.first,
+        "WINDOW_CELL_END": [last + 1 for last in window_cells.last],
+        "WINDOW_PIECE_FIRST": window_pieces.first,
+        "WINDOW_PIECE_LAST": window_pieces.last,
+    }
+    return AxisFacts(
+        rows=tuple(tuple(rows[name]) for name in ROWS),
+        near=near.longest,
+        overlap=axis.overlap,
+        pieces=len(pieces),
+        piece=max(end - begin for begin, end in pieces),
+        cells=cells,
+        strips=len(strips),
+        strip=max(end - begin for begin, end in strips),
+        near_pieces=near_pieces.longest,
+        window_pieces=window_pieces.longest,
+        between=any(weight > 0 for _, weight in taps),
+    )
+
+
+class _Spans:
+    """First and last numbers that were added to each of n entries."""
+
+    def __init__(self, n: int, missing: int = 0) -> None:
+        self.first = [missing] * n
+        self.last = [-1] * n
+
+    def add(self, entry: int, first: int, last: int) -> None:
+        if self.last[entry] < 0:
+            self.first[entry] = first
+        self.first[entry] = min(self.first[entry], first)
+        self.last[entry] = max(self.last[entry], last)
+
+    @property
+    def longest(self) -> int:
+        return max(b - a + 1 for a, b in zip(self.first, self.last, strict=True))
+
+
+def cut(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
+    """begin .. end in parts that differ by 1 at most."""
+    size = end - begin
+    marks = [begin + part * size // parts for part in range(parts + 1)]
+    return list(pairwise(marks))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything about the two axes."""
+
+    y: Axis
+    x: Axis
+    rows: AxisFacts
+    columns: AxisFacts
+
+    @property
+    def tiles(self) -> int:
+        return self.rows.pieces * self.columns.pieces
+
+    @property
+    def block(self) -> int:
+        """Locations of a tile, as its weights have room for them."""
+        return self.rows.cells * self.columns.cells
+
+    @property
+    def between(self) -> bool:
+        """Whether any pixel lies between two locations."""
+        return self.rows.between or self.columns.between
+
+    def places(self, reduce: str) -> int:
+        """Places that a window can have over a tile; one where all windows get the same."""
+        return self.rows.overlap * self.columns.overlap if reduce == "max" else 1
+
+    def pool_weights(self, C: int) -> int:
+        """Numbers kept of an image for pooling."""
+        return self.tiles * C * self.block
+
+    def match_weights(self, C: int, reduce: str) -> int:
+        """Numbers kept of an image for the backward direction of matching."""
+        return self.tiles * (C * self.places(reduce) + 4) * self.block
+
+    def dots(self, C: int) -> int:
+        """Inner products kept of an image."""
+        return C * self.rows.near * self.columns.near * self.y.cells * self.x.cells
+
+    @cache  # noqa: B019 (as few as there are geometries, which are kept for good)
+    def table(self, device: torch.device) -> Tensor:
+        """The tables of both axes on the device, [2, rows, length] int32.
+
+        They are kept for good, some 50 kB each: a captured CUDA graph holds their addresses.
+        """
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the first call for a geometry cannot be captured in a CUDA graph: call the "
+                "operator once with these shapes before capturing"
+            )
+        axes = (self.rows.rows, self.columns.rows)
+        length = max(len(row) for rows in axes for row in rows)
+        table = torch.tensor(
+            [[(*row, *([0] * (length - len(row)))) for row in rows] for rows in axes],
+            dtype=torch.int32,
+            device="cpu",
+        ).to(device)
+        if device.type == "cuda":
+            # Once only: other streams may be the next to read it.
+            torch.cuda.current_stream(device).synchronize()
+        return table
+
+
+@cache
+def geometry(grid: GridSpec, H: int, W: int, h: int, w: int) -> Geometry:
+    y, x = grid.axis(H, h), grid.axis(W, w)
+    return Geometry(y, x, axis_facts(y), axis_facts(x))

@@ -1,0 +1,297 @@
+"""Cosine matching, forward: `dots_kernel`, then `scores_kernel`.
+
+Nothing is ever interpolated to image resolution but classes. Between the two lie
+
+    dots  [image, C, NY, NX, h, w]: <F(i, j), q_{c,m}> for the windows m near a location, those over
+          a pixel that is interpolated from it, from the first of these on.
+    gram  [image, 4, h, w]: |F|^2; products with the right and with the lower neighbour; the sum of
+          those of both diagonals of the cell to the lower right.
+"""
+
+# mypy: ignore-errors
+# (device code: Triton's own language, in Python's syntax)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .shared import (
+    FIRST,
+    LAST,
+    LOWER,
+    NEAR_FIRST,
+    NEAR_LAST,
+    STRIP_BEGIN,
+    STRIP_END,
+    WEIGHT,
+    X,
+    Y,
+    dot,
+    inverse_length,
+    load_features,
+    look,
+    look_weight,
+    one,
+    wide,
+    window_of,
+    windows_near,
+)
+
+
+@triton.jit
+def _store_gram(
+    features,
+    gram,
+    i,
+    j,
+    h,
+    w,
+    D,
+    STRIDES: tl.constexpr,
+    EVEN: tl.constexpr,
+    BK: tl.constexpr,
+    BETWEEN: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """The Gram maps of M locations, [M]. Beyond the edges, where no pixel asks for them, a location
+    is its own neighbour."""
+    inside = (i < h) & (j < w)
+    i = tl.minimum(i, h - 1)
+    j = tl.minimum(j, w - 1)
+    at = features + (wide(i, LONG) * STRIDES[1] + wide(j, LONG) * STRIDES[2])
+    gram += i * w + j
+    square = tl.zeros((i.shape[0], BK), tl.float32)
+    if BETWEEN:
+        to_right = tl.where(j + 1 < w, STRIDES[2], 0)
+        below = at + tl.where(i + 1 < h, STRIDES[1], 0)
+        right = tl.zeros_like(square)
+        lower = tl.zeros_like(square)
+        diagonals = tl.zeros_like(square)
+        for start in range(0, D, BK):
+            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            fr = load_features(at + to_right, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            fb = load_features(below, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            fd = load_features(below + to_right, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            square += f * f
+            right += f * fr
+            lower += f * fb
+            diagonals += f * fd
+            diagonals += fr * fb
+        tl.store(gram + h * w, tl.sum(right, 1), mask=inside)
+        tl.store(gram + 2 * h * w, tl.sum(lower, 1), mask=inside)
+        tl.store(gram + 3 * h * w, tl.sum(diagonals, 1), mask=inside)
+    else:
+        for start in range(0, D, BK):
+            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
+            square += f * f
+    tl.store(gram, tl.sum(square, 1), mask=inside)
+
+
+@triton.jit
+def dots_kernel(
+    features,  # [B, Q, D, h, w], any strides
+    prototypes,  # [B, C, Gy, Gx, D]
+    dots,
+    gram,
+    table,
+    length,
+    Q,
+    C,
+    D,
+    h,
+    w,
+    Gy,
+    Gx,
+    stride_b,
+    stride_q,
+    row_blocks,
+    column_blocks,
+    STRIDES: tl.constexpr,
+    EVEN: tl.constexpr,
+    NY: tl.constexpr,
+    NX: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GRAM_BK: tl.constexpr,
+    BETWEEN: tl.constexpr,
+    LONG: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """One program: BI x BJ locations and all windows near them."""
+    pid = tl.program_id(0)
+    image = (pid // (column_blocks * row_blocks)).to(tl.int64)
+    axes = (table, length)
+    cell = tl.arange(0, BI * BJ)
+    i_begin = pid // column_blocks % row_blocks * BI
+    j_begin = pid % column_blocks * BJ
+    i = i_begin + cell // BJ
+    j = j_begin + cell % BJ
+    features += image // Q * stride_b + image % Q * stride_q
+    prototypes += image // Q * (C * Gy * Gx) * D
+    dots += image * (C * NY * NX) * h * w
+    gram += image * 4 * h * w
+    _store_gram(features, gram, i, j, h, w, D, STRIDES, EVEN, GRAM_BK, BETWEEN, LONG)
+
+    y_first, y_windows = windows_near(axes, Y, i_begin, tl.minimum(i_begin + BI, h), BI)
+    x_first, x_windows = windows_near(axes, X, j_begin, tl.minimum(j_begin + BJ, w), BJ)
+    inside = (i < h) & (j < w)
+    y_near = look(axes, Y, NEAR_FIRST, i, inside)[None, :]
+    y_near_last = look(axes, Y, NEAR_LAST, i, inside, -1)[None, :]
+    x_near = look(axes, X, NEAR_FIRST, j, inside)[None, :]
+    x_near_last = look(axes, X, NEAR_LAST, j, inside, -1)[None, :]
+    at = features + wide(tl.minimum(i, h - 1), LONG) * STRIDES[1]
+    at += wide(tl.minimum(j, w - 1), LONG) * STRIDES[2]
+    count = C * y_windows * x_windows
+    for first in range(0, count, BN):
+        n = first + tl.arange(0, BN)
+        used = (n < count)[:, None]
+        n = tl.minimum(n, count - 1)  # the last one again
+        c, my, mx = window_of(n, y_first, x_first, y_windows, x_windows)
+        row = prototypes + wide((c * Gy + my) * Gx + mx, LONG) * D
+        acc = tl.zeros((BI * BJ, BN), tl.float32)
+        squares = tl.zeros((BK, BN), tl.float32)
+        for start in range(0, D, BK):
+            d = start + tl.arange(0, BK)[:, None]
+            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG)
+            if EVEN:
+                p = tl.load(row[None, :] + d)
+            else:
+                p = tl.load(row[None, :] + d, mask=d < D, other=0.0)
+            acc += dot(f, p, DOT)
+            squares += p * p
+        acc *= inverse_length(tl.sum(squares, 0))[None, :]
+        my, mx = my[:, None], mx[:, None]
+        near = (my >= y_near) & (my <= y_near_last) & (mx >= x_near) & (mx <= x_near_last)
+        slot = ((c[:, None] * NY + my) * NX + mx) - (y_near * NX + x_near)
+        to = dots + (wide(slot, LONG) * (h * w) + (i * w + j)[None, :])
+        tl.store(to, tl.trans(acc), mask=near & used)
+
+
+@triton.jit
+def square_norm(gram, shape, i, j, wx, mask, below, BETWEEN: tl.constexpr):
+    """|Up F|^2 between rows of locations i and i + 1: what the upper row, the lower row and the
+    products between them give, each as interpolated along x from the locations j and j + 1.
+    ``w^T G w`` with the four taps' weights w and Gram matrix G, from the maps of one image.
+    `below` masks the lower row."""
+    w = shape[1]
+    size = shape[0] * w
+    at = gram + i * w + j
+    row = tl.load(at, mask=mask, other=0.0)
+    next_row = tl.zeros_like(row)
+    across = tl.zeros_like(row)
+    if BETWEEN:
+        right = mask & (wx > 0)
+        square, up, product = (1 - wx) * (1 - wx), wx * wx, (1 - wx) * wx
+        row = square * row + up * tl.load(at + 1, mask=right, other=0.0)
+        row += 2 * product * tl.load(at + size, mask=right, other=0.0)
+        next_row = square * tl.load(at + w, mask=below, other=0.0)
+        next_row += up * tl.load(at + w + 1, mask=right & below, other=0.0)
+        next_row += 2 * product * tl.load(at + size + w, mask=right & below, other=0.0)
+        across = square * tl.load(at + 2 * size, mask=below, other=0.0)
+        across += up * tl.load(at + 2 * size + 1, mask=right & below, other=0.0)
+        across += product * tl.load(at + 3 * size, mask=right & below, other=0.0)
+    return row, next_row, across
+
+
+@triton.jit
+def scores_kernel(
+    dots,
+    gram,
+    scores,  # [B, Q, C, H, W]
+    winners,  # the same, uint8 or int32
+    table,
+    logit_scale,
+    length,
+    C,
+    H,
+    h,
+    w,
+    strips,
+    column_blocks,
+    W: tl.constexpr,
+    OX: tl.constexpr,
+    NY: tl.constexpr,
+    NX: tl.constexpr,
+    T: tl.constexpr,
+    BX: tl.constexpr,
+    BETWEEN: tl.constexpr,
+    MEAN: tl.constexpr,
+    WINNERS: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """One program: BX columns of a strip of up to T rows, all classes."""
+    pid = tl.program_id(0)
+    block = pid % column_blocks
+    strip = pid // column_blocks % strips
+    image = (pid // (column_blocks * strips)).to(tl.int64)
+    axes = (table, length)
+
+    x = block * BX + tl.arange(0, BX)
+    x_in = x < W
+    j = look(axes, X, LOWER, x, x_in)
+    wx = look_weight(axes, X, x, x_in)
+    x_first = look(axes, X, FIRST, x, x_in)
+    x_last = look(axes, X, LAST, x, x_in, -1)
+    begin = one(axes, Y, STRIP_BEGIN, strip)
+    end = one(axes, Y, STRIP_END, strip)
+    i = one(axes, Y, LOWER, begin)
+    y_first = one(axes, Y, FIRST, begin)
+    y_last = one(axes, Y, LAST, begin)
+    y = begin + tl.arange(0, T)
+    wy = look_weight(axes, Y, y, y < end)
+    # Weights grow along a strip: where the last is 0, the next row of locations is not near.
+    next_row = one(axes, Y, WEIGHT, end - 1) != 0
+
+    # What depends on columns alone is computed for both rows of locations, then for the T rows.
+    at = gram + image * 4 * h * w
+    row, row_below, across = square_norm(at, (h, w), i, j, wx, x_in, x_in & next_row, BETWEEN)
+    square = ((1 - wy) * (1 - wy))[:, None] * row[None, :]
+    square += (wy * wy)[:, None] * row_below[None, :]
+    square += (2 * (1 - wy) * wy)[:, None] * across[None, :]
+    inverse = logit_scale * inverse_length(square)
+    if MEAN:
+        inverse /= ((y_last - y_first + 1) * (x_last - x_first + 1)).to(tl.float32)[None, :]
+
+    # The dots of the first window of class 0, and from there to the next location of either axis:
+    # its windows may begin with another one.
+    to_right = x_in & (wx > 0)
+    y_near = one(axes, Y, NEAR_FIRST, i)
+    x_near = look(axes, X, NEAR_FIRST, j, x_in)
+    at = (y_first - y_near) * NX + x_first - x_near
+    at = dots + image * (C * NY * NX) * h * w + (wide(at, LONG) * (h * w) + i * w + j)
+    right = 1 + wide(x_near - look(axes, X, NEAR_FIRST, j + 1, to_right), LONG) * (h * w)
+    y_near -= look(axes, Y, NEAR_FIRST, i + 1, next_row)
+    below = w + wide(y_near, LONG) * (NX * h * w)
+
+    scores += image * C * H * W
+    winners += image * C * H * W
+    mask = (y < end)[:, None] & x_in[None, :]
+    for c in range(C):
+        best = tl.full((T, BX), 0.0 if MEAN else float("-inf"), tl.float32)
+        place = tl.zeros((T, BX), tl.int32)
+        for number in range(y_last - y_first + 1):
+            dot = at + wide((c * NY + number) * NX, LONG) * (h * w)
+            for step in tl.range(0, OX, loop_unroll_factor=OX if OX <= 4 else 1):
+                near = x_first + step <= x_last
+                both = near & to_right
+                top = tl.load(dot, mask=near, other=0.0)
+                top += wx * (tl.load(dot + right, mask=both, other=0.0) - top)
+                low = tl.load(dot + below, mask=near & next_row, other=0.0)
+                low += wx * (tl.load(dot + below + right, mask=both & next_row, other=0.0) - low)
+                dot += h * w
+                if MEAN:
+                    best += top[None, :] + wy[:, None] * (low - top)[None, :]
+                else:
+                    # Strictly greater: of equal windows the lowest stays. NaN stays NaN.
+                    slope = low - top
+                    top = tl.where(near, top, float("-inf"))
+                    value = top[None, :] + wy[:, None] * slope[None, :]
+                    place = tl.where(value > best, number * OX + step, place)
+                    best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
+        to = wide(c * H + y, LONG)[:, None] * W + x[None, :]
+        tl.store(scores + to, best * inverse, mask=mask)
+        if WINNERS:
+            tl.store(winners + to, place.to(winners.dtype.element_ty), mask=mask)

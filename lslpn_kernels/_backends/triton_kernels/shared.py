@@ -1,0 +1,186 @@
+"""What all kernels share: the table of the geometry, and exact products on tensor cores."""
+
+# mypy: ignore-errors
+# (device code: Triton's own language, in Python's syntax)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Both axes are described by one table, int32 [2, ROWS, length]: y, then x. Its rows are those of
+# `triton_geometry.ROWS`, which says what they hold.
+LOWER = tl.constexpr(0)
+WEIGHT = tl.constexpr(1)
+FIRST = tl.constexpr(2)
+LAST = tl.constexpr(3)
+NEAR_FIRST = tl.constexpr(4)
+NEAR_LAST = tl.constexpr(5)
+NEAR_PIECE_FIRST = tl.constexpr(6)
+NEAR_PIECE_LAST = tl.constexpr(7)
+PIECE_BEGIN = tl.constexpr(8)
+PIECE_END = tl.constexpr(9)
+PIECE_LOWER = tl.constexpr(10)
+PIECE_UPPER = tl.constexpr(11)
+PIECE_FIRST = tl.constexpr(12)
+PIECE_LAST = tl.constexpr(13)
+RUN_BEGIN = tl.constexpr(14)
+RUN_END = tl.constexpr(15)
+STRIP_BEGIN = tl.constexpr(16)
+STRIP_END = tl.constexpr(17)
+WINDOW_CELL_BEGIN = tl.constexpr(18)
+WINDOW_CELL_END = tl.constexpr(19)
+WINDOW_PIECE_FIRST = tl.constexpr(20)
+WINDOW_PIECE_LAST = tl.constexpr(21)
+ROWS = tl.constexpr(22)
+
+Y = tl.constexpr(0)
+X = tl.constexpr(1)
+
+NONE_NEAR = tl.constexpr(1 << 30)
+EPS_SQUARE = tl.constexpr(1e-16)  # of `reference.EPS`
+
+
+@triton.jit
+def look(axes, axis: tl.constexpr, row: tl.constexpr, index, mask, other=0):
+    """Entries of the table; `axes` is (table, length)."""
+    return tl.load(axes[0] + (axis * ROWS + row) * axes[1] + index, mask=mask, other=other)
+
+
+@triton.jit
+def one(axes, axis: tl.constexpr, row: tl.constexpr, index):
+    return tl.load(axes[0] + (axis * ROWS + row) * axes[1] + index)
+
+
+@triton.jit
+def look_weight(axes, axis: tl.constexpr, index, mask):
+    return look(axes, axis, WEIGHT, index, mask).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def wide(index, LONG: tl.constexpr):
+    return tl.cast(index, tl.int64) if LONG else index
+
+
+@triton.jit
+def _high(x):
+    """x rounded to a bfloat16 (by hand: the conversion is a slow instruction). A NaN may get lost
+    here, but not in `_low`."""
+    if x.dtype == tl.bfloat16:
+        return x
+    else:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True) + 0x8000
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _low(x, high):
+    """What `_high` left of x, cut off to a bfloat16."""
+    bits = (x.to(tl.float32) - high.to(tl.float32)).to(tl.int32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, DOT: tl.constexpr):
+    """``a @ b`` in float32. Both are cut into parts that the tensor cores multiply exactly:
+    float32 into two TF32 (22 bits), half types into two bfloat16 (16 bits; a bfloat16 is its own
+    only part). The product of the low parts is below rounding.
+
+    Whoever sums several such products adds them up outside of the tensor cores: these cut off what
+    does not fit when they add, which over a long sum would become an error of many units in the
+    last place.
+    """
+    if DOT == "ieee":  # for the interpreter, whose bfloat16 products are wrong
+        part = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif DOT == "tf32":
+        a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        part = tl.dot(a - a_high, b_high, input_precision="tf32")
+        part = tl.dot(a_high, b - b_high, part, input_precision="tf32")
+        part = tl.dot(a_high, b_high, part, input_precision="tf32")
+    else:
+        a_high = _high(a)
+        b_high = _high(b)
+        # In another order it takes more registers than there are.
+        part = tl.dot(a_high, b_high)
+        if b.dtype != tl.bfloat16:
+            part = tl.dot(a_high, _low(b, b_high), part)
+        if a.dtype != tl.bfloat16:
+            part = tl.dot(_low(a, a_high), b_high, part)
+    return part
+
+
+@triton.jit
+def load_features(
+    at,
+    start,
+    D,
+    STRIDES: tl.constexpr,
+    EVEN: tl.constexpr,
+    BK: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """BK channels from `start` on of the locations at these addresses, [locations, channels].
+    Neighbouring lanes read what lies next to each other in memory. EVEN says that there are
+    so many. The start is added to the addresses first: what is left to add to them for a channel
+    is then a constant, which costs no instruction."""
+    d = tl.arange(0, BK)
+    at += tl.cast(start, tl.int64) * STRIDES[0]
+    step = wide(d, LONG) * STRIDES[0]
+    if STRIDES[0] == 1:
+        at = at[:, None] + step[None, :]
+        return tl.load(at) if EVEN else tl.load(at, mask=(start + d < D)[None, :], other=0.0)
+    else:
+        at = at[None, :] + step[:, None]
+        mask = (start + d < D)[:, None]
+        return tl.trans(tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0))
+
+
+@triton.jit
+def inverse_length(square):
+    """1 / sqrt(square), 0 below EPS. NaN stays NaN."""
+    gone = square < EPS_SQUARE
+    return tl.where(gone, 0.0, tl.rsqrt(tl.where(gone, 1.0, square)))
+
+
+@triton.jit
+def part_of(block, blocks, length):
+    """Begin and end of a block, where `length` is cut into `blocks` that differ by 1 at most."""
+    return block * length // blocks, (block + 1) * length // blocks
+
+
+@triton.jit
+def windows_near(axes, axis: tl.constexpr, begin, end, SIZE: tl.constexpr):
+    """First window near the locations begin <= i < end, and the number of windows."""
+    i = begin + tl.arange(0, SIZE)
+    first = tl.min(look(axes, axis, NEAR_FIRST, i, i < end, NONE_NEAR), 0)
+    last = tl.max(look(axes, axis, NEAR_LAST, i, i < end, -1), 0)
+    return first, tl.maximum(last - first + 1, 0)
+
+
+@triton.jit
+def window_of(n, first_y, first_x, windows_y, windows_x):
+    """The n-th of the windows near a block: class, row and column."""
+    nx = tl.maximum(windows_x, 1)
+    ny = tl.maximum(windows_y, 1)
+    return n // (ny * nx), first_y + n // nx % ny, first_x + n % nx
+
+
+# The pixels of a tile
+
+
+@triton.jit
+def tile_columns(axes, piece, T: tl.constexpr):
+    """The columns of a piece: pixels and which are real, lower locations, and the weights of the
+    upper ones."""
+    x = one(axes, X, PIECE_BEGIN, piece) + tl.arange(0, T)
+    mask = x < one(axes, X, PIECE_END, piece)
+    return x, mask, look(axes, X, LOWER, x, mask), look_weight(axes, X, x, mask)
+
+
+@triton.jit
+def interpolation(lower, at_lower, at_upper, N: tl.constexpr):
+    """[pixels, N]: what each pixel gives to N locations of which `lower` is one."""
+    n = tl.arange(0, N)[None, :]
+    rest = tl.where(n == lower[:, None] + 1, at_upper[:, None], 0.0)
+    return tl.where(n == lower[:, None], at_lower[:, None], rest)
