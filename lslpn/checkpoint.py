@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .atomic import is_file, look_up, write_bytes
+from .config import Config, ModelConfig
 from .errors import InputError
-from .methods import METHODS, FewShotNetwork, build
-from .presets import Config, ModelConfig
+from .files import is_file, look_up, write_bytes
+from .models import METHODS, FewShotNetwork, build
 from .tensors import first_unusable, load_tensors
 
 FILE_NAME = "checkpoint.pt"

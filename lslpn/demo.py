@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from .assets import LABELS_NOTE, demo_image, demo_labels, demo_organs
-from .atomic import check_writable, write_text
-from .figures import Panel, overlay
+from .config import preset
+from .data.slices import ABDOMEN_WINDOW, body_boxes
+from .data.volumes import Volume, read_image, read_labels, write_labels
+from .evaluation.overlay import Panel, overlay
+from .files import check_writable, write_text
 from .info import versions
-from .model import untrained
-from .prepare import ABDOMEN_WINDOW, body_boxes
-from .presets import preset
-from .segment import BEYOND, segment_matched
+from .models import untrained
+from .segmentation.segment import BEYOND, segment_matched
 from .viewer import Support, view
-from .volumes import Volume, read_image, read_labels, write_labels
 
 # Half of the preset's 512: finer than both scans, whose trunks are 110 and 175 pixels wide, and
 # four times as fast.

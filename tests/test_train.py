@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import write_synthetic_dataset
 
-from lslpn import train as train_module
-from lslpn.atomic import append_text
+from lslpn import training as train_module
 from lslpn.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -28,13 +27,13 @@ from lslpn.checkpoint import (
     load_model,
     save_checkpoint,
 )
-from lslpn.dataset import Dataset
-from lslpn.episodes import Episodes
+from lslpn.config import Config, preset, with_overrides
+from lslpn.data.dataset import Dataset
+from lslpn.data.episodes import Episodes
 from lslpn.errors import InputError
-from lslpn.methods import LSLPN, segmentation_loss
-from lslpn.model import untrained
-from lslpn.presets import Config, preset, with_overrides
-from lslpn.train import (
+from lslpn.files import append_text
+from lslpn.models import LSLPN, segmentation_loss, untrained
+from lslpn.training import (
     learning_rate,
     make_optimizer,
     set_learning_rate,
@@ -608,9 +607,9 @@ def test_a_disk_that_refuses_is_named_and_leaves_the_previous_checkpoint_whole(
 _KILLED = """
 import sys, torch
 torch.set_num_threads(1)
-from lslpn.dataset import Dataset
-from lslpn.presets import preset, with_overrides
-from lslpn.train import train
+from lslpn.data.dataset import Dataset
+from lslpn.config import preset, with_overrides
+from lslpn.training import train
 config = with_overrides(
     preset("published"), size=48, batch=1, steps=100000, checkpoint_every=1, log_every=1
 )

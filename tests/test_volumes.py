@@ -14,14 +14,14 @@ from conftest import synthetic_ct, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lslpn.errors import InputError
-from lslpn.volumes import (
+from lslpn.data.volumes import (
     Volume,
     check_same_grid,
     read_image,
     read_labels,
     write_labels,
 )
+from lslpn.errors import InputError
 
 ORIENTATIONS = [
     "".join(pairs[axis][flips[axis]] for axis in range(3))
