@@ -23,7 +23,7 @@ HANGS = "import subprocess, sys, time; print('so far', flush=True); subprocess.r
 def test_a_step_that_fails_or_hangs_is_written_down_and_the_rest_runs(tmp_path: Path) -> None:
     steps = [
         Step("fails", (PYTHON, "-c", "print('why'); raise SystemExit(3)"), 30),
-        Step("hangs", (PYTHON, "-c", HANGS), 1),
+        Step("hangs", (PYTHON, "-c", HANGS), 8),
         Step("absent", ("/no/such/program",), 30),
         Step("passes", (PYTHON, "-c", "import os; print(os.environ['A'])"), 30, (("A", "b"),)),
     ]
@@ -31,7 +31,7 @@ def test_a_step_that_fails_or_hangs_is_written_down_and_the_rest_runs(tmp_path: 
     assert [o.outcome for o in outcomes] == ["failed", "out of time", "failed", "passed"]
     assert "why" in outcomes[0].tail
     assert "so far" in outcomes[1].tail
-    assert outcomes[1].seconds < 20
+    assert outcomes[1].seconds < 50
     assert outcomes[3].tail.strip() == "b"
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert [step["outcome"] for step in record["steps"]] == [o.outcome for o in outcomes]
