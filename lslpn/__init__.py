@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 __version__: str
 
 if TYPE_CHECKING:
-    from .checkpoint import load_model
+    from .checkpoint import load_model, save_weights
     from .config import preset
     from .data.dataset import Dataset
     from .data.volumes import Volume, read_image, read_labels, write_labels
@@ -24,6 +24,7 @@ __all__ = [
     "preset",
     "read_image",
     "read_labels",
+    "save_weights",
     "segment",
     "train",
     "untrained",
@@ -40,6 +41,7 @@ _HOMES = {
     "preset": "config",
     "read_image": "data.volumes",
     "read_labels": "data.volumes",
+    "save_weights": "checkpoint",
     "segment": "segmentation.segment",
     "train": "training",
     "untrained": "models",

@@ -26,12 +26,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from .errors import InputError
 
@@ -40,9 +41,61 @@ StrideOn = Literal["1x1", "3x3"]
 BatchNormMode = Literal["live", "frozen"]
 
 
+class _Rule(NamedTuple):
+    """What a value must be besides its type: `Annotated[int, _Rule(...)]` beside the field."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _at_least(low: int, what: str = "{} or more") -> _Rule:
+    return _Rule(what.format(low), lambda value: value >= low)
+
+
+_Count = Annotated[int, _at_least(1)]
+_Share = Annotated[float, _Rule("in (0, 1]", lambda value: 0 < value <= 1)]
+_Probability = Annotated[float, _Rule("in [0, 1]", lambda value: 0 <= value <= 1)]
+_BelowOne = Annotated[float, _Rule("in [0, 1)", lambda value: 0 <= value < 1)]
+_Positive = Annotated[float, _Rule("a positive number", lambda value: 0 < value < math.inf)]
+_NotNegative = Annotated[float, _at_least(0)]
+
+
 def _require(ok: bool, name: str, expected: str, given: object) -> None:
     if not ok:
         raise InputError(f"The option {name} must be {expected}; {given!r} was given.")
+
+
+def _words(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("'none'" if a is type(None) else _words(a) for a in args)
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return f"{_words(args[0])}, several with commas"
+        return f"{len(args)} values with a comma, each {_words(args[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Fields and their types, with their rules: `Annotated` where there is one."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _check(config: ModelConfig | TrainConfig) -> None:
+    """Every field against its rule and, where it is a choice, against the choices."""
+    for name, kind in _hints(type(config)).items():
+        value = getattr(config, name)
+        rules = getattr(kind, "__metadata__", ())
+        if rules:
+            kind = kind.__origin__
+        if typing.get_origin(kind) is Literal:
+            _require(value in typing.get_args(kind), name, _words(kind), value)
+        for rule in rules:
+            optional = value is None and type(None) in typing.get_args(kind)
+            _require(optional or rule.holds(value), name, rule.expected, value)
 
 
 @dataclass(frozen=True)
@@ -52,30 +105,36 @@ class ModelConfig:
     method: Method = "lslpn"
     """The network: "lslpn", or one that the paper compares with; see `lslpn.models`. What is said
     below of windows, logits and prototypes is LSLPN's; the other methods have their own."""
-    size: int = 512
+    size: Annotated[int, _at_least(32, "at least {} pixels")] = 512
     """Pixels along the side of the square that slices are resized to."""
     normalise: Literal["slice", "volume", "window"] = "slice"
     """How grey values come to [0, 1]: min-max of each slice, of the volume, or the window."""
-    window: Literal["auto"] | tuple[float, float] | None = "auto"
+    window: Annotated[
+        Literal["auto"] | tuple[float, float] | None,
+        _Rule(
+            "'auto', 'none' or two grey values, the lower first",
+            lambda value: value == "auto" or (not isinstance(value, str) and value[0] < value[1]),
+        ),
+    ] = "auto"
     """Grey values are limited to this range first. "auto" is -125 .. 275 for CT in HU, as the
     few-shot papers on abdominal CT have it, and no limit for anything else; None is no limit."""
     align: Literal["none", "body"] = "none"
     """"body" crops each scan to the body's box before resizing."""
     imagenet_normalisation: bool = False
     """Subtract ImageNet's mean and divide by its deviation, as the weights were trained."""
-    grid_scale: float = 1 / 8
+    grid_scale: _Share = 1 / 8
     """Side of a window as a share of the image's: the paper's alpha."""
-    grid_spacing: float = 1 / 2
+    grid_spacing: _Share = 1 / 2
     """Distance of neighbouring windows as a share of a window's side; 1 for no overlap."""
     reduce: Literal["max", "mean"] = "max"
     """How the cosines of the windows over a pixel become one score."""
-    logit_scale: float = 20.0
+    logit_scale: _Positive = 20.0
     """Factor on the cosine."""
-    min_pixels: int = 10
+    min_pixels: Annotated[int, _at_least(0)] = 10
     """A window with no more mask pixels than this gives a zero prototype."""
-    channels: int = 256
+    channels: _Count = 256
     """Features per location."""
-    dropout: float = 0.5
+    dropout: _BelowOne = 0.5
     """Probability of Dropout2d behind the reduction layer, in training."""
     batch_norm: BatchNormMode = "live"
     """"live": statistics of the batch in training; "frozen": always the stored ones."""
@@ -85,98 +144,77 @@ class ModelConfig:
     """What the trunk starts from: "imagenet" (shipped), "random", or a state dict file."""
 
     def __post_init__(self) -> None:
-        methods = typing.get_args(Method)
-        _require(self.method in methods, "method", f"one of {', '.join(methods)}", self.method)
-        _require(self.size >= 32, "size", "at least 32 pixels", self.size)
-        _require(
-            self.normalise in ("slice", "volume", "window"),
-            "normalise",
-            "'slice', 'volume' or 'window'",
-            self.normalise,
-        )
-        _require(
-            self.window is None
-            or self.window == "auto"
-            or (not isinstance(self.window, str) and self.window[0] < self.window[1]),
-            "window",
-            "'auto', 'none' or two grey values, the lower first",
-            self.window,
-        )
+        _check(self)
         _require(
             self.normalise != "window" or self.window is not None,
             "window",
             "given when normalise is 'window'",
             self.window,
         )
-        _require(self.align in ("none", "body"), "align", "'none' or 'body'", self.align)
-        _require(0 < self.grid_scale <= 1, "grid_scale", "in (0, 1]", self.grid_scale)
-        _require(0 < self.grid_spacing <= 1, "grid_spacing", "in (0, 1]", self.grid_spacing)
-        _require(self.reduce in ("max", "mean"), "reduce", "'max' or 'mean'", self.reduce)
-        _require(self.logit_scale > 0, "logit_scale", "positive", self.logit_scale)
-        _require(self.min_pixels >= 0, "min_pixels", "0 or more", self.min_pixels)
-        _require(self.channels >= 1, "channels", "1 or more", self.channels)
-        _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
-        _require(
-            self.batch_norm in ("live", "frozen"),
-            "batch_norm",
-            "'live' or 'frozen'",
-            self.batch_norm,
-        )
-        _require(self.stride_on in ("1x1", "3x3"), "stride_on", "'1x1' or '3x3'", self.stride_on)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What a training run does; none of it matters to a finished checkpoint's user."""
 
-    steps: int = 2500
+    steps: _Count = 2500
     """Gradient steps."""
-    batch: int = 4
+    batch: _Count = 4
     """Episodes per gradient step."""
-    lr: float = 1e-3
+    lr: _Positive = 1e-3
     """Learning rate at the start."""
-    milestones: tuple[int, ...] = (800, 1600, 2400)
+    milestones: Annotated[
+        tuple[int, ...],
+        _Rule(
+            "steps in rising order",
+            lambda value: list(value) == sorted(set(value)) and all(m >= 1 for m in value),
+        ),
+    ] = (800, 1600, 2400)
     """Steps at which the learning rate is multiplied by lr_decay."""
-    lr_decay: float = 0.1
-    reduction_lr_factor: float = 1.0
+    lr_decay: _Share = 0.1
+    reduction_lr_factor: _Positive = 1.0
     """The reduction layer, which starts from noise, learns at this multiple of lr."""
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    seed: int = 1234
+    momentum: _BelowOne = 0.9
+    weight_decay: _NotNegative = 5e-4
+    seed: Annotated[
+        int, _Rule("a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+    ] = 1234
     """Of the slices, the episodes, the augmentation, dropout and the reduction layer."""
-    ways: int = 1
+    ways: _Count = 1
     """Classes per episode, N; each has its own support slices."""
-    shots: int = 1
+    shots: _Count = 1
     """Support slices per class."""
-    queries: int = 1
+    queries: _Count = 1
     """Query slices per episode."""
     supervision: Literal["labels", "superpixels"] = "labels"
     """Where an episode's classes come from: the data set's organs, or, as ALPNet was published,
     regions of alike grey values in single slices, without any label; see `superpixels`."""
-    organs: tuple[str, ...] | None = None
+    organs: Annotated[
+        tuple[str, ...] | None, _Rule("None or some names", lambda value: len(value) > 0)
+    ] = None
     """Organs to train on; None: every organ of the data set that is not held out."""
     drop_test_slices: bool = False
     """Setting II: leave out every slice that shows ANY held-out organ. False is Setting I."""
-    min_organ_pixels: int = 150
+    min_organ_pixels: Annotated[int, _at_least(0)] = 150
     """A slice qualifies for an organ with more than this many pixels, counted at 512 x 512
     (scaled by area at other sizes)."""
-    slices_per_organ: int | None = 5
+    slices_per_organ: Annotated[int | None, _at_least(1, "None or {} or more")] = 5
     """How many random ones to keep of an organ's slices in a scan; None keeps all ..."""
-    subsample_above: int = 20
+    subsample_above: _Count = 20
     """... and only when more than this many qualify."""
-    max_position_gap: float = 1 / 12
+    max_position_gap: _Probability = 1 / 12
     """Support and query slice differ by at most this in relative position (0 to 1) within the
     organ's range of their scans; the nearest one where none does."""
-    augment_probability: float = 0.5
+    augment_probability: _Probability = 0.5
     """Of each of gamma, contrast and brightness, per slice."""
     augment_low: float = 0.5
     augment_high: float = 2.0
     """Range of the augmentations' factors."""
     ignore_index: int = 255
     """Label without loss."""
-    alignment_weight: float = 1.0
+    alignment_weight: _NotNegative = 1.0
     """Factor of the prototype alignment loss of PANet and ALPNet; the other methods have none."""
-    accumulate: int = 1
+    accumulate: _Count = 1
     """Parts that a batch is run in, one after the other, to save memory."""
     amp: bool = False
     """Run the encoder in bfloat16 (autocast); the head and the loss stay in float32."""
@@ -185,79 +223,24 @@ class TrainConfig:
     compile: bool = False
     """Let torch.compile make the convolutions' code: a minute or more at the start, faster steps
     after it, equal to rounding."""
-    log_every: int = 10
+    log_every: _Count = 10
     """Steps between lines of the log; the loss is looked at for NaN as often."""
-    checkpoint_every: int = 100
+    checkpoint_every: _Count = 100
     """Steps between checkpoints; the last step always writes one."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch",
-            "ways",
-            "shots",
-            "queries",
-            "accumulate",
-            "log_every",
-            "checkpoint_every",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, name, "1 or more", value)
+        _check(self)
         _require(
-            self.accumulate <= self.batch and self.batch % self.accumulate == 0,
+            self.batch % self.accumulate == 0,
             "accumulate",
             f"a divisor of batch ({self.batch})",
             self.accumulate,
-        )
-        _require(
-            self.supervision in ("labels", "superpixels"),
-            "supervision",
-            "'labels' or 'superpixels'",
-            self.supervision,
         )
         _require(
             self.supervision == "labels" or self.ways == 1,
             "ways",
             "1 with superpixels, one of which is an episode's class",
             self.ways,
-        )
-        _require(0 < self.lr < math.inf, "lr", "a positive number", self.lr)
-        _require(
-            list(self.milestones) == sorted(set(self.milestones))
-            and all(m >= 1 for m in self.milestones),
-            "milestones",
-            "steps in rising order",
-            self.milestones,
-        )
-        _require(0 < self.lr_decay <= 1, "lr_decay", "in (0, 1]", self.lr_decay)
-        _require(
-            self.reduction_lr_factor > 0,
-            "reduction_lr_factor",
-            "positive",
-            self.reduction_lr_factor,
-        )
-        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        _require(0 <= self.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1", self.seed)
-        _require(
-            self.organs is None or len(self.organs) > 0, "organs", "None or some names", self.organs
-        )
-        _require(self.min_organ_pixels >= 0, "min_organ_pixels", "0 or more", self.min_organ_pixels)
-        _require(
-            self.slices_per_organ is None or self.slices_per_organ >= 1,
-            "slices_per_organ",
-            "None or 1 or more",
-            self.slices_per_organ,
-        )
-        _require(self.subsample_above >= 1, "subsample_above", "1 or more", self.subsample_above)
-        _require(
-            0 <= self.max_position_gap <= 1, "max_position_gap", "in [0, 1]", self.max_position_gap
-        )
-        _require(
-            0 <= self.augment_probability <= 1,
-            "augment_probability",
-            "in [0, 1]",
-            self.augment_probability,
         )
         _require(
             0 < self.augment_low <= self.augment_high,
@@ -271,7 +254,6 @@ class TrainConfig:
             f"another value than the labels of the classes, 0 to {self.ways}",
             self.ignore_index,
         )
-        _require(self.alignment_weight >= 0, "alignment_weight", "0 or more", self.alignment_weight)
 
 
 @dataclass(frozen=True)
@@ -321,35 +303,34 @@ class Config:
         )
 
 
-_PUBLISHED = Config(preset="published")
-
-_PAPER = Config(
-    preset="paper",
-    model=ModelConfig(
-        min_pixels=0,
-        logit_scale=1.0,
-        # Not said. ImageNet weights are the paper's, and this is the input they were trained on.
-        imagenet_normalisation=True,
+PRESETS: dict[str, Config] = {
+    "paper": Config(
+        preset="paper",
+        model=ModelConfig(
+            min_pixels=0,
+            logit_scale=1.0,
+            # Not said. ImageNet weights are the paper's, and this is the input they expect.
+            imagenet_normalisation=True,
+        ),
+        train=TrainConfig(
+            steps=10_000,
+            milestones=(2500, 5000, 7500),
+            # Not said; "65 silver corpus scans for training" suggests that nothing was left out.
+            slices_per_organ=None,
+        ),
     ),
-    train=TrainConfig(
-        steps=10_000,
-        milestones=(2500, 5000, 7500),
-        # Not said; "65 silver corpus scans for training" suggests that nothing was left out.
-        slices_per_organ=None,
-    ),
-)
-
-PRESETS: dict[str, Config] = {"paper": _PAPER, "published": _PUBLISHED}
+    "published": Config(preset="published"),
+}
 
 
-def preset(name: str) -> Config:
-    """The preset of that name.
+def preset(name: str, **values: Any) -> Config:
+    """The preset of that name, with single values replaced as `with_overrides` does.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none; and as `with_overrides`.
     """
     _known({name: None}, set(PRESETS), "preset")
-    return PRESETS[name]
+    return with_overrides(PRESETS[name], **values) if values else PRESETS[name]
 
 
 def with_overrides(config: Config, **values: Any) -> Config:
@@ -370,7 +351,7 @@ def with_overrides(config: Config, **values: Any) -> Config:
     _known(values, set(owner), "option")
     changes: dict[str, dict[str, Any]] = {g: {} for g in groups}
     for name, value in values.items():
-        kind = typing.get_type_hints(groups[owner[name]])[name]
+        kind = _hints(groups[owner[name]])[name]
         changes[owner[name]][name] = _coerce(name, value, kind)
     train = changes["train"]
     if "steps" in train and "milestones" not in train and train["steps"] != config.train.steps:
@@ -401,7 +382,7 @@ def _table(given: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _from_plain(kind: type[_T], given: Mapping[str, Any]) -> _T:
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     _known(given, set(hints), "option")
     values: dict[str, Any] = {k: _coerce(k, v, hints[k]) for k, v in given.items()}
     return kind(**values)
@@ -419,6 +400,8 @@ def _known(given: Mapping[str, Any], names: set[str], what: str) -> None:
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """`value`, perhaps a string of the command line, as the type that the field is declared to."""
+    if typing.get_origin(kind) is Annotated:
+        kind = kind.__origin__
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     wrong = InputError(f"The option {name} cannot be {value!r}; expected {_words(kind)}.")
     if origin in (typing.Union, types.UnionType):
@@ -463,16 +446,3 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
     if not math.isfinite(number) or (kind is int and number != value):
         raise wrong
     return number
-
-
-def _words(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return " or ".join(repr(a) for a in args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("'none'" if a is type(None) else _words(a) for a in args)
-    if origin is tuple:
-        if args[-1] is Ellipsis:
-            return f"{_words(args[0])}, several with commas"
-        return f"{len(args)} values with a comma, each {_words(args[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")

@@ -67,6 +67,8 @@ def train(
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    model: FewShotNetwork | None = None,
+    callback: Callable[[int, float, float], None] | None = None,
 ) -> FewShotNetwork:
     """Trains the network and leaves it in `out`; returns it in evaluation mode.
 
@@ -79,15 +81,28 @@ def train(
         resume: go on from the checkpoint in `out`.
         device: where to compute.
         progress: show bars with rate and time left.
+        model: a network of your own, which is trained in place; default: the untrained one of
+            `config`. Its `config` must equal `config.model`; to resume, pass a network built the
+            same way. `load_model` builds only the networks of this package: load the weights of
+            another one with `load_checkpoint(out).model`.
+        callback: called as callback(step, loss, lr) whenever a line of the log is written: the
+            steps done, the mean loss since the last call, the learning rate; of several processes
+            only in the first.
 
     Raises:
-        InputError: another process is at work in `out`; it holds a run already and `resume` is
-            False, or it holds none and `resume` is True, or the run in it had another
-            configuration or other data; `out` cannot be written; the loss is no longer finite
-            (the last good checkpoint stays); and everything that `Episodes` and the network raise.
+        InputError: `model` has another configuration than `config`; another process is at work in
+            `out`; it holds a run already and `resume` is False, or it holds none and `resume` is
+            True, or the run in it had another configuration or other data; `out` cannot be
+            written; the loss is no longer finite (the last good checkpoint stays); and everything
+            that `Episodes` and the network raise.
     """
     folder = Path(out)
     processes = world()
+    if model is not None and model.config != config.model:
+        raise InputError(
+            "model: its configuration differs from `config.model`; build the network with "
+            "config.model, or give a configuration with that of the network"
+        )
     each = processes.size * config.train.accumulate
     if config.train.batch % each:
         raise InputError(
@@ -107,11 +122,16 @@ def train(
             dataset, config, cases=cases, hold_out=hold_out, progress=progress and processes.first
         )
         device = torch.device(device)
-        return _train(config, dataset, episodes, folder, before, device, progress, processes)
+        if model is None:
+            model = untrained(config, seed=config.train.seed)
+        return _train(
+            config, model, dataset, episodes, folder, before, device, progress, processes, callback
+        )
 
 
 def _train(
     config: Config,
+    model: FewShotNetwork,
     dataset: Dataset,
     episodes: Episodes | SuperpixelEpisodes,
     folder: Path,
@@ -119,6 +139,7 @@ def _train(
     device: torch.device,
     progress: bool,
     processes: World,
+    callback: Callable[[int, float, float], None] | None,
 ) -> FewShotNetwork:
     """`train`, with the folder held and the scans read."""
     file = folder / FILE_NAME
@@ -131,7 +152,6 @@ def _train(
     }
     processes.agree((config.to_dict(), data), "data and options")
     options = config.train
-    model = untrained(config, seed=options.seed)
     if before is not None:
         _same_data(file, before.data, data)
         load_weights(model, before, file)
@@ -200,6 +220,8 @@ def _train(
                 now, count = time.perf_counter(), len(pending)
                 if log is not None:
                     log.write(done, loss, lr, (now - since) / count, waited / count)
+                    if callback is not None:
+                        callback(done, loss, lr)
                 pending, since, waited = [], now, 0.0
             if saving and processes.first:
                 save(done)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import write_synthetic_dataset
@@ -26,6 +27,7 @@ from lslpn.checkpoint import (
     load_checkpoint,
     load_model,
     save_checkpoint,
+    save_weights,
 )
 from lslpn.config import Config, preset, with_overrides
 from lslpn.data.dataset import Dataset
@@ -97,6 +99,29 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(train_module, "train_step", dying)
+
+
+def test_a_network_of_ones_own_is_trained_and_its_weights_exported(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    config = small(steps=2)
+    encoder = torch.nn.Conv2d(3, 8, 8, stride=8)
+    model, before = LSLPN(config.model, encoder=encoder), encoder.weight.clone()
+    told: list[tuple[int, float, float]] = []
+    with pytest.raises(InputError, match=r"model: its configuration differs"):
+        run(dataset, tmp_path / "run", small(size=64), model=model)
+    trained = run(
+        dataset, tmp_path / "run", config, model=model, callback=lambda *line: told.append(line)
+    )
+    assert trained is model
+    assert not torch.equal(encoder.weight, before)
+    assert [(step, lr) for step, _, lr in told] == [(1, 1e-3), (2, 1e-3)]
+    save_weights(tmp_path / "weights.safetensors", model)
+    weights = safetensors.torch.load_file(tmp_path / "weights.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert torch.equal(weights["encoder.weight"], encoder.weight)
+    with pytest.raises(InputError, match=r"ends in \.safetensors"):
+        save_weights(tmp_path / "weights.pt", model)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -215,14 +216,69 @@ _Batch = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class _Given:
+    """The options that all experiments share: `_experiment` gives every command these."""
+
+    data: DataOption
+    out: _Out
+    fold: _Fold = None
+    folds: _Folds = None
+    train_cases: _TrainCases = None
+    test_cases: _TestCases = None
+    support: _Support = None
+    seeds: _Seeds = None
+    setting: _Setting = Setting.one
+    protocol: _Protocol = ProtocolName.published
+    chunks: _Chunks = None
+    align: _Align = Align.none
+    preset: PresetOption = Preset.published
+    sets: _Set = None
+    runs: _Runs = None
+    run: _Run = None
+    batch: _Batch = 8
+    device: DeviceOption = "auto"
+    quiet: QuietOption = False
+
+
+def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
+    """Make a function of `_Given` and of options of its own a command, which prints its files."""
+    hints = get_type_hints(function, include_extras=True)
+    options = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=own.default, annotation=hints[name])
+        for name, own in list(signature(function).parameters.items())[1:]
+    ]
+    shared = get_type_hints(_Given, include_extras=True)
+    for field in fields(_Given):
+        default = Parameter.empty if field.default is MISSING else field.default
+        options.append(
+            Parameter(
+                field.name, Parameter.KEYWORD_ONLY, default=default, annotation=shared[field.name]
+            )
+        )
+
+    def run(**values: Any) -> None:
+        given = _Given(**{name: values.pop(name) for name in shared})
+        files = function(given, **values)
+        for file in files:
+            if file.suffix == ".md":
+                print(file.read_text("utf-8"))
+        print("written: " + ", ".join(map(str, files)))
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    made = command(run)
+    experiment_app.command(function.__name__.replace("_", "-"), cls=OneOfEach)(made)
+    return made
+
+
 # --- experiments ----------------------------------------------------------------------------
 
 
-@experiment_app.command("table1", cls=OneOfEach)
-@command
+@_experiment
 def table1(
-    data: DataOption,
-    out: _Out,
+    given: _Given,
     method: _Method = None,
     classes: Annotated[
         list[str] | None,
@@ -235,48 +291,24 @@ def table1(
             show_default=False,
         ),
     ] = None,
-    fold: _Fold = None,
-    folds: _Folds = None,
-    train_cases: _TrainCases = None,
-    test_cases: _TestCases = None,
-    support: _Support = None,
-    seeds: _Seeds = None,
     untrained: _Untrained = False,
-    setting: _Setting = Setting.one,
-    protocol: _Protocol = ProtocolName.published,
-    chunks: _Chunks = None,
-    align: _Align = Align.none,
-    preset: PresetOption = Preset.published,
-    sets: _Set = None,
-    runs: _Runs = None,
-    run: _Run = None,
-    batch: _Batch = 8,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
-) -> None:
+) -> list[Path]:
     """Table 1: every method, per organ and mean, with and without added classes."""
-    given = _Given(
-        data, out, fold, folds, train_cases, test_cases, support, setting, protocol, chunks, align,
-        preset, sets, runs, run, batch, device, quiet,
-    )  # fmt: skip
     from ..paper import table1 as experiment
 
     with _opened(given) as store:
-        files = experiment.run(
+        return experiment.run(
             store,
             split(method) or ["lslpn"],
-            _seeds(seeds),
+            _seeds(given.seeds),
             classes=_classes(classes),
             untrained=untrained,
         )
-    _print(files)
 
 
-@experiment_app.command("grid-scale", cls=OneOfEach)
-@command
+@_experiment
 def grid_scale(
-    data: DataOption,
-    out: _Out,
+    given: _Given,
     scale: Annotated[
         list[str] | None,
         typer.Option(
@@ -291,32 +323,11 @@ def grid_scale(
         bool, typer.Option("--untrained", help="The network before training, in its place.")
     ] = False,
     classes: _OneClasses = ClassesName.all,
-    fold: _Fold = None,
-    folds: _Folds = None,
-    train_cases: _TrainCases = None,
-    test_cases: _TestCases = None,
-    support: _Support = None,
-    seeds: _Seeds = None,
-    setting: _Setting = Setting.one,
-    protocol: _Protocol = ProtocolName.published,
-    chunks: _Chunks = None,
-    align: _Align = Align.none,
-    preset: PresetOption = Preset.published,
-    sets: _Set = None,
-    runs: _Runs = None,
-    run: _Run = None,
-    batch: _Batch = 8,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
-) -> None:
+) -> list[Path]:
     """Fig. 3, left: the size of the windows, with and without overlap.
 
     The networks are those of table1; every grid is tried on each in one pass.
     """
-    given = _Given(
-        data, out, fold, folds, train_cases, test_cases, support, setting, protocol, chunks, align,
-        preset, sets, runs, run, batch, device, quiet,
-    )  # fmt: skip
     from lslpn_kernels import GridSpec
 
     from ..paper import grid_scale as experiment
@@ -327,17 +338,14 @@ def grid_scale(
         wide = fraction(spacing, "--scale") if colon else experiment.OVERLAP
         grids.append(GridSpec(fraction(size, "--scale"), wide))
     with _opened(given, experiment.own(grids)) as store:
-        files = experiment.run(
-            store, _seeds(seeds), grids=grids, classes=classes.value, untrained=untrained
+        return experiment.run(
+            store, _seeds(given.seeds), grids=grids, classes=classes.value, untrained=untrained
         )
-    _print(files)
 
 
-@experiment_app.command("misalignment", cls=OneOfEach)
-@command
+@_experiment
 def misalignment(
-    data: DataOption,
-    out: _Out,
+    given: _Given,
     method: Annotated[
         MethodName, typer.Option("--method", metavar="NAME", help="lslpn, panet, senet or alpnet.")
     ] = MethodName.lslpn,
@@ -345,47 +353,23 @@ def misalignment(
         bool, typer.Option("--untrained", help="The network before training, in its place.")
     ] = False,
     classes: _OneClasses = ClassesName.all,
-    fold: _Fold = None,
-    folds: _Folds = None,
-    train_cases: _TrainCases = None,
-    test_cases: _TestCases = None,
-    support: _Support = None,
-    seeds: _Seeds = None,
-    setting: _Setting = Setting.one,
-    protocol: _Protocol = ProtocolName.published,
-    chunks: _Chunks = None,
-    align: _Align = Align.none,
-    preset: PresetOption = Preset.published,
-    sets: _Set = None,
-    runs: _Runs = None,
-    run: _Run = None,
-    batch: _Batch = 8,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
-) -> None:
+) -> list[Path]:
     """Fig. 3, right: how well organs are found, against how alike support and query lie.
 
     Every network is evaluated twice, with the scans as they lie and cropped to the body; --align
     says how it is trained.
     """
-    given = _Given(
-        data, out, fold, folds, train_cases, test_cases, support, setting, protocol, chunks, align,
-        preset, sets, runs, run, batch, device, quiet,
-    )  # fmt: skip
     from ..paper import misalignment as experiment
 
     with _opened(given) as store:
-        files = experiment.run(
-            store, [method.value], _seeds(seeds), classes=classes.value, untrained=untrained
+        return experiment.run(
+            store, [method.value], _seeds(given.seeds), classes=classes.value, untrained=untrained
         )
-    _print(files)
 
 
-@experiment_app.command("figures", cls=OneOfEach)
-@command
+@_experiment
 def figures(
-    data: DataOption,
-    out: _Out,
+    given: _Given,
     method: _Method = None,
     case: Annotated[
         list[str] | None,
@@ -407,72 +391,26 @@ def figures(
     ] = None,
     untrained: _Untrained = False,
     classes: _OneClasses = ClassesName.all,
-    fold: _Fold = None,
-    folds: _Folds = None,
-    train_cases: _TrainCases = None,
-    test_cases: _TestCases = None,
-    support: _Support = None,
-    seeds: _Seeds = None,
-    setting: _Setting = Setting.one,
-    protocol: _Protocol = ProtocolName.published,
-    chunks: _Chunks = None,
-    align: _Align = Align.none,
-    preset: PresetOption = Preset.published,
-    sets: _Set = None,
-    runs: _Runs = None,
-    run: _Run = None,
-    batch: _Batch = 8,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
-) -> None:
+) -> list[Path]:
     """Fig. 2 and 4: support, query, ground truth and each method's result.
 
     Shows the middle slice of an organ, never the best one; of several --seeds the first.
     """
-    given = _Given(
-        data, out, fold, folds, train_cases, test_cases, support, setting, protocol, chunks, align,
-        preset, sets, runs, run, batch, device, quiet,
-    )  # fmt: skip
     from ..paper import figures as experiment
 
     with _opened(given) as store:
-        files = experiment.run(
+        return experiment.run(
             store,
             split(method) or ["lslpn"],
-            _seeds(seeds)[0],
+            _seeds(given.seeds)[0],
             cases=split(case, store.setup.dataset.cases),
             organs=split(organ, store.setup.dataset.organs),
             classes=classes.value,
             untrained=untrained,
         )
-    _print(files)
 
 
 # --- parts ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Given:
-    """The options that all experiments share."""
-
-    data: Path
-    out: Path
-    fold: list[str] | None
-    folds: int | None
-    train_cases: list[str] | None
-    test_cases: list[str] | None
-    support: str | None
-    setting: Setting
-    protocol: ProtocolName
-    chunks: int | None
-    align: Align
-    preset: Preset
-    sets: list[str] | None
-    runs: Path | None
-    run: list[str] | None
-    batch: int
-    device: str
-    quiet: bool
 
 
 @contextmanager
@@ -592,11 +530,3 @@ def _given_runs(given: list[str] | None) -> dict[str, Path]:
             raise InputError(f"--run {key}: expected one folder, got {path} as well; give one")
         found[key] = Path(path)
     return found
-
-
-def _print(files: list[Path]) -> None:
-    """The Markdown itself, and where everything is."""
-    for file in files:
-        if file.suffix == ".md":
-            print(file.read_text("utf-8"))
-    print("written: " + ", ".join(map(str, files)))

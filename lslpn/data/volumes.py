@@ -82,6 +82,47 @@ class Volume:
     spacing: tuple[float, float, float]
     grid: Grid
 
+    @classmethod
+    def from_array(cls, data: np.ndarray, affine: np.ndarray, *, name: str = "array") -> Volume:
+        """An image or a label map of an array, as `read_image` and `read_labels` make of a file.
+
+        Args:
+            data: [i, j, k] numbers, as nibabel has them. Floats make an image, integers and bools
+                a label map where none is below 0 and an image otherwise; give a scan of unsigned
+                integers as floats.
+            affine: [4, 4], voxel indices (i, j, k) to millimetres (RAS+).
+            name: stands for the file's name in messages.
+
+        Raises:
+            InputError: as `read_image` and `read_labels`.
+        """
+        labels = data.dtype.kind in "bu" or (data.dtype.kind == "i" and data.min(initial=0) >= 0)
+        array = data.astype(np.float64 if data.dtype.kind == "f" else np.int32)
+        return cls.from_nibabel(nib.Nifti1Image(array, affine), labels=labels, name=name)
+
+    @classmethod
+    def from_nibabel(
+        cls, image: nib.Nifti1Image, *, labels: bool = False, name: str | None = None
+    ) -> Volume:
+        """A NIfTI image of nibabel's, as `read_image` makes of its file.
+
+        Args:
+            image: of nibabel, NIfTI-1 or NIfTI-2.
+            labels: it is a label map, as for `read_labels`.
+            name: for messages; default: the image's file, or "image".
+
+        Raises:
+            InputError: as `read_image` and `read_labels`.
+        """
+        path = Path(name or image.get_filename() or "image")
+        return (_as_labels if labels else _as_image)(*_array_of(path, image))
+
+    def to_nibabel(self) -> nib.Nifti1Image:
+        """A NIfTI image in the grid and with the header that the volume came from."""
+        header = self.grid.header.copy()
+        header.set_data_shape(self.grid.shape)
+        return _native_image(self.data, self.grid, header)
+
     @property
     def affine(self) -> np.ndarray:
         """float64 [4, 4], indices (x, y, z) of `data` to millimetres (RAS+)."""
@@ -110,7 +151,11 @@ def read_image(path: str | os.PathLike[str]) -> Volume:
             last axis of one is let pass), of a colour or complex type, without a usable affine,
             or holds NaN, infinite or constant intensities.
     """
-    array, grid = _read(Path(path))
+    return _as_image(*_read(Path(path)))
+
+
+def _as_image(array: np.ndarray, grid: Grid) -> Volume:
+    path = grid.path
     # float64 beyond the range of float32 becomes infinite here and is reported below.
     with np.errstate(over="ignore"):
         data = array.astype(np.float32)
@@ -143,7 +188,11 @@ def read_labels(path: str | os.PathLike[str], *, require_foreground: bool = Fals
         InputError: as `read_image` for the file itself; values that are no whole numbers,
             negative or above 2147483647; an empty map if `require_foreground`.
     """
-    array, grid = _read(Path(path))
+    return _as_labels(*_read(Path(path)), require_foreground)
+
+
+def _as_labels(array: np.ndarray, grid: Grid, require_foreground: bool = False) -> Volume:
+    path = grid.path
     if array.dtype.kind == "f":
         rounded = np.round(array)
         with np.errstate(invalid="ignore"):  # infinity minus infinity
@@ -246,29 +295,39 @@ def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume)
             f"labels: expected values from 0 to {_LARGEST}, got {labels.min()} to {labels.max()}"
         )
     dtype = _label_dtype(labels.max())
-    grid = like.grid
-    back = ornt_transform(_DISPLAY, io_orientation(grid.affine))
-    native = apply_orientation(labels.astype(dtype).transpose(2, 1, 0), back)
-
-    header = grid.header.copy()
-    header.set_data_shape(grid.shape)
-    header.set_data_dtype(dtype)
-    header.set_slope_inter(1, 0)
+    header = like.grid.header.copy()
+    header.set_data_shape(like.grid.shape)
     header["cal_min"] = header["cal_max"] = 0  # the scan's display range is not the labels'
-    two = isinstance(header, nib.Nifti2Header)
-    kind = nib.Nifti2Image if two else nib.Nifti1Image
-    data = kind(native, grid.affine, header).to_bytes()
+    data = _native_image(labels.astype(dtype), like.grid, header).to_bytes()
     if name.endswith(".gz"):
         data = gzip.compress(data, compresslevel=6, mtime=0)
     write_bytes(target, data)
+
+
+def _native_image(data: np.ndarray, grid: Grid, header: nib.Nifti1Header) -> nib.Nifti1Image:
+    """[Z, Y, X] in the file's own order of voxels, stored as they are; changes the header."""
+    back = ornt_transform(_DISPLAY, io_orientation(grid.affine))
+    native = apply_orientation(data.transpose(2, 1, 0), back)
+    header.set_data_dtype(data.dtype)
+    header.set_slope_inter(1, 0)
+    two = isinstance(header, nib.Nifti2Header)
+    return (nib.Nifti2Image if two else nib.Nifti1Image)(native, grid.affine, header)
 
 
 def _read(path: Path) -> tuple[np.ndarray, Grid]:
     """The voxels in the file's own order, slope applied, and the geometry."""
     raw = _bytes_of(path)
     kind = _nifti_class(path, raw)
+    return _array_of(path, lambda: kind.from_bytes(raw))
+
+
+def _array_of(
+    path: Path, image: nib.Nifti1Image | Callable[[], nib.Nifti1Image]
+) -> tuple[np.ndarray, Grid]:
+    """The voxels of an image that may still be to be parsed, and the geometry."""
     try:
-        image = kind.from_bytes(raw)
+        if callable(image):
+            image = image()
         array = np.asanyarray(image.dataobj)
     # What nibabel raises depends on which field is broken.
     except (

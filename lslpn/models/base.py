@@ -181,6 +181,9 @@ class EncoderNetwork(FewShotNetwork):
 
     Args:
         config: of the network; `config.weights` names what the trunk starts from.
+        encoder: in place of the shared one: any module that maps colour images [n, 3, S, S], the
+            grey value repeated, to features [n, D, h, w]; of `config` only what concerns the
+            input, the head and the training is used then.
         generator: random numbers of the reduction layer; None uses torch's default one.
 
     Raises:
@@ -190,12 +193,18 @@ class EncoderNetwork(FewShotNetwork):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        encoder: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.amp = False
         own_file = config.weights not in ("imagenet", "random")
-        self.encoder = Encoder(
+        self.encoder = encoder or Encoder(
             config.channels,
             dropout=config.dropout,
             pretrained=config.weights == "imagenet",
@@ -228,8 +237,9 @@ class EncoderNetwork(FewShotNetwork):
         return [self.encoder]
 
     def fresh_parameters(self) -> list[nn.Parameter]:
-        """The reduction layer's."""
-        return list(self.encoder.reduction.parameters())
+        """The reduction layer's; of an encoder of the caller's own none."""
+        own = self.encoder
+        return list(own.reduction.parameters()) if isinstance(own, Encoder) else []
 
     def _encode(self, grey: Tensor) -> Tensor:
         colour = grey.expand(-1, 3, -1, -1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, masked_average_pool
 
@@ -53,8 +53,14 @@ class LSLPN(EncoderNetwork):
 
     name = "lslpn"
 
-    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
-        super().__init__(config, generator=generator)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        encoder: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(config, encoder=encoder, generator=generator)
         self.head = _head(config, GridSpec(config.grid_scale, config.grid_spacing))
 
     def describe(
