@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
 import math
 import types
 import typing
@@ -78,7 +77,6 @@ def _words(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
 
 
-@functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     """Fields and their types, with their rules: `Annotated` where there is one."""
     return typing.get_type_hints(kind, include_extras=True)
