@@ -76,11 +76,6 @@ class Prepared:
     air: np.ndarray
     treatment: Treatment
 
-    @property
-    def box(self) -> tuple[slice, slice]:
-        """The least box, as slices along (y, x), that holds the boxes of all slices."""
-        return _hull(self.boxes)
-
     def restore(self, labels: np.ndarray) -> np.ndarray:
         """Bring labels [Z, S, S] back to [Z, Y, X] of the source, by nearest neighbours.
 
