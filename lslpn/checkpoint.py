@@ -7,18 +7,20 @@ read with `weights_only`, so that opening a stranger's checkpoint runs none of h
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
-from .atomic import is_file, look_up, write_bytes
+from .config import Config, ModelConfig
 from .errors import InputError
-from .methods import METHODS, FewShotNetwork, build
-from .presets import Config, ModelConfig
+from .files import is_file, look_up, write_bytes
+from .models import METHODS, FewShotNetwork, build
 from .tensors import first_unusable, load_tensors
 
 FILE_NAME = "checkpoint.pt"
@@ -68,6 +70,23 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_bytes(path, buffer.getbuffer())
+
+
+def save_weights(path: str | os.PathLike[str], model: FewShotNetwork) -> None:
+    """Write the weights alone as safetensors, with method and configuration in the metadata.
+
+    Any reader of safetensors has them; `model.load_state_dict` takes them back.
+
+    Raises:
+        InputError: another ending than .safetensors, or `path` cannot be written.
+    """
+    if not str(path).endswith(".safetensors"):
+        raise InputError(f"{path}: expected a name that ends in .safetensors")
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    config = json.dumps(Config(model=model.config).to_dict()["model"])
+    write_bytes(path, safetensors.torch.save(weights, {"method": model.name, "config": config}))
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from .assets import LABELS_NOTE, demo_image, demo_labels, demo_organs
-from .atomic import check_writable, write_text
-from .figures import Panel, overlay
+from .data.slices import ABDOMEN_WINDOW, body_boxes
+from .data.volumes import Volume, read_image, read_labels, write_labels
+from .evaluation.overlay import Panel, overlay
+from .files import check_writable, write_text
 from .info import versions
-from .model import pretrained
-from .prepare import ABDOMEN_WINDOW, body_boxes
-from .segment import BEYOND, segment_matched
+from .models import pretrained
+from .segmentation.segment import BEYOND, segment_matched
 from .viewer import Support, view
-from .volumes import Volume, read_image, read_labels, write_labels
 
 _SHOWN = (0.15, 0.5, 0.85)  # which slices the figure shows, as parts of the query's height
 

@@ -19,7 +19,7 @@ from nibabel.orientations import (
 )
 
 if TYPE_CHECKING:
-    from lslpn.volumes import Volume
+    from lslpn.data.volumes import Volume
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -167,7 +167,7 @@ def synthetic_scan(
     shape: tuple[int, int, int] = (14, 56, 64),
 ) -> tuple[Volume, Volume]:
     """`synthetic_ct` written to files and read again: the image and its labels."""
-    from lslpn.volumes import read_image, read_labels  # tests of the kernels do without
+    from lslpn.data.volumes import read_image, read_labels  # tests of the kernels do without
 
     image, labels = synthetic_ct(seed, shape=shape, shift=shift)
     name = f"{seed}{axes}"

@@ -326,8 +326,8 @@ def test_a_seed_that_torch_does_not_take(scans: Scans, run: Run) -> None:
 
 def test_messages_of_the_library_name_options_and_leave_paths_alone() -> None:
     from lslpn.cli.app import train
-    from lslpn.cli.experiment import table1
     from lslpn.cli.options import in_options
+    from lslpn.cli.paper import table1
 
     for command, said, expected in (
         (table1, "`train`, `test` or `parts`: one", "--train-cases, --test-cases or --folds: one"),
@@ -438,7 +438,7 @@ def test_a_checkpoint_of_another_architecture(
     import torch
 
     from lslpn.checkpoint import Checkpoint, save_checkpoint
-    from lslpn.presets import Config
+    from lslpn.config import Config
 
     record = {"dataset": "d", "cases": [], "organs": [], "hold_out": ["liver"], "checksum": 0}
     wrong = {"encoder.conv1.weight": torch.zeros(8, 3, 3, 3)}
@@ -569,15 +569,15 @@ def test_names_with_commas_are_taken_whole(
 def test_scans_are_aligned_as_the_checkpoint_was_trained(
     synthetic_dataset: Path, scans: Scans, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lslpn.segment
+    import lslpn.segmentation.segment
     from lslpn.checkpoint import Checkpoint, save_checkpoint
-    from lslpn.model import untrained
-    from lslpn.presets import preset, with_overrides
+    from lslpn.config import preset, with_overrides
+    from lslpn.models import untrained
 
     used = []
-    real = lslpn.segment.segment_matched
+    real = lslpn.segmentation.segment.segment_matched
     monkeypatch.setattr(
-        lslpn.segment,
+        lslpn.segmentation.segment,
         "segment_matched",
         lambda *a, **k: (used.append(k["align"]), real(*a, **k))[1],
     )

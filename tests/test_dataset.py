@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import SYNTHETIC_ORGANS, write_nifti
 
-from lslpn.dataset import Dataset, UnlabelledScans
+from lslpn.data.dataset import Dataset, UnlabelledScans
 from lslpn.errors import InputError
 
 

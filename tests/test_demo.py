@@ -12,8 +12,8 @@ import pytest
 
 from lslpn import demo
 from lslpn.assets import LABELS_NOTE, asset, demo_image, demo_labels, demo_organs, trunk_weights
+from lslpn.data.volumes import check_same_grid, read_image, read_labels
 from lslpn.errors import InputError
-from lslpn.volumes import check_same_grid, read_image, read_labels
 
 
 @pytest.fixture(scope="module")

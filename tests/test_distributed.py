@@ -15,13 +15,13 @@ from torch import nn
 
 from lslpn.checkpoint import Checkpoint, load_checkpoint
 from lslpn.cli import main
-from lslpn.dataset import Dataset
+from lslpn.config import Config, preset, with_overrides
+from lslpn.data.dataset import Dataset
+from lslpn.data.episodes import Batch, Episodes
 from lslpn.distributed import World, joined
-from lslpn.episodes import Batch, Episodes
 from lslpn.errors import InputError
-from lslpn.model import untrained
-from lslpn.presets import Config, preset, with_overrides
-from lslpn.train import make_optimizer, time_spent, train, train_step
+from lslpn.models import untrained
+from lslpn.training import make_optimizer, time_spent, train, train_step
 
 # Nothing that differs by process: no dropout, stored batch-norm statistics.
 SMALL = {
@@ -190,7 +190,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(data: Path, tmp_path: Path) ->
     dataset = Dataset.open(data)
     arguments = {"hold_out": ["liver"], "cases": dataset.cases, "progress": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lslpn.train.world", lambda: World(0, 2))
+        patch.setattr("lslpn.training.world", lambda: World(0, 2))
         with pytest.raises(InputError, match=r"multiple of 6 \(2 processes x accumulate 3\)"):
             train(config, dataset, out=tmp_path / "run", **arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lslpn import encoder as encoder_module
-from lslpn.encoder import SHIPPED_WEIGHTS, BatchNormMode, Encoder, feature_size
 from lslpn.errors import InputError
+from lslpn.models import encoder as encoder_module
+from lslpn.models.encoder import SHIPPED_WEIGHTS, BatchNormMode, Encoder, feature_size
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from conftest import SYNTHETIC_ORGANS, synthetic_ct, write_nifti, write_syntheti
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lslpn import episodes as episodes_module
-from lslpn.augment import augment
-from lslpn.dataset import Dataset
-from lslpn.episodes import Batch, Episodes
+from lslpn.config import Config, preset, with_overrides
+from lslpn.data import episodes as episodes_module
+from lslpn.data.augment import augment
+from lslpn.data.dataset import Dataset
+from lslpn.data.episodes import Batch, Episodes
+from lslpn.data.slices import Prepared
 from lslpn.errors import InputError
-from lslpn.prepare import Prepared
-from lslpn.presets import Config, preset, with_overrides
 
 SIZE = 64
 

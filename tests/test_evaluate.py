@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lslpn.dataset import Dataset
+from lslpn.config import ModelConfig
+from lslpn.data.dataset import Dataset
 from lslpn.errors import InputError
-from lslpn.evaluate import dice, evaluate, evaluate_grids
-from lslpn.model import LSLPN, untrained
-from lslpn.presets import ModelConfig
-from lslpn.protocols import PROTOCOLS, Pair, areas, protocol_of
-from lslpn.results import Evaluation, Row, Skipped, fraction, save, summary
+from lslpn.evaluation.protocols import PROTOCOLS, Pair, areas, protocol_of
+from lslpn.evaluation.results import Evaluation, Row, Skipped, fraction, save, summary
+from lslpn.evaluation.scoring import dice, evaluate, evaluate_grids
+from lslpn.models import LSLPN, untrained
 from lslpn_kernels import GridSpec, LocalPrototypeHead
 
 
@@ -368,7 +368,7 @@ def test_predictions_are_those_of_the_model(synthetic_dataset: Path) -> None:
 
 
 def by_forward(model: LSLPN, dataset: Dataset) -> float:
-    from lslpn.prepare import prepare
+    from lslpn.data.slices import prepare
 
     sets = []
     for case in ("syn_00", "syn_01"):

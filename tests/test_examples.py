@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lslpn.viewer import View
 
@@ -25,6 +26,11 @@ def test_the_loss_falls(name: str, options: dict[str, str]) -> None:
     """With `aot_eager` the graph is the same, and a C++ compiler is not needed."""
     losses = importlib.import_module(name).main(20, **options)
     assert losses[-1] < losses[0] / 2
+
+
+def test_an_encoder_and_arrays_of_ones_own_segment() -> None:
+    torch.manual_seed(0)
+    assert importlib.import_module("own_encoder").main() > 0.7
 
 
 def run_notebook(name: str) -> dict[str, object]:

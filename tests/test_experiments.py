@@ -20,18 +20,18 @@ import pytest
 from conftest import CHECKOUT, write_synthetic_dataset
 from scipy import stats as scipy_stats
 
-from lslpn import train as train_module
+from lslpn import training as train_module
 from lslpn.cli import main
-from lslpn.dataset import Dataset
+from lslpn.config import preset, with_overrides
+from lslpn.corpora.visceral import GOLD, SILVER
+from lslpn.data.dataset import Dataset
 from lslpn.errors import InputError
-from lslpn.experiments import store as store_module
-from lslpn.experiments.misalignment import alignment
-from lslpn.experiments.plan import Setup, organ_folds, plan_runs, subject_folds
-from lslpn.experiments.stats import compare, correlate, holm, spread
+from lslpn.evaluation.protocols import protocol_of
 from lslpn.lock import locked
-from lslpn.presets import preset, with_overrides
-from lslpn.protocols import protocol_of
-from lslpn.recipes.visceral import GOLD, SILVER
+from lslpn.paper import store as store_module
+from lslpn.paper.misalignment import alignment
+from lslpn.paper.plan import Setup, organ_folds, plan_runs, subject_folds
+from lslpn.paper.stats import compare, correlate, holm, spread
 
 SMALL = {"size": 32, "channels": 8, "weights": "random", "batch": 1, "steps": 2}
 

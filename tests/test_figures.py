@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lslpn.errors import InputError
-from lslpn.figures import PALETTE, Panel, colour, overlay
+from lslpn.evaluation.overlay import PALETTE, Panel, colour, overlay
 
 
 def picture(path: Path) -> np.ndarray:

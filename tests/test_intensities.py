@@ -11,9 +11,9 @@ import pytest
 from conftest import synthetic_ct
 
 from lslpn.assets import demo_image
-from lslpn.intensities import Intensities, common_window, interpret
-from lslpn.prepare import body_boxes, prepare
-from lslpn.volumes import Volume, read_image
+from lslpn.data.intensities import Intensities, common_window, interpret
+from lslpn.data.slices import body_boxes, prepare
+from lslpn.data.volumes import Volume, read_image
 
 Change = Callable[[np.ndarray], np.ndarray]
 

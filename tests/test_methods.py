@@ -19,17 +19,16 @@ from torch import Tensor
 from lslpn.checkpoint import load_checkpoint, load_model, save_checkpoint
 from lslpn.cli import main
 from lslpn.cli.options import MethodName
-from lslpn.dataset import Dataset
-from lslpn.episodes import Batch
+from lslpn.config import Config, Method, ModelConfig, TrainConfig, preset, with_overrides
+from lslpn.data.dataset import Dataset
+from lslpn.data.episodes import Batch
+from lslpn.data.volumes import read_image, read_labels
 from lslpn.errors import InputError
-from lslpn.evaluate import evaluate, evaluate_grids
-from lslpn.methods import METHODS, ALPNet, FewShotNetwork, PANet, SENet
-from lslpn.methods.senet import dice_loss
-from lslpn.model import untrained
-from lslpn.presets import Config, Method, ModelConfig, TrainConfig, preset, with_overrides
-from lslpn.segment import segment
-from lslpn.train import learning_rate, make_optimizer, train, train_step
-from lslpn.volumes import read_image, read_labels
+from lslpn.evaluation.scoring import evaluate, evaluate_grids
+from lslpn.models import METHODS, ALPNet, FewShotNetwork, PANet, SENet, untrained
+from lslpn.models.senet import dice_loss
+from lslpn.segmentation.segment import segment
+from lslpn.training import learning_rate, make_optimizer, train, train_step
 from lslpn_kernels import GridSpec
 
 S = 64

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lslpn.encoder import IMAGENET_MEAN, IMAGENET_STD, feature_size
+from lslpn.config import ModelConfig, preset
 from lslpn.errors import InputError
-from lslpn.model import LSLPN, untrained
-from lslpn.presets import ModelConfig, preset
+from lslpn.models import LSLPN, untrained
+from lslpn.models.encoder import IMAGENET_MEAN, IMAGENET_STD, feature_size
 
 S = 72
 

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lslpn.assets import demo_image, demo_labels
-from lslpn.dataset import Dataset
-from lslpn.errors import InputError
-from lslpn.prepare import (
+from lslpn.data.dataset import Dataset
+from lslpn.data.slices import (
     ABDOMEN_WINDOW,
     Treatment,
     body_box,
@@ -24,7 +23,8 @@ from lslpn.prepare import (
     resolve_window,
     warn_unlike,
 )
-from lslpn.volumes import Volume, read_image, read_labels
+from lslpn.data.volumes import Volume, read_image, read_labels
+from lslpn.errors import InputError
 
 
 def _with(volume: Volume, data: np.ndarray) -> Volume:

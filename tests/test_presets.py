@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lslpn.config import PRESETS, Config, ModelConfig, TrainConfig, preset, with_overrides
 from lslpn.errors import InputError
-from lslpn.presets import PRESETS, Config, ModelConfig, TrainConfig, preset, with_overrides
 
 
 def test_presets_differ_exactly_where_the_paper_and_the_code_do() -> None:

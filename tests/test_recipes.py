@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from lslpn import cli
-from lslpn.dataset import Dataset
+from lslpn.corpora import NAMES, Outcome, btcv, chaos, prepare_corpus, totalsegmentator, visceral
+from lslpn.corpora.common import natural
+from lslpn.data.dataset import Dataset
 from lslpn.errors import InputError
-from lslpn.recipes import NAMES, Outcome, btcv, chaos, prepare_corpus, totalsegmentator, visceral
-from lslpn.recipes.common import natural
 
 Run = Callable[..., tuple[int, str, list[str]]]
 

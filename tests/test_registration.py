@@ -11,15 +11,21 @@ import torch
 from conftest import dice_of, synthetic_scan
 from torch import Tensor
 
-from lslpn.correspondence import begin, trunk_to_trunk
+from lslpn.config import preset
+from lslpn.data.volumes import Volume
 from lslpn.errors import InputError
-from lslpn.frames import frames_of, restored
-from lslpn.methods import FewShotNetwork
-from lslpn.model import LSLPN, untrained
-from lslpn.presets import preset
-from lslpn.registration import Field, Registration, Scan, centres, fitted, lattice_shape
-from lslpn.segment import Segmentation, segment, segment_matched
-from lslpn.volumes import Volume
+from lslpn.models import LSLPN, FewShotNetwork, untrained
+from lslpn.segmentation.correspondence import begin, trunk_to_trunk
+from lslpn.segmentation.frames import frames_of, restored
+from lslpn.segmentation.registration import (
+    Field,
+    Registration,
+    Scan,
+    centres,
+    fitted,
+    lattice_shape,
+)
+from lslpn.segmentation.segment import Segmentation, segment, segment_matched
 from lslpn_kernels import reference
 
 _SIZE = (240.0, 240.0, 264.0)
@@ -201,7 +207,7 @@ def test_a_window_weighs_all_pixels_of_all_its_slices_alike(
         )
     found = network.match_volume(query, support, masks, (height, width), reach)
     torch.testing.assert_close(found.double(), torch.stack(expected), atol=2e-4, rtol=0)
-    monkeypatch.setattr("lslpn.methods.lslpn._MOST_NUMBERS", 1)  # a slice at a time
+    monkeypatch.setattr("lslpn.models.lslpn._MOST_NUMBERS", 1)  # a slice at a time
     again = network.match_volume(query, support, masks, (height, width), reach)
     torch.testing.assert_close(again, found, atol=1e-4, rtol=0)
 

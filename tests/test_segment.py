@@ -15,12 +15,13 @@ from conftest import dice_of, synthetic_ct, synthetic_scan, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lslpn.segment
+import lslpn.segmentation.segment
+from lslpn.config import preset
+from lslpn.data.slices import Prepared, prepare
+from lslpn.data.volumes import Volume, read_image, read_labels, write_labels
 from lslpn.errors import InputError
-from lslpn.model import LSLPN, untrained
-from lslpn.prepare import Prepared, prepare
-from lslpn.presets import preset
-from lslpn.segment import (
+from lslpn.models import LSLPN, untrained
+from lslpn.segmentation.segment import (
     _BEYOND_COSINE,
     _STRETCH_COST,
     BEYOND,
@@ -28,7 +29,6 @@ from lslpn.segment import (
     match_slices,
     slice_similarity,
 )
-from lslpn.volumes import Volume, read_image, read_labels, write_labels
 
 # Slice by slice; test_registration.py has the rest.
 segment = functools.partial(lslpn.segment.segment, align="body")
@@ -391,13 +391,13 @@ def test_matches_that_collapse_are_tried_without_the_crop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain = segment(model, [support], query[0], align="none")
-    real = lslpn.segment._match
+    real = lslpn.segmentation.segment._match
 
     def stuck_if_cropped(model: LSLPN, supports: list[Prepared], *rest: Any) -> np.ndarray:
         matches = real(model, supports, *rest)
         return _stuck(matches) if supports[0].treatment.body_found else matches
 
-    monkeypatch.setattr(lslpn.segment, "_match", stuck_if_cropped)
+    monkeypatch.setattr(lslpn.segmentation.segment, "_match", stuck_if_cropped)
     with pytest.warns(
         UserWarning, match=r"resemble the same few of 0RAS\.nii\.gz; the whole slices"
     ):
@@ -411,8 +411,8 @@ def test_matches_that_collapse_and_an_empty_result_are_told(
     query: tuple[Volume, Volume],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = lslpn.segment._match
-    monkeypatch.setattr(lslpn.segment, "_match", lambda *given: _stuck(real(*given)))
+    real = lslpn.segmentation.segment._match
+    monkeypatch.setattr(lslpn.segmentation.segment, "_match", lambda *given: _stuck(real(*given)))
     with pytest.warns(UserWarning) as caught:  # noqa: PT030
         found = segment(model, [support], query[0])
     assert not found.any()

@@ -12,14 +12,14 @@ import torch
 from conftest import write_synthetic_dataset
 from scipy import ndimage
 
-from lslpn.augment import deformed
 from lslpn.checkpoint import load_checkpoint
 from lslpn.cli import main
-from lslpn.dataset import Dataset
+from lslpn.config import Config, preset, with_overrides
+from lslpn.data.augment import deformed
+from lslpn.data.dataset import Dataset
+from lslpn.data.superpixels import SuperpixelEpisodes, superpixels
 from lslpn.errors import InputError
-from lslpn.presets import Config, preset, with_overrides
-from lslpn.superpixels import SuperpixelEpisodes, superpixels
-from lslpn.train import train
+from lslpn.training import train
 
 pytest.importorskip("skimage")
 

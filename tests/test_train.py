@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import write_synthetic_dataset
 
-from lslpn import train as train_module
-from lslpn.atomic import append_text
+from lslpn import training as train_module
 from lslpn.checkpoint import (
     FILE_NAME,
     Checkpoint,
@@ -27,14 +27,15 @@ from lslpn.checkpoint import (
     load_checkpoint,
     load_model,
     save_checkpoint,
+    save_weights,
 )
-from lslpn.dataset import Dataset
-from lslpn.episodes import Episodes
+from lslpn.config import Config, preset, with_overrides
+from lslpn.data.dataset import Dataset
+from lslpn.data.episodes import Episodes
 from lslpn.errors import InputError
-from lslpn.methods import LSLPN, segmentation_loss
-from lslpn.model import untrained
-from lslpn.presets import Config, preset, with_overrides
-from lslpn.train import (
+from lslpn.files import append_text
+from lslpn.models import LSLPN, segmentation_loss, untrained
+from lslpn.training import (
     learning_rate,
     make_optimizer,
     set_learning_rate,
@@ -98,6 +99,29 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(train_module, "train_step", dying)
+
+
+def test_a_network_of_ones_own_is_trained_and_its_weights_exported(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    config = small(steps=2)
+    encoder = torch.nn.Conv2d(3, 8, 8, stride=8)
+    model, before = LSLPN(config.model, encoder=encoder), encoder.weight.clone()
+    told: list[tuple[int, float, float]] = []
+    with pytest.raises(InputError, match=r"model: its configuration differs"):
+        run(dataset, tmp_path / "run", small(size=64), model=model)
+    trained = run(
+        dataset, tmp_path / "run", config, model=model, callback=lambda *line: told.append(line)
+    )
+    assert trained is model
+    assert not torch.equal(encoder.weight, before)
+    assert [(step, lr) for step, _, lr in told] == [(1, 1e-3), (2, 1e-3)]
+    save_weights(tmp_path / "weights.safetensors", model)
+    weights = safetensors.torch.load_file(tmp_path / "weights.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert torch.equal(weights["encoder.weight"], encoder.weight)
+    with pytest.raises(InputError, match=r"ends in \.safetensors"):
+        save_weights(tmp_path / "weights.pt", model)
 
 
 @pytest.mark.parametrize(
@@ -608,9 +632,9 @@ def test_a_disk_that_refuses_is_named_and_leaves_the_previous_checkpoint_whole(
 _KILLED = """
 import sys, torch
 torch.set_num_threads(1)
-from lslpn.dataset import Dataset
-from lslpn.presets import preset, with_overrides
-from lslpn.train import train
+from lslpn.data.dataset import Dataset
+from lslpn.config import preset, with_overrides
+from lslpn.training import train
 config = with_overrides(
     preset("published"), size=48, batch=1, steps=100000, checkpoint_every=1, log_every=1
 )

@@ -22,12 +22,12 @@ from PIL import Image
 
 import lslpn
 from lslpn.cli import main
+from lslpn.data.volumes import Grid, Volume, read_image, read_labels
 from lslpn.errors import InputError
-from lslpn.results import Evaluation, Example, Row
+from lslpn.evaluation.results import Evaluation, Example, Row
+from lslpn.segmentation.why import NONE, Recorder, Shots, Why, winners
 from lslpn.viewer import Support, View, view
 from lslpn.viewer.evaluation import write_evaluation
-from lslpn.volumes import Grid, Volume, read_image, read_labels
-from lslpn.why import NONE, Recorder, Shots, Why, winners
 from lslpn_kernels import GridSpec, reference
 
 ROOT = Path(__file__).parents[1]

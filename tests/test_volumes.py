@@ -14,14 +14,14 @@ from conftest import synthetic_ct, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lslpn.errors import InputError
-from lslpn.volumes import (
+from lslpn.data.volumes import (
     Volume,
     check_same_grid,
     read_image,
     read_labels,
     write_labels,
 )
+from lslpn.errors import InputError
 
 ORIENTATIONS = [
     "".join(pairs[axis][flips[axis]] for axis in range(3))
@@ -504,3 +504,27 @@ def test_wrong_ending_shape_and_range(tmp_path: Path, volume: Volume) -> None:
     with pytest.raises(ValueError, match="0 to 2147483647"):
         write_labels(tmp_path / "p.nii.gz", labels * np.int64(2**31), volume)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.nii.gz"]
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPI", "SAR"])
+def test_arrays_and_nibabel_images_are_read_as_their_file(tmp_path: Path, axes: str) -> None:
+    rng = np.random.default_rng(0)
+    for data, read in (
+        (rng.normal(size=(4, 5, 6)).astype(np.float32), read_image),
+        (rng.integers(0, 3, (4, 5, 6)).astype(np.uint8), read_labels),
+    ):
+        path = write_nifti(tmp_path / "scan.nii", data, axes=axes, dtype=data.dtype.type)
+        file, image = read(path), nib.load(path)
+        for volume in (
+            Volume.from_nibabel(image, labels=read is read_labels),
+            Volume.from_array(np.asarray(image.dataobj), image.affine),
+        ):
+            assert volume.data.dtype == file.data.dtype
+            assert np.array_equal(volume.data, file.data)
+            assert np.allclose(volume.affine, file.affine)
+            assert volume.spacing == pytest.approx(file.spacing)
+            again = volume.to_nibabel()
+            assert np.array_equal(np.asarray(again.dataobj), np.asarray(image.dataobj))
+            assert np.allclose(again.affine, image.affine)
+    with pytest.raises(InputError, match=r"mine: .*NaN"):
+        Volume.from_array(np.full((2, 2, 2), np.nan), np.eye(4), name="mine")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .experiment import experiment_app
+from .corpora import prepare_app
 from .options import (
     Align,
     CheckpointOption,
@@ -46,7 +46,7 @@ from .options import (
     split,
     torch_device,
 )
-from .prepare import prepare_app
+from .paper import experiment_app
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,9 +54,9 @@ if TYPE_CHECKING:
     from lslpn_kernels import GridSpec
 
     from ..checkpoint import Checkpoint
-    from ..dataset import Dataset
-    from ..methods import FewShotNetwork
-    from ..volumes import Volume
+    from ..data.dataset import Dataset
+    from ..data.volumes import Volume
+    from ..models import FewShotNetwork
 
 _SEED = 1234  # of an untrained model
 
@@ -280,8 +280,8 @@ def segment(
 
     import numpy as np
 
-    from ..dataset import read_names
-    from ..volumes import check_same_grid, read_image, read_labels, write_labels
+    from ..data.dataset import read_names
+    from ..data.volumes import check_same_grid, read_image, read_labels, write_labels
 
     supports = []
     for image_path, mask_path in zip(support_image, support_mask, strict=True):
@@ -293,8 +293,8 @@ def segment(
     named = {} if names is None else read_names(names)
 
     from ..checkpoint import load_checkpoint
-    from ..segment import segment_matched as run
-    from ..volumetric import DEPTH_MM
+    from ..segmentation.segment import segment_matched as run
+    from ..segmentation.volumetric import DEPTH_MM
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
     model = _model(trained, checkpoint, preset, size, seed, device, shipped=shipped)
@@ -379,10 +379,10 @@ def view(
 
     [bold]lslpn view B.nii.gz B_mask.nii.gz --out B.html[/bold]
     """
-    from ..dataset import read_names
+    from ..data.dataset import read_names
+    from ..data.volumes import read_image, read_labels
     from ..viewer import file_stem
     from ..viewer import view as shown_as
-    from ..volumes import read_image, read_labels
 
     if out is not None:
         _named_html(out, "--out")
@@ -483,10 +483,10 @@ def _train(
     quiet: bool,
 ) -> None:
     """`train`, in one process or each of several."""
-    from ..atomic import is_file
-    from ..dataset import Dataset, UnlabelledScans
+    from ..config import PRESETS, with_overrides
+    from ..data.dataset import Dataset, UnlabelledScans
     from ..distributed import world
-    from ..presets import PRESETS, with_overrides
+    from ..files import is_file
 
     changes = settings_of(setting)
     if method is not None:
@@ -501,8 +501,8 @@ def _train(
     for name in cases:
         dataset.check_case(name)
 
-    from ..train import time_spent
-    from ..train import train as run
+    from ..training import time_spent
+    from ..training import train as run
 
     run(
         config,
@@ -654,7 +654,7 @@ def evaluate(
     _free(result, force)
     _writable(result)
 
-    from ..dataset import Dataset
+    from ..data.dataset import Dataset
 
     dataset = Dataset.open(data)
     dataset.check_case(support)
@@ -665,10 +665,10 @@ def evaluate(
         dataset.check_case(name)
 
     from ..checkpoint import load_checkpoint
-    from ..evaluate import evaluate as run
-    from ..evaluate import evaluate_grids
-    from ..methods import LSLPN
-    from ..results import save, summary
+    from ..evaluation.results import save, summary
+    from ..evaluation.scoring import evaluate as run
+    from ..evaluation.scoring import evaluate_grids
+    from ..models import LSLPN
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
     model = _model(trained, checkpoint, preset, size, seed, device, method)
@@ -755,7 +755,7 @@ def _grids(
     """The grids to evaluate LSLPN with; other methods have none."""
     from lslpn_kernels import GridSpec
 
-    from ..methods import LSLPN
+    from ..models import LSLPN
 
     if not isinstance(model, LSLPN):
         if scales or spacing is not None:
@@ -801,12 +801,12 @@ def _model(
 
         model = restored(trained, checkpoint)
     elif shipped:
-        from ..model import pretrained
+        from ..models import pretrained
 
         model = pretrained()
     else:
-        from ..model import untrained
-        from ..presets import PRESETS, with_overrides
+        from ..config import PRESETS, with_overrides
+        from ..models import untrained
 
         config = PRESETS[(preset or Preset.published).value]
         config = with_overrides(config, method=(method or MethodName.lslpn).value)
@@ -861,7 +861,7 @@ def _choices(
 
 
 def _writable(path: Path) -> None:
-    from ..atomic import check_writable
+    from ..files import check_writable
 
     check_writable(path)
 
@@ -873,7 +873,7 @@ def _named_html(path: Path, option: str) -> None:
 
 def _free(path: Path, force: bool) -> None:
     """Refuse to replace a result unless told to."""
-    from ..atomic import is_folder, look_up
+    from ..files import is_folder, look_up
 
     if look_up(path) is not None and not is_folder(path) and not force:
         raise InputError(f"{path}: already exists; give another --out, or --force to replace it")

@@ -44,7 +44,7 @@ class SegmentWeights(str, Enum):
 
 
 class ProtocolName(str, Enum):
-    """The evaluation protocols; `lslpn.protocols.PROTOCOLS` has what they do."""
+    """The evaluation protocols; `lslpn.evaluation.protocols.PROTOCOLS` has what they do."""
 
     published = "published"
     senet = "senet"
@@ -53,7 +53,7 @@ class ProtocolName(str, Enum):
 
 
 class MethodName(str, Enum):
-    """The few-shot networks; `lslpn.methods` has them."""
+    """The few-shot networks; `lslpn.models` has them."""
 
     lslpn = "lslpn"
     panet = "panet"
@@ -62,7 +62,7 @@ class MethodName(str, Enum):
 
 
 class Preset(str, Enum):
-    """The bundles of settings in `lslpn.presets`."""
+    """The bundles of settings in `lslpn.config`."""
 
     paper = "paper"
     published = "published"

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..atomic import write_text
+from ..data.volumes import Volume, check_same_grid, read_image, read_labels
 from ..errors import InputError
-from ..volumes import Volume, check_same_grid, read_image, read_labels
+from ..files import write_text
 from .page import viewer
 from .payload import Support, check_labels, contents, file_stem
 
 if TYPE_CHECKING:
-    from ..why import Why
+    from ..segmentation.why import Why
 
 __all__ = ["Support", "View", "file_stem", "view"]
 
@@ -134,7 +134,8 @@ def view(
         confidence: label value to how sure the segmentation is of the organ, 0 to 1.
         supports: the labelled scans that it was segmented by; the slices that were matched follow
             those of the query.
-        why: which windows decided, see `lslpn.why`; its supports are `supports`, in that order.
+        why: which windows decided, see `lslpn.segmentation.why`; its supports are `supports`, in
+            that order.
         title: default: the name of the image's file.
         notes: lines that the page shows on top.
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import write_text
-from ..figures import colour
-from ..results import Evaluation, Example, format_score, fraction
+from ..evaluation.overlay import colour
+from ..evaluation.results import Evaluation, Example, format_score, fraction
+from ..files import write_text
 from .page import document
 
 _WORST = 24  # pairs of organ and case that are shown with pictures

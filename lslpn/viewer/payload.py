@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 
+from ..data.intensities import interpret
+from ..data.volumes import Volume
 from ..errors import InputError
-from ..figures import colour
-from ..intensities import interpret
-from ..volumes import Volume
+from ..evaluation.overlay import colour
 
 if TYPE_CHECKING:
-    from ..why import Why
+    from ..segmentation.why import Why
 
 
 # A CT of 9.2 million voxels makes a page of 10 MB.

@@ -1,0 +1,532 @@
+"""`lslpn experiment`: a command per experiment of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from ..errors import InputError
+from .options import (
+    Align,
+    DataOption,
+    DeviceOption,
+    MethodName,
+    OneOfEach,
+    Preset,
+    PresetOption,
+    ProtocolName,
+    QuietOption,
+    command,
+    fraction,
+    say,
+    settings_of,
+    split,
+    torch_device,
+)
+
+if TYPE_CHECKING:
+    from ..paper.store import Store
+
+experiment_app = typer.Typer(
+    help=(
+        "The paper's experiments: train what is not trained yet, evaluate it, and write the "
+        "tables and figures.\n\n"
+        "An experiment that was stopped goes on where it was when the same command is given "
+        "again. Commands for the same --out share its trained networks."
+    ),
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Setting(str, Enum):
+    """What happens to training slices that show a held-out organ."""
+
+    one = "I"
+    two = "II"
+
+
+class ClassesName(str, Enum):
+    """Which organs a network is trained on."""
+
+    all = "all"
+    tested = "tested"
+    none = "none"
+
+
+# --- options that several experiments share -------------------------------------------------
+
+_Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Where tables, figures, evaluations and trained networks go.",
+        show_default=False,
+    ),
+]
+_Method = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="lslpn, panet, senet or alpnet, repeated or with commas; default: lslpn.",
+        show_default=False,
+    ),
+]
+_Fold = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fold",
+        metavar="ORGANS",
+        help="Organs that are held out and tested together, such as liver, or "
+        "kidney_right+kidney_left; repeat for more folds. Default: liver; spleen; the kidneys; "
+        "the psoas muscles, as far as the data set has them.",
+        show_default=False,
+    ),
+]
+_Folds = Annotated[
+    int | None,
+    typer.Option(
+        "--folds",
+        metavar="K",
+        min=2,
+        help="Cut the cases into K parts: test on each, train on the others; the case behind a "
+        "part is its support.",
+        show_default=False,
+    ),
+]
+_TrainCases = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--train-cases",
+        metavar="CASE",
+        help="Cases to train on, repeated or with commas, or patterns such as 'silver_*'; "
+        "default: all that are not tested.",
+        show_default=False,
+    ),
+]
+_TestCases = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--test-cases",
+        metavar="CASE",
+        help="Cases to test on, likewise; default: all that are not trained on.",
+        show_default=False,
+    ),
+]
+_Support = Annotated[
+    str | None,
+    typer.Option(
+        "--support",
+        metavar="CASE",
+        help="The case whose labels are given at the test; default: the first to train on.",
+        show_default=False,
+    ),
+]
+_Seeds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--seeds",
+        metavar="N",
+        help="A training run for each, repeated or with commas; default: 1234,1235,1236.",
+        show_default=False,
+    ),
+]
+_OneClasses = Annotated[
+    ClassesName,
+    typer.Option(
+        "--classes",
+        help="Train on all labels that are not held out, on those of the other --fold alone "
+        "(tested), or on superpixels, without any label (none).",
+    ),
+]
+_Protocol = Annotated[
+    ProtocolName,
+    typer.Option(
+        "--protocol", metavar="NAME", help="published, senet, alpnet or adnet, as in evaluate."
+    ),
+]
+_Chunks = Annotated[
+    int | None,
+    typer.Option(
+        "--chunks",
+        metavar="N",
+        min=1,
+        help="Parts of the organ's range; default: the protocol's own.",
+        show_default=False,
+    ),
+]
+_Align = Annotated[
+    Align,
+    typer.Option(
+        "--align", help="body crops the scans to the patient's body first, in training and test."
+    ),
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="[METHOD.]NAME=VALUE",
+        help="Change one setting of the preset, such as --set size=257, or of one method alone: "
+        "--set alpnet.supervision=superpixels; repeat for more.",
+        show_default=False,
+    ),
+]
+_Setting = Annotated[
+    Setting,
+    typer.Option(
+        "--setting",
+        help="I: held-out organs may lie unlabelled in training slices; II: such slices are "
+        "left out.",
+    ),
+]
+_Untrained = Annotated[
+    bool,
+    typer.Option("--untrained", help="Add the first method's network before training."),
+]
+_Runs = Annotated[
+    Path | None,
+    typer.Option(
+        "--runs",
+        metavar="DIR",
+        help="Where trained networks lie, and new ones go, METHOD/FOLD/seedN; default: OUT/runs.",
+        show_default=False,
+    ),
+]
+_Run = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--run",
+        metavar="METHOD:FOLD:SEED=RUN",
+        help="Take a network that `lslpn train` made with the same settings; repeat for more.",
+        show_default=False,
+    ),
+]
+_Batch = Annotated[
+    int, typer.Option("--batch", metavar="N", min=1, help="Query slices encoded at once.")
+]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The options that all experiments share: `_experiment` gives every command these."""
+
+    data: DataOption
+    out: _Out
+    fold: _Fold = None
+    folds: _Folds = None
+    train_cases: _TrainCases = None
+    test_cases: _TestCases = None
+    support: _Support = None
+    seeds: _Seeds = None
+    setting: _Setting = Setting.one
+    protocol: _Protocol = ProtocolName.published
+    chunks: _Chunks = None
+    align: _Align = Align.none
+    preset: PresetOption = Preset.published
+    sets: _Set = None
+    runs: _Runs = None
+    run: _Run = None
+    batch: _Batch = 8
+    device: DeviceOption = "auto"
+    quiet: QuietOption = False
+
+
+def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
+    """Make a function of `_Given` and of options of its own a command, which prints its files."""
+    hints = get_type_hints(function, include_extras=True)
+    options = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=own.default, annotation=hints[name])
+        for name, own in list(signature(function).parameters.items())[1:]
+    ]
+    shared = get_type_hints(_Given, include_extras=True)
+    for field in fields(_Given):
+        default = Parameter.empty if field.default is MISSING else field.default
+        options.append(
+            Parameter(
+                field.name, Parameter.KEYWORD_ONLY, default=default, annotation=shared[field.name]
+            )
+        )
+
+    def run(**values: Any) -> None:
+        given = _Given(**{name: values.pop(name) for name in shared})
+        files = function(given, **values)
+        for file in files:
+            if file.suffix == ".md":
+                print(file.read_text("utf-8"))
+        print("written: " + ", ".join(map(str, files)))
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    made = command(run)
+    experiment_app.command(function.__name__.replace("_", "-"), cls=OneOfEach)(made)
+    return made
+
+
+# --- experiments ----------------------------------------------------------------------------
+
+
+@_experiment
+def table1(
+    given: _Given,
+    method: _Method = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--classes",
+            metavar="NAME",
+            help="Train with added classes (all labels that are not held out: all), without them "
+            "(the organs of the other --fold alone: tested), or on superpixels, without any label "
+            "(none); repeated or with commas; default: all,tested.",
+            show_default=False,
+        ),
+    ] = None,
+    untrained: _Untrained = False,
+) -> list[Path]:
+    """Table 1: every method, per organ and mean, with and without added classes."""
+    from ..paper import table1 as experiment
+
+    with _opened(given) as store:
+        return experiment.run(
+            store,
+            split(method) or ["lslpn"],
+            _seeds(given.seeds),
+            classes=_classes(classes),
+            untrained=untrained,
+        )
+
+
+@_experiment
+def grid_scale(
+    given: _Given,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scale",
+            metavar="FRACTION",
+            help="Size of a window over the image, or SIZE:SPACING, repeated or with commas; "
+            "default: 1/16, 1/8, 1/4 and 1, and without overlap 1/16:1, 1/8:1 and 1/4:1.",
+            show_default=False,
+        ),
+    ] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="The network before training, in its place.")
+    ] = False,
+    classes: _OneClasses = ClassesName.all,
+) -> list[Path]:
+    """Fig. 3, left: the size of the windows, with and without overlap.
+
+    The networks are those of table1; every grid is tried on each in one pass.
+    """
+    from lslpn_kernels import GridSpec
+
+    from ..paper import grid_scale as experiment
+
+    grids = []
+    for text in split(scale):
+        size, colon, spacing = text.partition(":")
+        wide = fraction(spacing, "--scale") if colon else experiment.OVERLAP
+        grids.append(GridSpec(fraction(size, "--scale"), wide))
+    with _opened(given, experiment.own(grids)) as store:
+        return experiment.run(
+            store, _seeds(given.seeds), grids=grids, classes=classes.value, untrained=untrained
+        )
+
+
+@_experiment
+def misalignment(
+    given: _Given,
+    method: Annotated[
+        MethodName, typer.Option("--method", metavar="NAME", help="lslpn, panet, senet or alpnet.")
+    ] = MethodName.lslpn,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="The network before training, in its place.")
+    ] = False,
+    classes: _OneClasses = ClassesName.all,
+) -> list[Path]:
+    """Fig. 3, right: how well organs are found, against how alike support and query lie.
+
+    Every network is evaluated twice, with the scans as they lie and cropped to the body; --align
+    says how it is trained.
+    """
+    from ..paper import misalignment as experiment
+
+    with _opened(given) as store:
+        return experiment.run(
+            store, [method.value], _seeds(given.seeds), classes=classes.value, untrained=untrained
+        )
+
+
+@_experiment
+def figures(
+    given: _Given,
+    method: _Method = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--case",
+            metavar="CASE",
+            help="Test cases to show, repeated or with commas; default: the first two.",
+            show_default=False,
+        ),
+    ] = None,
+    organ: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--organ",
+            metavar="NAME",
+            help="Organs to show, repeated or with commas; default: all that are held out.",
+            show_default=False,
+        ),
+    ] = None,
+    untrained: _Untrained = False,
+    classes: _OneClasses = ClassesName.all,
+) -> list[Path]:
+    """Fig. 2 and 4: support, query, ground truth and each method's result.
+
+    Shows the middle slice of an organ, never the best one; of several --seeds the first.
+    """
+    from ..paper import figures as experiment
+
+    with _opened(given) as store:
+        return experiment.run(
+            store,
+            split(method) or ["lslpn"],
+            _seeds(given.seeds)[0],
+            cases=split(case, store.setup.dataset.cases),
+            organs=split(organ, store.setup.dataset.organs),
+            classes=classes.value,
+            untrained=untrained,
+        )
+
+
+# --- parts ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Store]:
+    """The experiment's folder, with everything that was given checked."""
+    from ..config import PRESETS, with_overrides
+    from ..data.dataset import Dataset
+    from ..distributed import launched
+    from ..evaluation.protocols import protocol_of
+    from ..paper.plan import Setup, organ_folds, subject_folds
+    from ..paper.store import opened
+
+    if launched():
+        raise InputError(
+            "torchrun: an experiment runs in one process; train its networks with "
+            "`torchrun -m lslpn train` and give them with --run"
+        )
+    dataset = Dataset.open(given.data)
+    changes, own = _own_settings(settings_of(given.sets))
+    for name, option in (
+        ("method", "--method"),
+        ("seed", "--seeds"),
+        ("organs", "--fold and --classes"),
+        ("drop_test_slices", "--setting"),
+    ):
+        if any(name in some for some in (changes, *own.values())):
+            raise InputError(f"--set {name}: is set by {option}; use that")
+    if "supervision" in changes:
+        raise InputError(
+            "--set supervision: is set by --classes none; use that, or METHOD.supervision for one "
+            "method alone"
+        )
+    # Scans are trained on as they are tested, unless --set says otherwise.
+    changes = {"align": given.align.value, **changes}
+    if given.setting is Setting.two:
+        changes["drop_test_slices"] = "true"
+    setup = Setup(
+        dataset=dataset,
+        config=with_overrides(PRESETS[given.preset.value], **changes),
+        organ_folds=organ_folds(dataset, _folds_of(given.fold, dataset.organs)),
+        subject_folds=subject_folds(
+            dataset,
+            parts=given.folds,
+            train=split(given.train_cases, dataset.cases),
+            test=split(given.test_cases, dataset.cases),
+            support=given.support,
+        ),
+        protocol=given.protocol.value,
+        chunks=protocol_of(given.protocol.value, given.chunks).chunks,
+        align=given.align.value,
+        batch=given.batch,
+        own=own,
+    )
+    for method in own:
+        setup.config_of(method, 0)  # refuses what is not known
+    with opened(
+        given.out,
+        setup,
+        own=own,
+        runs=given.runs,
+        given=_given_runs(given.run),
+        device=torch_device(given.device),
+        progress=not given.quiet,
+        say=say,
+    ) as store:
+        yield store
+
+
+def _folds_of(given: list[str] | None, organs: Sequence[str]) -> list[str]:
+    """The values of --fold; organs whose names hold commas are taken whole, joined ones too."""
+    joined = [text for text in given or () if all(o.strip() in organs for o in text.split("+"))]
+    return split(given, {*joined, *organs})
+
+
+def _own_settings(given: dict[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Settings of all methods, and those of METHOD.NAME=VALUE by method."""
+    common: dict[str, str] = {}
+    own: dict[str, dict[str, str]] = {}
+    for name, value in given.items():
+        method, dot, rest = name.partition(".")
+        if dot:
+            own.setdefault(method, {})[rest] = value
+        else:
+            common[name] = value
+    return common, own
+
+
+def _seeds(given: list[str] | None) -> list[int]:
+    from ..paper.plan import DEFAULT_SEEDS
+
+    texts = split(given)
+    for text in texts:
+        if not text.isdecimal():
+            raise InputError(f"--seeds: expected whole numbers from 0, got {text!r}")
+    return [int(text) for text in texts] or list(DEFAULT_SEEDS)
+
+
+def _classes(given: list[str] | None) -> list[Any]:
+    known, texts = [kind.value for kind in ClassesName], split(given)
+    for text in texts:
+        if text not in known:
+            raise InputError(f"--classes: expected some of {', '.join(known)}, got {text!r}")
+    return texts or ["all", "tested"]
+
+
+def _given_runs(given: list[str] | None) -> dict[str, Path]:
+    """METHOD:FOLD:SEED=RUN."""
+    found = {}
+    for text in given or ():
+        key, equals, path = text.partition("=")
+        if not equals or not path or key.count(":") != 2:
+            raise InputError(
+                f"--run: expected METHOD:FOLD:SEED=RUN such as lslpn:liver:1234=DIR, got {text!r}"
+            )
+        key = key.strip()
+        if key in found:
+            raise InputError(f"--run {key}: expected one folder, got {path} as well; give one")
+        found[key] = Path(path)
+    return found

@@ -1,0 +1,1 @@
+"""Scans, labels and data sets, and what a network is given of them."""

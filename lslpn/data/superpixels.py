@@ -1,0 +1,191 @@
+"""Episodes without labels: the class of an episode is a superpixel, as ALPNet is trained.
+
+A slice falls into regions of alike grey values. One of them is the episode's class, and two views
+of the slice, each deformed in its own way, are support and query: what the network learns is to
+find a region again. No organ's label is used, so none can leak into training.
+
+Ouyang et al., "Self-Supervision with Superpixels", ECCV 2020. Needs scikit-image, which
+`pip install "lslpn[superpixels]"` brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from tqdm import tqdm
+
+from ..config import Config
+from ..errors import InputError
+from .augment import deformed
+from .dataset import Dataset
+from .episodes import Batch, checksum, training_cases
+from .slices import Treatment, prepare, warn_unlike
+from .volumes import check_same_grid
+
+# ALPNet's choices for felzenszwalb, on 256 x 256 with grey values to 255.
+_SIDE, _GREY = 256, 255.0
+_LEAST_PIXELS = 400
+_SMOOTH = 1.0
+
+_SUPERPIXEL = 3  # keeps the random stream apart from those of episodes.py
+_ATTEMPTS = 100  # slices that may turn out empty, one after the other
+
+
+def superpixels(image: np.ndarray, air: float = 0.0) -> np.ndarray:
+    """The regions of a slice: felzenszwalb's, within the body.
+
+    The body is the largest piece above `air`, its holes filled. A region has at least 400 pixels of
+    256 x 256 (scaled by area) before it is cut to the body.
+
+    Args:
+        image: float32 [S, S] in [0, 1].
+        air: the value up to which a pixel is air or background, see `Prepared.air`.
+
+    Returns:
+        int32 [S, S]: 0 off the body, then 1, 2, ...
+
+    Raises:
+        InputError: scikit-image is not installed.
+    """
+    felzenszwalb = _felzenszwalb()
+    pieces, count = ndimage.label(image > air)
+    if count == 0:
+        return np.zeros(image.shape, np.int32)
+    body = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
+    body = ndimage.binary_fill_holes(body)
+    least = max(1, round(_LEAST_PIXELS * image.size / _SIDE**2))
+    regions = felzenszwalb(image * _GREY, scale=1, sigma=_SMOOTH, min_size=least) + 1
+    _, numbers = np.unique(np.where(body, regions, 0), return_inverse=True)
+    numbers = numbers.reshape(image.shape).astype(np.int32)
+    # Without any pixel off the body the first region would be taken for the background.
+    return numbers + 1 if body.all() else numbers
+
+
+class SuperpixelEpisodes:
+    """The training slices in memory, and episodes of superpixels drawn from them.
+
+    Every slice of the scans is used, none chosen by its labels; `drop_test_slices` (Setting II)
+    leaves out those that show a held-out organ, as for labelled episodes. Slices are held as
+    float16, 2 bytes a pixel; the superpixels of a slice are found when it is first drawn.
+
+    An episode is one superpixel of one slice: K + Q views of the slice by `augment.deformed`, the
+    first K the support. The options of augmentation, organs and slices per organ are not used.
+
+    Args:
+        dataset: where the scans lie.
+        config: of the run.
+        cases: the scans to train on.
+        hold_out: organs whose slices `drop_test_slices` leaves out; otherwise without effect.
+        progress: show a bar while reading.
+
+    Raises:
+        InputError: scikit-image is not installed, an unknown or doubled case, an unknown organ,
+            an unreadable scan, or no slice left.
+    """
+
+    organs: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: Config,
+        *,
+        cases: Sequence[str],
+        hold_out: Sequence[str] = (),
+        progress: bool = True,
+    ) -> None:
+        _felzenszwalb()
+        self.config = config
+        self.cases = training_cases(dataset, cases)
+        self.hold_out = tuple(hold_out)
+        held_out = [dataset.label_of(organ) for organ in self.hold_out]
+        self._sum = 0
+        bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
+        self._treatments: list[Treatment] = []
+        slices, air = zip(*[self._read(dataset, case, held_out) for case in bar], strict=True)
+        self._slices, self._air = np.concatenate(slices), np.concatenate(air)
+        warn_unlike(self._treatments)
+        if not len(self._slices):
+            raise InputError(
+                "cases: every slice shows a held-out organ (drop_test_slices); train on others"
+            )
+        self._found: dict[int, np.ndarray] = {}
+
+    def _read(
+        self, dataset: Dataset, case: str, held_out: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Slices, float16 [n, S, S], and what is air in each, [n]; labels are read only to leave
+        out slices of held-out organs."""
+        model, train = self.config.model, self.config.train
+        image = dataset.image(case)
+        prepared = prepare(
+            image,
+            size=model.size,
+            align=model.align,
+            window=model.window,
+            normalise=model.normalise,
+        )
+        self._treatments.append(prepared.treatment)
+        shown = np.zeros(len(prepared.slices), dtype=bool)
+        if train.drop_test_slices:
+            labels = dataset.load_labels(case)
+            check_same_grid(image, labels)
+            shown |= np.isin(labels.data, held_out).any(axis=(1, 2))
+        self._sum = checksum(self._sum, image.data, shown)
+        return prepared.slices[~shown].astype(np.float16), prepared.air[~shown]
+
+    @property
+    def slice_count(self) -> int:
+        """Slices held in memory."""
+        return len(self._slices)
+
+    def fingerprint(self) -> int:
+        """A checksum of what was read: equal data draws equal batches."""
+        return self._sum
+
+    def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
+        """As `Episodes.batch`."""
+        train = self.config.train
+        share = range(train.batch) if share is None else share
+        views = [self._episode(step, index) for index in share]
+        images, masks = (torch.from_numpy(np.stack(part)) for part in zip(*views, strict=True))
+        K = train.shots
+        return Batch(images[:, :K], masks[:, :K, None], images[:, K:], masks[:, K:].long())
+
+    def _episode(self, step: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images [K + Q, S, S] and masks of the superpixel in them."""
+        train = self.config.train
+        rng = np.random.default_rng([train.seed, _SUPERPIXEL, step, index])
+        for _ in range(_ATTEMPTS):
+            which = int(rng.integers(len(self._slices)))
+            regions = self._regions(which)
+            if regions.max() > 0:
+                break
+        else:
+            raise InputError("cases: the slices are empty, no superpixel is found in them")
+        image = self._slices[which].astype(np.float32)
+        mask = (regions == rng.integers(1, regions.max() + 1)).astype(np.uint8)
+        views = [deformed(image, mask, rng) for _ in range(train.shots + train.queries)]
+        images, masks = (np.stack(part) for part in zip(*views, strict=True))
+        return images, masks
+
+    def _regions(self, which: int) -> np.ndarray:
+        if which not in self._found:
+            regions = superpixels(self._slices[which].astype(np.float32), self._air[which])
+            self._found[which] = regions.astype(np.uint16)
+        return self._found[which]
+
+
+def _felzenszwalb() -> Any:
+    try:
+        from skimage.segmentation import felzenszwalb
+    except ImportError as error:
+        raise InputError(
+            "supervision: superpixels need scikit-image, which is not installed; "
+            'pip install "lslpn[superpixels]"'
+        ) from error
+    return felzenszwalb

@@ -1,0 +1,518 @@
+"""NIfTI volumes in and out.
+
+Every volume is brought into one display orientation by flips and permutations alone, never by
+resampling: the slices are axial, the patient's right is on the left of the image and the front
+is up, as radiologists look at them. Oblique volumes get the closest such order of their axes.
+Predictions go back through the inverse, into the grid, affine and header of their own file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from ..errors import InputError
+from ..files import write_bytes
+
+# x grows towards the patient's left, y towards the back, z towards the head.
+_DISPLAY = axcodes2ornt(("L", "P", "S"))
+
+# Labels that are so close to a whole number were stored as floats, with a slope perhaps.
+_WHOLE = 1e-3
+_LARGEST = 2**31 - 1
+
+# Grids that lie apart by less than this part of a voxel are one grid: affines are stored in
+# float32 and rewritten by every tool, which moves a corner by some thousandths of a voxel.
+_GRID_TOLERANCE = 0.05
+# The qform is rounded more, as quaternions: sform and qform differ beyond so many voxels.
+_FORMS_TOLERANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The file's own geometry, kept so that predictions can be written back into it.
+
+    Attributes:
+        shape: voxels along the file's own three axes.
+        affine: float64 [4, 4], voxel indices to millimetres (RAS+).
+        header: the file's header, NIfTI-1 or NIfTI-2.
+        path: where it was read from; for messages.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    header: nib.Nifti1Header
+    path: Path
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A volume in display orientation.
+
+    Attributes:
+        data: [Z, Y, X]; z from the feet to the head, y from front to back, x from the patient's
+            right to the left. float32 for images, uint8, int16 or int32 for labels.
+        spacing: millimetres (z, y, x): from slice to slice, across them, and from pixel to pixel.
+            With a tilted gantry, slices are shifted against each other as well, which does not
+            count.
+        grid: the geometry of the file.
+    """
+
+    data: np.ndarray
+    spacing: tuple[float, float, float]
+    grid: Grid
+
+    @classmethod
+    def from_array(cls, data: np.ndarray, affine: np.ndarray, *, name: str = "array") -> Volume:
+        """An image or a label map of an array, as `read_image` and `read_labels` make of a file.
+
+        Args:
+            data: [i, j, k] numbers, as nibabel has them. Floats make an image, integers and bools
+                a label map where none is below 0 and an image otherwise; give a scan of unsigned
+                integers as floats.
+            affine: [4, 4], voxel indices (i, j, k) to millimetres (RAS+).
+            name: stands for the file's name in messages.
+
+        Raises:
+            InputError: as `read_image` and `read_labels`.
+        """
+        labels = data.dtype.kind in "bu" or (data.dtype.kind == "i" and data.min(initial=0) >= 0)
+        array = data.astype(np.float64 if data.dtype.kind == "f" else np.int32)
+        return cls.from_nibabel(nib.Nifti1Image(array, affine), labels=labels, name=name)
+
+    @classmethod
+    def from_nibabel(
+        cls, image: nib.Nifti1Image, *, labels: bool = False, name: str | None = None
+    ) -> Volume:
+        """A NIfTI image of nibabel's, as `read_image` makes of its file.
+
+        Args:
+            image: of nibabel, NIfTI-1 or NIfTI-2.
+            labels: it is a label map, as for `read_labels`.
+            name: for messages; default: the image's file, or "image".
+
+        Raises:
+            InputError: as `read_image` and `read_labels`.
+        """
+        path = Path(name or image.get_filename() or "image")
+        return (_as_labels if labels else _as_image)(*_array_of(path, image))
+
+    def to_nibabel(self) -> nib.Nifti1Image:
+        """A NIfTI image in the grid and with the header that the volume came from."""
+        header = self.grid.header.copy()
+        header.set_data_shape(self.grid.shape)
+        return _native_image(self.data, self.grid, header)
+
+    @property
+    def affine(self) -> np.ndarray:
+        """float64 [4, 4], indices (x, y, z) of `data` to millimetres (RAS+)."""
+        back = inv_ornt_aff(_to_display(self.grid), self.grid.shape)
+        return np.asarray(self.grid.affine @ back)
+
+    @property
+    def voxel_ml(self) -> float:
+        """The volume of a voxel in millilitres."""
+        return abs(float(np.linalg.det(self.grid.affine[:3, :3]))) / 1000
+
+    @property
+    def path(self) -> Path:
+        """The file it was read from."""
+        return self.grid.path
+
+
+def read_image(path: str | os.PathLike[str]) -> Volume:
+    """Read an image: .nii or .nii.gz, of any orientation and spacing.
+
+    Returns:
+        Volume of float32 [Z, Y, X], with the file's intensity slope applied.
+
+    Raises:
+        InputError: the file is missing, damaged, cut short, no NIfTI, not three-dimensional (a
+            last axis of one is let pass), of a colour or complex type, without a usable affine,
+            or holds NaN, infinite or constant intensities.
+    """
+    return _as_image(*_read(Path(path)))
+
+
+def _as_image(array: np.ndarray, grid: Grid) -> Volume:
+    path = grid.path
+    # float64 beyond the range of float32 becomes infinite here and is reported below.
+    with np.errstate(over="ignore"):
+        data = array.astype(np.float32)
+    bad = int(data.size - np.count_nonzero(np.isfinite(data)))
+    if bad:
+        raise InputError(
+            f"{path}: {bad} of {data.size} voxels are NaN or infinite, expected finite "
+            "intensities; replace them (for CT by -1024, which is air) and save the image again"
+        )
+    if data.min() == data.max():
+        raise InputError(
+            f"{path}: every voxel is {data.flat[0]:g}, expected an image with more than one "
+            "intensity; check that this is the scan and was exported whole"
+        )
+    return _display(data, grid)
+
+
+def read_labels(path: str | os.PathLike[str], *, require_foreground: bool = False) -> Volume:
+    """Read a label map: whole numbers, 0 is the background.
+
+    Floats within 0.001 of whole numbers are rounded.
+
+    Args:
+        require_foreground: refuse a map without a single labelled voxel.
+
+    Returns:
+        Volume of uint8 [Z, Y, X], or int16 if a label exceeds 255, int32 if it exceeds 32767.
+
+    Raises:
+        InputError: as `read_image` for the file itself; values that are no whole numbers,
+            negative or above 2147483647; an empty map if `require_foreground`.
+    """
+    return _as_labels(*_read(Path(path)), require_foreground)
+
+
+def _as_labels(array: np.ndarray, grid: Grid, require_foreground: bool = False) -> Volume:
+    path = grid.path
+    if array.dtype.kind == "f":
+        rounded = np.round(array)
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            whole = np.abs(array - rounded) <= _WHOLE
+        if not whole.all():
+            example = array[~whole].flat[0]
+            raise InputError(
+                f"{path}: holds values that are no whole numbers (such as {example:.7g}), expected "
+                "a label map; if it is a mask that was resampled, resample it again with nearest "
+                "neighbours, and check that the image was not given for the mask"
+            )
+        array = rounded
+    low, high = array.min(), array.max()
+    if low < 0 or high > _LARGEST:
+        raise InputError(
+            f"{path}: labels run from {low:g} to {high:g}, expected 0 (background) to {_LARGEST}; "
+            "check that the image was not given for the mask"
+        )
+    if require_foreground and high == 0:
+        raise InputError(
+            f"{path}: the mask is empty (every voxel is 0), expected at least one labelled voxel; "
+            "give the mask in which the organ is drawn"
+        )
+    return _display(array.astype(_label_dtype(high)), grid)
+
+
+def check_same_grid(image: Volume, labels: Volume) -> None:
+    """Check that an image and its labels lie on one grid: their `data` agree by voxel.
+
+    Their files may hold the axes in another order or direction, which `read_image` and
+    `read_labels` undo. Affines may differ as long as no corner of the grid moves by more than a
+    twentieth of a voxel: tools round them.
+
+    Raises:
+        InputError: the grids differ.
+    """
+    mend = (
+        "give the mask that was drawn on this image, or resample it to the image's grid with "
+        "nearest neighbours"
+    )
+    # Along x, y, z, whatever the order in the files.
+    a, b = image.data.shape[::-1], labels.data.shape[::-1]
+    if a != b and image.grid.shape != labels.grid.shape:
+        raise InputError(
+            f"{labels.path}: its shape {_times(labels.grid.shape)} differs from "
+            f"{_times(image.grid.shape)} of its image {image.path}; {mend}"
+        )
+    apart = _apart(a, image.affine, labels.affine)
+    if a != b or apart > _GRID_TOLERANCE * min(image.spacing):
+        how = (
+            f"axes run to {_axes(labels.grid.affine)} and {_axes(image.grid.affine)}"
+            if a != b
+            else f"corners lie up to {apart:.3g} mm apart"
+        )
+        raise InputError(
+            f"{labels.path}: its affine differs from that of its image {image.path} in more than "
+            f"order and direction of the axes ({how}); {mend}"
+        )
+
+
+def _apart(shape: tuple[int, ...], a: np.ndarray, b: np.ndarray) -> float:
+    """How far, in mm, the corners of a grid are from each other under two affines."""
+    corners = np.array(
+        [[i, j, k, 1.0] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])]
+    )
+    return float(np.abs(corners @ (a - b).T)[:, :3].max())
+
+
+def _label_dtype(high: float) -> type[np.integer[Any]]:
+    """The least type for labels up to `high`."""
+    return np.uint8 if high <= 255 else np.int16 if high <= 32767 else np.int32
+
+
+def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume) -> None:
+    """Write labels into the grid, affine and header of the file that `like` was read from.
+
+    The header's data type, intensity slope and display range are set anew; all else in it stays,
+    the sform and qform with their codes among it. The same labels give the same bytes.
+
+    Args:
+        path: ends in .nii.gz or .nii, in any case; replaced whole or not at all.
+        labels: [Z, Y, X] whole numbers from 0 to 2147483647, in the frame of `like.data`.
+        like: the volume that was segmented.
+
+    Raises:
+        InputError: another ending, or the folder cannot be written to.
+        ValueError: `labels` is of another shape than `like`, or out of range.
+    """
+    target = Path(path)
+    name = target.name.lower()
+    if not name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"{target}: expected a name that ends in .nii.gz or .nii")
+    if labels.shape != like.data.shape:
+        raise ValueError(
+            f"labels: expected shape {_times(like.data.shape)} as the volume, "
+            f"got {_times(labels.shape)}"
+        )
+    if labels.min() < 0 or labels.max() > _LARGEST:
+        raise ValueError(
+            f"labels: expected values from 0 to {_LARGEST}, got {labels.min()} to {labels.max()}"
+        )
+    dtype = _label_dtype(labels.max())
+    header = like.grid.header.copy()
+    header.set_data_shape(like.grid.shape)
+    header["cal_min"] = header["cal_max"] = 0  # the scan's display range is not the labels'
+    data = _native_image(labels.astype(dtype), like.grid, header).to_bytes()
+    if name.endswith(".gz"):
+        data = gzip.compress(data, compresslevel=6, mtime=0)
+    write_bytes(target, data)
+
+
+def _native_image(data: np.ndarray, grid: Grid, header: nib.Nifti1Header) -> nib.Nifti1Image:
+    """[Z, Y, X] in the file's own order of voxels, stored as they are; changes the header."""
+    back = ornt_transform(_DISPLAY, io_orientation(grid.affine))
+    native = apply_orientation(data.transpose(2, 1, 0), back)
+    header.set_data_dtype(data.dtype)
+    header.set_slope_inter(1, 0)
+    two = isinstance(header, nib.Nifti2Header)
+    return (nib.Nifti2Image if two else nib.Nifti1Image)(native, grid.affine, header)
+
+
+def _read(path: Path) -> tuple[np.ndarray, Grid]:
+    """The voxels in the file's own order, slope applied, and the geometry."""
+    raw = _bytes_of(path)
+    kind = _nifti_class(path, raw)
+    return _array_of(path, lambda: kind.from_bytes(raw))
+
+
+def _array_of(
+    path: Path, image: nib.Nifti1Image | Callable[[], nib.Nifti1Image]
+) -> tuple[np.ndarray, Grid]:
+    """The voxels of an image that may still be to be parsed, and the geometry."""
+    try:
+        if callable(image):
+            image = image()
+        array = np.asanyarray(image.dataobj)
+    # What nibabel raises depends on which field is broken.
+    except (
+        ImageFileError,
+        HeaderDataError,
+        WrapStructError,
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise InputError(
+            f"{path}: damaged or cut short ({_one_line(error)}); copy or export the file again"
+        ) from error
+    if array.dtype.kind not in "fiub":
+        raise InputError(
+            f"{path}: voxels are of type {image.header.get_value_label('datatype')}, expected "
+            "one number per voxel; save it as a greyscale image or a label map"
+        )
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 3:
+        mend = (
+            "give the whole scan, not one slice"
+            if array.ndim < 3
+            else "split it and give one volume at a time"
+        )
+        raise InputError(
+            f"{path}: has {array.ndim} dimensions ({_times(array.shape)}), expected 3; {mend}"
+        )
+    if array.size == 0:
+        raise InputError(f"{path}: holds no voxels ({_times(array.shape)}); export it again")
+    shape = (array.shape[0], array.shape[1], array.shape[2])
+    affine, header = _affine(path, image), image.header.copy()
+    if not np.array_equal(header.get_best_affine(), affine):
+        header["sform_code"] = 0  # it is singular, and nibabel would prefer it all the same
+    return array, Grid(shape, affine, header, path)
+
+
+def _bytes_of(path: Path) -> bytes:
+    """The file's content, unpacked.
+
+    The whole gzip stream is read, so that its checksum is verified: nibabel stops at the last
+    voxel and would let a damaged stream pass.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file; check the path") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder, expected a .nii or .nii.gz file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if raw[:2] != b"\x1f\x8b":
+        return raw
+    try:
+        with gzip.open(io.BytesIO(raw)) as stream:
+            return stream.read()
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputError(
+            f"{path}: damaged or cut short ({_one_line(error)}); copy or download the file again"
+        ) from error
+
+
+def _nifti_class(path: Path, raw: bytes) -> type[nib.Nifti1Image]:
+    """NIfTI-1 or NIfTI-2, by the header's size and magic."""
+    if len(raw) < 348:
+        raise InputError(
+            f"{path}: is too short for a NIfTI file ({len(raw)} bytes); "
+            "copy or export the file again"
+        )
+    sizes = {int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")}
+    if 348 in sizes and raw[344:348] == b"n+1\0":
+        return nib.Nifti1Image
+    if 540 in sizes and raw[4:8] == b"n+2\0":
+        return nib.Nifti2Image
+    if 348 in sizes and raw[344:348] == b"ni1\0":
+        raise InputError(
+            f"{path}: is the header of a .hdr/.img pair, expected a single .nii or .nii.gz file; "
+            "convert the pair"
+        )
+    raise InputError(
+        f"{path}: is not a NIfTI file, expected .nii or .nii.gz; convert it first "
+        "(dcm2niix does so for DICOM)"
+    )
+
+
+def _affine(path: Path, image: nib.Nifti1Image) -> np.ndarray:
+    """The affine of a file, from its sform or its qform, with a warning where that is a choice.
+
+    Raises:
+        InputError: neither is usable.
+    """
+    header = image.header
+    sform, qform = _form(header.get_sform), _form(header.get_qform)
+    if sform is None and qform is None:
+        base = np.array(header.get_base_affine(), dtype=np.float64)
+        if what := _singular(base):
+            raise _unusable(path, what)
+        warnings.warn(
+            f"{path.name}: its header has neither sform nor qform; its axes are taken to run to "
+            f"{_axes(base)}, so check that left and right are as they should be",
+            stacklevel=4,
+        )
+        return base
+    if sform is None or qform is None:
+        only = qform if sform is None else sform
+        assert only is not None
+        if what := _singular(only):
+            raise _unusable(path, what)
+        return only
+    faults = {"sform": _singular(sform), "qform": _singular(qform)}
+    if all(faults.values()):
+        raise _unusable(path, f"{faults['sform']}")
+    for name, other, affine in (("sform", "qform", qform), ("qform", "sform", sform)):
+        if faults[name]:
+            warnings.warn(
+                f"{path.name}: its {name} is singular ({faults[name]}), its {other} is used",
+                stacklevel=4,
+            )
+            return affine
+    apart = _apart(image.shape[:3], sform, qform)
+    if apart > _FORMS_TOLERANCE * np.linalg.norm(sform[:3, :3], axis=0).min():
+        warnings.warn(
+            f"{path.name}: its sform and qform differ (corners are up to {apart:.3g} mm apart, "
+            f"axes run to {_axes(sform)} and {_axes(qform)}); the sform is used",
+            stacklevel=4,
+        )
+    return sform
+
+
+def _form(get: Callable[..., tuple[np.ndarray | None, int]]) -> np.ndarray | None:
+    """The affine of a form, None where its code is 0; of NaN where it cannot be made out."""
+    try:
+        affine = get(coded=True)[0]
+    except (HeaderDataError, ValueError):  # a quaternion longer than 1
+        return np.full((4, 4), np.nan)
+    return None if affine is None else np.array(affine, dtype=np.float64)
+
+
+def _axes(affine: np.ndarray) -> str:
+    return "".join(nib.aff2axcodes(affine))
+
+
+def _singular(affine: np.ndarray) -> str | None:
+    """Why an affine does not span space, or None where it does."""
+    axes = affine[:3, :3]
+    lengths = np.sqrt((axes**2).sum(axis=0))
+    if not np.isfinite(affine).all() or lengths.min() == 0:
+        return "it holds zeros or values that are not finite"
+    # The volume of the voxel against that of a box with its edges: 1 without shear.
+    if abs(np.linalg.det(axes / lengths)) <= 1e-3:
+        return "its axes lie in one plane"
+    return None
+
+
+def _unusable(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path}: its affine is singular ({what}), expected three independent axes in "
+        "millimetres; repair the header or export the file again"
+    )
+
+
+def _to_display(grid: Grid) -> np.ndarray:
+    """nibabel's orientation from the file's axes to those of the display."""
+    return np.asarray(ornt_transform(io_orientation(grid.affine), _DISPLAY))
+
+
+def _display(array: np.ndarray, grid: Grid) -> Volume:
+    """Bring the file's own order of voxels into display orientation."""
+    transform = _to_display(grid)
+    data = np.ascontiguousarray(apply_orientation(array, transform).transpose(2, 1, 0))
+    x, y, z = grid.affine[:3, :3].T[np.argsort(transform[:, 0])]
+    normal = np.cross(x, y)
+    apart = abs(float(z @ normal)) / float(np.linalg.norm(normal))
+    return Volume(data, (apart, float(np.linalg.norm(y)), float(np.linalg.norm(x))), grid)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(n) for n in shape)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

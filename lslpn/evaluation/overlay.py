@@ -1,0 +1,193 @@
+"""Pictures of slices: support, query, ground truth and prediction side by side.
+
+Matplotlib is used through its object interface and the Agg canvas, so a figure needs no
+display, leaves no global state behind, and two can be drawn at once in two threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..files import replacing
+
+# Okabe and Ito's palette without black (it vanishes on CT) led by the two that stand out most
+# on grey; then four of Paul Tol's for data sets with many organs. People with any of the
+# common colour vision deficiencies tell the first seven apart.
+PALETTE: tuple[str, ...] = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#CC79A7",
+    "#D55E00",
+    "#0072B2",
+    "#88CCEE",
+    "#DDCC77",
+    "#AA4499",
+    "#44AA99",
+)
+
+
+def colour(label: int) -> str:
+    """The colour of a label, as ``#RRGGBB``: the same for the same label in every figure.
+
+    Args:
+        label: the label's number, 1 or more (0 is background and has none).
+
+    Raises:
+        ValueError: for a label below 1.
+    """
+    if label < 1:
+        raise ValueError(f"label: expected 1 or more, got {label}")
+    return PALETTE[(label - 1) % len(PALETTE)]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a figure.
+
+    Attributes:
+        image: [H, W] grey values of any range; shown from its own minimum to its maximum, or
+            over ``limits``.
+        labels: [H, W] whole numbers (0 background) drawn over it, or None.
+        title: the line above it.
+        aspect: height of a pixel over its width, for slices whose pixels are not square.
+        limits: grey values shown as black and white; default: minimum and maximum of the image.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray | None = None
+    title: str = ""
+    aspect: float = 1.0
+    limits: tuple[float, float] | None = None
+
+
+def overlay(
+    path: str | os.PathLike[str],
+    rows: Sequence[Sequence[Panel]],
+    names: Mapping[int, str] | None = None,
+    *,
+    title: str = "",
+    panel_size: float = 2.6,
+    dpi: int = 110,
+) -> Path:
+    """Draw rows of panels with their labels over them and write a PNG file.
+
+    Each organ is a translucent area with an outline in its colour, named in a legend below.
+    The file is written aside and renamed, so a reader never sees half of it.
+
+    Args:
+        path: the file to write; its folder is made if need be.
+        rows: rows of panels; rows may differ in length.
+        names: names of the labels, for the legend; labels that no panel shows are left out,
+            and labels without a name are called ``label 3``.
+        title: the line above the whole figure.
+        panel_size: the width of a panel in inches.
+        dpi: pixels per inch.
+
+    Returns:
+        the path written.
+
+    Raises:
+        ValueError: without panels, or where an image is not 2-D or its labels differ in shape.
+        InputError: where the file cannot be written.
+    """
+    # Imported here: a second that `lslpn --help` need not pay.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    if not rows or not any(len(row) for row in rows):
+        raise ValueError("rows: expected at least one panel, got none")
+    for panel in (panel for row in rows for panel in row):
+        if np.ndim(panel.image) != 2:
+            raise ValueError(
+                f"panel {panel.title!r}: image: expected [H, W], got shape {np.shape(panel.image)}"
+            )
+        if panel.labels is not None and np.shape(panel.labels) != np.shape(panel.image):
+            raise ValueError(
+                f"panel {panel.title!r}: labels: expected the image's shape "
+                f"{np.shape(panel.image)}, got {np.shape(panel.labels)}"
+            )
+
+    columns = max(len(row) for row in rows)
+    # The panels' own heights, so that slices which are not square are not lost in white space.
+    heights = [
+        max((p.image.shape[0] * p.aspect / p.image.shape[1] for p in row), default=1.0) + 0.12
+        for row in rows
+    ]
+    margin = 0.45 + (0.3 if title else 0.0)
+    figure = Figure(
+        figsize=(panel_size * columns, panel_size * sum(heights) + margin),
+        dpi=dpi,
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+    shown: set[int] = set()
+    for i, row in enumerate(rows):
+        for j, panel in enumerate(row):
+            axes = figure.add_subplot(grid[i, j])
+            axes.set_axis_off()
+            low, high = panel.limits or (float(np.min(panel.image)), float(np.max(panel.image)))
+            axes.imshow(
+                panel.image,
+                cmap="gray",
+                vmin=low,
+                vmax=high if high > low else low + 1.0,
+                aspect=panel.aspect,
+                interpolation="nearest",
+            )
+            if panel.title:
+                axes.set_title(panel.title, fontsize=8)
+            if panel.labels is None:
+                continue
+            for label in (int(v) for v in np.unique(panel.labels) if v > 0):
+                shown.add(label)
+                _draw(axes, panel.labels == label, colour(label))
+    if title:
+        figure.suptitle(title, fontsize=10)
+    if shown:
+        names = names or {}
+        patches = [
+            Patch(color=colour(v), label=names.get(v, f"label {v}").replace("_", " "))
+            for v in sorted(shown)
+        ]
+        figure.legend(
+            handles=patches,
+            loc="outside lower center",
+            ncols=min(len(patches), max(1, 2 * columns)),
+            fontsize=8,
+            frameon=False,
+        )
+    return _write(Path(path), figure)
+
+
+def _draw(axes: object, mask: np.ndarray, hue: str) -> None:
+    """One organ over a picture: a translucent area and its outline."""
+    from matplotlib.axes import Axes
+    from matplotlib.colors import to_rgb
+
+    assert isinstance(axes, Axes)
+    area = np.zeros((*mask.shape, 4), dtype=np.float32)
+    area[mask, :3] = to_rgb(hue)
+    area[mask, 3] = 0.35
+    axes.imshow(area, aspect=axes.get_aspect(), interpolation="nearest")
+    # Contours need a 2x2 grid, and a mask that covers every pixel has no outline inside it.
+    if min(mask.shape) >= 2 and not mask.all():
+        axes.contour(mask.astype(np.float32), levels=[0.5], colors=[hue], linewidths=0.9)
+
+
+def _write(path: Path, figure: object) -> Path:
+    from matplotlib.figure import Figure
+
+    assert isinstance(figure, Figure)
+    with replacing(path) as aside:
+        # No version of matplotlib in the file: the same picture gives the same bytes.
+        figure.savefig(aside, format="png", metadata={"Software": None})
+    return path

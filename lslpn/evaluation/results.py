@@ -1,0 +1,309 @@
+"""What an evaluation found: Dice per organ and case, as tables, JSON and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..files import write_text
+from ..info import versions
+from .overlay import Panel, overlay
+
+
+@dataclass(frozen=True)
+class Row:
+    """One organ in one query case.
+
+    Attributes:
+        organ: its name in the data set.
+        case: the query.
+        dice: 2 |P n T| / (|P| + |T|) over the voxels of the protocol's slices, 0 to 1.
+        slices: how many slices that were.
+        truth_voxels, predicted_voxels: |T| and |P|.
+    """
+
+    organ: str
+    case: str
+    dice: float
+    slices: int
+    truth_voxels: int
+    predicted_voxels: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An organ that could not be scored in a query case, and why."""
+
+    organ: str
+    case: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query slice in the network's frame, for a figure; arrays are [S, S]."""
+
+    organ: str
+    case: str
+    support_slice: int
+    query_slice: int
+    support_image: np.ndarray
+    support_mask: np.ndarray
+    query_image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    support_aspect: float
+    query_aspect: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, and everything it depended on.
+
+    `scale` and `spacing` are those of the grid of windows, None for a method that has none.
+    """
+
+    dataset: str
+    model: str
+    support: str
+    queries: tuple[str, ...]
+    organs: tuple[str, ...]
+    protocol: str
+    average: Literal["mean", "median"]
+    chunks: int
+    align: str
+    size: int
+    scale: float | None
+    spacing: float | None
+    seconds: float
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...] = ()
+    method: str = "lslpn"
+    examples: tuple[Example, ...] = dataclasses.field(default=(), repr=False, compare=False)
+
+    def scores(self, organ: str) -> list[float]:
+        """The Dice of an organ in each query case that was scored."""
+        return [row.dice for row in self.rows if row.organ == organ]
+
+    def mean(self, organ: str | None = None) -> float:
+        """Mean Dice over the query cases; without an organ, the mean of that over the organs.
+
+        NaN where nothing was scored; organs without a score do not enter the overall mean.
+        """
+        return self._average(statistics.fmean, organ)
+
+    def median(self, organ: str | None = None) -> float:
+        """Median Dice over the query cases; without an organ, the mean of that over the organs."""
+        return self._average(statistics.median, organ)
+
+    def _average(self, average: Any, organ: str | None) -> float:
+        if organ is not None:
+            scores = self.scores(organ)
+            return float(average(scores)) if scores else math.nan
+        organs = [v for v in (self._average(average, o) for o in self.organs) if not math.isnan(v)]
+        return statistics.fmean(organs) if organs else math.nan
+
+    def headline(self, organ: str | None = None) -> float:
+        """The average that the protocol's authors report: `mean` or `median`."""
+        return self.median(organ) if self.average == "median" else self.mean(organ)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, as JSON takes it; a score that is missing is None."""
+        fields = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("rows", "skipped", "examples")
+        }
+        names = (*self.organs, None)
+        return {
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
+            "mean": {n or "all": _or_none(self.mean(n)) for n in names},
+            "median": {n or "all": _or_none(self.median(n)) for n in names},
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "skipped": [dataclasses.asdict(skip) for skip in self.skipped],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`; without pictures, since JSON has none.
+
+        Raises:
+            KeyError, TypeError: `given` is not what `to_dict` made.
+        """
+        names = {f.name for f in dataclasses.fields(cls)} - {"rows", "skipped", "examples"}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names
+        }
+        return cls(
+            **fields,
+            rows=tuple(Row(**row) for row in given["rows"]),
+            skipped=tuple(Skipped(**skip) for skip in given["skipped"]),
+        )
+
+    def table(self, *, markdown: bool = False) -> str:
+        """Organs down, cases across, with mean and median; plain text or Markdown."""
+        title = (
+            f"{self.dataset}: {self.model}, protocol {self.protocol}, "
+            f"{self.chunks} chunk{'s' * (self.chunks != 1)}, support {self.support}, "
+            f"{self.size}x{self.size}, {_grid(self)}align {self.align}"
+        )
+        by_key = {(row.organ, row.case): row.dice for row in self.rows}
+        # Many cases do not fit on a line; their rows are in the JSON.
+        cases = self.queries if len(self.queries) <= 10 else ()
+        header = ["organ", *cases, "mean", "median"]
+        lines = [
+            [
+                organ,
+                *(format_score(by_key.get((organ, case), math.nan)) for case in cases),
+                format_score(self.mean(organ)),
+                format_score(self.median(organ)),
+            ]
+            for organ in self.organs
+        ]
+        if len(self.organs) > 1:
+            blank = [""] * len(cases)
+            lines.append(["all", *blank, format_score(self.mean()), format_score(self.median())])
+        text = render_table(title, header, lines, markdown)
+        for skip in self.skipped:
+            text += f"\nskipped: {skip.organ} in {skip.case}: {skip.reason}"
+        return text
+
+
+def fraction(value: float | None) -> str:
+    """A scale or spacing as people write it: 0.125 as 1/8, and - where there is none."""
+    if value is None:
+        return "-"
+    near = Fraction(value).limit_denominator(64)
+    return str(near) if abs(float(near) - value) < 1e-9 else f"{value:g}"
+
+
+def summary(evaluations: Sequence[Evaluation], *, markdown: bool = False) -> str:
+    """One line per evaluation: the grid and the average Dice of each organ."""
+    first = evaluations[0]
+    header = ["scale", "spacing", *first.organs, "all"]
+    lines = [
+        [
+            fraction(e.scale),
+            fraction(e.spacing),
+            *(format_score(e.headline(o)) for o in first.organs),
+            format_score(e.headline()),
+        ]
+        for e in evaluations
+    ]
+    title = f"{first.dataset}: {first.average} Dice over {len(first.queries)} cases, by grid"
+    return render_table(title, header, lines, markdown)
+
+
+def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
+    """Write `evaluation.json` and a figure per query case into a folder.
+
+    The JSON holds a list "evaluations", one for each grid of windows. A figure has a row for each
+    organ: the support slice with its mask, the query slice, the ground truth, and the prediction
+    of each grid.
+
+    Returns:
+        the files written.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    root = Path(folder)
+    content = {"versions": versions(), "evaluations": [e.to_dict() for e in evaluations]}
+    written = [root / "evaluation.json"]
+    write_text(written[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
+    first = evaluations[0]
+    dice = [{(r.organ, r.case): r.dice for r in e.rows} for e in evaluations]
+    examples = [{(x.organ, x.case): x for x in e.examples} for e in evaluations]
+    for case in first.queries:
+        rows = []
+        for label, organ in enumerate(first.organs, 1):
+            found = [of_grid[organ, case] for of_grid in examples if (organ, case) in of_grid]
+            if not found:
+                continue
+            shown = found[0]  # but for the prediction all grids have the same
+            row = [
+                Panel(
+                    shown.support_image,
+                    shown.support_mask * label,
+                    f"support {first.support}, slice {shown.support_slice}",
+                    shown.support_aspect,
+                ),
+                Panel(
+                    shown.query_image,
+                    None,
+                    f"query {case}, slice {shown.query_slice}",
+                    shown.query_aspect,
+                ),
+                Panel(shown.query_image, shown.truth * label, "ground truth", shown.query_aspect),
+            ]
+            for evaluation, scores, of_grid in zip(evaluations, dice, examples, strict=True):
+                grid = (
+                    f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
+                    if len(evaluations) > 1
+                    else "prediction"
+                )
+                example = of_grid.get((organ, case))
+                row.append(
+                    Panel(
+                        shown.query_image,
+                        None if example is None else example.prediction * label,
+                        f"{grid}\n"
+                        + ("skipped" if example is None else f"3-D Dice {scores[organ, case]:.2f}"),
+                        shown.query_aspect,
+                    )
+                )
+            rows.append(row)
+        if rows:
+            names = {i + 1: organ for i, organ in enumerate(first.organs)}
+            written.append(overlay(root / "figures" / f"{case}.png", rows, names))
+    return written
+
+
+def _grid(evaluation: Evaluation) -> str:
+    if evaluation.scale is None:
+        return ""
+    return f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}, "
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def format_score(value: float) -> str:
+    """A Dice with three decimals; "-" for NaN."""
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def render_table(
+    title: str, header: Sequence[str], lines: Iterable[Sequence[str]], markdown: bool
+) -> str:
+    """A table with a title above it, the first column to the left; plain text or Markdown."""
+    # rich comes with typer; imported here because nothing else in this module needs it.
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, title=None, pad_edge=markdown)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    # Wide enough for any table: a file or a pipe has no width to keep to.
+    out = io.StringIO()
+    Console(file=out, width=400, color_system=None).print(table)
+    body = "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
+    return f"{title}\n\n{body}\n" if markdown else f"{title}\n{body}"

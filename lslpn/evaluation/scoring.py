@@ -1,0 +1,508 @@
+"""Volumetric evaluation: 3-D Dice per organ and case, by the protocols of `protocols`.
+
+One support case, 1-way 1-shot per organ; predictions are brought back into the query's own grid
+and compared there with its labels.
+
+Features of a slice do not depend on the organ, nor on LSLPN's grid of windows. So a query slice is
+encoded once, for all organs and all grids, in a stream: no more than a batch of features is held.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lslpn_kernels import GridSpec
+
+from ..data.slices import Prepared, Treatment, prepare, warn_unlike
+from ..errors import InputError
+from ..models import LSLPN, FewShotNetwork
+from ..models.lslpn import LocalPrototypes
+from .protocols import Pair, Protocol, areas, protocol_of
+from .results import Evaluation, Example, Row, Skipped, fraction
+
+if TYPE_CHECKING:
+    from ..data.dataset import Dataset
+    from ..data.volumes import Volume
+
+    # Called after each query case: its name, image and ground truth, and the labels found with
+    # each grid of windows. Organs are segmented one by one; where two overlap, the first stays.
+    Observer = Callable[[str, Volume, Volume, list[np.ndarray]], None]
+
+
+def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """2 |P n T| / (|P| + |T|) of two boolean arrays of one shape; 1.0 where both are empty."""
+    if prediction.shape != truth.shape:
+        raise ValueError(
+            f"prediction: expected the shape of truth {truth.shape}, got {prediction.shape}"
+        )
+    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
+    if total == 0:
+        return 1.0
+    return 2.0 * int(np.count_nonzero(prediction & truth)) / total
+
+
+def evaluate(
+    model: FewShotNetwork,
+    dataset: Dataset,
+    *,
+    support: str,
+    queries: Sequence[str],
+    organs: Sequence[str],
+    protocol: str = "published",
+    align: Literal["none", "body"] | None = None,
+    chunks: int | None = None,
+    batch: int = 8,
+    progress: bool = True,
+    name: str | None = None,
+    observe: Observer | None = None,
+) -> Evaluation:
+    """Segment organs of query cases from one support case, and score them in 3-D.
+
+    Voxels of the data set's "ignore" label enter no score. An organ that is too small for the
+    network in all of its support slices is skipped; in some of them, a warning names them, and
+    the query slices that they segment come out empty.
+
+    Args:
+        model: the network; its own device and input settings are used.
+        dataset: where the cases are.
+        support: the case whose labels are given.
+        queries: the cases to segment; their labels score, and bound the organ's range where
+            the protocol says so.
+        organs: names of labels, each segmented on its own (1-way 1-shot).
+        protocol: `published`, `senet`, `alpnet` or `adnet`; see `PROTOCOLS`.
+        align: "body" crops support and queries to the body's box before resizing; default: as the
+            model was trained, `model.config.align`.
+        chunks: parts of the organ's range; default: the protocol's own.
+        batch: query slices encoded at once.
+        progress: show a bar on stderr.
+        name: what the model is called in the result; default: its method.
+        observe: called after each query case with its name, image and ground truth, and a list of
+            the labels that were found, [Z, Y, X] in the frame of the image, one for each grid.
+
+    Raises:
+        InputError: an unknown case, organ, protocol or align; the support among the queries; an
+            organ that the support does not show; files that cannot be used.
+    """
+    return _evaluate(
+        model,
+        dataset,
+        views=[_View.of(model)],
+        support=support,
+        queries=queries,
+        organs=organs,
+        protocol=protocol,
+        align=align,
+        chunks=chunks,
+        batch=batch,
+        progress=progress,
+        name=name,
+        observe=observe,
+    )[0]
+
+
+def evaluate_grids(
+    model: LSLPN,
+    dataset: Dataset,
+    *,
+    grids: Sequence[GridSpec],
+    support: str,
+    queries: Sequence[str],
+    organs: Sequence[str],
+    protocol: str = "published",
+    align: Literal["none", "body"] | None = None,
+    chunks: int | None = None,
+    batch: int = 8,
+    progress: bool = True,
+    name: str | None = None,
+    observe: Observer | None = None,
+) -> list[Evaluation]:
+    """`evaluate` for several grids of windows at once, which share the encoder's work.
+
+    Args:
+        model: LSLPN; the other methods have no grid.
+        grids: the grids, each in the place of the model's own; one result for each.
+
+    Returns:
+        a result per grid; ``seconds`` is the time of all of them together.
+
+    Raises:
+        InputError: as `evaluate`.
+    """
+    if not grids:
+        raise InputError("grids: expected at least one, got none")
+    return _evaluate(
+        model,
+        dataset,
+        views=[_View.with_grid(model, grid) for grid in grids],
+        support=support,
+        queries=queries,
+        organs=organs,
+        protocol=protocol,
+        align=align,
+        chunks=chunks,
+        batch=batch,
+        progress=progress,
+        name=name,
+        observe=observe,
+    )
+
+
+@dataclass(frozen=True)
+class _View:
+    """One way to read the support: the model's own, or LSLPN's with another grid of windows."""
+
+    describe: Callable[[Tensor, Tensor], Any]
+    grid: GridSpec | None
+
+    def __str__(self) -> str:
+        return "" if self.grid is None else f" with windows of {fraction(self.grid.scale)}"
+
+    @classmethod
+    def of(cls, model: FewShotNetwork) -> _View:
+        return cls(model.describe, model.head.grid if isinstance(model, LSLPN) else None)
+
+    @classmethod
+    def with_grid(cls, model: LSLPN, grid: GridSpec) -> _View:
+        return cls(lambda features, masks: model.describe(features, masks, grid), grid)
+
+
+def _evaluate(
+    model: FewShotNetwork,
+    dataset: Dataset,
+    *,
+    views: list[_View],
+    support: str,
+    queries: Sequence[str],
+    organs: Sequence[str],
+    protocol: str,
+    align: Literal["none", "body"] | None,
+    chunks: int | None,
+    batch: int,
+    progress: bool,
+    name: str | None,
+    observe: Observer | None,
+) -> list[Evaluation]:
+    rule = protocol_of(protocol, chunks)
+    if align is None:
+        align = model.config.align
+    if align not in ("none", "body"):
+        raise InputError(f"align: expected none or body, got {align!r}")
+    organs = tuple(dict.fromkeys(organs))
+    queries = tuple(dict.fromkeys(queries))
+    if not organs or not queries:
+        missing = "organs" if not organs else "queries"
+        raise InputError(f"{missing}: expected at least one, got none")
+    for case in (support, *queries):
+        dataset.check_case(case)
+    if support in queries:
+        raise InputError(
+            f"queries: {support} is the support, whose labels are given; take it out of the queries"
+        )
+    labels = {organ: dataset.label_of(organ) for organ in organs}
+
+    started = time.perf_counter()
+    runner = _Runner(model, rule, align, views, max(1, batch))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            runner.load_support(dataset, support, labels)
+            # All ground truths first: what is wrong with them shows before the long part begins,
+            # and the bar knows its end.
+            plans = [_plan(dataset, case, labels, rule, runner.support_areas) for case in queries]
+            total = sum(len(plan.slices) for plan in plans)
+            with tqdm(total=total, unit="slice", disable=not progress, dynamic_ncols=True) as bar:
+                for plan in plans:
+                    bar.set_description(plan.case)
+                    runner.run(dataset, plan, labels, bar, observe)
+        warn_unlike(runner.treatments)
+    finally:
+        model.train(was_training)
+    seconds = time.perf_counter() - started
+
+    return [
+        Evaluation(
+            dataset=dataset.name,
+            model=name or model.name,
+            support=support,
+            queries=queries,
+            organs=organs,
+            protocol=rule.name,
+            average=rule.average,
+            chunks=rule.chunks,
+            align=align,
+            size=model.config.size,
+            method=model.name,
+            scale=None if view.grid is None else view.grid.scale,
+            spacing=None if view.grid is None else view.grid.spacing,
+            seconds=round(seconds, 2),
+            rows=tuple(runner.rows[v]),
+            skipped=tuple(skip for plan in plans for skip in plan.skipped)
+            + tuple(runner.skipped[v]),
+            examples=tuple(runner.examples[v]),
+        )
+        for v, view in enumerate(views)
+    ]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done with one query case."""
+
+    case: str
+    pairs: dict[str, list[Pair]]
+    skipped: list[Skipped]
+
+    @property
+    def slices(self) -> list[int]:
+        """All slices that some organ needs."""
+        return sorted({z for pairs in self.pairs.values() for p in pairs for z in p.queries})
+
+
+def _plan(
+    dataset: Dataset,
+    case: str,
+    labels: dict[str, int],
+    rule: Protocol,
+    support_areas: dict[str, np.ndarray],
+) -> _Plan:
+    truth = dataset.load_labels(case).data
+    plan = _Plan(case, {}, [])
+    for organ, label in labels.items():
+        shown = areas(truth, label)
+        pairs = rule.pairs(support_areas[organ], shown)
+        if not shown.any():
+            plan.skipped.append(Skipped(organ, case, "its labels do not show the organ"))
+        elif not pairs:
+            plan.skipped.append(
+                Skipped(organ, case, f"no slice shows enough of it for protocol {rule.name}")
+            )
+        else:
+            plan.pairs[organ] = pairs
+    return plan
+
+
+class _Runner:
+    """What the support's slices say, and the loop over query slices."""
+
+    def __init__(
+        self,
+        model: FewShotNetwork,
+        rule: Protocol,
+        align: Literal["none", "body"],
+        views: list[_View],
+        batch: int,
+    ) -> None:
+        self.model = model
+        self.rule = rule
+        self.align = align
+        self.views = views
+        self.batch = batch
+        self.device = next(model.parameters()).device
+        self.treatments: list[Treatment] = []
+        self.support_areas: dict[str, np.ndarray] = {}
+        # organ, support slice, view -> what the model's `describe` made of it
+        self.described: dict[tuple[str, int, int], Any] = {}
+        # organ, support slice -> image, mask, aspect
+        self.support_pictures: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, float]] = {}
+        self.rows: list[list[Row]] = [[] for _ in views]
+        self.examples: list[list[Example]] = [[] for _ in views]
+        self.skipped: list[list[Skipped]] = [[] for _ in views]
+        # organ, view: no support slice of the organ says anything about it
+        self.too_small: set[tuple[str, int]] = set()
+
+    def prepare(self, image: Volume, truth: Volume) -> Prepared:
+        config = self.model.config
+        ready = prepare(
+            image,
+            truth,
+            size=config.size,
+            align=self.align,
+            window=config.window,
+            normalise=self.rule.normalise or config.normalise,
+        )
+        self.treatments.append(ready.treatment)
+        return ready
+
+    def encode(self, slices: np.ndarray) -> Tensor:
+        """[n, S, S] grey -> features [n, D, h, w]."""
+        features: Tensor = self.model.encode(torch.from_numpy(slices).to(self.device))
+        return features
+
+    def load_support(self, dataset: Dataset, case: str, labels: dict[str, int]) -> None:
+        """Describe every slice that may be a support slice."""
+        image, truth = dataset.load(case)
+        ready = self.prepare(image, truth)
+        assert ready.labels is not None
+        wanted: dict[str, list[int]] = {}
+        for organ, label in labels.items():
+            shown = areas(truth.data, label)
+            slices = self.rule.support_slices(shown)
+            if not slices:
+                found = f"at most {shown.max():.0f} pixels of 512 x 512 on a slice"
+                raise InputError(
+                    f"{truth.path}: the support {case} does not show enough of {organ} for "
+                    f"protocol {self.rule.name} (found {found}); "
+                    "choose another support case or leave the organ out"
+                )
+            self.support_areas[organ] = shown
+            wanted[organ] = sorted(set(slices))
+        union = sorted({z for slices in wanted.values() for z in slices})
+        where = {z: i for i, z in enumerate(union)}
+        features = torch.cat(
+            [
+                self.encode(ready.slices[union[i : i + self.batch]])
+                for i in range(0, len(union), self.batch)
+            ]
+        )
+        for organ, slices in wanted.items():
+            for z in slices:
+                mask = ready.labels[z] == labels[organ]
+                picture = (ready.slices[z], mask.astype(np.uint8), _aspect(ready, z))
+                self.support_pictures[organ, z] = picture
+                masks = torch.from_numpy(mask).to(self.device)[None, None, None]
+                for v, view in enumerate(self.views):
+                    self.described[organ, z, v] = view.describe(
+                        features[where[z]][None, None], masks
+                    )
+            for v, view in enumerate(self.views):
+                lost = [z for z in slices if self._says_nothing(organ, z, v)]
+                if lost == slices:
+                    self.too_small.add((organ, v))
+                elif lost:
+                    warnings.warn(
+                        f"the support {case} shows too little of {organ} for {self._input()}{view} "
+                        f"on slice{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}: what they "
+                        "are to segment comes out empty; a larger size may do",
+                        stacklevel=4,
+                    )
+
+    def _says_nothing(self, organ: str, z: int, v: int) -> bool:
+        """Whether nothing of the organ is left of a support slice at the network's size."""
+        described = self.described[organ, z, v]
+        if isinstance(described, LocalPrototypes):  # windows with too few pixels are zero
+            return not bool(described.values[:, 1:].any())
+        return not self.support_pictures[organ, z][1].any()
+
+    def _input(self) -> str:
+        return f"{self.model.config.size} x {self.model.config.size} pixels"
+
+    def run(
+        self,
+        dataset: Dataset,
+        plan: _Plan,
+        labels: dict[str, int],
+        bar: Any,
+        observe: Observer | None,
+    ) -> None:
+        """Segment and score one query case."""
+        if not plan.pairs:
+            return
+        image, truth = dataset.load(plan.case)
+        ready = self.prepare(image, truth)
+        assert ready.labels is not None
+        support_of = {
+            organ: {z: pair.support for pair in pairs for z in pair.queries}
+            for organ, pairs in plan.pairs.items()
+        }
+        size = self.model.config.size
+        predicted = {
+            (organ, v): np.zeros((len(support_of[organ]), size, size), dtype=np.uint8)
+            for organ in plan.pairs
+            for v in range(len(self.views))
+        }
+        row_of = {
+            organ: {z: i for i, z in enumerate(sorted(support_of[organ]))} for organ in support_of
+        }
+
+        slices = plan.slices
+        for begin in range(0, len(slices), self.batch):
+            part = slices[begin : begin + self.batch]
+            features = self.encode(ready.slices[part])
+            for organ, supports in support_of.items():
+                # Slices of one support slice go through the head together.
+                for support in sorted({supports[z] for z in part if z in supports}):
+                    chosen = [i for i, z in enumerate(part) if supports.get(z) == support]
+                    into = [row_of[organ][part[i]] for i in chosen]
+                    for v in range(len(self.views)):
+                        logits = self.model.match(
+                            features[chosen][None],
+                            self.described[organ, support, v],
+                            (size, size),
+                        )[0]
+                        inside = logits[:, 1] > logits[:, 0]  # ties are background
+                        predicted[organ, v][into] = inside.cpu().numpy()
+            bar.update(len(part))
+
+        ignored = ready.labels == dataset.ignore
+        maps = [np.zeros_like(truth.data) for _ in self.views] if observe else []
+        for organ, supports in support_of.items():
+            zs = sorted(supports)
+            wanted = truth.data[zs] == labels[organ]
+            shown = _shown_slice(ready.labels == labels[organ], zs)
+            for v, view in enumerate(self.views):
+                if (organ, v) in self.too_small:
+                    reason = f"the support shows too little of it for {self._input()}{view}"
+                    self.skipped[v].append(Skipped(organ, plan.case, reason))
+                    continue
+                full = np.zeros(ready.slices.shape, dtype=np.uint8)
+                full[zs] = predicted[organ, v]
+                found = (ready.restore(full)[zs] > 0) & (truth.data[zs] != dataset.ignore)
+                full[ignored] = 0
+                if observe:
+                    drawn = maps[v][zs]
+                    drawn[found & (drawn == 0)] = labels[organ]
+                    maps[v][zs] = drawn
+                self.rows[v].append(
+                    Row(
+                        organ=organ,
+                        case=plan.case,
+                        dice=dice(found, wanted),
+                        slices=len(zs),
+                        truth_voxels=int(wanted.sum()),
+                        predicted_voxels=int(found.sum()),
+                    )
+                )
+                picture, mask, aspect = self.support_pictures[organ, supports[shown]]
+                self.examples[v].append(
+                    Example(
+                        organ=organ,
+                        case=plan.case,
+                        support_slice=supports[shown],
+                        query_slice=shown,
+                        support_image=picture,
+                        support_mask=mask,
+                        query_image=ready.slices[shown],
+                        truth=(ready.labels[shown] == labels[organ]).astype(np.uint8),
+                        prediction=full[shown],
+                        support_aspect=aspect,
+                        query_aspect=_aspect(ready, shown),
+                    )
+                )
+        if observe:
+            observe(plan.case, image, truth, maps)
+
+
+def _aspect(ready: Prepared, z: int) -> float:
+    """Height over width, in millimetres, of a pixel of a slice in the network's square."""
+    _, height, width = ready.source.spacing
+    y0, y1, x0, x1 = (int(v) for v in ready.boxes[z])
+    return ((y1 - y0) * height) / ((x1 - x0) * width)
+
+
+def _shown_slice(mask: np.ndarray, zs: Sequence[int]) -> int:
+    """The slice a figure shows: the middle one of those that show the organ.
+
+    Not the one with the best result: figures are not to flatter.
+    """
+    showing = [z for z in zs if mask[z].any()] or list(zs)
+    return showing[len(showing) // 2]

@@ -1,0 +1,97 @@
+"""The few-shot networks, one module each: a method is what `ModelConfig.method` names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+from safetensors import safe_open
+
+from ..assets import trained_weights
+from ..config import Config, ModelConfig, preset
+from ..errors import InputError
+from .alpnet import ALPNet
+from .base import FewShotNetwork, check_features, segmentation_loss
+from .lslpn import LSLPN
+from .panet import PANet
+from .senet import SENet
+
+__all__ = [
+    "LSLPN",
+    "METHODS",
+    "ALPNet",
+    "FewShotNetwork",
+    "PANet",
+    "SENet",
+    "build",
+    "check_features",
+    "pretrained",
+    "segmentation_loss",
+    "untrained",
+]
+
+METHODS: dict[str, type[LSLPN] | type[PANet] | type[SENet] | type[ALPNet]] = {
+    method.name: method for method in (LSLPN, PANet, SENet, ALPNet)
+}
+
+
+def build(config: ModelConfig, *, generator: torch.Generator | None = None) -> FewShotNetwork:
+    """The network of `config.method`, untrained.
+
+    Args:
+        config: of the network.
+        generator: random numbers of the encoder's reduction layer; None uses torch's default one.
+
+    Raises:
+        InputError: `config.weights` cannot be loaded.
+    """
+    return METHODS[config.method](config, generator=generator)
+
+
+def pretrained() -> FewShotNetwork:
+    """The network that ships, in evaluation mode: LSLPN trained on CT scans without any label.
+
+    What it was trained on, and what it reaches, is in docs/weights.md.
+
+    Raises:
+        InputError: the installation lacks the file.
+    """
+    with safe_open(trained_weights(), "pt") as file:
+        config = ModelConfig(**json.loads(file.metadata()["model"]))
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with torch.random.fork_rng(devices=[]):
+        model = build(dataclasses.replace(config, weights="random"))
+    model.load_state_dict(weights)
+    model.config = config
+    return model.eval()
+
+
+def untrained(
+    config: str | Config | ModelConfig = "published", *, seed: int = 1234
+) -> FewShotNetwork:
+    """The network before training, in evaluation mode: ImageNet trunk, random reduction layer.
+
+    LSLPN, which the presets are for, segments already: the authors report a liver Dice of 0.73 at
+    step 0.
+
+    Args:
+        config: a configuration, whose `ModelConfig.method` says which network; or a preset's name,
+            for that preset with scans cropped to the body (`ModelConfig.align`), which suits a
+            network that no training has accustomed to whole slices.
+        seed: of the reduction layer, and of everything that does not come from ImageNet.
+
+    Raises:
+        InputError: no preset of that name, weights that cannot be loaded, or a seed below 0 or
+            above 2^63 - 1.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed: expected a whole number from 0 to 2^63 - 1, got {seed}")
+    if isinstance(config, str):
+        config = dataclasses.replace(preset(config).model, align="body")
+    if isinstance(config, Config):
+        config = config.model
+    # Modules draw from torch's own generator as they are built; the caller's stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(config, generator=torch.Generator().manual_seed(seed)).eval()

@@ -1,0 +1,92 @@
+"""Prototype alignment, PANet's second loss, for the methods that learn with it.
+
+The query is segmented by the support. Then the roles change: the query, with the mask that was
+predicted for it, segments the support, whose mask is known. Prototypes that fit both ways are
+learned from twice.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import TrainConfig
+from .base import EncoderNetwork, segmentation_loss
+
+if TYPE_CHECKING:
+    from ..data.episodes import Batch
+
+
+class AlignedNetwork(EncoderNetwork):
+    """A network that scores features, interpolates the logits, and learns with alignment.
+
+    Attributes:
+        class_weights: of background and foreground in the cross-entropy; None for equal ones.
+        needs_prediction: whether a class that was predicted nowhere in the query is left out of
+            the alignment, which has no prototype of it then.
+    """
+
+    class_weights: ClassVar[tuple[float, float] | None] = None
+    needs_prediction: ClassVar[bool] = True
+
+    @abstractmethod
+    def scores(self, features: Tensor, support: Any) -> Tensor:
+        """Logits [B, Q, N + 1, h, w] at the resolution of the features [B, Q, D, h, w].
+
+        `describe`, whose result `support` is, takes masks of the features' size as well.
+        """
+
+    def match(self, features: Tensor, support: Any, size: tuple[int, int]) -> Tensor:
+        """`scores`, interpolated bilinearly to `size`."""
+        return _resized(self.scores(features, support), size)
+
+    def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
+        """Cross-entropy, and `options.alignment_weight` times the alignment loss."""
+        masks, labels = batch.support_masks, batch.query_labels
+        features = self._features(batch.support_images, masks, batch.query_images)
+        support, query = features[:, : masks.shape[1]], features[:, masks.shape[1] :]
+        coarse = self.scores(query, self.describe(support, masks))
+        weight = None
+        if self.class_weights is not None:
+            background, foreground = self.class_weights
+            weight = coarse.new_tensor([background, *[foreground] * masks.shape[2]])
+        logits = _resized(coarse, (labels.shape[-2], labels.shape[-1]))
+        loss = segmentation_loss(logits, labels, options.ignore_index, weight)
+        if options.alignment_weight > 0:
+            loss = loss + options.alignment_weight * self._alignment(support, masks, query, coarse)
+        return loss
+
+    def _alignment(self, support: Tensor, masks: Tensor, query: Tensor, coarse: Tensor) -> Tensor:
+        """Cross-entropy of the support, segmented by the query's predicted mask.
+
+        Every support image is segmented for each class n that it shows, as class n against the
+        background; other classes have no loss there. With `needs_prediction` a class that was
+        predicted nowhere in the query counts zero; otherwise its scores are zero, and its loss
+        that of the background's. No gradient goes through the predicted mask.
+        """
+        classes = masks.shape[2] + 1
+        predicted = F.one_hot(coarse.argmax(2), classes).movedim(-1, 2)[:, :, 1:].to(torch.uint8)
+        size = (masks.shape[-2], masks.shape[-1])
+        back = self.match(support, self.describe(query, predicted), size)
+        given = masks > 0
+        other = given.any(2, keepdim=True) & ~given
+        pairs = torch.stack((back[:, :, :1].expand_as(back[:, :, 1:]), back[:, :, 1:]), 3)
+        pixels = F.cross_entropy(
+            pairs.flatten(0, 2), given.flatten(0, 2).long(), reduction="none"
+        ).view(given.shape)
+        known = (~other).sum((-2, -1)).clamp_min(1)
+        losses = pixels.masked_fill(other, 0).sum((-2, -1)) / known
+        shown = given.flatten(3).any(3)
+        taught = shown
+        if self.needs_prediction:
+            taught = shown & predicted.flatten(3).any(3).any(1)[:, None]
+        return (losses * taught).sum() / shown.sum().clamp_min(1)
+
+
+def _resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    flat = F.interpolate(scores.flatten(0, 1), size, mode="bilinear", align_corners=False)
+    return flat.unflatten(0, scores.shape[:2])

@@ -1,0 +1,253 @@
+"""The encoder: ResNet-50 up to its third stage at output stride 8, then one reducing layer.
+
+The trunk is the one that CANet changed and LSLPN took over (the paper, section 4, "a customized
+version of ResNet-50"):
+
+    conv1     7x7, stride 2
+    max-pool  3x3, stride 2, ceil_mode          (this is what makes 512 -> 65 and 257 -> 33)
+    layer1    3 bottlenecks,  256 channels
+    layer2    4 bottlenecks,  512 channels, stride 2
+    layer3    6 bottlenecks, 1024 channels, stride 1, dilation 2
+    layer4    dropped
+    reduction concat(layer2, layer3) -> 3x3 convolution, dilation 2, bias -> ReLU -> Dropout2d
+
+The modules carry torchvision's names, so torchvision's state dicts fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config import BatchNormMode, StrideOn
+from ..errors import InputError
+from ..files import is_file
+from ..tensors import first_unusable, load_tensors
+
+SHIPPED_WEIGHTS = Path(__file__).parents[1] / "assets" / "resnet50_imagenet_trunk.safetensors"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_EXPANSION = 4
+_IGNORED_LAYERS = ("layer4.", "fc.")
+
+
+def feature_size(pixels: int) -> int:
+    """Feature locations along an axis of `pixels` pixels: 65 for 512, 33 for 257."""
+    after_conv1 = (pixels + 1) // 2
+    after_pool = after_conv1 // 2 + 1
+    return (after_pool + 1) // 2
+
+
+class Bottleneck(nn.Module):
+    """1x1 -> 3x3 -> 1x1 with a shortcut around; `stride_on` says which of the first two strides."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        stride_on: StrideOn = "1x1",
+    ) -> None:
+        super().__init__()
+        out_channels = width * _EXPANSION
+        first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride=first, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(
+            width, width, 3, stride=second, padding=dilation, dilation=dilation, bias=False
+        )
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(_normalised(self.conv1, self.bn1, x))
+        y = self.relu(_normalised(self.conv2, self.bn2, y))
+        y = _normalised(self.conv3, self.bn3, y)
+        if self.downsample is not None:
+            x = _normalised(self.downsample[0], self.downsample[1], x)
+        y += x
+        return self.relu(y)
+
+
+def _normalised(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)). With stored statistics the two are one convolution, so it is run as one:
+    equal to rounding, gradients included, and the activations are read and written once less."""
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, _BatchNorm)  # BatchNorm2d, or SyncBatchNorm in its place
+    if norm.training:
+        y: Tensor = norm(conv(x))
+        return y
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * factor[:, None, None, None]
+    bias = norm.bias - norm.running_mean * factor
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+
+
+def _stage(
+    in_channels: int, width: int, blocks: int, *, stride: int, dilation: int, stride_on: StrideOn
+) -> nn.Sequential:
+    layers = [Bottleneck(in_channels, width, stride=stride, dilation=dilation, stride_on=stride_on)]
+    layers += [Bottleneck(width * _EXPANSION, width, dilation=dilation) for _ in range(blocks - 1)]
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """Images to features at an eighth of the resolution.
+
+    forward(images [N, 3, H, W]) -> features [N, channels, h, w], non-negative (the last step is
+    a ReLU), in the dtype of the parameters; h = feature_size(H), w = feature_size(W).
+
+    Args:
+        channels: features per location, D.
+        dropout: probability with which Dropout2d zeroes a whole channel in training.
+        pretrained: fill the trunk with the shipped ImageNet weights. False leaves it random, for
+            a checkpoint that is about to be loaded.
+        weights: a state dict file of your own instead (.safetensors, .pt, .pth), with
+            torchvision's names; see `load_trunk`. Takes the place of the shipped weights.
+        stride_on: which convolution of a stage's first block has its stride. The shipped weights
+            and the authors' code want "1x1"; torchvision's own ResNet-50 weights were trained
+            with "3x3". The tensors have the same shapes either way, so the wrong choice loads
+            without complaint and merely works worse: set "3x3" with torchvision's weights.
+        batch_norm: "live" updates the running statistics in training and normalises by the
+            batch's (the authors' code); "frozen" always normalises by the stored ones. The affine
+            parameters are frozen in both.
+        generator: for the random numbers of the reduction layer, N(0, 0.01); None uses torch's
+            default one.
+
+    Raises:
+        InputError: `weights` cannot be read or does not hold this trunk.
+    """
+
+    def __init__(
+        self,
+        channels: int = 256,
+        *,
+        dropout: float = 0.5,
+        pretrained: bool = True,
+        weights: str | Path | None = None,
+        stride_on: StrideOn = "1x1",
+        batch_norm: BatchNormMode = "live",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_norm = batch_norm
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        self.layer1 = _stage(64, 64, 3, stride=1, dilation=1, stride_on=stride_on)
+        self.layer2 = _stage(256, 128, 4, stride=2, dilation=1, stride_on=stride_on)
+        self.layer3 = _stage(512, 256, 6, stride=1, dilation=2, stride_on=stride_on)
+        self.reduction = nn.Conv2d(512 + 1024, channels, 3, padding=2, dilation=2)
+        self.dropout = nn.Dropout2d(dropout)
+
+        nn.init.normal_(self.reduction.weight, 0.0, 0.01, generator=generator)
+        assert self.reduction.bias is not None
+        nn.init.zeros_(self.reduction.bias)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+        if weights is not None:
+            self.load_trunk(weights)
+        elif pretrained:
+            self.load_trunk(SHIPPED_WEIGHTS)
+        self.train(self.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(_normalised(self.conv1, self.bn1, images)))
+        middle = self.layer2(self.layer1(x))
+        deep = self.layer3(middle)
+        features = self.relu(self.reduction(torch.cat((middle, deep), dim=1)))
+        return self.dropout(features)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As `nn.Module.train`, but "frozen" batch norm stays in evaluation mode."""
+        super().train(mode)
+        if self.batch_norm == "frozen":
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def load_trunk(self, source: str | Path | Mapping[str, Tensor]) -> None:
+        """Fills conv1 .. layer3 from a state dict with torchvision's names, strictly.
+
+        `layer4` and `fc` are ignored; every tensor of the trunk must be there with its shape
+        (`num_batches_tracked` may be missing) and nothing else. Any floating dtype is accepted.
+        The reduction layer is left as it is. Files of torch.save are read with weights_only.
+
+        Raises:
+            InputError: the file is missing, unreadable, damaged, or not a ResNet-50 state dict.
+        """
+        if isinstance(source, Mapping):
+            name, state = "the state dict", dict(source)
+        else:
+            name, state = str(source), _read_state_dict(Path(source))
+        state = {k: v for k, v in state.items() if not k.startswith(_IGNORED_LAYERS)}
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("reduction.")}
+        missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+        unknown = [k for k in state if k not in own]
+        wrong = [k for k in state if k in own and state[k].shape != own[k].shape]
+        if missing or unknown or wrong:
+            faults = []
+            if missing:
+                faults.append(f"{len(missing)} tensors are missing (the first: {missing[0]})")
+            if unknown:
+                faults.append(f"{len(unknown)} are unknown (the first: {unknown[0]})")
+            if wrong:
+                k = wrong[0]
+                faults.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
+            raise InputError(
+                f"{name}: does not fit the ResNet-50 trunk: {'; '.join(faults)}; give a ResNet-50 "
+                "state dict with torchvision's names (conv1, bn1, layer1, layer2, layer3)"
+            )
+        if unusable := first_unusable(state):
+            raise InputError(f"{name}: is damaged: {unusable}; copy or download the file again")
+        with torch.no_grad():
+            for key, tensor in state.items():
+                own[key].copy_(tensor)
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    if not is_file(path):
+        raise InputError(
+            f"{path}: there is no such weights file, expected a ResNet-50 state dict; "
+            "check the path"
+        )
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path}: cannot be read ({error}); it is damaged or something else, expected a "
+                "ResNet-50 state dict in the safetensors format"
+            ) from error
+    state = load_tensors(path, "a ResNet-50 state dict written by torch.save")
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(
+            f"{path}: holds no state dict, expected tensors by name; write one with "
+            "torch.save(model.state_dict(), path)"
+        )
+    return state

@@ -1,0 +1,161 @@
+"""LSLPN: local prototypes, matched where they were pooled. The paper's own method.
+
+Yu et al., "A Location-Sensitive Local Prototype Network for Few-Shot Medical Image Segmentation",
+ISBI 2021.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lslpn_kernels import GridSpec, LocalPrototypeHead, masked_average_pool
+
+from ..config import ModelConfig, TrainConfig
+from .base import EncoderNetwork
+
+if TYPE_CHECKING:
+    from ..data.episodes import Batch
+
+_MOST_NUMBERS = 2**25  # prototypes of a volume that are held at once: 128 MiB
+
+
+class LocalPrototypes(NamedTuple):
+    """What LSLPN knows of the support: `values` [B, N + 1, Gy, Gx, D] of the windows of `grid`."""
+
+    grid: GridSpec
+    values: Tensor
+
+
+class LSLPN(EncoderNetwork):
+    """The location-sensitive local prototype network.
+
+    ```python
+    model = untrained()                                     # or load_model("RUN")
+    logits = model(support_images, support_masks, query_images)
+    labels = logits.argmax(2)                               # 0 background, 1..N the organs
+    ```
+
+    Shapes and the convention for N ways and K shots are those of `FewShotNetwork`. The cosine does
+    not see the prototypes' length, so with masks that are empty but for their own way the
+    prototypes are the mean over that way's shots, and the background's the mean over ways and
+    shots.
+
+    Args and errors: those of `EncoderNetwork`.
+
+    Attributes:
+        head: the part behind the encoder; `encode` and `head` are the two halves, for whoever
+            wants to encode a scan once and match it often.
+    """
+
+    name = "lslpn"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        encoder: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(config, encoder=encoder, generator=generator)
+        self.head = _head(config, GridSpec(config.grid_scale, config.grid_spacing))
+
+    def describe(
+        self, features: Tensor, masks: Tensor, grid: GridSpec | None = None
+    ) -> LocalPrototypes:
+        """Local prototypes, equation (1); `grid` takes the place of the model's own."""
+        head = self._head(grid)
+        return LocalPrototypes(head.grid, head.prototypes(features, masks))
+
+    def match(self, features: Tensor, support: LocalPrototypes, size: tuple[int, int]) -> Tensor:
+        """Cosines with the best of the windows over each pixel, equation (3), times the scale."""
+        return self._head(support.grid).match(features, support.values, size)
+
+    def match_volume(
+        self, query: Tensor, support: Tensor, masks: Tensor, size: tuple[int, int], reach: int
+    ) -> Tensor:
+        """As `FewShotNetwork.match_volume`, with windows that are 2 reach + 1 slices deep.
+
+        A window's prototype is the mean over all of its pixels of a class, on all of its slices
+        together (equation (1) in three dimensions); one with no more than `config.min_pixels` of
+        them is zero.
+        """
+        gy, gx = self.head.grid.shape(*masks.shape[-2:])
+        number = (masks.shape[1] + 1) * gy * gx * support.shape[1]  # of a slice's prototypes
+        step = max(1, _MOST_NUMBERS // number)
+        out = []
+        for first in range(0, len(query), step):
+            own = query[first : first + step]
+            prototypes = self.volume_prototypes(
+                support, masks, range(first, first + len(own)), reach
+            )
+            out.append(self.head.match(own[:, None], prototypes, size)[:, 0])
+        return torch.cat(out)
+
+    def volume_prototypes(
+        self, support: Tensor, masks: Tensor, slices: range, reach: int
+    ) -> Tensor:
+        """Prototypes of windows that reach over 2 reach + 1 slices.
+
+        Args:
+            support: features, [Z, D, h, w].
+            masks: bool [Z, N, H, W].
+            slices: those in the middle of the windows.
+            reach: slices either way.
+
+        Returns:
+            [len(slices), N + 1, Gy, Gx, D], zero where no more than `config.min_pixels` pixels of a
+            window show the class.
+        """
+        grid = self.head.grid
+        begin = max(0, slices.start - reach)
+        near = slice(begin, slices.stop + reach)
+        means = masked_average_pool(support[near, None], masks[near, None], grid, background=True)
+        classes = torch.cat((~masks[near].any(1, keepdim=True), masks[near]), 1)
+        counts = _window_sums(classes.to(means), grid)[..., None]
+        middle = slice(slices.start - begin, slices.stop - begin)
+        sums = _runs(means * counts, reach)[middle]
+        counts = _runs(counts, reach)[middle]
+        return torch.where(counts > self.config.min_pixels, sums / counts.clamp_min(1), 0.0)
+
+    def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
+        """Cross-entropy, zero where no pixel has a label; in one pass that writes no logits."""
+        features, support = self._halves(
+            batch.support_images, batch.support_masks, batch.query_images
+        )
+        labels, ignored = batch.query_labels, options.ignore_index
+        loss = self._head(support.grid).match_loss(features, support.values, labels, ignored)
+        return loss.where((labels != ignored).any(), 0)
+
+    def _head(self, grid: GridSpec | None) -> LocalPrototypeHead:
+        head: LocalPrototypeHead = self.head
+        return head if grid is None or grid == head.grid else _head(self.config, grid)
+
+
+def _head(config: ModelConfig, grid: GridSpec) -> LocalPrototypeHead:
+    return LocalPrototypeHead(
+        grid, logit_scale=config.logit_scale, min_pixels=config.min_pixels, reduce=config.reduce
+    )
+
+
+def _window_sums(planes: Tensor, grid: GridSpec) -> Tensor:
+    """[..., H, W] summed over the windows: [..., Gy, Gx]."""
+    y, x = (grid.axis(pixels) for pixels in planes.shape[-2:])
+    # float64 holds sums of counts exactly.
+    sums = F.pad(planes.double().cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+    top, left = (torch.tensor(axis.starts, device=planes.device) for axis in (y, x))
+    rows = sums[..., top + y.window, :] - sums[..., top, :]
+    return (rows[..., left + x.window] - rows[..., left]).to(planes.dtype)
+
+
+def _runs(slices: Tensor, reach: int) -> Tensor:
+    """The sum of slices z - reach .. z + reach, for each slice z."""
+    depth = len(slices)
+    out = slices.clone()
+    for step in range(1, min(reach, depth - 1) + 1):
+        out[step:] += slices[:-step]
+        out[:-step] += slices[step:]
+    return out

@@ -1,0 +1,190 @@
+"""Fig. 3, left: the size of the windows, with and without overlap.
+
+The network is trained once, with its own windows; then every grid takes their place in turn, in
+one pass over the scans, since features do not depend on the grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lslpn_kernels import GridSpec
+
+from ..evaluation.overlay import colour
+from ..evaluation.results import fraction
+from . import report
+from .plan import Classes, Setup, in_words, plan_runs
+from .stats import Spread, spread
+from .store import Done, Store, Task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "grid-scale"
+OVERLAP = 1 / 2
+DEFAULT_GRIDS = (
+    GridSpec(1 / 16, OVERLAP),
+    GridSpec(1 / 8, OVERLAP),
+    GridSpec(1 / 4, OVERLAP),
+    GridSpec(1, OVERLAP),
+    GridSpec(1 / 16, 1),
+    GridSpec(1 / 8, 1),
+    GridSpec(1 / 4, 1),
+)
+
+
+def own(grids: Sequence[GridSpec]) -> dict[str, Any]:
+    """What two calls for one folder must agree on, beside the settings of all experiments."""
+    return {NAME: {"grids": [[g.scale, g.spacing] for g in grids or DEFAULT_GRIDS]}}
+
+
+def run(
+    store: Store,
+    seeds: Sequence[int],
+    *,
+    grids: Sequence[GridSpec] = (),
+    classes: Classes = "all",
+    untrained: bool = False,
+) -> list[Path]:
+    """Train LSLPN where it is not trained yet, evaluate every grid, and write the comparison.
+
+    Args:
+        store: the experiment's folder.
+        seeds: of the runs.
+        grids: windows to compare; default: those of `DEFAULT_GRIDS`.
+        classes: which organs the network is trained on.
+        untrained: the network before training, in the place of the trained one.
+
+    Returns:
+        grid-scale.json, grid-scale.csv, grid-scale.md and grid-scale.png in the folder; their
+        names end in -untrained, -tested or -none for these networks.
+
+    Raises:
+        InputError: as `plan_runs` and `Store.results`.
+    """
+    setup, grids = store.setup, tuple(grids) or DEFAULT_GRIDS
+    runs = plan_runs(setup, ["lslpn"], seeds, classes=[classes], untrained=untrained)
+    name = f"grids-{setup.protocol}-{setup.rule.chunks}-{setup.align}"
+    done = store.results(
+        [Task(one, name, setup.align, grids=grids) for one in runs if one.trained != untrained]
+    )
+    label = NAME + ("-untrained" if untrained else "" if classes == "all" else f"-{classes}")
+    content = report.record(
+        label,
+        setup,
+        done,
+        {
+            "seeds": list(seeds),
+            "classes": None if untrained else classes,
+            "table": summarise(setup, grids, done),
+        },
+    )
+    files = report.write(
+        store.folder,
+        label,
+        content,
+        title=f"Size of the windows on {setup.dataset.name}",
+        sections=[_table(content)],
+        rows=report.score_rows(done, content),
+    )
+    picture = report.plot(
+        store.folder / f"{label}.png", content, lambda axes: _draw(axes, content), width=6, height=4
+    )
+    return [*files, picture]
+
+
+def summarise(
+    setup: Setup, grids: Sequence[GridSpec], done: Sequence[Done]
+) -> list[dict[str, Any]]:
+    """A line per grid: Dice per organ and mean over the organs, mean and deviation over seeds."""
+    average = statistics.median if setup.rule.average == "median" else statistics.fmean
+    lines = []
+    for g, grid in enumerate(grids):
+        # organ -> seed -> Dice of all cases of all folds
+        found: dict[str, dict[int, list[float]]] = {organ: {} for organ in setup.organs}
+        for one in done:
+            for row in one.evaluations[g].rows:
+                found[row.organ].setdefault(one.task.run.seed, []).append(row.dice)
+        seeds = dict.fromkeys(one.task.run.seed for one in done)
+        by_seed = {
+            organ: [average(scores[s]) if s in scores else math.nan for s in seeds]
+            for organ, scores in found.items()
+        }
+        overall = []
+        for values in zip(*by_seed.values(), strict=True):
+            kept = [v for v in values if not math.isnan(v)]
+            overall.append(statistics.fmean(kept) if kept else math.nan)
+        lines.append(
+            {
+                "scale": grid.scale,
+                "spacing": grid.spacing,
+                "organs": {o: dataclasses.asdict(spread(v)) for o, v in by_seed.items()},
+                "mean": dataclasses.asdict(spread(overall)),
+            }
+        )
+    return lines
+
+
+def _table(content: Mapping[str, Any]) -> str:
+    organs = [organ for fold in content["organ_folds"] for organ in fold]
+    lines = [
+        [
+            fraction(row["scale"]),
+            "one window" if row["scale"] == 1 else fraction(row["spacing"]),
+            *(str(Spread(**row["organs"][organ])) for organ in organs),
+            str(Spread(**row["mean"])),
+        ]
+        for row in content["table"]
+    ]
+    count = len(content["seeds"])
+    network = (
+        "the network before training"
+        if content["classes"] is None
+        else "networks trained with windows of "
+        f"{fraction(content['model']['grid_scale'])} on {in_words(content['classes'])}, "
+        "the same for every line"
+    )
+    return report.table(
+        f"Three-dimensional Dice, {content['average']} over the test cases; "
+        + (f"mean ± deviation over {count} seeds" if count > 1 else "one seed")
+        + f" ({', '.join(map(str, content['seeds']))}); {network}. Scale is a window's side over "
+        "the image's, spacing the distance of windows over their side: 1 is no overlap.",
+        ["scale", "spacing", *organs, "mean"],
+        lines,
+    )
+
+
+def _draw(axes: Axes, content: Mapping[str, Any]) -> None:
+    rows = content["table"]
+    scales = sorted({row["scale"] for row in rows})
+    # One window covers the image at scale 1: it belongs to both lines.
+    for i, (label, wanted) in enumerate(
+        (
+            ("overlapping", lambda r: r["spacing"] < 1 or r["scale"] == 1),
+            ("no overlap", lambda r: r["spacing"] == 1 or r["scale"] == 1),
+        )
+    ):
+        chosen = sorted((r for r in rows if wanted(r)), key=lambda r: float(r["scale"]))
+        if not chosen:
+            continue
+        axes.errorbar(
+            [scales.index(r["scale"]) for r in chosen],
+            [math.nan if r["mean"]["mean"] is None else r["mean"]["mean"] for r in chosen],
+            yerr=[r["mean"]["deviation"] or 0.0 for r in chosen],
+            marker="os"[i],
+            linestyle=("-", "--")[i],
+            color=colour(2 - i),
+            capsize=2,
+            label=label,
+        )
+    axes.set_xticks(range(len(scales)), [fraction(scale) for scale in scales])
+    axes.set_xlabel("scale of the windows")
+    axes.set_ylabel("mean Dice over the organs")
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.legend(fontsize=8, frameon=False)

@@ -1,0 +1,382 @@
+"""The plan of an experiment: which network is trained on what, and what it is then asked.
+
+Two kinds of folds cross. An *organ fold* is a group of organs that are held out of training and
+tested together (a left and a right kidney, say). A *subject fold* parts the cases into those to
+train on and those to test on. Every run, that is method x classes x organ fold x subject fold x
+seed, has one network. Where no label is trained on there is nothing to hold out: the runs of all
+organ folds share theirs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import Config, with_overrides
+from ..data.dataset import Dataset
+from ..errors import InputError
+from ..evaluation.protocols import Protocol, protocol_of
+from ..training import FREE_ON_RESUME
+
+Classes = Literal["all", "tested", "none"]
+Align = Literal["none", "body"]
+
+DEFAULT_SEEDS = (1234, 1235, 1236)
+# The organs of the paper's Table 1, by what their names begin with.
+_TABLE1 = ("liver", "spleen", "kidney", "psoas")
+_LONGEST_NAME = 200  # bytes; file systems take 255
+
+
+@dataclass(frozen=True)
+class SubjectFold:
+    """Cases to train on, cases to test on, and the one whose labels are given at the test.
+
+    Attributes:
+        name: empty where there is only one, else "1", "2", ...
+        train: cases to train on; none of them is tested on.
+        test: cases to test on, without the support.
+        support: the support case.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    support: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs and evaluations of an experiment have in common.
+
+    Attributes:
+        dataset: the scans.
+        config: the preset with its changes; a run replaces `method`, `seed` and `organs`.
+        organ_folds: groups of organs, each held out and tested together.
+        subject_folds: who is trained on, and who tested.
+        protocol, chunks, align: of the evaluation; `chunks` None is the protocol's own number.
+        batch: query slices encoded at once.
+        own: changes of the configuration for one method alone, by the method's name.
+    """
+
+    dataset: Dataset
+    config: Config
+    organ_folds: tuple[tuple[str, ...], ...]
+    subject_folds: tuple[SubjectFold, ...]
+    protocol: str = "published"
+    chunks: int | None = None
+    align: Align = "none"
+    batch: int = 8
+    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def config_of(self, method: str, seed: int) -> Config:
+        """The configuration of a method's run; InputError where there is no such method."""
+        config = with_overrides(self.config, method=method, seed=seed)
+        return with_overrides(config, **self.own.get(method, {}))
+
+    @property
+    def organs(self) -> tuple[str, ...]:
+        """All organs that are tested, in the order of the folds."""
+        return tuple(organ for fold in self.organ_folds for organ in fold)
+
+    @property
+    def rule(self) -> Protocol:
+        """The protocol itself."""
+        return protocol_of(self.protocol, self.chunks)
+
+    def settings(self) -> dict[str, Any]:
+        """What two calls for one folder must agree on, ready for JSON."""
+        return {
+            "dataset": self.dataset.name,
+            "labels": dict(self.dataset.labels),
+            "subject_folds": [
+                {k: list(v) if isinstance(v, tuple) else v for k, v in vars(fold).items()}
+                for fold in self.subject_folds
+            ],
+            "protocol": self.protocol,
+            "chunks": self.rule.chunks,
+            "align": self.align,
+            "setting": "II" if self.config.train.drop_test_slices else "I",
+            **common_settings(self.config),
+            "own": {method: dict(changes) for method, changes in self.own.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network: how it is trained, and which organs of which cases it is then asked for.
+
+    Attributes:
+        method: the network's name.
+        classes: "all": trained on every label that is not held out (the paper's "added classes");
+            "tested": on the organs of the other organ folds alone; "none": on superpixels, without
+            any label.
+        organs: the organ fold.
+        subjects: the subject fold.
+        seed: of training, and of the untrained layers.
+        config: the whole configuration.
+        trained: False for the network before training.
+    """
+
+    method: str
+    classes: Classes
+    organs: tuple[str, ...]
+    subjects: SubjectFold
+    seed: int
+    config: Config
+    trained: bool = True
+
+    @property
+    def hold_out(self) -> tuple[str, ...]:
+        """Organs that training must not see: the organ fold, where training reads labels at all."""
+        reads = self.classes != "none" or self.config.train.drop_test_slices
+        return self.organs if reads else ()
+
+    @property
+    def variant(self) -> str:
+        """Method and classes, as folders and `--run` have it."""
+        if not self.trained:
+            return f"{self.method}-untrained"
+        return self.method if self.classes == "all" else f"{self.method}-{self.classes}"
+
+    @property
+    def label(self) -> str:
+        """Method and classes for people: a row of the table."""
+        if not self.trained:
+            return f"{self.method}, untrained"
+        return f"{self.method}, {in_words(self.classes)}"
+
+    @property
+    def path(self) -> Path:
+        """Where its evaluations lie, below the folder of evaluations."""
+        return Path(self.variant, self._fold(self.organs), f"seed{self.seed}")
+
+    @property
+    def training_path(self) -> Path:
+        """Where its network lies, below the folder of the runs."""
+        return Path(self.variant, self._fold(self.hold_out), f"seed{self.seed}")
+
+    @property
+    def key(self) -> str:
+        """METHOD:FOLD:SEED of its network, as `--run` has it."""
+        return f"{self.variant}:{self._fold(self.hold_out)}:{self.seed}"
+
+    def _fold(self, organs: tuple[str, ...]) -> str:
+        """The folds' name: "liver", "kidney_a+kidney_b@2", "any"."""
+        subjects = f"@{self.subjects.name}" if self.subjects.name else ""
+        return _file_name(("+".join(organs) or "any") + subjects)
+
+
+def in_words(classes: Classes) -> str:
+    """What a network is trained on, for people."""
+    return "no classes" if classes == "none" else f"{classes} classes"
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """A configuration without what changes no result, ready for JSON."""
+    plain = config.to_dict()
+    for name in FREE_ON_RESUME:
+        del plain["train"][name]
+    return plain
+
+
+def common_settings(config: Config) -> dict[str, Any]:
+    """`fixed`, without what differs from run to run of one experiment."""
+    plain = fixed(config)
+    for group, name in (
+        ("model", "method"),
+        ("train", "seed"),
+        ("train", "organs"),
+        ("train", "supervision"),
+    ):
+        del plain[group][name]
+    return plain
+
+
+def plan_runs(
+    setup: Setup,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    classes: Sequence[Classes] = ("all",),
+    untrained: bool = False,
+) -> list[Run]:
+    """All runs, those of the first seed first, so that a table can be made early.
+
+    Args:
+        setup: what they have in common.
+        methods: names of networks. One that is set to superpixels is trained on no classes, once,
+            whatever `classes` says.
+        seeds: one run each.
+        classes: some of "all", "tested" and "none".
+        untrained: the first method's network before training, too.
+
+    Raises:
+        InputError: an unknown method; "tested" with organ folds that leave nothing to train on.
+    """
+    for what, values in (("method", methods), ("seeds", seeds), ("classes", classes)):
+        if not values:
+            raise InputError(f"{what}: expected at least one, got none")
+    if "tested" in classes and len(setup.organ_folds) < 2:
+        raise InputError(
+            "classes: without added classes a network is trained on the organs of the other "
+            "folds, and there is one fold alone; add a second one to `organ_folds`, or train on "
+            "all classes"
+        )
+    runs = []
+    for seed in dict.fromkeys(seeds):
+        for fold in setup.organ_folds:
+            others = tuple(organ for organ in setup.organs if organ not in fold)
+            for subjects in setup.subject_folds:
+                for m, method in enumerate(dict.fromkeys(methods)):
+                    config = setup.config_of(method, seed)
+                    unlabelled = config.train.supervision == "superpixels"
+                    kinds: Sequence[Classes] = ("none",) if unlabelled else classes
+                    for kind in dict.fromkeys(kinds):
+                        changed = with_overrides(
+                            config,
+                            organs=others if kind == "tested" else None,
+                            supervision="superpixels" if kind == "none" else "labels",
+                        )
+                        runs.append(Run(method, kind, fold, subjects, seed, changed))
+                    if untrained and m == 0:
+                        runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
+    return runs
+
+
+# --- folds ----------------------------------------------------------------------------------
+
+
+def organ_folds(dataset: Dataset, given: Sequence[str] = ()) -> tuple[tuple[str, ...], ...]:
+    """The organ folds: each a name, or several joined by "+"; default: those of Table 1.
+
+    Raises:
+        InputError: an unknown organ, one in two folds, or a data set without an organ of Table 1.
+    """
+    if given:
+        folds = [tuple(part.strip() for part in text.split("+") if part.strip()) for text in given]
+    else:
+        named = [
+            tuple(o for o in dataset.organs if start in re.split(r"[^a-z]+", o.lower()))
+            for start in _TABLE1
+        ]
+        folds = [fold for fold in named if fold]
+        if not folds:
+            raise InputError(
+                f"organ_folds: data set {dataset.name} has none of {', '.join(_TABLE1)}; name the "
+                f"organs to hold out, of {', '.join(dataset.organs)}"
+            )
+    seen: set[str] = set()
+    files: dict[str, tuple[str, ...]] = {}
+    for fold in folds:
+        if not fold:
+            raise InputError("organ_folds: expected an organ, or several joined by +, got none")
+        for organ in fold:
+            dataset.label_of(organ)
+            if organ in seen:
+                raise InputError(f"organ_folds: {organ} is given twice; each organ has one fold")
+            seen.add(organ)
+        other = files.setdefault(_file_name("+".join(fold)), fold)
+        if other is not fold:
+            raise InputError(
+                f"organ_folds: {'+'.join(other)} and {'+'.join(fold)} would share their files, "
+                "whose names have _ for most signs; rename an organ in dataset.json"
+            )
+    return tuple(folds)
+
+
+def subject_folds(
+    dataset: Dataset,
+    *,
+    parts: int | None = None,
+    train: Sequence[str] = (),
+    test: Sequence[str] = (),
+    support: str | None = None,
+) -> tuple[SubjectFold, ...]:
+    """Who is trained on, and who is tested.
+
+    Args:
+        dataset: the cases.
+        parts: cut the sorted cases into so many equal parts, test on one, train on the others;
+            the case behind a part (behind the last: the first) is its support, as ALPNet's folds
+            have it.
+        train: cases to train on, names or patterns such as "silver_*"; default: all that are
+            neither tested nor the support.
+        test: cases to test on, likewise; default: all but those to train on and the support.
+        support: the support case; default: the first case to train on. It may be one of those to
+            train on, of which it is one then; of those to test on it is taken out.
+
+    Raises:
+        InputError: neither `parts` nor `train` nor `test`, or `parts` with one of the others; an
+            unknown case; a case both trained and tested on; nothing to train or to test on.
+    """
+    cases = dataset.cases
+    if parts is not None:
+        if train or test or support:
+            raise InputError(
+                "parts: cuts the cases by itself; leave out `train`, `test` and `support`, or "
+                "`parts`"
+            )
+        if not 2 <= parts <= len(cases):
+            raise InputError(f"parts: expected 2 to {len(cases)} (the cases), got {parts}")
+        edges = [round(i * len(cases) / parts) for i in range(parts + 1)]
+        return tuple(
+            SubjectFold(
+                name=str(i + 1),
+                train=cases[: edges[i]] + cases[edges[i + 1] :],
+                test=cases[edges[i] : edges[i + 1]],
+                support=cases[edges[i + 1] % len(cases)],
+            )
+            for i in range(parts)
+        )
+    if not train and not test:
+        raise InputError(
+            "`train`, `test` or `parts`: expected one of them; say who is trained on "
+            f"and who is tested, of the {len(cases)} cases {cases[0]} to {cases[-1]}"
+        )
+    if support is not None:
+        dataset.check_case(support)
+    trained, tested = _cases(dataset, train, "train"), _cases(dataset, test, "test")
+    tested = tuple(case for case in tested if case != support)
+    if both := [case for case in trained if case in tested]:
+        raise InputError(
+            f"test: {', '.join(both)} would be trained on as well; a network is not to be "
+            "tested on scans that it saw"
+        )
+    if not train:
+        trained = tuple(c for c in cases if c not in tested and c != support)
+    if not test:
+        tested = tuple(c for c in cases if c not in trained and c != support)
+    if not trained or (support is None and not tested):
+        missing = "train" if not trained else "test"
+        raise InputError(f"{missing}: no case is left to {missing} on")
+    if not tested:
+        raise InputError("test: no case but the support is left to test on")
+    return (SubjectFold("", trained, tested, support or trained[0]),)
+
+
+def _cases(dataset: Dataset, given: Sequence[str], what: str) -> tuple[str, ...]:
+    """Cases by name or pattern, in the data set's order."""
+    found: set[str] = set()
+    for text in given:
+        matching = fnmatch.filter(dataset.cases, text)
+        if not matching:
+            if any(mark in text for mark in "*?["):
+                raise InputError(
+                    f"{what}: no case of data set {dataset.name} is named like {text!r}; "
+                    f"there are {dataset.cases[0]} to {dataset.cases[-1]}"
+                )
+            dataset.check_case(text)
+        found.update(matching)
+    return tuple(case for case in dataset.cases if case in found)
+
+
+def _file_name(text: str) -> str:
+    name = re.sub(r"[^\w.+@-]", "_", text)
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME // 4]}-{zlib.crc32(text.encode()):08x}"

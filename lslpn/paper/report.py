@@ -1,0 +1,264 @@
+"""The files an experiment leaves: NAME.json, NAME.csv, NAME.md and pictures.
+
+Markdown and pictures are made from the same record as the JSON, so they cannot say other things.
+All of them say what they were made from: folds, support, preset, settings, commit and versions.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import preset
+from ..evaluation.results import Row, fraction, render_table
+from ..files import replacing, write_text
+from ..info import commit, versions
+from .plan import Setup, common_settings
+from .store import Done, duration
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def record(
+    name: str, setup: Setup, done: Sequence[Done], results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What goes into the JSON of an experiment: its circumstances and its results."""
+    changed = common_settings(setup.config)
+    plain = common_settings(preset(setup.config.preset))
+    return {
+        "experiment": name,
+        **setup.settings(),
+        "organ_folds": [list(fold) for fold in setup.organ_folds],
+        "changed_from_preset": {
+            option: value
+            for group in ("model", "train")
+            for option, value in changed[group].items()
+            if plain[group].get(option) != value
+        },
+        "average": setup.rule.average,
+        "versions": versions(),
+        "commit": commit(),
+        "runs": [_run(one) for one in done],
+        **results,
+    }
+
+
+def _run(done: Done) -> dict[str, Any]:
+    run = done.task.run
+    return {
+        "run": run.key,
+        "method": run.method,
+        "classes": run.classes if run.trained else None,
+        "trained": run.trained,
+        "organs": list(run.organs),
+        "subject_fold": run.subjects.name,
+        "seed": run.seed,
+        "evaluation": done.task.name,
+        "align": done.task.align,
+        "training_seconds": done.training_seconds,
+        "evaluating_seconds": done.evaluations[0].seconds,
+        "evaluated_by_commit": done.commit,
+        "mean": [one.to_dict()["mean"] for one in done.evaluations],
+        "skipped": [vars(skip) for skip in done.evaluations[0].skipped],
+    }
+
+
+def write(
+    folder: Path,
+    name: str,
+    content: Mapping[str, Any],
+    *,
+    title: str,
+    sections: Sequence[str],
+    rows: Iterable[Mapping[str, Any]],
+) -> list[Path]:
+    """Write NAME.json, NAME.csv and NAME.md.
+
+    Args:
+        folder: where.
+        name: of the experiment.
+        content: what `record` made.
+        title: of the Markdown.
+        sections: its text, before what it was made from.
+        rows: of the CSV; all with the same names.
+
+    Returns:
+        the files.
+    """
+    files = [folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
+    write_text(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(files[1], _csv(rows))
+    parts = [f"# {title}", *filter(None, sections), circumstances(content)]
+    write_text(files[2], "\n\n".join(part.strip() for part in parts) + "\n")
+    return files
+
+
+def score_rows(done: Sequence[Done], content: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """A line of CSV for every Dice: what it is, and all that it was made from."""
+    for one in done:
+        run = one.task.run
+        for evaluation in one.evaluations:
+            for row in evaluation.rows:
+                trained_on = run.subjects.train if run.trained else ()
+                yield {
+                    "method": run.method,
+                    "classes": run.classes if run.trained else "untrained",
+                    "held_out": "+".join(run.organs),
+                    "subject_fold": run.subjects.name,
+                    "seed": run.seed,
+                    "organ": row.organ,
+                    "case": row.case,
+                    "dice": f"{row.dice:.6f}",
+                    **{k: getattr(row, k) for k in _COUNTS},
+                    "scale": fraction(evaluation.scale),
+                    "spacing": fraction(evaluation.spacing),
+                    "align": evaluation.align,
+                    **origin(content, evaluation.support, trained_on),
+                }
+
+
+_COUNTS = ("slices", "truth_voxels", "predicted_voxels")
+assert set(_COUNTS) < set(Row.__dataclass_fields__)
+
+
+def origin(content: Mapping[str, Any], support: str, trained_on: Sequence[str]) -> dict[str, Any]:
+    """The columns of a CSV that say what a line was made from."""
+    return {
+        "dataset": content["dataset"],
+        "support": support,
+        "trained_on": " ".join(trained_on),
+        "protocol": content["protocol"],
+        "chunks": content["chunks"],
+        "setting": content["setting"],
+        "preset": content["preset"],
+        "changed_from_preset": _changes(content),
+        "commit": content["commit"] or "",
+        "versions": " ".join(f"{k}={v}" for k, v in content["versions"].items()),
+    }
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+    return stream.getvalue()
+
+
+def _changes(content: Mapping[str, Any]) -> str:
+    own = {f"{m}.{k}": v for m, changes in content["own"].items() for k, v in changes.items()}
+    return " ".join(f"{k}={v}" for k, v in {**content["changed_from_preset"], **own}.items())
+
+
+# --- Markdown -------------------------------------------------------------------------------
+
+
+def table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with a line above it."""
+    return render_table(title, header, lines, True).strip()
+
+
+def circumstances(content: Mapping[str, Any]) -> str:
+    """What the results were made from, as a section of Markdown."""
+    facts = [
+        f"Data set {content['dataset']}; held out together: "
+        + "; ".join(", ".join(fold) for fold in content["organ_folds"])
+        + f". Setting {content['setting']}: slices that show a held-out organ are "
+        + ("left out of training." if content["setting"] == "II" else "trained on, unlabelled."),
+    ]
+    for fold in content["subject_folds"]:
+        name = f"Subject fold {fold['name']}: t" if fold["name"] else "T"
+        facts.append(
+            f"{name}rained on {', '.join(fold['train'])}; tested on {', '.join(fold['test'])}; "
+            f"support {fold['support']}."
+        )
+    facts += [
+        f"Protocol {content['protocol']}, {content['chunks']} chunks, "
+        f"{content['average']} over the cases; align {content['align']}.",
+        f"Preset {content['preset']}"
+        + (f" with {_changes(content)}." if _changes(content) else "."),
+        f"Commit {content['commit'] or 'unknown'}; "
+        + ", ".join(f"{k} {v}" for k, v in content["versions"].items())
+        + ".",
+    ]
+    evaluated = {run["evaluated_by_commit"] for run in content["runs"]} - {content["commit"]}
+    if evaluated:
+        facts.append(f"Some evaluations were made at commit {', '.join(map(str, evaluated))}.")
+    times = {
+        run["run"]: run["training_seconds"]
+        for run in content["runs"]
+        if run["training_seconds"] is not None
+    }
+    if times:
+        total = sum(times.values())
+        facts.append(
+            f"{len(times)} training runs took {duration(total)} together, by their own logs."
+        )
+    skipped = {
+        f"{skip['organ']} in {skip['case']}: {skip['reason']}"
+        for run in content["runs"]
+        for skip in run["skipped"]
+    }
+    facts += [f"Not scored: {skip}." for skip in sorted(skipped)]
+    settings = [
+        f"{name}={value}" for group in ("model", "train") for name, value in content[group].items()
+    ]
+    facts.append("All settings: " + ", ".join(settings) + ".")
+    return "## Made from\n\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+# --- plots ----------------------------------------------------------------------------------
+
+
+def plot(path: Path, content: Mapping[str, Any], draw: Any, *, width: float, height: float) -> Path:
+    """Write a plot as PNG, with what it was made from in small print below.
+
+    Args:
+        path: the file.
+        content: what `record` made.
+        draw: called with the axes.
+        width, height: in inches.
+    """
+    import textwrap
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Axes = figure.add_subplot()
+    draw(axes)
+    figure.supxlabel(
+        "\n".join(textwrap.wrap(small_print(content), int(width * 20))),
+        fontsize=5.5,
+        color="0.35",
+    )
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", metadata={"Software": None})
+    return path
+
+
+def small_print(content: Mapping[str, Any]) -> str:
+    """What the results were made from, in a line or two."""
+    folds = content["subject_folds"]
+    subjects = (
+        f"{len(folds[0]['train'])} cases to train, {len(folds[0]['test'])} to test, support "
+        f"{folds[0]['support']}"
+        if len(folds) == 1
+        else f"{len(folds)} subject folds, supports {', '.join(f['support'] for f in folds)}"
+    )
+    return (
+        f"{content['dataset']}, held out {'; '.join('+'.join(f) for f in content['organ_folds'])}; "
+        f"setting {content['setting']}; {subjects}; protocol {content['protocol']}, "
+        f"{content['chunks']} chunks; align {content['align']}; preset {content['preset']} "
+        f"{_changes(content)}; commit {str(content['commit'])[:12]}; "
+        f"torch {content['versions']['torch']}"
+    )

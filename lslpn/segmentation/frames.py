@@ -1,0 +1,234 @@
+"""Scans on a common scale: what segmentation works on.
+
+A frame is the box of a scan that is looked at, at so many millimetres a pixel, whatever the scan's
+own spacing, so that an organ looks as large to the network in one scan as in another. Positions in
+it are millimetres (z, y, x) from its corner. Millimetres are those of a patient at least 300 mm
+wide: of smaller ones, children, heads or mice, all measures grow in proportion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..data.intensities import interpret
+from ..data.slices import (
+    Treatment,
+    shared_window,
+    trunk_boxes,
+    warn_not_cropped,
+    warn_unlike,
+    whole_boxes,
+    window_limits,
+)
+from ..data.volumes import Volume, check_same_grid
+from ..errors import InputError
+
+_WIDE_MM = 300.0
+FIELD_MM = 360.0  # what `ModelConfig.size` pixels show of a patient
+SLICE_MM = 5.0  # slices that lie closer are thinned to this
+_LARGEST = 1.5  # no more than so many times `size` pixels along a side
+_BRIGHTEST = 99.5  # percentile of the body's grey values that is white, of scans that are not CT
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A scan as segmentation sees it.
+
+    Attributes:
+        slices: float32 [Z, H, W] in [0, 1].
+        size: mm (z, y, x) that the frame measures.
+        boxes: float32 [Z, 4], mm: the patient's trunk on each slice, y0, y1, x0, x1; the whole
+            slice where no trunk was looked for.
+        corner: voxel (y, x) of the source at which the frame begins; all slices are in it.
+        spacing: mm (z, y, x) of the source's voxels.
+        source: the volume that this came from.
+        labels: its labels [Z, Y, X], in the source's own grid, or None.
+        treatment: how it was made, see `slices.warn_unlike`.
+    """
+
+    slices: Tensor
+    size: tuple[float, float, float]
+    boxes: Tensor
+    corner: tuple[int, int]
+    spacing: tuple[float, float, float]
+    source: Volume
+    labels: np.ndarray | None
+    treatment: Treatment
+
+    def labels_at(self, positions: Tensor) -> Tensor:
+        """Labels, int64 [...], of the voxels that positions [..., 3] fall in; 0 outside."""
+        assert self.labels is not None
+        spacing = positions.new_tensor(self.spacing)
+        voxel = (positions / spacing).floor().long()
+        voxel += torch.tensor([0, *self.corner])
+        shape = torch.tensor(self.labels.shape)
+        inside = ((voxel >= 0) & (voxel < shape)).all(-1)
+        z, y, x = voxel.clamp(torch.zeros(3, dtype=torch.int64), shape - 1).unbind(-1)
+        found = torch.from_numpy(np.asarray(self.labels[z.numpy(), y.numpy(), x.numpy()]))
+        return torch.where(inside, found.long(), 0)
+
+    def slice_of(self, z: Tensor) -> Tensor:
+        """The source's slice at heights z (mm): int64, -1 outside of it."""
+        index = (z / self.spacing[0]).floor().long()
+        return torch.where((index >= 0) & (index < self.source.data.shape[0]), index, -1)
+
+
+def frames_of(
+    config: ModelConfig,
+    supports: Sequence[tuple[Volume, Volume]],
+    query: Volume,
+) -> tuple[list[Frame], Frame]:
+    """Supports and query, treated alike as far as can be: one window, all cut to the trunk or none.
+
+    Args:
+        config: of the model: its size, window and normalisation.
+        supports: pairs of an image and its labels.
+        query: the scan to segment.
+
+    Raises:
+        InputError: labels on another grid than their image, or every voxel of a scan is on one
+            side of the window.
+    """
+    for image, labels in supports:
+        check_same_grid(image, labels)
+    images = [*(image for image, _ in supports), query]
+    read = [interpret(image.data) for image in images]
+    window = shared_window(config.window, read)
+    data = [how.apply(image.data) for how, image in zip(read, images, strict=True)]
+    trunks = [
+        trunk_boxes(values, image.spacing, how.air)
+        for values, image, how in zip(data, images, read, strict=True)
+    ]
+    without = [im.path.name for im, box in zip(images, trunks, strict=True) if box is None]
+    warn_not_cropped(without, len(images))
+    boxes = [
+        whole_boxes(values) if without or box is None else box
+        for values, box in zip(data, trunks, strict=True)
+    ]
+    widest = max(
+        (box[:, high].max() - box[:, low].min()) * image.spacing[axis]
+        for box, image in zip(boxes, images, strict=True)
+        for low, high, axis in ((0, 1, 1), (2, 3, 2))
+    )
+    unit = min(1.0, float(widest) / _WIDE_MM)
+    drawn: list[np.ndarray | None] = [*(labels.data for _, labels in supports), None]
+    frames = []
+    for image, how, values, box, own in zip(images, read, data, boxes, drawn, strict=True):
+        limits = window_limits(how, window)
+        treatment = Treatment(image.path.name, how, not without)
+        frames.append(_frame(config, image, values, how.air, limits, box, unit, own, treatment))
+    warn_unlike([frame.treatment for frame in frames])
+    return frames[:-1], frames[-1]
+
+
+def _frame(
+    config: ModelConfig,
+    image: Volume,
+    data: np.ndarray,
+    air: float,
+    limits: tuple[float, float] | None,
+    boxes: np.ndarray,
+    unit: float,
+    labels: np.ndarray | None,
+    treatment: Treatment,
+) -> Frame:
+    depth = len(data)
+    y0, x0 = (int(boxes[:, n].min()) for n in (0, 2))
+    y1, x1 = (int(boxes[:, n].max()) for n in (1, 3))
+    dz, dy, dx = (mm / unit for mm in image.spacing)
+    size = (depth * dz, (y1 - y0) * dy, (x1 - x0) * dx)
+    if limits is None:
+        body = data[data > air] if math.isfinite(air) else data
+        limits = (float(data.min()), float(np.percentile(body if body.size else data, _BRIGHTEST)))
+    low, high = limits
+    part = data[:, y0:y1, x0:x1]
+    if not (low < high and part.max() > low and part.min() < high):
+        raise InputError(
+            f"{image.path}: every voxel lies on one side of the window {low:g} to {high:g}, "
+            "expected some in it; give a window in the values of the image"
+        )
+    values = ((part.clip(low, high) - low) / (high - low)).astype(np.float32)
+    pixel = FIELD_MM / config.size
+    pixel = max(pixel, max(size[1:]) / (_LARGEST * config.size))
+    shape = (
+        depth if dz >= SLICE_MM else max(1, round(size[0] / SLICE_MM)),
+        max(32, round(size[1] / pixel)),
+        max(32, round(size[2] / pixel)),
+    )
+    slices = _resized(torch.from_numpy(values), shape)
+    if config.normalise == "slice":
+        least = slices.amin((1, 2), keepdim=True)
+        range_ = slices.amax((1, 2), keepdim=True) - least
+        slices = (slices - least) / torch.where(range_ > 0, range_, 1.0)
+    # Boxes in mm of the frame, at its own slices.
+    rows = ((np.arange(shape[0]) + 0.5) * depth / shape[0]).astype(int)
+    corners = (boxes[rows] - [y0, y0, x0, x0]) * np.array([dy, dy, dx, dx])
+    return Frame(
+        slices,
+        size,
+        torch.from_numpy(corners.astype(np.float32)),
+        (y0, x0),
+        (dz, dy, dx),
+        image,
+        labels,
+        treatment,
+    )
+
+
+def _resized(data: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """[Z, Y, X] to `shape`, averaging over what falls together."""
+    out = data.new_empty(len(data), *shape[1:])
+    for z, plane in enumerate(data):
+        out[z] = _scaled(plane[None, None], shape[1:])[0, 0]
+    if shape[0] == len(data):
+        return out
+    columns = out.flatten(1).T[None, None]
+    columns = _scaled(columns, (columns.shape[2], shape[0]))
+    return columns[0, 0].T.reshape(shape).contiguous()
+
+
+def _scaled(images: Tensor, size: Sequence[int]) -> Tensor:
+    if images.shape[2:] == torch.Size(size):
+        return images
+    return F.interpolate(
+        images, size=tuple(size), mode="bilinear", align_corners=False, antialias=True
+    )
+
+
+def restored(frame: Frame, leads: Tensor, values: Sequence[int]) -> np.ndarray:
+    """Labels [Z, Y, X] of the source: at each voxel that of the greatest lead above 0.
+
+    Args:
+        frame: of the scan.
+        leads: [Z', N, h, w] over the frame at any resolution, interpolated linearly.
+        values: the N labels.
+    """
+    depth = frame.source.data.shape[0]
+    low, high, part = _between(len(leads), depth)
+    height, width = (round(mm / s) for mm, s in zip(frame.size[1:], frame.spacing[1:], strict=True))
+    kind = np.uint8 if max(values) < 256 else np.int16 if max(values) < 2**15 else np.int32
+    out = np.zeros(frame.source.data.shape, kind)
+    y0, x0 = frame.corner
+    known = np.array([0, *values], kind)
+    for z in range(depth):
+        plane = torch.lerp(leads[low[z]].float(), leads[high[z]].float(), float(part[z]))
+        plane = F.interpolate(plane[None], size=(height, width), mode="bilinear")[0]
+        lead, winner = plane.max(0)
+        found = torch.where(lead > 0, winner + 1, 0).numpy()
+        out[z, y0 : y0 + height, x0 : x0 + width] = known[found]
+    return out
+
+
+def _between(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two of `given` cells that each of `wanted` lies between, and how far along."""
+    place = ((np.arange(wanted) + 0.5) * given / wanted - 0.5).clip(0, given - 1)
+    low = place.astype(int)
+    return low, np.minimum(low + 1, given - 1), place - low

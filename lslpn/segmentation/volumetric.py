@@ -1,0 +1,419 @@
+"""Segment a scan by supports that are registered to it first, with windows in three dimensions.
+
+Labels and features of each support are brought to where the query has the same anatomy (see
+`correspondence` and `registration`). There local prototypes are matched, of windows that are some
+slices deep, and their scores are weighed with how near the aligned labels are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.volumes import Volume
+from ..models import LSLPN, FewShotNetwork, check_features
+from .correspondence import begin, describe, trunk_to_trunk
+from .frames import Frame, frames_of, restored
+from .registration import Alignment, Field, Registration, Scan, centres, fitted
+from .why import Recorder, Why
+
+Align = Literal["affine", "deformable"]
+Used = Literal["none", "body", "affine", "deformable"]
+
+DEPTH_MM = 60.0
+_PRIOR_WEIGHT = 1.0
+_PRIOR_MM = 4.0  # labels are taken to lie this much off
+_PRIOR_LEAST = 0.02  # what a label's share is at least, where it was not carried to
+_SMOOTH_MM = (6.0, 2.0)  # along z, and in the slice
+_ISLAND = 0.2  # pieces smaller than this share of an organ's largest are taken off
+_UNLIKE = 0.15  # mean cosine of slices that go together, below which scans show different things
+_LEAST_OVERLAP = 0.25
+_LEAST_MM, _LEAST_SLICES = 100.0, 8  # of a scan that can be aligned
+_MOST_FOLDING = 0.25
+_CERTAIN = 6.0  # likeness of supports is sharpened by this before they are weighed
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What `segment_registered` found.
+
+    Attributes:
+        labels: uint8, int16 or int32 [Z, Y, X] in the frame of the query's data.
+        matches: int [supports, Z], the slice of each support that lies over the middle of each
+            query slice, or -1.
+        confidence: label to a number from 0 to 1 that says how far two ways to find the organ
+            agree, by its aligned labels and by its features: the Dice of the two. An organ that
+            was not found has 0.
+        alignments: how each support was aligned in the end.
+        why: which windows decided, where that was asked for and the method has windows.
+    """
+
+    labels: np.ndarray
+    matches: np.ndarray
+    confidence: dict[int, float]
+    alignments: tuple[Used, ...]
+    why: Why | None = None
+
+
+def segment_registered(
+    model: FewShotNetwork,
+    supports: Sequence[tuple[Volume, Volume]],
+    query: Volume,
+    *,
+    align: Align,
+    depth: float = DEPTH_MM,
+    keep_islands: bool = False,
+    batch: int = 8,
+    progress: bool = False,
+    explain: bool = False,
+) -> Registered | None:
+    """As `segment.segment_matched`, which checks the arguments; model in evaluation mode.
+
+    Returns:
+        None where a scan is too small to be aligned, with a warning.
+    """
+    frames, target = frames_of(model.config, supports, query)
+    for frame in (target, *frames):
+        if min(frame.size) < _LEAST_MM or len(frame.slices) < _LEAST_SLICES:
+            z, y, x = frame.size
+            warnings.warn(
+                f"{frame.source.path.name}: too small to be aligned in three dimensions, "
+                f"{len(frame.slices)} slices of {z:.0f} x {y:.0f} x {x:.0f} mm; its slices are "
+                "matched one by one instead",
+                stacklevel=3,
+            )
+            return None
+    amp = model.amp
+    model.amp = amp or _bfloat16_is_faster(model)
+    try:
+        with torch.inference_mode():
+            total = sum(len(frame.slices) for frame in (target, *frames))
+            with tqdm(total=total, desc="Reading", unit="slice", disable=not progress) as bar:
+                scans = [_encoded(model, frame, batch, bar) for frame in (target, *frames)]
+            return _segment(
+                model, frames, target, scans, align, depth, keep_islands, progress, explain
+            )
+    finally:
+        model.amp = amp
+
+
+def _bfloat16_is_faster(model: FewShotNetwork) -> bool:
+    """Where the processor computes in bfloat16; on a GPU the caller decides, by `model.amp`."""
+    if next(model.parameters()).device.type != "cpu":
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Scan:
+    """The frame with the features of all its slices, [D, Z, h, w], on the CPU."""
+    device = next(model.parameters()).device
+    out = []
+    for images in frame.slices.split(batch):
+        out.append(model.encode(images.to(device)).float().cpu())
+        bar.update(len(images))
+    values = torch.cat(out)
+    check_features(values)
+    features = Field(values.transpose(0, 1).contiguous(), frame.size)
+    return Scan(Field(frame.slices[None], frame.size), features)
+
+
+# --- aligning ----------------------------------------------------------------------------------
+
+
+def _aligned(
+    support: Frame, query: Frame, seen: Scan, own: Scan, align: Align
+) -> tuple[Alignment, Used]:
+    """Where the support lies, and by which alignment; warns of what failed."""
+    names = f"{query.source.path.name} by {support.source.path.name}"
+    start = begin(
+        describe(own.features, query.boxes),
+        describe(seen.features, support.boxes),
+        query.size[0],
+        support.size[0],
+    )
+    if start.mirrored:
+        sides = {"x": "left and right", "y": "front and back", "z": "head and feet"}
+        swapped = " and ".join(sides[axis] for axis in start.mirrored)
+        warnings.warn(
+            f"{names}: the scans look alike with {swapped} of one of them swapped; check that "
+            "the affines of both files are right",
+            stacklevel=5,
+        )
+    if start.likeness < _UNLIKE:
+        warnings.warn(
+            f"{names}: their slices are hardly alike (mean cosine {start.likeness:.2f}), so that "
+            "the result is doubtful; check that both show the same part of the body, in the same "
+            "modality",
+            stacklevel=5,
+        )
+    registration = Registration(own, seen)
+    places = registration.places
+    how: Used = "body" if support.treatment.body_found else "none"
+    beginning = trunk_to_trunk(
+        places, start, query.boxes, query.size[0], support.boxes, support.size[0]
+    )
+    matrix = registration.affine(fitted(places, beginning))
+    straight = registration.aligned(places @ matrix[:3] + matrix[3])
+    if straight.overlap < _LEAST_OVERLAP:
+        warnings.warn(
+            f"{names}: aligned, the bodies overlap by {straight.overlap:.0%} only, so that they "
+            "are laid trunk to trunk instead",
+            stacklevel=5,
+        )
+        return registration.aligned(beginning), how
+    if align == "affine":
+        return straight, "affine"
+    bent = registration.deformable(matrix)
+    if bent.folding > _MOST_FOLDING:
+        warnings.warn(
+            f"{names}: the deformation folds over itself in {bent.folding:.0%} of the body, so "
+            "that the affine alignment is used",
+            stacklevel=5,
+        )
+        return straight, "affine"
+    return bent, "deformable"
+
+
+# --- segmenting --------------------------------------------------------------------------------
+
+
+def _segment(
+    model: FewShotNetwork,
+    supports: Sequence[Frame],
+    query: Frame,
+    scans: Sequence[Scan],
+    align: Align,
+    depth: float,
+    keep_islands: bool,
+    progress: bool,
+    explain: bool,
+) -> Registered:
+    own, *others = scans
+    values = sorted({int(v) for frame in supports for v in np.unique(_labels(frame)) if v})
+    matches, used, weights = [], [], []
+    by_features: Tensor | None = None
+    recorder = None
+    if explain and isinstance(model, LSLPN) and model.config.reduce == "max":
+        recorder = _recorder(model, supports, query)
+    with tqdm(total=len(supports), desc="Segmenting", unit="support", disable=not progress) as bar:
+        for support, seen in zip(supports, others, strict=True):
+            found, how = _aligned(support, query, seen, own, align)
+            matches.append(_heights(found, support, query, query.source.data.shape[0]))
+            used.append(how)
+            brought, masks = _brought(support, query, seen.features, own.features, found, values)
+            reach = round(depth / 2 / (query.size[0] / len(query.slices)))
+            leads, carried, drawn = _leads(
+                model, support, query, own.features, brought, masks, values, reach
+            )
+            if recorder is not None and isinstance(model, LSLPN):
+                shown = [n for n, there in enumerate(drawn.tolist()) if there]
+                _record(
+                    recorder, model, len(matches) - 1, found, support, query, own.features, brought,
+                    masks[:, shown], [values[n] for n in shown], reach,
+                )  # fmt: skip
+            weight = torch.where(drawn, torch.tensor(found.likeness * _CERTAIN).exp(), 0.0)
+            weight = weight[None, :, None, None]
+            if by_features is None:
+                by_features, by_labels = leads * weight, carried * weight
+            else:
+                by_features += leads * weight
+                by_labels += carried * weight
+            weights.append(weight)
+            bar.update()
+    assert by_features is not None
+    total = torch.stack(weights).sum(0)
+    by_features /= total
+    by_labels /= total
+    final = by_features + _PRIOR_WEIGHT * by_labels
+    if not keep_islands:
+        _take_islands_off(final)
+    labels = restored(query, final, values)
+    confidence = _agreement(final, by_features, by_labels, values)
+    if not labels.any():
+        warnings.warn(
+            f"{query.source.path.name}: nothing was found, every voxel is 0: everywhere the "
+            "background is more alike than an organ; the scans may show different parts of the "
+            "body, or differ in modality, contrast agent or range of grey values",
+            stacklevel=4,
+        )
+    why = None if recorder is None else recorder.result()
+    return Registered(labels, np.stack(matches), confidence, tuple(used), why)
+
+
+def _brought(
+    support: Frame, query: Frame, seen: Field, own: Field, found: Alignment, values: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The support as it lies over the query: features [Z, D, h, w], masks bool [Z, N, H, W]."""
+    there = found.map.at(centres(own.values.shape[1:], query.size)).movedim(0, -1)
+    labels = support.labels_at(found.map.at(centres(query.slices.shape, query.size)).movedim(0, -1))
+    return seen.at(there).transpose(0, 1), torch.stack([labels == value for value in values], 1)
+
+
+def _leads(
+    model: FewShotNetwork,
+    support: Frame,
+    query: Frame,
+    own: Field,
+    brought: Tensor,
+    masks: Tensor,
+    values: Sequence[int],
+    reach: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each label leads the background, by features and by the aligned labels.
+
+    Returns:
+        two [Z, N, H/2, W/2], and which labels are drawn in the support, bool [N].
+    """
+    device = next(model.parameters()).device
+    count, height, width = query.slices.shape
+    present = np.unique(_labels(support))
+    drawn = torch.tensor([value in present for value in values])
+    size = ((height + 1) // 2, (width + 1) // 2)
+    logits = model.match_volume(
+        own.values.transpose(0, 1).to(device),
+        brought.to(device),
+        masks.to(device),
+        (height, width),
+        reach,
+    ).cpu()
+    cell = (query.size[0] / count, query.size[1] / size[0], query.size[2] / size[1])
+    # Features are 8 pixels apart: half the resolution shows all there is.
+    leads = F.interpolate(logits[:, 1:] - logits[:, :1], size=size, mode="area")
+    leads = _smoothed(leads, cell, _SMOOTH_MM)
+    shares = F.interpolate(masks.float(), size=size, mode="area")
+    shares = _smoothed(shares, cell, (_PRIOR_MM, _PRIOR_MM))
+    rest = 1 - shares.sum(1, keepdim=True)
+    carried = (shares + _PRIOR_LEAST).log() - (rest.clamp_min(0) + _PRIOR_LEAST).log()
+    return leads, carried, drawn
+
+
+def _recorder(model: LSLPN, supports: Sequence[Frame], query: Frame) -> Recorder:
+    count = query.source.data.shape[0]
+    high, wide = (round(mm / s) for mm, s in zip(query.size[1:], query.spacing[1:], strict=True))
+    y0, x0 = query.corner
+    boxes = np.tile(np.array([y0, y0 + high, x0, x0 + wide]), (count, 1))
+    others = [np.zeros((support.source.data.shape[0], 4), np.int64) for support in supports]
+    _, height, width = query.slices.shape
+    return Recorder(count, model.head.grid, (height, width), boxes, others)
+
+
+def _record(
+    recorder: Recorder,
+    model: LSLPN,
+    number: int,
+    found: Alignment,
+    support: Frame,
+    query: Frame,
+    own: Field,
+    brought: Tensor,
+    masks: Tensor,
+    values: Sequence[int],
+    reach: int,
+) -> None:
+    """Which windows of support `number` decide, slice by slice of the query."""
+    device = next(model.parameters()).device
+    depth = len(query.slices)
+    count = query.source.data.shape[0]
+    near = ((np.arange(count) + 0.5) * depth / count).astype(int)
+    heights = _heights(found, support, query, depth)
+    where = centres((depth, 16, 16), query.size)
+    there = found.map.at(where).movedim(0, -1)
+    features = own.values.transpose(0, 1)
+    for z in range(depth):
+        sources = np.flatnonzero(near == z).tolist()
+        span = heights[max(0, z - reach) : z + reach + 1]
+        span = span[span >= 0]
+        if not sources or not len(span):
+            continue
+        centre = int(heights[z]) if heights[z] >= 0 else int(span[len(span) // 2])
+        # In a slice of the support, the query's frame is drawn as the rectangle that is nearest.
+        recorder.support_boxes[number][centre] = _rectangle(where[z], there[z], support, query)
+        prototypes = model.volume_prototypes(
+            brought.to(device), masks.to(device), range(z, z + 1), reach
+        )
+        recorder.add(
+            sources,
+            [0, *values],
+            features[z].to(device).expand(len(sources), -1, -1, -1),
+            prototypes,
+            [[(number, int(s)) for s in span]],
+            [(number, centre)],
+        )
+
+
+def _heights(found: Alignment, support: Frame, query: Frame, count: int) -> np.ndarray:
+    """The support's slice over the middle of each of `count` slices of the query, or -1."""
+    z = (torch.arange(count) + 0.5) * (query.size[0] / count)
+    y, x = (mm / 2 for mm in query.size[1:])
+    place = torch.stack((z, torch.full_like(z, y), torch.full_like(z, x)), -1)
+    return support.slice_of(found.map.at(place[None, None])[0, 0, 0]).numpy()
+
+
+def _rectangle(here: Tensor, there: Tensor, support: Frame, query: Frame) -> list[int]:
+    """Voxels y0, y1, x0, x1 of the support that the query's frame lies over: least squares."""
+    out = []
+    for axis, corner in ((1, support.corner[0]), (2, support.corner[1])):
+        a, b = here[..., axis].flatten().double(), there[..., axis].flatten().double()
+        slope = ((a - a.mean()) * (b - b.mean())).sum() / (a - a.mean()).square().sum()
+        ends = b.mean() + slope * (torch.tensor([0.0, query.size[axis]]) - a.mean())
+        limit = support.source.data.shape[axis]
+        out += [
+            min(max(round(float(end) / support.spacing[axis]) + corner, 0), limit) for end in ends
+        ]
+    return out
+
+
+def _smoothed(planes: Tensor, cell: Sequence[float], sigmas: tuple[float, float]) -> Tensor:
+    """[Z, N, H, W] smoothed by Gaussians of `sigmas` mm, along z and in the slice."""
+    sigma = (sigmas[0] / cell[0], 0.0, sigmas[1] / cell[1], sigmas[1] / cell[2])
+    return torch.from_numpy(
+        ndimage.gaussian_filter(planes.numpy(), sigma, mode="nearest", truncate=3)
+    )
+
+
+def _take_islands_off(leads: Tensor) -> None:
+    """Make small pieces of an organ background, in place."""
+    lead, winner = leads.max(1)
+    found = torch.where(lead > 0, winner + 1, 0).numpy()
+    for number, box in enumerate(ndimage.find_objects(found), 1):
+        if box is None:
+            continue
+        pieces, count = ndimage.label(found[box] == number)
+        if count < 2:
+            continue
+        sizes = np.bincount(pieces.ravel())
+        sizes[0] = 0
+        small = (sizes < _ISLAND * sizes.max()) & (sizes > 0)
+        part = leads[:, number - 1][box]
+        part[torch.from_numpy(small[pieces])] = -1.0
+
+
+def _agreement(
+    final: Tensor, by_features: Tensor, by_labels: Tensor, values: Sequence[int]
+) -> dict[int, float]:
+    """Dice of what features alone and labels alone say, for each organ that was found."""
+    one, other, last = (
+        torch.where(leads.amax(1) > 0, leads.argmax(1) + 1, 0)
+        for leads in (by_features, by_labels, final)
+    )
+    out = {}
+    for number, value in enumerate(values, 1):
+        a, b = one == number, other == number
+        total = int(a.sum() + b.sum())
+        shown = total and bool((last == number).any())
+        out[value] = round(2 * int((a & b).sum()) / total, 3) if shown else 0.0
+    return out
+
+
+def _labels(frame: Frame) -> np.ndarray:
+    assert frame.labels is not None
+    return frame.labels

@@ -1,0 +1,519 @@
+"""The trainer: SGD over episodes, and nothing that looks at a test case.
+
+A run is a folder:
+
+    config.json     every number of it, and the data it was trained on
+    log.csv         step, loss, lr, seconds per step, and how many of them it waited for its batch
+    checkpoint.pt   the latest state; also the result, once the last step is done
+
+Every random number is a function of the seed and the step (see episodes.py; dropout is seeded
+anew each step), so that a run that was stopped and resumed ends with the same weights, bit for
+bit, as one that was not: on the same machine, with the same torch, kernels, threads and number of
+processes.
+
+Several processes (see distributed.py) share the episodes of a batch, which is the same whatever
+their number; the weights that come out are the same to rounding where nothing else differs by
+process: dropout draws by process, and on the CPU live batch norm takes its statistics over the
+process's own images, as it does over each part of an accumulated batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from .checkpoint import FILE_NAME, Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from .config import Config, TrainConfig
+from .data.dataset import Dataset
+from .data.episodes import Batch, Episodes
+from .data.superpixels import SuperpixelEpisodes
+from .distributed import World, world
+from .errors import InputError
+from .files import append_text, check_writable, is_file, look_up, write_text
+from .info import versions
+from .lock import locked
+from .models import FewShotNetwork, untrained
+
+_LOG_HEADER = "step,loss,lr,seconds_per_step,waiting_per_step\n"
+_LOG_LINE = re.compile(r"\d+(,\d+(\.\d+)?(e[+-]?\d+)?){4}\n")
+# These change neither the weights nor the batches, so a resumed run may differ in them.
+FREE_ON_RESUME = ("log_every", "checkpoint_every")
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    *,
+    hold_out: Sequence[str],
+    cases: Sequence[str],
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    model: FewShotNetwork | None = None,
+    callback: Callable[[int, float, float], None] | None = None,
+) -> FewShotNetwork:
+    """Trains the network and leaves it in `out`; returns it in evaluation mode.
+
+    Args:
+        config: a preset, or one changed by `with_overrides`.
+        dataset: the scans.
+        hold_out: organs that are never a class of an episode.
+        cases: the scans to train on. Keep the ones you test on out of here.
+        out: the folder of the run; made if it is not there.
+        resume: go on from the checkpoint in `out`.
+        device: where to compute.
+        progress: show bars with rate and time left.
+        model: a network of your own, which is trained in place; default: the untrained one of
+            `config`. Its `config` must equal `config.model`; to resume, pass a network built the
+            same way. `load_model` builds only the networks of this package: load the weights of
+            another one with `load_checkpoint(out).model`.
+        callback: called as callback(step, loss, lr) whenever a line of the log is written: the
+            steps done, the mean loss since the last call, the learning rate; of several processes
+            only in the first.
+
+    Raises:
+        InputError: `model` has another configuration than `config`; another process is at work in
+            `out`; it holds a run already and `resume` is False, or it holds none and `resume` is
+            True, or the run in it had another configuration or other data; `out` cannot be
+            written; the loss is no longer finite (the last good checkpoint stays); and everything
+            that `Episodes` and the network raise.
+    """
+    folder = Path(out)
+    processes = world()
+    if model is not None and model.config != config.model:
+        raise InputError(
+            "model: its configuration differs from `config.model`; build the network with "
+            "config.model, or give a configuration with that of the network"
+        )
+    each = processes.size * config.train.accumulate
+    if config.train.batch % each:
+        raise InputError(
+            f"batch: expected a multiple of {each} ({processes.size} processes x accumulate "
+            f"{config.train.accumulate}), got {config.train.batch}; change batch or accumulate"
+        )
+    with contextlib.ExitStack() as held:
+        before = None
+        if processes.first:
+            _check_start(folder, resume)  # refuse before a folder is made
+            check_writable(folder / FILE_NAME)
+            held.enter_context(locked(folder))
+            before = _previous(folder, config, resume)
+        before = processes.from_first(before)
+        source = SuperpixelEpisodes if config.train.supervision == "superpixels" else Episodes
+        episodes = source(
+            dataset, config, cases=cases, hold_out=hold_out, progress=progress and processes.first
+        )
+        device = torch.device(device)
+        if model is None:
+            model = untrained(config, seed=config.train.seed)
+        return _train(
+            config, model, dataset, episodes, folder, before, device, progress, processes, callback
+        )
+
+
+def _train(
+    config: Config,
+    model: FewShotNetwork,
+    dataset: Dataset,
+    episodes: Episodes | SuperpixelEpisodes,
+    folder: Path,
+    before: Checkpoint | None,
+    device: torch.device,
+    progress: bool,
+    processes: World,
+    callback: Callable[[int, float, float], None] | None,
+) -> FewShotNetwork:
+    """`train`, with the folder held and the scans read."""
+    file = folder / FILE_NAME
+    data = {
+        "dataset": dataset.name,
+        "cases": list(episodes.cases),
+        "organs": list(episodes.organs),
+        "hold_out": list(episodes.hold_out),
+        "checksum": episodes.fingerprint(),
+    }
+    processes.agree((config.to_dict(), data), "data and options")
+    options = config.train
+    if before is not None:
+        _same_data(file, before.data, data)
+        load_weights(model, before, file)
+    model.amp = options.amp
+    if not options.channels_last:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model = _synchronised(model, device, processes).to(device).train()
+    optimizer = make_optimizer(model, options)
+    first = 0
+    if before is not None:
+        _load_optimizer(optimizer, before, file)
+        first = before.step
+    if options.compile:
+        for module in model.convolutions():
+            module.compile()
+    learner = _Learner(model, options)
+    parallel = _parallel(learner, device) if processes.size > 1 else None
+    log = None
+    if processes.first:
+        log = _Log(folder / "log.csv", first)
+        record = {
+            "config": config.to_dict(),
+            "data": data,
+            "processes": processes.size,
+            "versions": versions(),
+        }
+        write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+
+    def save(step: int) -> None:
+        _check_weights(model, step)
+        save_checkpoint(
+            file,
+            Checkpoint(config, step, model.state_dict(), optimizer.state_dict(), data, versions()),
+        )
+
+    def make(step: int) -> Batch:
+        batch = episodes.batch(step, processes.share(options.batch))
+        return batch.pinned() if device.type == "cuda" else batch
+
+    show = progress and processes.first
+    bar = tqdm(total=options.steps, initial=first, desc="training", unit="step", disable=not show)
+    pending: list[Tensor] = []
+    since, waited = time.perf_counter(), 0.0
+    # Dropout draws from torch's own generator; leave the caller's as it was.
+    devices = [device] if device.type == "cuda" else []
+    batches = _prefetched(make, first, options.steps, _workers(device))
+    with bar, torch.random.fork_rng(devices=devices), contextlib.closing(batches):
+        for step in range(first, options.steps):
+            asked = time.perf_counter()
+            batch = next(batches).to(device)
+            waited += time.perf_counter() - asked
+            lr = set_learning_rate(optimizer, options, step)
+            torch.manual_seed(_mixed(options.seed, step, processes.rank))
+            with _compiling():
+                pending.append(train_step(model, optimizer, batch, options, parallel))
+            done = step + 1
+            bar.update()
+            last = done == options.steps
+            saving = last or done % options.checkpoint_every == 0
+            logging = saving or done % options.log_every == 0
+            # Reading the loss waits for the device; on the CPU there is nothing to wait for.
+            if logging or device.type == "cpu":
+                loss = _finite(pending, done, file, processes)
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.0e}", refresh=False)
+            if logging:
+                now, count = time.perf_counter(), len(pending)
+                if log is not None:
+                    log.write(done, loss, lr, (now - since) / count, waited / count)
+                    if callback is not None:
+                        callback(done, loss, lr)
+                pending, since, waited = [], now, 0.0
+            if saving and processes.first:
+                save(done)
+            if saving:
+                since = time.perf_counter()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """torch.compile works in the first step; what it cannot do on this machine is said."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        # Two lines: what failed, and why. What follows is advice on debugging torch.
+        reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
+        raise InputError(
+            f"compile: torch.compile fails here ({reason}); run with compile=false"
+        ) from error
+
+
+class _Learner(nn.Module):
+    """A network whose forward is its loss: what DistributedDataParallel wants to be called."""
+
+    def __init__(self, model: FewShotNetwork, options: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.model.loss(batch, self.options)
+
+
+def _parallel(learner: _Learner, device: torch.device) -> DistributedDataParallel:
+    return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
+
+
+def _synchronised(model: FewShotNetwork, device: torch.device, processes: World) -> FewShotNetwork:
+    """With live batch norm, statistics over the images of all processes, where torch has that."""
+    live = any(isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
+    if processes.size == 1 or not live:
+        return model
+    if device.type == "cuda":
+        converted: FewShotNetwork = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
+    warnings.warn(
+        "on the CPU each process takes batch-norm statistics over its own share of a batch, and "
+        "those of the first are kept; with batch_norm=frozen the number of processes makes no "
+        "difference",
+        stacklevel=2,
+    )
+    return model
+
+
+def train_step(
+    model: FewShotNetwork,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    options: TrainConfig,
+    parallel: DistributedDataParallel | None = None,
+) -> Tensor:
+    """One gradient step over a batch.
+
+    The loss is the mean over the pixels with a label of the whole batch, in however many parts and
+    processes it is computed; a method whose loss is another mean is weighted likewise.
+
+    Args:
+        model: the network.
+        optimizer: of its parameters.
+        batch: of this process, on the network's device.
+        options: of the run.
+        parallel: the network in the midst of several processes.
+
+    Returns:
+        the loss, a scalar that is still on the device; of several processes, this one's part in
+        the sum.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    processes = World() if parallel is None else world()
+    compute = _Learner(model, options) if parallel is None else parallel
+    labelled = (batch.query_labels != options.ignore_index).sum()
+    whole = processes.sum(labelled).clamp_min(1)
+    total = batch.query_images.new_zeros(())
+    parts = batch.split(options.accumulate)
+    for number, part in enumerate(parts, 1):
+        weight = (part.query_labels != options.ignore_index).sum() / whole
+        # Gradients are summed up here and exchanged once, with the last part.
+        waits = parallel is not None and number < len(parts)
+        with parallel.no_sync() if waits and parallel is not None else contextlib.nullcontext():
+            loss = compute(part) * weight
+            # DistributedDataParallel takes the mean over the processes.
+            (loss * processes.size).backward()
+        total += loss.detach()
+    optimizer.step()
+    return total
+
+
+def make_optimizer(model: FewShotNetwork, options: TrainConfig) -> torch.optim.SGD:
+    """SGD over everything that learns; the reduction layer has a learning rate of its own."""
+    fresh = model.fresh_parameters()
+    mine = {id(p) for p in fresh}
+    trunk = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
+    return torch.optim.SGD(
+        [
+            {"params": trunk, "factor": 1.0},
+            {"params": fresh, "factor": options.reduction_lr_factor},
+        ],
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+    )
+
+
+def learning_rate(options: TrainConfig, step: int) -> float:
+    """The learning rate of step `step`, counted from 0: times lr_decay at every milestone."""
+    return options.lr * options.lr_decay ** sum(m <= step for m in options.milestones)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, options: TrainConfig, step: int) -> float:
+    """Sets every group's learning rate for `step` and returns the trunk's."""
+    lr = learning_rate(options, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+    return lr
+
+
+def _prefetched(
+    make: Callable[[int], Batch], first: int, steps: int, workers: int
+) -> Generator[Batch, None, None]:
+    """The batches of steps first .. steps - 1, made in threads while those before are in use."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="episodes")
+    try:
+        ahead = deque(pool.submit(make, step) for step in range(first, min(steps, first + workers)))
+        for step in range(first, steps):
+            batch = ahead.popleft().result()
+            if step + workers < steps:
+                ahead.append(pool.submit(make, step + workers))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _workers(device: torch.device) -> int:
+    """Threads that make batches. On the CPU training itself needs the cores."""
+    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2))
+
+
+def _mixed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for one step of one process: neighbouring steps and seeds give unrelated ones."""
+    entropy = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+def _finite(pending: list[Tensor], step: int, file: Path, processes: World) -> float:
+    """Mean of the losses since the last line of the log, which must be a number."""
+    loss = float(processes.sum(torch.stack(pending)).mean())
+    if not math.isfinite(loss):
+        raise InputError(
+            f"training diverged: the loss is {loss} at step {step}; lower lr, or run without amp. "
+            + (f"The last good checkpoint is in {file}" if is_file(file) else "Nothing was saved")
+        )
+    return loss
+
+
+def _check_weights(model: FewShotNetwork, step: int) -> None:
+    """A finite loss does not vouch for the update that came after it."""
+    if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
+        raise InputError(
+            f"training diverged: the weights are no longer finite after step {step}; lower lr. "
+            "The checkpoint before this one, if any, stays as it is"
+        )
+
+
+def _check_start(folder: Path, resume: bool) -> None:
+    """Refuse to begin where a run lies already, and to resume where none does."""
+    begun = look_up(folder / FILE_NAME) is not None
+    if begun and not resume:
+        raise InputError(
+            f"{folder}: holds a training run already; go on with `resume=True`, or give another "
+            "folder"
+        )
+    # A run killed before its first checkpoint left a config.json; it starts over.
+    if resume and not begun and not is_file(folder / "config.json"):
+        raise InputError(f"{folder}: holds no run to resume; check the path, or start a run there")
+
+
+def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, None for a fresh start."""
+    _check_start(folder, resume)
+    file = folder / FILE_NAME
+    if look_up(file) is None:
+        return None
+    before = load_checkpoint(file)
+    changed = differences(before.config.to_dict(), config.to_dict())
+    if changed:
+        raise InputError(
+            f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
+            "same options as at the start, or another folder"
+        )
+    return before
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two configurations (`Config.to_dict`) differ in, of all that a result hangs on.
+
+    Returns:
+        lines such as "steps was 400, now 500".
+    """
+    found = []
+    for group in ("model", "train"):
+        for name, value in now[group].items():
+            if name not in FREE_ON_RESUME and before[group].get(name) != value:
+                found.append(f"{name} was {before[group].get(name)!r}, now {value!r}")
+    return found
+
+
+def _same_data(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        # Runs of earlier versions have no checksum of the voxels.
+        if before.get(name) != value and not (name == "checksum" and name not in before):
+            what = (
+                "the voxels of the images or labels have changed"
+                if name == "checksum"
+                else f"{name} was {before.get(name)!r}, now {value!r}"
+            )
+            raise InputError(
+                f"{file}: was trained on other data: {what}; give the same data as at the start, "
+                "or another folder"
+            )
+
+
+def _load_optimizer(optimizer: torch.optim.SGD, before: Checkpoint, file: Path) -> None:
+    """Goes on with the momentum of a checkpoint; InputError where it is not of this network."""
+    try:
+        optimizer.load_state_dict(before.optimizer)
+        fits = all(
+            buffer is None or buffer.shape == parameter.shape
+            for parameter, state in optimizer.state.items()
+            for buffer in [state["momentum_buffer"]]
+        ) and all("factor" in group for group in optimizer.param_groups)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _foreign_optimizer(file) from error
+    if not fits:
+        raise _foreign_optimizer(file)
+
+
+def _foreign_optimizer(file: Path) -> InputError:
+    return InputError(
+        f"{file}: its optimizer state does not fit its network, expected the file as it was "
+        "written; start another run"
+    )
+
+
+def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
+    """What the log of a run adds up to.
+
+    Returns:
+        seconds of all its steps, and how many of them it waited for its batches, which is the
+        share of reading and host work that training did not hide; None without a readable log.
+    """
+    total, waited, before = 0.0, 0.0, 0
+    for line in _whole_lines(Path(folder) / "log.csv"):
+        step, _, _, seconds, waiting = (float(value) for value in line.split(","))
+        steps = int(step) - before
+        total += steps * seconds
+        waited += steps * waiting
+        before += steps
+    return (total, waited) if total else None
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a log without its header; none of a file that cannot be read.
+
+    Lines are appended, and a kill or a full disk may cut one: what is no line of five numbers
+    with an end is left out.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError):
+        return []
+    return [line for line in text.splitlines(keepends=True) if _LOG_LINE.fullmatch(line)]
+
+
+class _Log:
+    """log.csv; a resumed run drops the lines after its checkpoint and goes on."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        lines = [line for line in _whole_lines(path) if int(line.partition(",")[0]) <= step]
+        write_text(path, _LOG_HEADER + "".join(lines))
+
+    def write(self, step: int, loss: float, lr: float, seconds: float, waiting: float) -> None:
+        append_text(self.path, f"{step},{loss:.6f},{lr:.3g},{seconds:.3f},{waiting:.4f}\n")
