@@ -567,20 +567,12 @@ def test_names_with_commas_are_taken_whole(
 
 
 def test_scans_are_aligned_as_the_checkpoint_was_trained(
-    synthetic_dataset: Path, scans: Scans, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic_dataset: Path, run: Run, tmp_path: Path
 ) -> None:
-    import lslpn.segmentation.segment
     from lslpn.checkpoint import Checkpoint, save_checkpoint
     from lslpn.config import preset, with_overrides
     from lslpn.models import untrained
 
-    used = []
-    real = lslpn.segmentation.segment.segment_matched
-    monkeypatch.setattr(
-        lslpn.segmentation.segment,
-        "segment_matched",
-        lambda *a, **k: (used.append(k["align"]), real(*a, **k))[1],
-    )
     record = {"dataset": "d", "cases": [], "organs": [], "hold_out": ["liver"], "checksum": 0}
     for align in ("none", "body"):
         config = with_overrides(preset("published"), size=32, channels=8, align=align)
@@ -592,9 +584,19 @@ def test_scans_are_aligned_as_the_checkpoint_was_trained(
         assert code == 0, err
         read = json.loads((tmp_path / align / "evaluation.json").read_text())["evaluations"][0]
         assert read["align"] == align
-        assert run(*scans.words(), trained, "--force")[0] == 0
-    assert run(*scans.words(), "--force")[0] == 0
-    assert used == ["none", "body", "body"]
+
+
+def test_segment_takes_the_network_that_ships_or_another(scans: Scans, run: Run) -> None:
+    written = []
+    for more in ((), ("--weights=ct",), ("--weights=imagenet",), ("--seed=1234",)):
+        assert run(*scans.words(), "--align=body", "--force", *more)[0] == 0
+        written.append(np.asanyarray(nib.load(scans.out).dataobj))
+    assert np.array_equal(written[0], written[1])
+    assert np.array_equal(written[2], written[3])
+    assert not np.array_equal(written[0], written[2])
+    is_one_line(run(*scans.words(), "--force", "--weights=ct", "--seed=1")[2], "--weights ct")
+    err = run(*scans.words(), "--force", "--weights=ct", "--checkpoint=x.pt")[2]
+    is_one_line(err, "--weights", "--checkpoint")
 
 
 def test_train_on_every_organ(synthetic_dataset: Path, run: Run, tmp_path: Path) -> None:
