@@ -57,8 +57,8 @@ class Segmentation:
         labels: uint8 or int16 [Z, Y, X] in the frame of the query's data.
         matches: int [supports, Z], the slice of each support that each query slice was matched
             with, or BEYOND.
-        why: which windows decided, where that was asked for and the method has windows on single
-            slices: none where the supports were registered.
+        why: which windows decided, where that was asked for and the method has windows. Where the
+            supports were registered, how near their labels lie counts as well.
         confidence: where they were, label to a number from 0 to 1: the Dice of what the aligned
             labels and what the features say of an organ; 0 for one that was not found.
         alignments: where they were, how each support was aligned in the end.
