@@ -120,7 +120,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_reduce
-from lslpn import train
+from lslpn import training
 from lslpn.cli import main
 
 class OnCpus(torch.nn.modules.batchnorm._BatchNorm):
@@ -143,8 +143,8 @@ class OnCpus(torch.nn.modules.batchnorm._BatchNorm):
         return unit * self.weight[:, None, None] + self.bias[:, None, None]
 
 torch.nn.SyncBatchNorm = OnCpus
-as_on_gpus = train._synchronised
-train._synchronised = lambda model, device, processes: as_on_gpus(
+as_on_gpus = training._synchronised
+training._synchronised = lambda model, device, processes: as_on_gpus(
     model, torch.device("cuda"), processes
 )
 sys.exit(main(sys.argv[1:]))

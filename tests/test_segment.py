@@ -31,8 +31,8 @@ from lslpn.segmentation.segment import (
 )
 
 # Slice by slice; test_registration.py has the rest.
-segment = functools.partial(lslpn.segment.segment, align="body")
-segment_matched = functools.partial(lslpn.segment.segment_matched, align="body")
+segment = functools.partial(lslpn.segmentation.segment.segment, align="body")
+segment_matched = functools.partial(lslpn.segmentation.segment.segment_matched, align="body")
 
 
 @pytest.fixture(scope="module")
