@@ -36,17 +36,20 @@ def _setup_constants() -> tuple[dict[str, list[str]], tuple[str, ...]]:
     return found["INSTRUCTION_SETS"], found["KERNELS"]
 
 
+# At import: drivers are built side by side, and Python 3.11 cannot parse in two threads at once.
+INSTRUCTION_SETS, KERNELS = _setup_constants()
+
+
 def build_driver(sanitizer: str) -> Path:
     """The driver under "address,undefined" or "thread".
 
     Raises:
         RuntimeError: there is no compiler, or it refuses the sources.
     """
-    instruction_sets, _ = _setup_constants()
     variants: dict[str, list[str]] = {"plain": []}
     flags = [*FLAGS, "-fopenmp"]
     if platform.machine().lower() in ("x86_64", "amd64"):
-        variants |= instruction_sets
+        variants |= INSTRUCTION_SETS
         flags.append("-DLSLPN_X86")
     instrument = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     link = [*instrument, "-fopenmp", "-pthread"]
@@ -89,9 +92,8 @@ def _units(
     variants: Mapping[str, Sequence[str]], flags: Sequence[str], leave_out: str = ""
 ) -> Iterator[Unit]:
     """The sources of csrc/cpu; the kernels once for each instruction set and its flags."""
-    _, kernels = _setup_constants()
     for source in sorted(CPU.glob("*.cpp")):
-        if source.name in kernels:
+        if source.name in KERNELS:
             for isa, extra in variants.items():
                 yield Unit(source, (*flags, *extra, f"-DLSLPN_ISA={isa}"), f"_{isa}")
         elif source.name != leave_out:
