@@ -191,7 +191,6 @@ def segment(
     checkpoint: CheckpointOption = None,
     align: Annotated[
         SegmentAlign,
-        SegmentWeights,
         typer.Option(
             "--align",
             help="affine and deformable register the labelled scan to the query; body and none "
@@ -246,8 +245,8 @@ def segment(
             "--weights ct: --preset and --seed describe an untrained network; leave them out, or "
             "give --weights imagenet"
         )
-    shipped = checkpoint is None and preset is None and seed is None
-    shipped = shipped and weights is not SegmentWeights.imagenet
+    own = checkpoint, preset, seed
+    shipped = weights is not SegmentWeights.imagenet and own == (None, None, None)
     if len(support_image) != len(support_mask):
         raise InputError(
             f"--support-mask: expected one per --support-image, got {len(support_mask)} for "
