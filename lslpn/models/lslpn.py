@@ -6,6 +6,7 @@ ISBI 2021.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -83,43 +84,47 @@ class LSLPN(EncoderNetwork):
         together (equation (1) in three dimensions); one with no more than `config.min_pixels` of
         them is zero.
         """
-        gy, gx = self.head.grid.shape(*masks.shape[-2:])
-        number = (masks.shape[1] + 1) * gy * gx * support.shape[1]  # of a slice's prototypes
-        step = max(1, _MOST_NUMBERS // number)
-        out = []
-        for first in range(0, len(query), step):
-            own = query[first : first + step]
-            prototypes = self.volume_prototypes(
-                support, masks, range(first, first + len(own)), reach
-            )
-            out.append(self.head.match(own[:, None], prototypes, size)[:, 0])
+        out = [
+            self.head.match(query[slices.start : slices.stop, None], prototypes, size)[:, 0]
+            for slices, prototypes in self.volume_prototypes(support, masks, reach)
+        ]
         return torch.cat(out)
 
     def volume_prototypes(
-        self, support: Tensor, masks: Tensor, slices: range, reach: int
-    ) -> Tensor:
-        """Prototypes of windows that reach over 2 reach + 1 slices.
+        self, support: Tensor, masks: Tensor, reach: int
+    ) -> Iterator[tuple[range, Tensor]]:
+        """Prototypes of windows that reach over 2 reach + 1 slices, some slices at a time.
 
         Args:
             support: features, [Z, D, h, w].
             masks: bool [Z, N, H, W].
-            slices: those in the middle of the windows.
             reach: slices either way.
 
-        Returns:
-            [len(slices), N + 1, Gy, Gx, D], zero where no more than `config.min_pixels` pixels of a
-            window show the class.
+        Yields:
+            the slices in the middle of the windows, and for each of them their prototypes
+            [len(slices), N + 1, Gy, Gx, D], zero where no more than `config.min_pixels` pixels of
+            a window show the class.
         """
         grid = self.head.grid
-        begin = max(0, slices.start - reach)
-        near = slice(begin, slices.stop + reach)
-        means = masked_average_pool(support[near, None], masks[near, None], grid, background=True)
-        classes = torch.cat((~masks[near].any(1, keepdim=True), masks[near]), 1)
-        counts = _window_sums(classes.to(means), grid)[..., None]
-        middle = slice(slices.start - begin, slices.stop - begin)
-        sums = _runs(means * counts, reach)[middle]
-        counts = _runs(counts, reach)[middle]
-        return torch.where(counts > self.config.min_pixels, sums / counts.clamp_min(1), 0.0)
+        gy, gx = grid.shape(*masks.shape[-2:])
+        number = (masks.shape[1] + 1) * gy * gx * support.shape[1]  # of a slice's prototypes
+        step = max(1, _MOST_NUMBERS // number)
+        for first in range(0, len(support), step):
+            slices = range(first, min(first + step, len(support)))
+            begin = max(0, first - reach)
+            near = slice(begin, slices.stop + reach)
+            means = masked_average_pool(
+                support[near, None], masks[near, None], grid, background=True
+            )
+            classes = torch.cat((~masks[near].any(1, keepdim=True), masks[near]), 1)
+            counts = _window_sums(classes.to(means), grid)[..., None]
+            middle = slice(first - begin, slices.stop - begin)
+            sums = _runs(means * counts, reach)[middle]
+            counts = _runs(counts, reach)[middle]
+            yield (
+                slices,
+                torch.where(counts > self.config.min_pixels, sums / counts.clamp_min(1), 0.0),
+            )
 
     def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
         """Cross-entropy, zero where no pixel has a label; in one pass that writes no logits."""

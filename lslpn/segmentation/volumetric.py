@@ -328,26 +328,24 @@ def _record(
     where = centres((depth, 16, 16), query.size)
     there = found.map.at(where).movedim(0, -1)
     features = own.values.transpose(0, 1)
-    for z in range(depth):
-        sources = np.flatnonzero(near == z).tolist()
-        span = heights[max(0, z - reach) : z + reach + 1]
-        span = span[span >= 0]
-        if not sources or not len(span):
-            continue
-        centre = int(heights[z]) if heights[z] >= 0 else int(span[len(span) // 2])
-        # In a slice of the support, the query's frame is drawn as the rectangle that is nearest.
-        recorder.support_boxes[number][centre] = _rectangle(where[z], there[z], support, query)
-        prototypes = model.volume_prototypes(
-            brought.to(device), masks.to(device), range(z, z + 1), reach
-        )
-        recorder.add(
-            sources,
-            [0, *values],
-            features[z].to(device).expand(len(sources), -1, -1, -1),
-            prototypes,
-            [[(number, int(s)) for s in span]],
-            [(number, centre)],
-        )
+    for slices, prototypes in model.volume_prototypes(brought.to(device), masks.to(device), reach):
+        for z, own_prototypes in zip(slices, prototypes, strict=True):
+            sources = np.flatnonzero(near == z).tolist()
+            span = heights[max(0, z - reach) : z + reach + 1]
+            span = span[span >= 0]
+            if not sources or not len(span):
+                continue
+            centre = int(heights[z]) if heights[z] >= 0 else int(span[len(span) // 2])
+            # In a slice of the support, the query's frame is drawn as the nearest rectangle.
+            recorder.support_boxes[number][centre] = _rectangle(where[z], there[z], support, query)
+            recorder.add(
+                sources,
+                [0, *values],
+                features[z].to(device).expand(len(sources), -1, -1, -1),
+                own_prototypes[None],
+                [[(number, int(s)) for s in span]],
+                [(number, centre)],
+            )
 
 
 def _heights(found: Alignment, support: Frame, query: Frame, count: int) -> np.ndarray:
