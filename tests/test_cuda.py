@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -491,32 +492,32 @@ class Usage:
     spills: int
 
 
-def compile_for_gpus(source: Path, folder: Path) -> list[Usage]:
-    nvcc = shutil.which("nvcc")
-    assert nvcc is not None
-    command = [nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v"]
-    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-    command += ["-I", str(CHECKOUT / "csrc"), "-c", str(source)]
-    command += ["-o", str(folder / f"{source.stem}.o")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+def assemble(ptx: str, arch: str, folder: Path) -> list[Usage]:
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        Path(own, "kernels.ptx").write_text(ptx)
+        done = subprocess.run(
+            ["ptxas", "-v", f"-arch=sm_{arch}", "kernels.ptx", "-o", "kernels.cubin"],
+            cwd=own, check=False, capture_output=True, text=True,
+        )  # fmt: skip
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told[-4000:]
     found = re.findall(
         r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        done.stderr,
+        told,
         re.DOTALL,
     )
     return [Usage(k, a, int(r), int(s), int(x) + int(y)) for k, a, s, x, y, r in found]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_registers(tmp_path: Path) -> None:
-    """No warning, no spill, no register array that went to memory, on any architecture."""
-    sources = sorted((CHECKOUT / "csrc" / "cuda").glob("*.cu"))
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas")
+def test_registers(module: Any, tmp_path: Path) -> None:
+    """No spill, no register array that went to memory, on any architecture."""
+    # sm_100 has no code of its own: it is made of what is for the one before.
+    work = [(ptx, a) for a in ARCHS for ptx in module.ptx[min(int(a), max(module.ptx))]]
     with ThreadPoolExecutor(2) as pool:
-        usages = [
-            u for us in pool.map(lambda s: compile_for_gpus(s, tmp_path), sources) for u in us
-        ]
+        made = pool.map(lambda task: assemble(*task, tmp_path), work)
+        usages = [usage for found in made for usage in found]
     for name in ("mask_weights", "scores", "match_weights", "match_backward", "pool_backward"):
         for arch in ARCHS:
             assert any(name in u.kernel and u.arch == arch for u in usages), (name, arch)

@@ -53,7 +53,7 @@ def build_module(
     nvcc = shutil.which("nvcc") or "nvcc"
     common = ("-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"))
     python = ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include())
-    device = ("-O3", "-lineinfo", "--no-compress", "-Xcompiler=-O0")
+    device = ("-O3", "-lineinfo", "--no-compress", "-Xcompiler=-O0", "-Werror", "all-warnings")
     link = ["-shared", "-Wl,-Bsymbolic"]
     name = f"ptx-{'x'.join(map(str, archs))}-cuda"
     if instrument:
