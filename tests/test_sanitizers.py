@@ -1,4 +1,5 @@
-"""The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+"""The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and the
+host's side of the CUDA kernels under the first two.
 
 tests/sanitizers/driver.cpp calls the sources of csrc/cpu, compiled for each instruction set of this
 machine, with memory of exactly the size that is needed, and compares what they find with the
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 from instrumented import ROOT, compiler, launcher
+from ptx import cuda
 from sanitizers.build import build_driver, build_module
 
 ADDRESS, THREAD = "address,undefined", "thread"
@@ -115,7 +117,85 @@ def test_no_call_of_the_binding_reads_or_writes_out_of_bounds() -> None:
     """The fuzz tests again, under AddressSanitizer."""
     need(ADDRESS)
     pytest.importorskip("pybind11")
-    module = build_module()
+    status, output = in_python(FUZZ, str(build_module()))
+    assert status == 0, output[-6000:]
+    assert re.search(r"\b4 passed\b", output), output[-2000:]
+
+
+# Axes from one pixel to more than what fits into a plan, windows from one pixel to the whole image;
+# launches are answered, and nothing is executed.
+PLANS = """
+import random, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import torch
+from ptx import cuda, hooks
+from lslpn_kernels import GridSpec
+from lslpn_kernels._backends import cuda as backend
+
+names = []
+
+class Module(cuda.Module):
+    def _launch(self, name, *rest):
+        names.append(name)
+        return 0
+
+module = Module(Path(sys.argv[1]))
+draw = random.Random(0)
+
+def axis():
+    pixels = draw.randint(1, 900)
+    return draw.randint(1, max(1, pixels // draw.choice([1, 2, 4, 8]))), pixels
+
+def grid():
+    scale = draw.choice([1, 1 / 2, 1 / 8, 1 / 16, 0.77, 1e-3])
+    return GridSpec(scale, draw.choice([1, 1 / 2, 1 / 3, 0.3, 0.05]))
+
+def call(rows, columns, grid):
+    (h, H), (w, W) = rows, columns
+    B, N, C, D = draw.randint(1, 3), draw.randint(1, 2), draw.randint(1, 5), draw.randint(1, 40)
+    G = grid.shape(H, W)
+    if B * N * C * G[0] * G[1] * D > 1 << 24 or B * N * D * h * w > 1 << 24:
+        return
+    module.set_device(draw.choice([1, 16, 132]), draw.choice([48, 99, 227]) << 10)
+    # Pages that nothing touches take no memory.
+    x = torch.empty(B, N, D, h, w, dtype=draw.choice([torch.float32, torch.bfloat16]))
+    masks = torch.empty(B, N, C, H, W, dtype=torch.uint8)
+    prototypes, factor = backend.masked_average_pool(x, masks, C, grid, 0.0)
+    backend.masked_average_pool_backward(prototypes, masks, C, factor, x, grid)
+    reduce = draw.choice(["max", "mean"])
+    scores, winners, gram = backend.cosine_match(x, prototypes, grid, (H, W), reduce, True)
+    backend.cosine_match_backward(scores, x, prototypes, scores, winners, grid, reduce, gram)
+
+with hooks.cuda(module):
+    for _ in range(int(sys.argv[2])):
+        call(axis(), axis(), grid())
+    # An axis as long as can be cut, and one or some pixels longer.
+    longest = (1, 16384), (1, 16385), (2, 12800), (2, 12801), (2, 12900)
+    for other in ((5, 2), (1, 1), (7, 7), *longest):
+        call(other, (3, 7), GridSpec())
+        call((3, 7), other, GridSpec(1.0))
+        call(other, (3, 7), GridSpec(1.0))
+tiled = sum(b"scores" in name for name in names)
+print(len(names), "launches,", tiled, "of scores")
+assert tiled > int(sys.argv[2]) // 3
+"""
+
+
+def test_plans_of_the_cuda_kernels_are_clean() -> None:
+    """How the host cuts the work, sizes workspaces and launches, for many sizes."""
+    need(ADDRESS)
+    pytest.importorskip("pybind11")
+    if reason := cuda.obstacle():
+        pytest.skip(reason)
+    # An array at the end of a struct has bounds too.
+    module = cuda.build_module((90,), instrument=ADDRESS + ",bounds-strict")
+    status, output = in_python(PLANS, str(module), "100")
+    assert status == 0, output[:6000]
+
+
+def in_python(code: str, *arguments: str) -> Outcome:
+    """Runs Python that loads an instrumented module."""
     # A sanitizer must come before all else, and before the C++ exceptions that it listens to.
     preload = [
         subprocess.run(
@@ -127,7 +207,7 @@ def test_no_call_of_the_binding_reads_or_writes_out_of_bounds() -> None:
         for name in ("libasan.so", "libstdc++.so")
     ]
     done = subprocess.run(
-        [*launcher(ADDRESS), sys.executable, "-c", FUZZ, str(module)],
+        [*launcher(ADDRESS), sys.executable, "-c", code, *arguments],
         check=False,
         cwd=ROOT,
         # Python itself never frees some of its memory.
@@ -142,5 +222,4 @@ def test_no_call_of_the_binding_reads_or_writes_out_of_bounds() -> None:
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert re.search(r"\b4 passed\b", done.stdout), done.stdout[-2000:]
+    return Outcome(done.returncode, done.stdout)

@@ -66,6 +66,9 @@ LSLPN_DEVICE float inverse_sqrt(float x) {
   return rsqrtf(x);
 }
 
+LSLPN_DEVICE bool either_is_nan(float a, float b) {
+  return a != a || b != b;
+}
 // The larger of two numbers; NaN if either is.
 LSLPN_DEVICE float max_or_nan(float a, float b) {
   float result;
@@ -104,11 +107,17 @@ LSLPN_DEVICE void split_tf32(float value, std::uint32_t& high, std::uint32_t& lo
 LSLPN_DEVICE std::uint32_t bits_of(float value) {
   return __float_as_uint(value);
 }
-// Where `keep` is all ones the value, where it is 0 a zero, whatever the value is.
-LSLPN_DEVICE float masked(float value, unsigned keep) {
-  float result;
-  asm("and.b32 %0, %1, %2;" : "=f"(result) : "f"(value), "r"(keep));
-  return result;
+// sum[0] and sum[2] += part if `even`, sum[1] and sum[3] if `odd`.
+LSLPN_DEVICE void add_if(unsigned even, unsigned odd, float (&sum)[4], const float (&part)[4]) {
+  asm("{.reg .pred even, odd;\n"
+      "setp.ne.u32 even, %8, 0;\n"
+      "setp.ne.u32 odd, %9, 0;\n"
+      "@even add.f32 %0, %0, %4;\n"
+      "@odd add.f32 %1, %1, %5;\n"
+      "@even add.f32 %2, %2, %6;\n"
+      "@odd add.f32 %3, %3, %7;}"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "f"(part[0]), "f"(part[1]), "f"(part[2]), "f"(part[3]), "r"(even), "r"(odd));
 }
 
 // d [16 x 8] = a [16 x 8] b [8 x 8], plus d unless it `begins`, by a whole warp, products of TF32

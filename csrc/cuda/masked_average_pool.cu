@@ -79,7 +79,7 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
     for (int row = 0; row < kTileSide; ++row) {
       LSLPN_UNROLL
       for (int e = 0; e < kClasses; ++e) {
-        here[e] = next[e];
+        here[e] = p.grid.tiles_y.between ? next[e] : 0;
         next[e] = 0;
       }
       const int end = y + tile.rows_at(row);

@@ -54,6 +54,7 @@ struct TileGradients {
     const auto at = [&](int r) {
       const float4 a = memory.gram[kTileSide * r + column.left];
       const float4 b = memory.gram[kTileSide * r + column.right];
+      if (qq == 0) return make_float2(a.x, a.z);  // as in Scorer
       return make_float2(pp * a.x + qq * b.x + 2 * pq * a.y, pp * a.z + qq * b.z + pq * a.w);
     };
     const float share = kMean ? 1 / static_cast<float>(tile.y.windows * tile.x.windows) : 1.0f;
@@ -65,7 +66,7 @@ struct TileGradients {
     int y = 0;
     LSLPN_NO_UNROLL
     for (int row = 0; row < kTileSide; ++row) {
-      float sum = carried, between = 0;
+      float sum = p.grid.tiles_y.between ? carried : 0, between = 0;
       carried = 0;
       const int end = y + tile.rows_at(row);
       if (y < end) {
@@ -87,11 +88,12 @@ struct TileGradients {
         for (int k = 0; k < kRowsAtATime; ++k) {
           const int at_y = rows[k];
           const float upper = memory.rows[at_y].upper, lower = 1 - upper;
-          const float scale = norm.inverse_length(upper);
+          const float square = norm.square(upper), scale = Norm::inverse_length(square);
           memory.inverse[at_y][lane] = scale * p.logit_scale * share;
           // Where there is no direction there is no gradient, whatever comes in.
-          const float gradient =
-              scale == 0 || rows.lacks(k) ? 0 : -0.5f * product[k] * scale * scale;
+          const float gradient = square < eps_squared<float>() || rows.lacks(k)
+                                     ? 0
+                                     : -0.5f * product[k] * scale * scale;
           sum += gradient * lower * lower;
           carried += gradient * upper * upper;
           between += gradient * 2 * lower * upper;
@@ -105,9 +107,10 @@ struct TileGradients {
     // own and right from the rows' sums, below and the diagonals from those between them
     const int e = lane / 8, j = lane % 8;
     const float* other = columns.weight + (e % 2 ? kTilePixels + 1 : 0);
+    const Range range = e % 2 ? columns.between : columns.touching;
     float sum[kTileSide] = {};
     LSLPN_NO_UNROLL
-    for (int x = columns.touching.begin; x < columns.touching.end; ++x) {
+    for (int x = range.begin; x < range.end; ++x) {
       const float weight = columns.weight[x] * other[x] * (e == 1 ? 2.0f : 1.0f);
       LSLPN_UNROLL
       for (int r = 0; r < kTileSide; ++r) sum[r] += weight * memory.board[r][e / 2][x];
@@ -143,7 +146,7 @@ struct TileGradients {
       for (int row = 0; row < kTileSide; ++row) {
         LSLPN_UNROLL
         for (int e = 0; e < kWindowsAtATime; ++e) {
-          here[e] = next[e];
+          here[e] = p.grid.tiles_y.between ? next[e] : 0;
           next[e] = 0;
         }
         const int end = y + tile.rows_at(row);

@@ -94,11 +94,12 @@ LSLPN_DEVICE void by_rows(int y, int end, F f) {
 struct ColumnSums {
   const float* weight;  // of the columns of pixels, and kTilePixels + 1 further at column j + 1
   Range touching;       // the columns of pixels that touch location column j
+  Range between;        // those that touch column j + 1 as well
 
   // Ends with a barrier.
   LSLPN_DEVICE ColumnSums(const PixelTile& tile, int lane, ColumnWeights& weights) {
     weight = weights[minimum(lane % 8, kTileSide - 1)];
-    touching = {0, 0};
+    touching = between = {0, 0};
     const bool inside = lane < tile.x.pixels;
     LSLPN_UNROLL
     for (int j = 0; j <= kTileSide; ++j) {
@@ -109,6 +110,7 @@ struct ColumnSums {
       const unsigned columns = ballot(touches);
       const int before = count_bits((columns & (0u - columns)) - 1);
       if (lane % 8 == j && columns) touching = {before, before + count_bits(columns)};
+      if (lane % 8 == j - 1) between = {maximum(touching.begin, before), touching.end};
     }
     warp_barrier();
   }

@@ -17,7 +17,8 @@ struct Slot {
   float scale;
 };
 struct Place {
-  short y, rows, x, columns;
+  unsigned rows, columns;  // bits: those of the block that the tile has
+  int first;               // of the columns
 };
 
 constexpr int kProductsAtATime = 64;
@@ -93,8 +94,12 @@ struct Scatterer {
           (static_cast<std::int64_t>(tile_at) * p.slots + p.slot(c, w, here_x.windows)) * kMap +
           kTileSide * at_y + at_x;
       if (e % 8 == 0) {
-        memory.places[e / 8] = {static_cast<short>(at_y), here_y.cells, static_cast<short>(at_x),
-                                here_x.cells};
+        const auto bits = [](int at, int cells) {
+          const unsigned all = (1u << cells) - 1;
+          return at < 0 ? all << -at : all >> at;
+        };
+        memory.places[e / 8] = {bits(at_y, here_y.cells), bits(at_x, here_x.cells),
+                                maximum(0, -at_x)};
       }
     }
   }
@@ -103,14 +108,16 @@ struct Scatterer {
   LSLPN_DEVICE void add(float (&sum)[kChannels][kBlock][4], const int (&channel)[kChannels][2],
                         const Slot (&slots)[8], const Place& place) const {
     const int lane = thread_index() % kWarp, g = lane / 4, q = lane % 4;
-    const bool inside = place.x + g >= 0 && place.x + g < place.columns;
-    const unsigned keep = inside ? ~0u : 0u;
+    // Columns that the tile does not have repeat the first, and what comes of them is left out: a
+    // weight of 0 would not keep a NaN of the vectors from them.
+    const unsigned columns = place.columns >> 2 * q;
+    const int column = place.columns >> g & 1 ? g : place.first;
     OperandA vectors[kChannels][1];
     const float* weights[2];
     LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
       const Slot slot = slots[q + 4 * e];
-      weights[e] = maps + (slot.weights + (inside ? g : -place.x));
+      weights[e] = maps + (slot.weights + column);
       LSLPN_UNROLL
       for (int m = 0; m < kChannels; ++m) {
         LSLPN_UNROLL
@@ -123,16 +130,15 @@ struct Scatterer {
     }
     LSLPN_UNROLL
     for (int r = 0; r < kBlock; ++r) {
-      if (static_cast<unsigned>(place.y + r) >= static_cast<unsigned>(place.rows)) continue;
+      if (!(place.rows >> r & 1)) continue;
       OperandB weight[1];
       LSLPN_UNROLL
-      for (int e = 0; e < 2; ++e) weight[0].set(e, masked(weights[e][kTileSide * r], keep));
+      for (int e = 0; e < 2; ++e) weight[0].set(e, weights[e][kTileSide * r]);
       LSLPN_UNROLL
       for (int m = 0; m < kChannels; ++m) {
         float part[4];
         multiply<0>(part, vectors[m], weight);
-        LSLPN_UNROLL
-        for (int e = 0; e < 4; ++e) sum[m][r][e] += part[e];
+        add_if(columns & 1, columns & 2, sum[m][r], part);
       }
     }
   }

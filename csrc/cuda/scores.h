@@ -48,9 +48,9 @@ struct Column {
 struct Norm {
   float row = 0, next = 0, between = 0;  // see core/arithmetic.h
 
+  LSLPN_DEVICE float square(float upper) const { return squared_length(row, next, between, upper); }
   // 1 / |u|, 0 where it has no direction.
-  LSLPN_DEVICE float inverse_length(float upper) const {
-    const float square = squared_length(row, next, between, upper);
+  LSLPN_DEVICE static float inverse_length(float square) {
     return square < eps_squared<float>() ? 0.0f : inverse_sqrt(square);
   }
 };
@@ -245,13 +245,16 @@ struct Scorer {
   LSLPN_DEVICE float gram(int kind, int row, int column) const {
     return memory.gram[kind][kTileSide * row + column];
   }
+  // A pixel that lies on a column of locations has no business with the next, which may hold a NaN.
   LSLPN_DEVICE float norm_row(int r) const {
     const float p = column.p, q = column.q;
+    if (q == 0) return gram(kOwn, r, column.left);
     return p * p * gram(kOwn, r, column.left) + q * q * gram(kOwn, r, column.right) +
            2 * p * q * gram(kRight, r, column.left);
   }
   LSLPN_DEVICE float norm_between(int r) const {
     const float p = column.p, q = column.q;
+    if (q == 0) return gram(kBelow, r, column.left);
     return p * p * gram(kBelow, r, column.left) + q * q * gram(kBelow, r, column.right) +
            p * q * (gram(kDiagonal, r, column.left) + gram(kOther, r, column.left));
   }
@@ -308,30 +311,45 @@ struct Scorer {
         for (int w = 0; w < kWindows; ++w) slope[c][w] = between ? next[c][w] - here[c][w] : 0;
       }
       do {
-        const float scale = norm.inverse_length(t.upper) * p.logit_scale;
+        const float scale = Norm::inverse_length(norm.square(t.upper)) * p.logit_scale;
+        float best[kClasses];
+        int winner[kClasses] = {};
         LSLPN_UNROLL
         for (int c = 0; c < kClasses; ++c) {
-          float best = here[c][0] + t.upper * slope[c][0];
-          int winner = 0;
+          best[c] = here[c][0] + t.upper * slope[c][0];
           if (p.mean) {
             LSLPN_UNROLL
             for (int w = 1; w < kWindows; ++w) {
-              if (w < windows) best += here[c][w] + t.upper * slope[c][w];
+              if (w < windows) best[c] += here[c][w] + t.upper * slope[c][w];
             }
-            best /= static_cast<float>(windows);
+            best[c] /= static_cast<float>(windows);
           } else {
             // Of equal windows the first stays. NaN stays NaN.
             LSLPN_UNROLL
             for (int w = 1; w < kWindows; ++w) {
               const float value = here[c][w] + t.upper * slope[c][w];
-              winner = value > best ? w : winner;
-              best = max_or_nan(best, value);
+              winner[c] = value > best[c] ? w : winner[c];
+              best[c] = max_or_nan(best[c], value);
             }
           }
-          if (scores[c]) scores[c][at] = best * scale;
+        }
+        if (either_is_nan(best[0], best[kClasses - 1])) {
+          // The gradient goes to the window that is to blame.
+          LSLPN_UNROLL
+          for (int c = 0; c < kClasses; ++c) {
+            LSLPN_UNROLL
+            for (int w = 0; w < kWindows; ++w) {
+              const float value = here[c][w] + t.upper * slope[c][w];
+              if (either_is_nan(value, value) && w < windows) winner[c] = w;
+            }
+          }
+        }
+        LSLPN_UNROLL
+        for (int c = 0; c < kClasses; ++c) {
+          if (scores[c]) scores[c][at] = best[c] * scale;
           if (winners[c]) {
-            winner += (winner * reciprocal >> 8) * further;
-            winners[c][at] = static_cast<std::uint8_t>(winner);
+            const int place = winner[c] + (winner[c] * reciprocal >> 8) * further;
+            winners[c][at] = static_cast<std::uint8_t>(place);
           }
         }
         at += stride;

@@ -120,8 +120,10 @@ LSLPN_HD Range block_of(int length, int blocks, int block) {
 
 // ---- on the host ----
 
-// Cuts an axis; false where there is no way.
+// Cuts an axis; false where there is no way. With fewer pixels than locations some of these would
+// lie under no pixel, and what they hold must not show.
 inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
+  if (axis.pixels < axis.cells) return false;
   if (axis.pixels > kTiledAxis || axis.cells > kTiledAxis || axis.windows > kMaxTiles) return false;
   std::vector<int> cuts{0, axis.pixels};
   for (int m = 0; m < axis.windows; ++m) {

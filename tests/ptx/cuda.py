@@ -35,11 +35,15 @@ def obstacle() -> str:
     return ""
 
 
-def build_module(archs: Sequence[int] = ARCHS, folder: Path = SOURCES) -> Path:
+def build_module(
+    archs: Sequence[int] = ARCHS, folder: Path = SOURCES, instrument: str = ""
+) -> Path:
     """A Python module "ptx_kernels" of the .cu and .cpp files of a folder.
 
     Args:
         archs: compute capabilities to have PTX for, 90 for 9.0.
+        instrument: sanitizers for the host's side, "address,undefined" say. The kernels are then
+            compiled in haste, and are not meant to be executed.
 
     Raises:
         RuntimeError: nvcc refuses the sources.
@@ -49,20 +53,22 @@ def build_module(archs: Sequence[int] = ARCHS, folder: Path = SOURCES) -> Path:
     nvcc = shutil.which("nvcc") or "nvcc"
     common = ("-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc"))
     python = ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include())
-    device = ("-O3", "-lineinfo", "--no-compress", "-Xcompiler=-O0")
+    device = ("-O3", "-lineinfo", "--no-compress", "-Xcompiler=-O0", "-Werror", "all-warnings")
+    link = ["-shared", "-Wl,-Bsymbolic"]
+    name = f"ptx-{'x'.join(map(str, archs))}-cuda"
+    if instrument:
+        options = [f"-fsanitize={part}" for part in instrument.split(",")]
+        options.append("-fno-sanitize-recover=all")
+        common += ("-Xcompiler=" + ",".join([*options, "-g1"]),)
+        device = ("-Xcicc=-O0", "--no-compress", "-Xcompiler=-O0")
+        link += options
+        name += "-instrumented"
     device += tuple(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs)
     units = [Unit(s, (*common, *device), compiler=nvcc) for s in sorted(folder.glob("*.cu"))]
     for source in (*sorted(folder.glob("*.cpp")), HERE / "module.cpp", HERE / "cudart.cpp"):
         units.append(Unit(source, (*common, "-O0", *python), compiler=nvcc))
-    name = "ptx_kernels" + str(sysconfig.get_config_var("EXT_SUFFIX"))
-    link = ["-shared", "-Wl,-Bsymbolic"]
-    return build(
-        f"ptx-{'x'.join(map(str, archs))}-cuda",
-        name,
-        units,
-        link,
-        [folder, ROOT / "csrc" / "core", ROOT / "csrc"],
-    )
+    module = "ptx_kernels" + str(sysconfig.get_config_var("EXT_SUFFIX"))
+    return build(name, module, units, link, [folder, ROOT / "csrc" / "core", ROOT / "csrc"])
 
 
 def load(archs: Sequence[int] = ARCHS) -> Module:
