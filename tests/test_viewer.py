@@ -357,9 +357,13 @@ class Tab:
         if mark:
             self.page.wait_for_selector(mark)
 
+    def drawn(self) -> None:
+        """Wait until all that is due has been drawn: a click goes to what is on the screen."""
+        self.page.evaluate("new Promise((go) => requestAnimationFrame(() => setTimeout(go, 50)))")
+
     def picture(self, pane: str = "#left") -> np.ndarray:
         """The canvas as it is on the screen, [H, W, 3], once all that is due has been drawn."""
-        self.page.evaluate("new Promise((go) => requestAnimationFrame(() => setTimeout(go, 50)))")
+        self.drawn()
         raw = self.page.locator(f"{pane} .stage").screenshot()
         return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).astype(int)
 
@@ -480,6 +484,7 @@ def test_slices_follow_the_key_and_the_support_follows_them(tab: Tab) -> None:
 
 def test_a_click_tells_which_windows_won(tab: Tab, scene: tuple[View, Why]) -> None:
     why = scene[1]
+    tab.drawn()
     box = tab.page.locator("#left canvas").bounding_box()
     tab.page.mouse.click(box["x"] + 0.45 * box["width"], box["y"] + 0.5 * box["height"])
     z, y, x = tab.page.evaluate("lslpn.where()")
