@@ -35,7 +35,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from .errors import InputError
 
+# The choices of more than one module, and of the command line, which takes them from here.
 Method = Literal["lslpn", "panet", "senet", "alpnet"]
+Protocol = Literal["published", "senet", "alpnet", "adnet"]
+Align = Literal["none", "body"]
+Classes = Literal["all", "tested", "none"]
 StrideOn = Literal["1x1", "3x3"]
 BatchNormMode = Literal["live", "frozen"]
 
@@ -116,7 +120,7 @@ class ModelConfig:
     ] = "auto"
     """Grey values are limited to this range first. "auto" is -125 .. 275 for CT in HU, as the
     few-shot papers on abdominal CT have it, and no limit for anything else; None is no limit."""
-    align: Literal["none", "body"] = "none"
+    align: Align = "none"
     """"body" crops each scan to the body's box before resizing."""
     imagenet_normalisation: bool = False
     """Subtract ImageNet's mean and divide by its deviation, as the weights were trained."""

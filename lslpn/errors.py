@@ -1,5 +1,8 @@
 """The one error that the command line turns into a plain sentence."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -7,3 +10,9 @@ class InputError(ValueError):
     The message is one clear sentence or two: which file or argument, what was expected,
     what was found, and how to mend it. `lslpn` prints it to stderr and exits with code 2.
     """
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'liver'?)", or nothing where no name is like the one that was given."""
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -325,9 +325,9 @@ def test_a_seed_that_torch_does_not_take(scans: Scans, run: Run) -> None:
 
 
 def test_messages_of_the_library_name_options_and_leave_paths_alone() -> None:
-    from lslpn.cli.app import train
     from lslpn.cli.options import in_options
     from lslpn.cli.paper import table1
+    from lslpn.cli.train import train
 
     for command, said, expected in (
         (table1, "`train`, `test` or `parts`: one", "--train-cases, --test-cases or --folds: one"),
@@ -339,7 +339,7 @@ def test_messages_of_the_library_name_options_and_leave_paths_alone() -> None:
         (train, "out/run: holds no run", "out/run: holds no run"),
         (train, "batch: expected 2", "batch: expected 2"),
     ):
-        assert in_options(said, command.__wrapped__, [Path("out")]) == expected  # type: ignore
+        assert in_options(said, command, [Path("out")]) == expected
 
 
 def test_no_message_of_the_library_names_an_option_of_the_command_line() -> None:

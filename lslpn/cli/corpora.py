@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import InputError
-from .options import OneOfEach, QuietOption, command, say, split
+from .options import QuietOption, command, group, option, say, split
 
-prepare_app = typer.Typer(
-    help="Turn a public corpus, as it is distributed, into a data set for the other commands.",
-    rich_markup_mode="rich",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+prepare_app = group(
+    "Turn a public corpus, as it is distributed, into a data set for the other commands."
 )
 
 _Source = Annotated[
@@ -27,63 +23,46 @@ _Target = Annotated[
 ]
 _SomeCases = Annotated[
     list[str] | None,
-    typer.Option(
-        "--cases",
-        metavar="CASE",
-        help="Only these cases, repeated or with commas; default: all that the corpus has.",
-        show_default=False,
+    option(
+        "--cases CASE",
+        "Only these cases, repeated or with commas; default: all that the corpus has.",
     ),
 ]
 _SomeOrgans = Annotated[
     list[str] | None,
-    typer.Option(
-        "--organ",
-        metavar="NAME",
-        help="Only these organs, repeated or with commas, in the order of their label values.",
-        show_default=False,
+    option(
+        "--organ NAME",
+        "Only these organs, repeated or with commas, in the order of their label values.",
     ),
 ]
 _AllowMissing = Annotated[
     bool,
-    typer.Option(
+    option(
         "--allow-missing",
-        help="Take a case though an organ has no file in it; the organ is background there.",
+        "Take a case though an organ has no file in it; the organ is background there.",
     ),
 ]
 _SkipBad = Annotated[
-    bool,
-    typer.Option("--skip-bad", help="Make a data set of the good cases, and list the others."),
+    bool, option("--skip-bad", "Make a data set of the good cases, and list the others.")
 ]
-_Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on in DST; cases finished there are kept.")
-]
+_Resume = Annotated[bool, option("--resume", "Go on in DST; cases finished there are kept.")]
 
 
-class CorpusName(str, Enum):
-    """VISCERAL's corpora."""
-
-    gold = "gold"
-    silver = "silver"
-    both = "both"
-
-
-@prepare_app.command("visceral", cls=OneOfEach)
-@command
-def prepare_visceral(
+@command(prepare_app)
+def visceral(
     src: _Source,
     dst: _Target,
     corpus: Annotated[
-        CorpusName, typer.Option("--corpus", help="20 cases by hand, 65 fused, or both.")
-    ] = CorpusName.both,
+        Literal["gold", "silver", "both"],
+        option("--corpus", "20 cases by hand, 65 fused, or both."),
+    ] = "both",
     organ: _SomeOrgans = None,
     annotator: Annotated[
         str | None,
-        typer.Option(
-            "--annotator",
-            metavar="ID",
-            help="Whose drawing to take where an organ has several, as the file names have it; "
-            "default, and where there is none of theirs: the lowest number.",
-            show_default=False,
+        option(
+            "--annotator ID",
+            "Whose drawing to take where an organ has several, as the file names have it; default,"
+            " and where there is none of theirs: the lowest number.",
         ),
     ] = None,
     cases: _SomeCases = None,
@@ -95,14 +74,13 @@ def prepare_visceral(
     """VISCERAL: SRC holds Anatomy3-trainingset and SilverCorpus."""
     _prepare(
         "visceral", src, dst, cases, skip_bad, resume, quiet,
-        corpus=corpus.value, organs=split(organ), annotator=annotator,
+        corpus=corpus, organs=split(organ), annotator=annotator,
         allow_missing=allow_missing,
     )  # fmt: skip
 
 
-@prepare_app.command("btcv", cls=OneOfEach)
-@command
-def prepare_btcv(
+@command(prepare_app)
+def btcv(
     src: _Source,
     dst: _Target,
     cases: _SomeCases = None,
@@ -114,9 +92,8 @@ def prepare_btcv(
     _prepare("btcv", src, dst, cases, skip_bad, resume, quiet)
 
 
-@prepare_app.command("chaos", cls=OneOfEach)
-@command
-def prepare_chaos(
+@command(prepare_app)
+def chaos(
     src: _Source,
     dst: _Target,
     cases: _SomeCases = None,
@@ -131,9 +108,8 @@ def prepare_chaos(
     _prepare("chaos", src, dst, cases, skip_bad, resume, quiet)
 
 
-@prepare_app.command("totalsegmentator", cls=OneOfEach)
-@command
-def prepare_totalsegmentator(
+@command(prepare_app)
+def totalsegmentator(
     src: _Source,
     dst: _Target,
     organ: _SomeOrgans = None,

@@ -7,75 +7,36 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
+from ..config import Method
 from ..errors import InputError
+from ..files import check_writable, is_folder, look_up
 
 if TYPE_CHECKING:
     import torch
 
+    from lslpn_kernels import GridSpec
 
-class Align(str, Enum):
-    """How support and query are brought to lie alike."""
+    from ..checkpoint import Checkpoint
+    from ..models import FewShotNetwork
 
-    none = "none"
-    body = "body"
-
-
-class SegmentAlign(str, Enum):
-    """How `segment` brings supports to the query."""
-
-    none = "none"
-    body = "body"
-    affine = "affine"
-    deformable = "deformable"
+DEFAULT_SEED = 1234  # of an untrained model
+Preset = Literal["paper", "published"]
 
 
-class SegmentWeights(str, Enum):
-    """The networks that come with the package."""
-
-    ct = "ct"
-    imagenet = "imagenet"
-
-
-class ProtocolName(str, Enum):
-    """The evaluation protocols; `lslpn.evaluation.protocols.PROTOCOLS` has what they do."""
-
-    published = "published"
-    senet = "senet"
-    alpnet = "alpnet"
-    adnet = "adnet"
-
-
-class MethodName(str, Enum):
-    """The few-shot networks; `lslpn.models` has them."""
-
-    lslpn = "lslpn"
-    panet = "panet"
-    senet = "senet"
-    alpnet = "alpnet"
-
-
-class Preset(str, Enum):
-    """The bundles of settings in `lslpn.config`."""
-
-    paper = "paper"
-    published = "published"
+_F = TypeVar("_F", bound=Callable[..., None])
 
 
 class InterruptedByUserError(Exception):
     """Ctrl-C, in a form that no version of typer turns into something else on its way up."""
 
 
-_F = TypeVar("_F", bound=Callable[..., None])
-
-
-class OneOfEach(TyperCommand):
+class _OneOfEach(TyperCommand):
     """A command that refuses two values for an option of one: the parser would take the last."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -126,102 +87,105 @@ def in_options(message: str, function: Callable[..., None], values: Sequence[obj
     return re.sub(r"^(\w+)(?=: )|`(\w+)(?:=\w+)?`", option, message)
 
 
-def command(function: _F) -> _F:
-    """Make a function a command: Ctrl-C as one exception, the docstring as paragraphs, and the
-    library's messages in the words of the command line."""
+def group(help: str, **more: Any) -> typer.Typer:
+    """An application, or a group of commands."""
+    return typer.Typer(
+        help=help,
+        rich_markup_mode="rich",
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **more,
+    )
 
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except KeyboardInterrupt as interrupt:
-            raise InterruptedByUserError from interrupt
-        except InputError as error:
-            values = [*args, *kwargs.values()]
-            raise InputError(in_options(str(error), function, values)) from error
 
-    # Line breaks of the source would otherwise be kept within paragraphs.
-    paragraphs = (function.__doc__ or "").split("\n\n")
-    run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    return run  # type: ignore[return-value]
+def command(app: typer.Typer) -> Callable[[_F], _F]:
+    """Make a function a command of `app`: Ctrl-C as one exception, the docstring as paragraphs,
+    and the library's messages in the words of the command line."""
+
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            try:
+                function(**values)
+            except KeyboardInterrupt as interrupt:
+                raise InterruptedByUserError from interrupt
+            except InputError as error:
+                message = in_options(str(error), function, list(values.values()))
+                raise InputError(message) from error
+
+        # Line breaks of the source would otherwise be kept within paragraphs.
+        paragraphs = (function.__doc__ or "").split("\n\n")
+        run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        app.command(function.__name__.replace("_", "-"), cls=_OneOfEach)(run)
+        return function
+
+    return decorate
+
+
+def option(declaration: str, help: str, **more: Any) -> Any:
+    """An option as it is written: "--out DIR", "--force" or "--quiet -q"."""
+    words = declaration.split()
+    names = [word for word in words if word.startswith("-")]
+    metavar = words[-1] if words[-1] not in names else None
+    return typer.Option(*names, metavar=metavar, help=help, **more)
 
 
 DataOption = Annotated[
     Path,
-    typer.Option(
-        "--data",
-        metavar="DIR",
-        help="Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr.",
-        show_default=False,
-    ),
+    option("--data DIR", "Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr."),
 ]
 CheckpointOption = Annotated[
     Path | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="RUN",
-        help="A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
-        show_default=False,
+    option(
+        "--checkpoint RUN",
+        "A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
     ),
 ]
 DeviceOption = Annotated[
-    str,
-    typer.Option(
-        "--device", metavar="NAME", help="auto (a GPU if there is one), cpu, or cuda[:N]."
-    ),
+    str, option("--device NAME", "auto (a GPU if there is one), cpu, or cuda[:N].")
 ]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace results that are already there.")
+ForceOption = Annotated[bool, option("--force", "Replace results that are already there.")]
+QuietOption = Annotated[bool, option("--quiet -q", "No progress bars.")]
+BatchOption = Annotated[int, option("--batch N", "Query slices encoded at once.", min=1)]
+ChunksOption = Annotated[
+    int | None,
+    option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 SizeOption = Annotated[
     int | None,
-    typer.Option(
-        "--size",
-        metavar="PIXELS",
+    option(
+        "--size PIXELS",
+        "Side of the square that slices are resized to; default: the model's own.",
         min=32,
-        help="Side of the square that slices are resized to; default: the model's own.",
-        show_default=False,
     ),
 ]
 NamesOption = Annotated[
     Path | None,
-    typer.Option(
-        "--names",
-        metavar="JSON",
-        help='Names of the organs for the page: a dataset.json, or any file with its "labels".',
-        show_default=False,
+    option(
+        "--names JSON",
+        'Names of the organs for the page: a dataset.json, or any file with its "labels".',
     ),
 ]
 _PRESET_HELP = "Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold]"
-PresetOption = Annotated[Preset, typer.Option("--preset", help=f"{_PRESET_HELP}.")]
+PresetOption = Annotated[Preset, option("--preset", f"{_PRESET_HELP}.")]
 UntrainedPresetOption = Annotated[
-    Preset | None,
-    typer.Option(
-        "--preset",
-        help=f"{_PRESET_HELP}; of an untrained model, default: published.",
-        show_default=False,
-    ),
+    Preset | None, option("--preset", f"{_PRESET_HELP}; of an untrained model, default: published.")
 ]
 MethodOption = Annotated[
-    MethodName | None,
-    typer.Option(
-        "--method",
-        metavar="NAME",
-        help="The network: [bold]lslpn[/bold] (default), or one that the paper compares it with, "
+    Method | None,
+    option(
+        "--method NAME",
+        "The network: [bold]lslpn[/bold] (default), or one that the paper compares it with, "
         "[bold]panet[/bold], [bold]senet[/bold] or [bold]alpnet[/bold].",
-        show_default=False,
     ),
 ]
 UntrainedSeedOption = Annotated[
     int | None,
-    typer.Option(
-        "--seed",
-        metavar="N",
+    option(
+        "--seed N",
+        "Seed of an untrained model's reduction layer, default: 1234.",
         min=0,
         max=2**63 - 1,
-        help="Seed of an untrained model's reduction layer, default: 1234.",
-        show_default=False,
     ),
 ]
 
@@ -271,6 +235,14 @@ def fraction(text: str, option: str) -> float:
     return value
 
 
+def grid_of(text: str, spacing: float) -> GridSpec:
+    """SIZE or SIZE:SPACING of --scale."""
+    from lslpn_kernels import GridSpec
+
+    size, colon, own = text.partition(":")
+    return GridSpec(fraction(size, "--scale"), fraction(own, "--scale") if colon else spacing)
+
+
 def torch_device(name: str) -> torch.device:
     """What --device names; InputError where it is not there."""
     import torch
@@ -292,6 +264,61 @@ def torch_device(name: str) -> torch.device:
                 "take cpu, or see `lslpn info`"
             )
     return device
+
+
+def check_new(path: Path, force: bool) -> None:
+    """Refuse a result that is there, unless told to replace it, or that cannot be written."""
+    if look_up(path) is not None and not is_folder(path) and not force:
+        raise InputError(f"{path}: already exists; give another --out, or --force to replace it")
+    check_writable(path)
+
+
+def check_html(path: Path, name: str) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{name}: expected a name that ends in .html, got {path.name}")
+
+
+def untrained_only(checkpoint: Path | None, preset: Preset | None, seed: int | None) -> None:
+    """Refuse what a checkpoint settles."""
+    for name, value in (("--preset", preset), ("--seed", seed)):
+        if checkpoint is not None and value is not None:
+            raise InputError(f"{name}: a checkpoint has its own; give it without --checkpoint only")
+
+
+def model_of(
+    trained: Checkpoint | None,
+    checkpoint: Path | None,
+    preset: Preset | None,
+    size: int | None,
+    seed: int | None,
+    device: str,
+    method: Method | None = None,
+    *,
+    shipped: bool = False,
+) -> FewShotNetwork:
+    """The model of a checkpoint, the one that ships, or an untrained one; ready to run."""
+    import dataclasses
+
+    where = torch_device(device)
+    if trained is not None and checkpoint is not None:
+        from ..checkpoint import restored
+
+        model = restored(trained, checkpoint)
+    elif shipped:
+        from ..models import pretrained
+
+        model = pretrained()
+    else:
+        from ..config import PRESETS, with_overrides
+        from ..models import untrained
+
+        config = PRESETS[(preset or "published")]
+        config = with_overrides(config, method=(method or "lslpn"))
+        model = untrained(config, seed=DEFAULT_SEED if seed is None else seed)
+    if size is not None:
+        # The network takes any size: only what its input is resized to changes.
+        model.config = dataclasses.replace(model.config, size=size)
+    return model.to(where).eval()
 
 
 def say(line: str) -> None:

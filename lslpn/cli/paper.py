@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
-from enum import Enum
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
-import typer
-
+from ..config import Align, Classes, Method, Protocol
 from ..errors import InputError
 from .options import (
-    Align,
+    BatchOption,
+    ChunksOption,
     DataOption,
     DeviceOption,
-    MethodName,
-    OneOfEach,
-    Preset,
     PresetOption,
-    ProtocolName,
     QuietOption,
     command,
-    fraction,
+    grid_of,
+    group,
+    option,
     say,
     settings_of,
     split,
@@ -34,185 +31,33 @@ from .options import (
 if TYPE_CHECKING:
     from ..paper.store import Store
 
-experiment_app = typer.Typer(
-    help=(
-        "The paper's experiments: train what is not trained yet, evaluate it, and write the "
-        "tables and figures.\n\n"
-        "An experiment that was stopped goes on where it was when the same command is given "
-        "again. Commands for the same --out share its trained networks."
-    ),
-    rich_markup_mode="rich",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+experiment_app = group(
+    "The paper's experiments: train what is not trained yet, evaluate it, and write the "
+    "tables and figures.\n\n"
+    "An experiment that was stopped goes on where it was when the same command is given "
+    "again. Commands for the same --out share its trained networks."
 )
 
-
-class Setting(str, Enum):
-    """What happens to training slices that show a held-out organ."""
-
-    one = "I"
-    two = "II"
-
-
-class ClassesName(str, Enum):
-    """Which organs a network is trained on."""
-
-    all = "all"
-    tested = "tested"
-    none = "none"
-
-
-# --- options that several experiments share -------------------------------------------------
-
-_Out = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        metavar="DIR",
-        help="Where tables, figures, evaluations and trained networks go.",
-        show_default=False,
-    ),
-]
+_Some = list[str] | None
 _Method = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        metavar="NAME",
-        help="lslpn, panet, senet or alpnet, repeated or with commas; default: lslpn.",
-        show_default=False,
-    ),
-]
-_Fold = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--fold",
-        metavar="ORGANS",
-        help="Organs that are held out and tested together, such as liver, or "
-        "kidney_right+kidney_left; repeat for more folds. Default: liver; spleen; the kidneys; "
-        "the psoas muscles, as far as the data set has them.",
-        show_default=False,
-    ),
-]
-_Folds = Annotated[
-    int | None,
-    typer.Option(
-        "--folds",
-        metavar="K",
-        min=2,
-        help="Cut the cases into K parts: test on each, train on the others; the case behind a "
-        "part is its support.",
-        show_default=False,
-    ),
-]
-_TrainCases = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--train-cases",
-        metavar="CASE",
-        help="Cases to train on, repeated or with commas, or patterns such as 'silver_*'; "
-        "default: all that are not tested.",
-        show_default=False,
-    ),
-]
-_TestCases = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--test-cases",
-        metavar="CASE",
-        help="Cases to test on, likewise; default: all that are not trained on.",
-        show_default=False,
-    ),
-]
-_Support = Annotated[
-    str | None,
-    typer.Option(
-        "--support",
-        metavar="CASE",
-        help="The case whose labels are given at the test; default: the first to train on.",
-        show_default=False,
-    ),
-]
-_Seeds = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--seeds",
-        metavar="N",
-        help="A training run for each, repeated or with commas; default: 1234,1235,1236.",
-        show_default=False,
-    ),
-]
-_OneClasses = Annotated[
-    ClassesName,
-    typer.Option(
-        "--classes",
-        help="Train on all labels that are not held out, on those of the other --fold alone "
-        "(tested), or on superpixels, without any label (none).",
-    ),
-]
-_Protocol = Annotated[
-    ProtocolName,
-    typer.Option(
-        "--protocol", metavar="NAME", help="published, senet, alpnet or adnet, as in evaluate."
-    ),
-]
-_Chunks = Annotated[
-    int | None,
-    typer.Option(
-        "--chunks",
-        metavar="N",
-        min=1,
-        help="Parts of the organ's range; default: the protocol's own.",
-        show_default=False,
-    ),
-]
-_Align = Annotated[
-    Align,
-    typer.Option(
-        "--align", help="body crops the scans to the patient's body first, in training and test."
-    ),
-]
-_Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="[METHOD.]NAME=VALUE",
-        help="Change one setting of the preset, such as --set size=257, or of one method alone: "
-        "--set alpnet.supervision=superpixels; repeat for more.",
-        show_default=False,
-    ),
-]
-_Setting = Annotated[
-    Setting,
-    typer.Option(
-        "--setting",
-        help="I: held-out organs may lie unlabelled in training slices; II: such slices are "
-        "left out.",
+    _Some,
+    option(
+        "--method NAME", "lslpn, panet, senet or alpnet, repeated or with commas; default: lslpn."
     ),
 ]
 _Untrained = Annotated[
-    bool,
-    typer.Option("--untrained", help="Add the first method's network before training."),
+    bool, option("--untrained", "Add the first method's network before training.")
 ]
-_Runs = Annotated[
-    Path | None,
-    typer.Option(
-        "--runs",
-        metavar="DIR",
-        help="Where trained networks lie, and new ones go, METHOD/FOLD/seedN; default: OUT/runs.",
-        show_default=False,
+_OnlyUntrained = Annotated[
+    bool, option("--untrained", "The network before training, in its place.")
+]
+_OneClasses = Annotated[
+    Classes,
+    option(
+        "--classes",
+        "Train on all labels that are not held out, on those of the other --fold alone "
+        "(tested), or on superpixels, without any label (none).",
     ),
-]
-_Run = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--run",
-        metavar="METHOD:FOLD:SEED=RUN",
-        help="Take a network that `lslpn train` made with the same settings; repeat for more.",
-        show_default=False,
-    ),
-]
-_Batch = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, help="Query slices encoded at once.")
 ]
 
 
@@ -221,22 +66,97 @@ class _Given:
     """The options that all experiments share: `_experiment` gives every command these."""
 
     data: DataOption
-    out: _Out
-    fold: _Fold = None
-    folds: _Folds = None
-    train_cases: _TrainCases = None
-    test_cases: _TestCases = None
-    support: _Support = None
-    seeds: _Seeds = None
-    setting: _Setting = Setting.one
-    protocol: _Protocol = ProtocolName.published
-    chunks: _Chunks = None
-    align: _Align = Align.none
-    preset: PresetOption = Preset.published
-    sets: _Set = None
-    runs: _Runs = None
-    run: _Run = None
-    batch: _Batch = 8
+    out: Annotated[
+        Path, option("--out DIR", "Where tables, figures, evaluations and trained networks go.")
+    ]
+    fold: Annotated[
+        _Some,
+        option(
+            "--fold ORGANS",
+            "Organs that are held out and tested together, such as liver, or "
+            "kidney_right+kidney_left; repeat for more folds. Default: liver; spleen; the kidneys; "
+            "the psoas muscles, as far as the data set has them.",
+        ),
+    ] = None
+    folds: Annotated[
+        int | None,
+        option(
+            "--folds K",
+            "Cut the cases into K parts: test on each, train on the others; the case behind a part "
+            "is its support.",
+            min=2,
+        ),
+    ] = None
+    train_cases: Annotated[
+        _Some,
+        option(
+            "--train-cases CASE",
+            "Cases to train on, repeated or with commas, or patterns such as 'silver_*'; default: "
+            "all that are not tested.",
+        ),
+    ] = None
+    test_cases: Annotated[
+        _Some,
+        option(
+            "--test-cases CASE", "Cases to test on, likewise; default: all that are not trained on."
+        ),
+    ] = None
+    support: Annotated[
+        str | None,
+        option(
+            "--support CASE",
+            "The case whose labels are given at the test; default: the first to train on.",
+        ),
+    ] = None
+    seeds: Annotated[
+        _Some,
+        option(
+            "--seeds N",
+            "A training run for each, repeated or with commas; default: 1234,1235,1236.",
+        ),
+    ] = None
+    setting: Annotated[
+        Literal["I", "II"],
+        option(
+            "--setting",
+            "I: held-out organs may lie unlabelled in training slices; II: such slices are left "
+            "out.",
+        ),
+    ] = "I"
+    protocol: Annotated[
+        Protocol, option("--protocol NAME", "published, senet, alpnet or adnet, as in evaluate.")
+    ] = "published"
+    chunks: ChunksOption = None
+    align: Annotated[
+        Align,
+        option(
+            "--align", "body crops the scans to the patient's body first, in training and test."
+        ),
+    ] = "none"
+    preset: PresetOption = "published"
+    sets: Annotated[
+        _Some,
+        option(
+            "--set [METHOD.]NAME=VALUE",
+            "Change one setting of the preset, such as --set size=257, or of one method alone: "
+            "--set alpnet.supervision=superpixels; repeat for more.",
+        ),
+    ] = None
+    runs: Annotated[
+        Path | None,
+        option(
+            "--runs DIR",
+            "Where trained networks lie, and new ones go, METHOD/FOLD/seedN; default: OUT/runs.",
+        ),
+    ] = None
+    run: Annotated[
+        _Some,
+        option(
+            "--run METHOD:FOLD:SEED=RUN",
+            "Take a network that `lslpn train` made with the same settings; repeat for more.",
+        ),
+    ] = None
+    batch: BatchOption = 8
     device: DeviceOption = "auto"
     quiet: QuietOption = False
 
@@ -268,9 +188,7 @@ def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = Signature(options)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in options}
-    made = command(run)
-    experiment_app.command(function.__name__.replace("_", "-"), cls=OneOfEach)(made)
-    return made
+    return command(experiment_app)(run)
 
 
 # --- experiments ----------------------------------------------------------------------------
@@ -282,13 +200,11 @@ def table1(
     method: _Method = None,
     classes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--classes",
-            metavar="NAME",
-            help="Train with added classes (all labels that are not held out: all), without them "
-            "(the organs of the other --fold alone: tested), or on superpixels, without any label "
+        option(
+            "--classes NAME",
+            "Train with added classes (all labels that are not held out: all), without them (the "
+            "organs of the other --fold alone: tested), or on superpixels, without any label "
             "(none); repeated or with commas; default: all,tested.",
-            show_default=False,
         ),
     ] = None,
     untrained: _Untrained = False,
@@ -311,48 +227,34 @@ def grid_scale(
     given: _Given,
     scale: Annotated[
         list[str] | None,
-        typer.Option(
-            "--scale",
-            metavar="FRACTION",
-            help="Size of a window over the image, or SIZE:SPACING, repeated or with commas; "
-            "default: 1/16, 1/8, 1/4 and 1, and without overlap 1/16:1, 1/8:1 and 1/4:1.",
-            show_default=False,
+        option(
+            "--scale FRACTION",
+            "Size of a window over the image, or SIZE:SPACING, repeated or with commas; default: "
+            "1/16, 1/8, 1/4 and 1, and without overlap 1/16:1, 1/8:1 and 1/4:1.",
         ),
     ] = None,
-    untrained: Annotated[
-        bool, typer.Option("--untrained", help="The network before training, in its place.")
-    ] = False,
-    classes: _OneClasses = ClassesName.all,
+    untrained: _OnlyUntrained = False,
+    classes: _OneClasses = "all",
 ) -> list[Path]:
     """Fig. 3, left: the size of the windows, with and without overlap.
 
     The networks are those of table1; every grid is tried on each in one pass.
     """
-    from lslpn_kernels import GridSpec
-
     from ..paper import grid_scale as experiment
 
-    grids = []
-    for text in split(scale):
-        size, colon, spacing = text.partition(":")
-        wide = fraction(spacing, "--scale") if colon else experiment.OVERLAP
-        grids.append(GridSpec(fraction(size, "--scale"), wide))
+    grids = [grid_of(text, experiment.OVERLAP) for text in split(scale)]
     with _opened(given, experiment.own(grids)) as store:
         return experiment.run(
-            store, _seeds(given.seeds), grids=grids, classes=classes.value, untrained=untrained
+            store, _seeds(given.seeds), grids=grids, classes=classes, untrained=untrained
         )
 
 
 @_experiment
 def misalignment(
     given: _Given,
-    method: Annotated[
-        MethodName, typer.Option("--method", metavar="NAME", help="lslpn, panet, senet or alpnet.")
-    ] = MethodName.lslpn,
-    untrained: Annotated[
-        bool, typer.Option("--untrained", help="The network before training, in its place.")
-    ] = False,
-    classes: _OneClasses = ClassesName.all,
+    method: Annotated[Method, option("--method NAME", "lslpn, panet, senet or alpnet.")] = "lslpn",
+    untrained: _OnlyUntrained = False,
+    classes: _OneClasses = "all",
 ) -> list[Path]:
     """Fig. 3, right: how well organs are found, against how alike support and query lie.
 
@@ -363,7 +265,7 @@ def misalignment(
 
     with _opened(given) as store:
         return experiment.run(
-            store, [method.value], _seeds(given.seeds), classes=classes.value, untrained=untrained
+            store, [method], _seeds(given.seeds), classes=classes, untrained=untrained
         )
 
 
@@ -373,24 +275,19 @@ def figures(
     method: _Method = None,
     case: Annotated[
         list[str] | None,
-        typer.Option(
-            "--case",
-            metavar="CASE",
-            help="Test cases to show, repeated or with commas; default: the first two.",
-            show_default=False,
+        option(
+            "--case CASE", "Test cases to show, repeated or with commas; default: the first two."
         ),
     ] = None,
     organ: Annotated[
         list[str] | None,
-        typer.Option(
-            "--organ",
-            metavar="NAME",
-            help="Organs to show, repeated or with commas; default: all that are held out.",
-            show_default=False,
+        option(
+            "--organ NAME",
+            "Organs to show, repeated or with commas; default: all that are held out.",
         ),
     ] = None,
     untrained: _Untrained = False,
-    classes: _OneClasses = ClassesName.all,
+    classes: _OneClasses = "all",
 ) -> list[Path]:
     """Fig. 2 and 4: support, query, ground truth and each method's result.
 
@@ -405,7 +302,7 @@ def figures(
             _seeds(given.seeds)[0],
             cases=split(case, store.setup.dataset.cases),
             organs=split(organ, store.setup.dataset.organs),
-            classes=classes.value,
+            classes=classes,
             untrained=untrained,
         )
 
@@ -430,26 +327,26 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
         )
     dataset = Dataset.open(given.data)
     changes, own = _own_settings(settings_of(given.sets))
-    for name, option in (
+    for name, its in (
         ("method", "--method"),
         ("seed", "--seeds"),
         ("organs", "--fold and --classes"),
         ("drop_test_slices", "--setting"),
     ):
         if any(name in some for some in (changes, *own.values())):
-            raise InputError(f"--set {name}: is set by {option}; use that")
+            raise InputError(f"--set {name}: is set by {its}; use that")
     if "supervision" in changes:
         raise InputError(
             "--set supervision: is set by --classes none; use that, or METHOD.supervision for one "
             "method alone"
         )
     # Scans are trained on as they are tested, unless --set says otherwise.
-    changes = {"align": given.align.value, **changes}
-    if given.setting is Setting.two:
+    changes = {"align": given.align, **changes}
+    if given.setting == "II":
         changes["drop_test_slices"] = "true"
     setup = Setup(
         dataset=dataset,
-        config=with_overrides(PRESETS[given.preset.value], **changes),
+        config=with_overrides(PRESETS[given.preset], **changes),
         organ_folds=organ_folds(dataset, _folds_of(given.fold, dataset.organs)),
         subject_folds=subject_folds(
             dataset,
@@ -458,9 +355,9 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
             test=split(given.test_cases, dataset.cases),
             support=given.support,
         ),
-        protocol=given.protocol.value,
-        chunks=protocol_of(given.protocol.value, given.chunks).chunks,
-        align=given.align.value,
+        protocol=given.protocol,
+        chunks=protocol_of(given.protocol, given.chunks).chunks,
+        align=given.align,
         batch=given.batch,
         own=own,
     )
@@ -509,7 +406,7 @@ def _seeds(given: list[str] | None) -> list[int]:
 
 
 def _classes(given: list[str] | None) -> list[Any]:
-    known, texts = [kind.value for kind in ClassesName], split(given)
+    known, texts = get_args(Classes), split(given)
     for text in texts:
         if text not in known:
             raise InputError(f"--classes: expected some of {', '.join(known)}, got {text!r}")

@@ -18,17 +18,16 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
-from . import common
-from .common import Corpus, Problem, Survey
+from .common import Survey, files_below, read_both
 
-CORPUS = Corpus(
-    name="BTCV",
-    description="Abdominal CT in the portal venous phase, 13 organs drawn by hand "
+CORPUS = {
+    "name": "BTCV",
+    "description": "Abdominal CT in the portal venous phase, 13 organs drawn by hand "
     "(Multi-Atlas Labeling Beyond the Cranial Vault, training cases).",
-    reference="https://www.synapse.org/Synapse:syn3193805",
-    licence="see the terms on Synapse",
-    channel="CT",
-)
+    "reference": "https://www.synapse.org/Synapse:syn3193805",
+    "licence": "see the terms on Synapse",
+    "channel_names": {"0": "CT"},
+}
 
 # In the order of the organisers' values, which are kept.
 ORGANS = (
@@ -54,28 +53,24 @@ _WITHIN = (".", "RawData/Training", "Training", "Abdomen/RawData/Training", "Raw
 
 def survey(source: Path) -> Survey:
     """Find the 30 cases; raises InputError where the folders of the corpus are not there."""
-    images, labels = _folders(source)
-    result = Survey({organ: value for value, organ in enumerate(ORGANS, 1)})
-    found = {
-        "img": _numbered(images, "img", source, result),
-        "label": _numbered(labels, "label", source, result),
-    }
+    result = Survey(source, {organ: value for value, organ in enumerate(ORGANS, 1)})
+    folders = dict(zip(("img", "label"), _folders(source), strict=True))
+    found = {kind: _numbered(folder, kind, result) for kind, folder in folders.items()}
     # The corpus should have the 30; a number beyond them is taken as well.
     for number in sorted({*CASES, *found["img"], *found["label"]}):
         case = f"btcv_{number:04d}"
-        paths_of: dict[str, Path | None] = {}
-        for kind, folder, what in (("img", images, "image"), ("label", labels, "labels")):
-            paths = found[kind].get(number, [])
-            paths_of[kind] = paths[0] if paths else None
-            if not paths:
-                path = folder / f"{kind}{number:04d}.nii.gz"
-                text, mend = f"the {what} of case {case}", "unpack RawData.zip again"
-                result.problems.append(common.missing(path, source, text, case, mend))
-            elif len(paths) > 1:
-                text = f"the {what} of {case}"
-                result.problems.append(common.doubled(paths, source, text, case))
+        image, labels = (
+            result.problems.needed(
+                found[kind].get(number, []),
+                folder / f"{kind}{number:04d}.nii.gz",
+                f"the {'image' if kind == 'img' else 'labels'} of case {case}",
+                case,
+                "unpack RawData.zip again",
+            )
+            for kind, folder in folders.items()
+        )
         result.cases[case] = functools.partial(
-            common.read_both, case, paths_of["img"], paths_of["label"], source, len(ORGANS)
+            read_both, case=case, image=image, labels=labels, known=len(ORGANS)
         )
     return result
 
@@ -86,7 +81,7 @@ def _folders(source: Path) -> tuple[Path, Path]:
             folder = source / within
             if not (folder / images).is_dir() or not (folder / labels).is_dir():
                 continue
-            files = common.files_below(folder / images)
+            files = files_below(folder / images)
             if images != "img" and any(re.match(r"DET\d+_avg", p.name) for p in files):
                 continue
             return folder / images, folder / labels
@@ -101,21 +96,19 @@ def _folders(source: Path) -> tuple[Path, Path]:
     )
 
 
-def _numbered(folder: Path, kind: str, source: Path, result: Survey) -> dict[int, list[Path]]:
+def _numbered(folder: Path, kind: str, result: Survey) -> dict[int, list[Path]]:
+    def number_of(name: str) -> re.Match[str] | None:
+        return re.match(rf"{kind}(\d{{4}})(?!\d)", name)
+
+    def case_of(name: str) -> str | None:
+        match = number_of(name)
+        return f"btcv_{match[1]}" if match else None
+
     found: dict[int, list[Path]] = {}
-    for path in common.files_below(folder):
-        match = re.match(rf"{kind}(\d{{4}})(?!\d)", path.name)
-        case = f"btcv_{match[1]}" if match else None
-        if common.is_unfinished(path):
-            result.problems.append(common.unfinished(path, source, case))
-        elif (name := common.stem(path)) is None:
-            result.ignore("not NIfTI")
-        elif match and name == match[0]:
+    for path, name in result.nifti_files(folder, case_of):
+        match = number_of(name)
+        if match and name == match[0]:
             found.setdefault(int(match[1]), []).append(path)
         else:
-            result.problems.append(_wrong(path, source, kind, case))
+            result.problems.misnamed(path, f"{kind}0001.nii.gz", case_of(name))
     return found
-
-
-def _wrong(path: Path, source: Path, kind: str, case: str | None) -> Problem:
-    return common.misnamed(path, source, f"{kind}0001.nii.gz", case)

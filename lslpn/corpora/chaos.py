@@ -19,17 +19,16 @@ import nibabel as nib
 import numpy as np
 
 from ..errors import InputError
-from . import common
-from .common import Corpus, FaultsError, Loaded, Problem, Survey
+from .common import Faults, FaultsError, Loaded, Survey, files_below
 
-CORPUS = Corpus(
-    name="CHAOS T2-SPIR",
-    description="Abdominal MR, T2-SPIR, four organs drawn by hand (CHAOS challenge, training "
+CORPUS = {
+    "name": "CHAOS T2-SPIR",
+    "description": "Abdominal MR, T2-SPIR, four organs drawn by hand (CHAOS challenge, training "
     "cases).",
-    reference="Kavur et al., Medical Image Analysis 2021",
-    licence="CC BY-NC-SA 4.0 by the challenge's rules",
-    channel="T2",
-)
+    "reference": "Kavur et al., Medical Image Analysis 2021",
+    "licence": "CC BY-NC-SA 4.0 by the challenge's rules",
+    "channel_names": {"0": "T2"},
+}
 
 LABELS = {"liver": 1, "kidney_right": 2, "kidney_left": 3, "spleen": 4}
 # The organisers' ranges about 63, 126, 189 and 252, ends included.
@@ -50,7 +49,7 @@ def survey(source: Path) -> Survey:
     """
     _pydicom()
     root = _root(source)
-    result = Survey(dict(LABELS))
+    result = Survey(source, dict(LABELS))
     numbers = {int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()}
     for number in sorted(numbers.union(CASES)):
         case = f"chaos_{number:02d}"
@@ -63,17 +62,18 @@ def survey(source: Path) -> Survey:
         found: dict[str, dict[str, Path]] = {"dcm": {}, "png": {}}
         for kind, where, what in (("dcm", slices, "slices"), ("png", drawings, "drawings")):
             if where.is_dir():
-                found[kind] = _numbered(where, kind, case, source, result)
+                found[kind] = _numbered(where, kind, case, result)
             if not found[kind]:
-                text = f"the {what} of {case}"
-                result.problems.append(common.missing(where, source, text, case, again))
+                result.problems.missing(where, f"the {what} of {case}", case, again)
         if found["dcm"] and found["png"]:
             for key in sorted(set(found["dcm"]) ^ set(found["png"])):
                 kind, where = ("png", drawings) if key in found["dcm"] else ("dcm", slices)
                 path = where / f"{key}.{kind}"
                 text = f"every slice of {case} has an image and a drawing"
-                result.problems.append(common.missing(path, source, text, case, again))
-        result.cases[case] = functools.partial(_load, case, found["dcm"], found["png"], source)
+                result.problems.missing(path, text, case, again)
+        result.cases[case] = functools.partial(
+            _load, case=case, slices=found["dcm"], drawings=found["png"]
+        )
     return result
 
 
@@ -98,21 +98,19 @@ def _root(source: Path) -> Path:
     )
 
 
-def _numbered(folder: Path, kind: str, case: str, source: Path, result: Survey) -> dict[str, Path]:
+def _numbered(folder: Path, kind: str, case: str, result: Survey) -> dict[str, Path]:
     """Name without its ending to file."""
     found: dict[str, Path] = {}
-    for path in common.files_below(folder):
+    for path in files_below(folder):
         name, _, ending = path.name.rpartition(".")
-        if common.is_unfinished(path):
-            result.problems.append(common.unfinished(path, source, case))
-        elif ending.lower() != kind:
+        if not result.finished(path, case):
+            continue
+        if ending.lower() != kind:
             result.ignore(f"not {kind.upper()}")
         elif not re.fullmatch(r"IMG-\d+-\d+", name):
-            expected = f"IMG-0002-00001.{kind}"
-            result.problems.append(common.misnamed(path, source, expected, case))
+            result.problems.misnamed(path, f"IMG-0002-00001.{kind}", case)
         elif name in found:
-            what = f"slice {name} of {case}"
-            result.problems.append(common.doubled([found[name], path], source, what, case))
+            result.problems.one_of([found[name], path], f"slice {name} of {case}", case)
         else:
             found[name] = path
     return found
@@ -121,11 +119,11 @@ def _numbered(folder: Path, kind: str, case: str, source: Path, result: Survey) 
 # --- one case -------------------------------------------------------------------------------
 
 
-def _load(case: str, slices: dict[str, Path], drawings: dict[str, Path], source: Path) -> Loaded:
-    problems: list[Problem] = []
+def _load(faults: Faults, case: str, slices: dict[str, Path], drawings: dict[str, Path]) -> Loaded:
+    before = len(faults)
 
     def fault(path: Path, what: str) -> None:
-        problems.append(Problem(f"{path}: {what}", case, common.shown(path, source)))
+        faults.add(path, what, case)
 
     read: dict[str, Any] = {}
     for name, path in slices.items():
@@ -145,10 +143,10 @@ def _load(case: str, slices: dict[str, Path], drawings: dict[str, Path], source:
         except InputError as error:
             fault(path, str(error))
     if not read or len(read) < len(slices):
-        raise FaultsError(problems)
+        raise FaultsError
     order, affine = _geometry(read, slices, fault)
-    if problems or sorted(labels) != sorted(read):
-        raise FaultsError(problems)
+    if len(faults) > before or sorted(labels) != sorted(read):
+        raise FaultsError
 
     # Array axes of a NIfTI file: along a row, down the columns, through the slices.
     image = np.stack([read[name]["pixels"].T for name in order], axis=-1)
@@ -157,12 +155,12 @@ def _load(case: str, slices: dict[str, Path], drawings: dict[str, Path], source:
     if image.min() == image.max():
         fault(first.parent, "every pixel of every slice is the same; unpack this case again")
     if not drawn.any():
-        problems.append(common.nothing_drawn(drawings[order[0]].parent, source, case))
-    if problems:
-        raise FaultsError(problems)
+        faults.nothing_drawn(drawings[order[0]].parent, case)
+    if len(faults) > before:
+        raise FaultsError
     record = {
-        "image": common.shown(first.parent, source),
-        "labels": common.shown(drawings[order[0]].parent, source),
+        "image": faults.shown(first.parent),
+        "labels": faults.shown(drawings[order[0]].parent),
         "slices": len(order),
         "first_slice": order[0],
         "empty": [organ for organ, value in LABELS.items() if not (drawn == value).any()],

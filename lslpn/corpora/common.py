@@ -1,21 +1,21 @@
 """What the recipes share: reading with every fault listed, merging, writing, resuming.
 
 A recipe looks at names alone and returns a `Survey`: for each case a function that reads it, and
-what is wrong with the names. `run` then goes through the cases once. A case is read and checked
-whole before anything of it is written, its image is written before its labels, and it is entered
-into `prepared.json` after both; dataset.json comes last. So a folder without dataset.json is not
-finished, and whatever is entered is whole.
+what is wrong with the names. `prepare_corpus` then goes through the cases once. A case is read and
+checked whole before anything of it is written, its image is written before its labels, and it is
+entered into `prepared.json` after both; dataset.json comes last. So a folder without dataset.json
+is not finished, and whatever is entered is whole.
 """
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.volumes import Volume, check_same_grid, read_image, read_labels, write_labels
-from ..errors import InputError
+from ..errors import InputError, meant
 from ..files import check_writable, write_bytes, write_text
 
 NAMES = ("visceral", "btcv", "chaos", "totalsegmentator")
@@ -52,15 +52,66 @@ class Problem:
 
 
 class FaultsError(Exception):
-    """Everything that is wrong with one case."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__(f"{len(problems)} problems")
-        self.problems = tuple(problems)
+    """A case cannot be used; what is wrong with it is in the `Faults` it was read with."""
 
 
 class LeftOutError(Exception):
     """The case is sound but has nothing to offer; the message says why."""
+
+
+class Faults(list[Problem]):
+    """What is wrong with the corpus in `source`, as far as it is known."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__()
+        self.source = source
+
+    def shown(self, path: Path) -> str:
+        """A path as the report shows it: relative to the corpus where it lies inside."""
+        inside = path.is_relative_to(self.source)
+        return path.relative_to(self.source).as_posix() if inside else str(path)
+
+    def add(self, path: Path, what: str, case: str | None) -> None:
+        self.append(Problem(f"{path}: {what}", case, self.shown(path)))
+
+    @contextmanager
+    def of(self, path: Path, case: str) -> Iterator[None]:
+        """Enter an InputError, whose message names `path`, and go on behind the `with`."""
+        try:
+            yield
+        except InputError as error:
+            self.append(Problem(str(error), case, self.shown(path)))
+
+    def misnamed(self, path: Path, expected: str, case: str | None = None) -> None:
+        what = f"expected a name such as {expected}; rename the file, or move it out of the corpus"
+        self.add(path, what, case)
+
+    def missing(self, path: Path, what: str, case: str, mend: str) -> None:
+        self.add(path, f"missing, {what}; {mend}", case)
+
+    def one_of(self, paths: Sequence[Path], what: str, case: str) -> Path | None:
+        """The first of `paths`, if any; several are a fault."""
+        if len(paths) > 1:
+            others = ", ".join(map(self.shown, paths[1:]))
+            there = f"there is more than one file of {what} (also {others}); keep the right one"
+            self.add(paths[0], there, case)
+        return paths[0] if paths else None
+
+    def needed(
+        self, paths: Sequence[Path], path: Path, what: str, case: str, mend: str
+    ) -> Path | None:
+        """`one_of`, where none is a fault as well: `path` is missing."""
+        if not paths:
+            self.missing(path, what, case, mend)
+        return self.one_of(paths, what, case)
+
+    def nothing_drawn(self, path: Path, case: str) -> None:
+        self.add(
+            path,
+            "no organ is drawn in its labels, expected at least one labelled voxel; download the "
+            "labels of this case again",
+            case,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,9 +134,10 @@ class Survey:
     """What the names of a corpus tell.
 
     Attributes:
+        source: its folder.
         labels: organ to value, from 1.
-        cases: name of a case to the function that reads it, which raises `FaultsError` or
-            `LeftOutError`; it must bear that files are missing if `problems` says so.
+        cases: name of a case to the function that reads it and enters into the given `Faults` what
+            is wrong with it; raises `FaultsError` or `LeftOutError`; files may be missing.
         problems: what is wrong with the names; a case named here is read, for what else is
             wrong with it, but not written.
         ignored: files that are no part of the task, by reason.
@@ -93,26 +145,40 @@ class Survey:
             same. What only lets more cases pass is none of them.
     """
 
+    source: Path
     labels: dict[str, int]
-    cases: dict[str, Callable[[], Loaded]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    cases: dict[str, Callable[[Faults], Loaded]] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.problems = Faults(self.source)
 
     def ignore(self, reason: str) -> None:
         """Count a file that is no part of the task."""
         self.ignored[reason] = self.ignored.get(reason, 0) + 1
 
+    def finished(self, path: Path, case: str | None) -> bool:
+        """Whether no download manager left this behind unfinished, which is a fault."""
+        if not path.name.lower().endswith(_UNFINISHED):
+            return True
+        what = "a download that was not finished; finish it, or delete it if the file is there"
+        self.problems.add(path, what, case)
+        return False
 
-@dataclass(frozen=True)
-class Corpus:
-    """What dataset.json says about a corpus."""
+    def nifti_files(
+        self, folder: Path, case_of: Callable[[str], str | None]
+    ) -> Iterator[tuple[Path, str]]:
+        """The NIfTI files below a folder, with their names without the ending.
 
-    name: str
-    description: str
-    reference: str
-    licence: str
-    channel: str
+        `case_of` tells the case of a file that is not finished from its whole name.
+        """
+        for path in files_below(folder):
+            if self.finished(path, case_of(path.name)):
+                if match := re.fullmatch(r"(.*)\.nii(\.gz)?", path.name):
+                    yield path, match[1]
+                else:
+                    self.ignore("not NIfTI")
 
 
 @dataclass(frozen=True)
@@ -168,53 +234,25 @@ def prepare_corpus(
     if name not in NAMES:
         raise InputError(f"recipe {name!r}: not known, expected one of {', '.join(NAMES)}")
     module = importlib.import_module(f"{__package__}.{name}")
-    src, dst = Path(source), Path(target)
-    if not src.is_dir():
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
         raise InputError(
-            f"{src}: there is no such folder, expected the corpus, unpacked; check the path"
+            f"{source}: there is no such folder, expected the corpus, unpacked; check the path"
         )
-    if dst.resolve() == src.resolve() or src.resolve() in dst.resolve().parents:
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise InputError(
-            f"{dst}: lies inside the corpus {src}, expected a folder outside it, so that what is "
-            "written is never taken for part of the corpus; give another DST"
+            f"{target}: lies inside the corpus {source}, expected a folder outside it, so that "
+            "what is written is never taken for part of the corpus; give another DST"
         )
-    survey: Survey = module.survey(src, **options)
-    return run(
-        name,
-        module.CORPUS,
-        survey,
-        src,
-        dst,
-        cases=cases,
-        skip_bad=skip_bad,
-        resume=resume,
-        progress=progress,
-    )
-
-
-# --- the run --------------------------------------------------------------------------------
-
-
-def run(
-    name: str,
-    corpus: Corpus,
-    survey: Survey,
-    source: Path,
-    target: Path,
-    *,
-    cases: Sequence[str] = (),
-    skip_bad: bool = False,
-    resume: bool = False,
-    progress: bool = True,
-) -> Outcome:
-    """Read, check and write the cases of a survey; arguments as `prepare_corpus`."""
+    survey: Survey = module.survey(source, **options)
     wanted = _wanted(survey, cases)
     what = {"recipe": name, "labels": survey.labels, "settings": survey.settings}
     records = _earlier(target, what, resume)
     check_writable(target / REPORT)
 
     # A file that belongs to no case is no matter to whoever names the cases.
-    problems = [
+    problems = Faults(source)
+    problems += [
         problem
         for problem in survey.problems
         if (not cases if problem.case is None else problem.case in wanted)
@@ -224,14 +262,13 @@ def run(
     left_out: dict[str, str] = {}
 
     def report(complete: bool) -> None:
+        problems.sort(key=lambda p: (p.case is None, p.case or "", p.file, p.what))
         content = {
             **what,
             "source": str(source.resolve()),
             "complete": complete,
             "cases": {case: records[case] for case in sorted(records)},
-            "skipped": [
-                {"case": p.case, "file": p.file, "problem": p.what} for p in _sorted(problems)
-            ],
+            "skipped": [{"case": p.case, "file": p.file, "problem": p.what} for p in problems],
             "left_out": dict(sorted(left_out.items())),
             "ignored": dict(sorted(survey.ignored.items())),
         }
@@ -241,9 +278,8 @@ def run(
     todo = [case for case in wanted if case not in records and case in survey.cases]
     for case in tqdm(todo, desc=name, unit="case", disable=not progress, dynamic_ncols=True):
         try:
-            loaded = survey.cases[case]()
-        except FaultsError as faults:
-            problems.extend(faults.problems)
+            loaded = survey.cases[case](problems)
+        except FaultsError:
             continue
         except LeftOutError as reason:
             if case not in bad:
@@ -258,32 +294,24 @@ def run(
     complete = bool(records) and (skip_bad or not problems)
     if complete:
         meta = {
-            "name": corpus.name,
-            "description": corpus.description,
-            "reference": corpus.reference,
-            "licence": corpus.licence,
-            "channel_names": {"0": corpus.channel},
+            **module.CORPUS,
             "labels": {"background": 0, **survey.labels},
             "numTraining": len(records),
             "file_ending": ".nii.gz",
         }
         write_text(target / "dataset.json", json.dumps(meta, indent=1) + "\n")
     report(complete)
-    return Outcome(
-        tuple(sorted(records)), left_out, tuple(_sorted(problems)), complete, _notes(records)
-    )
+    return Outcome(tuple(sorted(records)), left_out, tuple(problems), complete, _notes(records))
 
 
 def _wanted(survey: Survey, cases: Sequence[str]) -> list[str]:
-    named = {problem.case for problem in survey.problems if problem.case is not None}
-    known = sorted(named.union(survey.cases))
+    known = sorted({p.case for p in survey.problems if p.case is not None}.union(survey.cases))
     for case in cases:
         if case not in known:
-            close = difflib.get_close_matches(case, known, n=1)
-            meant = f" (did you mean {close[0]!r}?)" if close else ""
             shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
             raise InputError(
-                f"case {case!r}: not in this corpus{meant}; its {len(known)} cases: {shown}"
+                f"case {case!r}: not in this corpus{meant(case, known)}; its {len(known)} cases: "
+                f"{shown}"
             )
     return sorted(set(cases)) if cases else known
 
@@ -303,11 +331,9 @@ def _earlier(target: Path, what: dict[str, Any], resume: bool) -> dict[str, Any]
         return {}
     path = target / REPORT
     if not resume or not path.is_file():
-        mend = (
-            "give another folder, or go on with what was begun there with `resume=True`"
-            if path.is_file()
-            else "give another folder"
-        )
+        mend = "give another folder"
+        if path.is_file():
+            mend += ", or go on with what was begun there with `resume=True`"
         raise InputError(
             f"{target}: is not empty (it holds {held[0]}), expected a new or empty folder, "
             f"because nothing is written over; {mend}"
@@ -329,36 +355,25 @@ def _earlier(target: Path, what: dict[str, Any], resume: bool) -> dict[str, Any]
     return {
         case: record
         for case, record in records.items()
-        if _image_path(target, case).is_file() and _labels_path(target, case).is_file()
+        if all(path.is_file() for path in _paths(target, case))
     }
 
 
-def _image_path(target: Path, case: str) -> Path:
-    return target / "imagesTr" / f"{case}_0000.nii.gz"
-
-
-def _labels_path(target: Path, case: str) -> Path:
-    return target / "labelsTr" / f"{case}.nii.gz"
+def _paths(target: Path, case: str) -> tuple[Path, Path]:
+    """Where image and labels of a case go."""
+    return target / "imagesTr" / f"{case}_0000.nii.gz", target / "labelsTr" / f"{case}.nii.gz"
 
 
 def _write(target: Path, case: str, loaded: Loaded) -> None:
-    if isinstance(loaded.image, Path):
-        data = loaded.image.read_bytes()
-        # The bytes stay as they are, header and all; read_image has found them sound.
-        packed = data if data[:2] == b"\x1f\x8b" else gzip.compress(data, 6, mtime=0)
-    else:
-        packed = gzip.compress(loaded.image.to_bytes(), 6, mtime=0)
-    write_bytes(_image_path(target, case), packed)
+    image, labels = _paths(target, case)
+    # The bytes of a file stay as they are, header and all; read_image has found them sound.
+    source = loaded.image
+    data = source.read_bytes() if isinstance(source, Path) else source.to_bytes()
+    write_bytes(image, data if data[:2] == b"\x1f\x8b" else gzip.compress(data, 6, mtime=0))
     if isinstance(loaded.labels, tuple):
-        labels, like = loaded.labels
-        write_labels(_labels_path(target, case), labels, like)
+        write_labels(labels, *loaded.labels)
     else:
-        content = gzip.compress(loaded.labels.to_bytes(), 6, mtime=0)
-        write_bytes(_labels_path(target, case), content)
-
-
-def _sorted(problems: Iterable[Problem]) -> list[Problem]:
-    return sorted(problems, key=lambda p: (p.case is None, p.case or "", p.file, p.what))
+        write_bytes(labels, gzip.compress(loaded.labels.to_bytes(), 6, mtime=0))
 
 
 def _notes(records: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
@@ -383,64 +398,6 @@ def _notes(records: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-# --- names ----------------------------------------------------------------------------------
-
-
-def shown(path: Path, source: Path) -> str:
-    """A path as the report shows it: relative to the corpus where it lies inside."""
-    try:
-        return path.relative_to(source).as_posix()
-    except ValueError:
-        return str(path)
-
-
-def stem(path: Path) -> str | None:
-    """The name without .nii or .nii.gz; None for any other file."""
-    for ending in (".nii.gz", ".nii"):
-        if path.name.endswith(ending):
-            return path.name[: -len(ending)]
-    return None
-
-
-def is_unfinished(path: Path) -> bool:
-    """Whether a download manager left this behind."""
-    return path.name.lower().endswith(_UNFINISHED)
-
-
-def unfinished(path: Path, source: Path, case: str | None) -> Problem:
-    """The problem that an unfinished download is."""
-    return Problem(
-        f"{path}: a download that was not finished; finish it, or delete it if the file is there",
-        case,
-        shown(path, source),
-    )
-
-
-def misnamed(path: Path, source: Path, expected: str, case: str | None = None) -> Problem:
-    """The problem that a name is which follows no pattern of the corpus."""
-    return Problem(
-        f"{path}: expected a name such as {expected}; rename the file, or move it out of the "
-        "corpus",
-        case,
-        shown(path, source),
-    )
-
-
-def missing(path: Path, source: Path, what: str, case: str | None, mend: str) -> Problem:
-    """The problem that a file or folder is not there."""
-    return Problem(f"{path}: missing, {what}; {mend}", case, shown(path, source))
-
-
-def doubled(paths: Sequence[Path], source: Path, what: str, case: str | None) -> Problem:
-    """The problem that there are several files where one is meant."""
-    others = ", ".join(shown(path, source) for path in paths[1:])
-    return Problem(
-        f"{paths[0]}: there is more than one file of {what} (also {others}); keep the right one",
-        case,
-        shown(paths[0], source),
-    )
-
-
 def files_below(folder: Path) -> list[Path]:
     """Every file below a folder, sorted; names with a leading dot are other tools' leavings.
 
@@ -461,15 +418,6 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def first_folder(source: Path, candidates: Sequence[str], need: Sequence[str]) -> Path | None:
-    """The first of the candidates, relative to `source`, that has all the folders in `need`."""
-    for candidate in candidates:
-        folder = source / candidate
-        if folder.is_dir() and all((folder / name).is_dir() for name in need):
-            return folder
-    return None
-
-
 def natural(text: str) -> tuple[Any, ...]:
     """A key that sorts 2 before 10, and numbers before words, words before nothing."""
     parts = re.findall(r"\d+|\D+", text)
@@ -481,25 +429,24 @@ def check_organs(organs: Sequence[str], known: Iterable[str]) -> None:
     names = sorted(known)
     for organ in organs:
         if organ not in names:
-            close = difflib.get_close_matches(organ, names, n=1)
-            meant = f" (did you mean {close[0]!r}?)" if close else ""
             raise InputError(
-                f"organ {organ!r}: not in this corpus{meant}; it has: {', '.join(names)}"
+                f"organ {organ!r}: not in this corpus{meant(organ, names)}; it has: "
+                f"{', '.join(names)}"
             )
 
 
-# --- masks, one organ a file ----------------------------------------------------------------
+# --- reading a case -------------------------------------------------------------------------
 
 
 def merge_case(
+    faults: Faults,
     case: str,
     image_path: Path | None,
     masks: Mapping[str, Path],
     labels: Mapping[str, int],
-    source: Path,
     record: dict[str, Any],
     *,
-    empty_is: type[Exception],
+    empty_is_fault: bool,
 ) -> Loaded:
     """Read an image and its masks, one organ a file, and merge them to one label map.
 
@@ -508,26 +455,21 @@ def merge_case(
     The rule does not depend on the order of the files.
 
     Args:
+        faults: takes everything that is wrong with the image and each of the masks.
         image_path: None if it is missing: the masks are checked, and no case comes out.
         masks: organ to file.
         record: extended by organs, overlaps and empty masks.
-        empty_is: what to raise when no mask holds a voxel: `LeftOutError` or `FaultsError`.
+        empty_is_fault: whether it is one that no mask holds a voxel.
 
     Raises:
-        FaultsError: with everything that is wrong with the image and each of the masks.
-        LeftOutError: no mask holds a voxel, if `empty_is` says so.
+        FaultsError: something was entered into `faults`, or the image is missing.
+        LeftOutError: no mask holds a voxel, if that is no fault.
     """
-    problems: list[Problem] = []
-
-    def fault(path: Path, error: InputError) -> None:
-        problems.append(Problem(str(error), case, shown(path, source)))
-
+    before = len(faults)
     image: Volume | None = None
     if image_path is not None:
-        try:
+        with faults.of(image_path, case):
             image = read_image(image_path)
-        except InputError as error:
-            fault(image_path, error)
 
     merged: np.ndarray | None = None
     sizes: dict[int, int] = {0: 0}
@@ -535,46 +477,46 @@ def merge_case(
     overlaps: dict[tuple[int, int], int] = {}
     organs, empty = [], []
     for organ, path in sorted(masks.items(), key=lambda item: labels[item[0]]):
-        try:
-            mask = read_labels(path)
+        mask: Volume | None = None
+        with faults.of(path, case):
+            found = read_labels(path)
             if image is not None:
-                check_same_grid(image, mask)
-            values = [int(value) for value in np.unique(mask.data) if value]
+                check_same_grid(image, found)
+            values = [int(value) for value in np.unique(found.data) if value]
             if len(values) > 1:
                 raise InputError(
                     f"{path}: holds the values {', '.join(map(str, values[:6]))}, expected one "
                     "organ (0 and one other value); check that it is the mask of this organ alone"
                 )
-        except InputError as error:
-            fault(path, error)
+            mask = found
+        if mask is None:
             continue
         drawn = mask.data > 0
         value = labels[organ]
         sizes[value] = int(drawn.sum())
-        organs.append({"organ": organ, "file": shown(path, source), "voxels": sizes[value]})
-        if not values:
+        organs.append({"organ": organ, "file": faults.shown(path), "voxels": sizes[value]})
+        if not sizes[value]:
             empty.append(organ)
             continue
         if merged is None:
             merged = np.zeros(mask.data.shape, np.uint8)
-        if problems or merged.shape != drawn.shape:
+        if len(faults) > before or merged.shape != drawn.shape:
             continue  # nothing will be written: only look at the files that are left
         holders = merged[drawn]
-        for holder in np.unique(holders):
-            if not holder:
-                continue
-            overlaps[int(holder), value] = int((holders == holder).sum())
-            if (sizes[int(holder)], int(holder)) < (sizes[value], value):
+        for holder in map(int, np.unique(holders[holders > 0])):
+            overlaps[holder, value] = int((holders == holder).sum())
+            if (sizes[holder], holder) < (sizes[value], value):
                 drawn &= merged != holder
         merged[drawn] = value
-    if problems or image is None or image_path is None:
-        raise FaultsError(problems)
+    if len(faults) > before or image is None or image_path is None:
+        raise FaultsError
     if merged is None:
-        if empty_is is LeftOutError:
+        if not empty_is_fault:
             raise LeftOutError("every mask of the chosen organs is empty")
-        raise FaultsError([nothing_drawn(image_path, source, case)])
+        faults.nothing_drawn(image_path, case)
+        raise FaultsError
     record.update(
-        image=shown(image_path, source),
+        image=faults.shown(image_path),
         organs=organs,
         overlaps=[
             {"organs": [names[a], names[b]], "voxels": count}
@@ -585,45 +527,31 @@ def merge_case(
     return Loaded(image_path, (merged, image), record)
 
 
-def nothing_drawn(path: Path, source: Path, case: str) -> Problem:
-    """The problem that a case has labels without a single voxel."""
-    return Problem(
-        f"{path}: no organ is drawn in its labels, expected at least one labelled voxel; "
-        "download the labels of this case again",
-        case,
-        shown(path, source),
-    )
-
-
 def read_both(
-    case: str, image: Path | None, labels: Path | None, source: Path, known: int
+    faults: Faults, case: str, image: Path | None, labels: Path | None, known: int
 ) -> Loaded:
     """Read an image and its label map, with values from 0 to `known`; None is a missing file.
 
     Raises:
-        FaultsError: with everything that is wrong with either.
+        FaultsError: something is wrong with either, which is in `faults` now.
     """
-    problems: list[Problem] = []
     volume: Volume | None = None
     drawn: Volume | None = None
     if image is not None:
-        try:
+        with faults.of(image, case):
             volume = read_image(image)
-        except InputError as error:
-            problems.append(Problem(str(error), case, shown(image, source)))
     if labels is not None:
-        try:
-            drawn = read_labels(labels, require_foreground=True)
-            if drawn.data.max() > known:
+        with faults.of(labels, case):
+            found = read_labels(labels, require_foreground=True)
+            if found.data.max() > known:
                 raise InputError(
-                    f"{labels}: holds the value {drawn.data.max()}, expected labels from 0 to "
+                    f"{labels}: holds the value {found.data.max()}, expected labels from 0 to "
                     f"{known}; check that it is the label map of this corpus"
                 )
             if volume is not None:
-                check_same_grid(volume, drawn)
-        except InputError as error:
-            problems.append(Problem(str(error), case, shown(labels, source)))
-    if problems or image is None or labels is None or volume is None or drawn is None:
-        raise FaultsError(problems)
-    record = {"image": shown(image, source), "labels": shown(labels, source)}
+                check_same_grid(volume, found)
+            drawn = found
+    if image is None or labels is None or volume is None or drawn is None:
+        raise FaultsError
+    record = {"image": faults.shown(image), "labels": faults.shown(labels)}
     return Loaded(image, (drawn.data.astype(np.uint8), volume), record)

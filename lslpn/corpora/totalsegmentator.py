@@ -10,23 +10,21 @@ a leg, say) is left out, which is no fault.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError
-from . import common
-from .common import Corpus, LeftOutError, Loaded, Problem, Survey
+from .common import Faults, LeftOutError, Loaded, Survey, check_organs, merge_case
 
-CORPUS = Corpus(
-    name="TotalSegmentator",
-    description="CT of all body regions; labels drawn by an iteratively trained nnU-Net and "
+CORPUS = {
+    "name": "TotalSegmentator",
+    "description": "CT of all body regions; labels drawn by an iteratively trained nnU-Net and "
     "corrected by hand.",
-    reference="Wasserthal et al., Radiology: Artificial Intelligence 2023",
-    licence="CC BY 4.0",
-    channel="CT",
-)
+    "reference": "Wasserthal et al., Radiology: Artificial Intelligence 2023",
+    "licence": "CC BY 4.0",
+    "channel_names": {"0": "CT"},
+}
 
 # The 13 organs of BTCV, in TotalSegmentator's names; both versions have them.
 ABDOMEN = (
@@ -61,22 +59,22 @@ def survey(source: Path, organs: Sequence[str] = (), allow_missing: bool = False
     """
     chosen = tuple(dict.fromkeys(organs)) or ABDOMEN
     root = _root(source)
-    result = Survey({organ: value for value, organ in enumerate(chosen, 1)})
+    result = Survey(source, {organ: value for value, organ in enumerate(chosen, 1)})
     known: set[str] = set()
     for entry in sorted(root.iterdir()):
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
-        if common.is_unfinished(entry):
-            result.problems.append(common.unfinished(entry, source, None))
-        elif not entry.is_dir():
+        if not result.finished(entry, None):
+            continue
+        if not entry.is_dir():
             result.ignore("beside the cases (meta.csv and the like)")
         elif _CASE.fullmatch(entry.name):
-            known |= _case(entry, source, chosen, allow_missing, result)
+            known |= _case(entry, chosen, allow_missing, result)
         elif (entry / "segmentations").is_dir() or any(entry.glob("ct*")):
-            result.problems.append(common.misnamed(entry, source, "s0001 for a case's folder"))
+            result.problems.misnamed(entry, "s0001 for a case's folder")
         else:
             result.ignore("folders that are no case")
-    common.check_organs(chosen, known or chosen)
+    check_organs(chosen, known or chosen)
     return result
 
 
@@ -90,64 +88,36 @@ def _root(source: Path) -> Path:
     )
 
 
-def _case(
-    folder: Path, source: Path, chosen: Sequence[str], allow_missing: bool, result: Survey
-) -> set[str]:
+def _case(folder: Path, chosen: Sequence[str], allow_missing: bool, result: Survey) -> set[str]:
     """Enter a case into the survey; returns the organs that have a mask."""
-    case = folder.name
-    problems: list[Problem] = []
+    case, problems = folder.name, result.problems
     images: list[Path] = []
     masks: dict[str, list[Path]] = {}
-    for path in common.files_below(folder):
+    for path, name in result.nifti_files(folder, lambda _: case):
         inside = path.parent.name == "segmentations"
-        name = common.stem(path)
-        if common.is_unfinished(path):
-            problems.append(common.unfinished(path, source, case))
-        elif name is None:
-            result.ignore("not NIfTI")
-        elif inside and re.fullmatch(r"\w+", name):
+        if inside and re.fullmatch(r"\w+", name):
             masks.setdefault(name, []).append(path)
         elif not inside and name == "ct":
             images.append(path)
         else:
-            expected = "liver.nii.gz" if inside else "ct.nii.gz"
-            problems.append(common.misnamed(path, source, expected, case))
+            problems.misnamed(path, "liver.nii.gz" if inside else "ct.nii.gz", case)
     again = "unpack or download this case again"
-    if not images:
-        path = folder / "ct.nii.gz"
-        problems.append(common.missing(path, source, f"the image of {case}", case, again))
-    elif len(images) > 1:
-        problems.append(common.doubled(images, source, f"the image of {case}", case))
+    image = problems.needed(images, folder / "ct.nii.gz", f"the image of {case}", case, again)
     absent = [organ for organ in chosen if organ not in masks]
     for organ in () if allow_missing else absent:
         path = folder / "segmentations" / f"{organ}.nii.gz"
         mend = f"{again}, or take the case without this organ with `allow_missing=True`"
-        problems.append(common.missing(path, source, f"the mask of {organ}", case, mend))
+        problems.missing(path, f"the mask of {organ}", case, mend)
+    taken: dict[str, Path] = {}
     for organ in chosen:
-        if len(masks.get(organ, ())) > 1:
-            problems.append(common.doubled(masks[organ], source, f"{organ} of {case}", case))
-    result.problems.extend(problems)
-    found = {organ: masks[organ][0] for organ in chosen if organ in masks}
-    result.cases[case] = functools.partial(_load, case, images, found, result, source, absent)
+        if mask := problems.one_of(masks.get(organ, []), f"{organ} of {case}", case):
+            taken[organ] = mask
+
+    def load(faults: Faults) -> Loaded:
+        if not taken:
+            raise LeftOutError("none of the chosen organs has a file")
+        record = {"missing": absent} if absent else {}
+        return merge_case(faults, case, image, taken, result.labels, record, empty_is_fault=False)
+
+    result.cases[case] = load
     return set(masks)
-
-
-def _load(
-    case: str,
-    images: list[Path],
-    masks: dict[str, Path],
-    result: Survey,
-    source: Path,
-    absent: list[str],
-) -> Loaded:
-    if not masks:
-        raise LeftOutError("none of the chosen organs has a file")
-    return common.merge_case(
-        case,
-        images[0] if images else None,
-        masks,
-        result.labels,
-        source,
-        {"missing": absent} if absent else {},
-        empty_is=LeftOutError,
-    )

@@ -12,24 +12,22 @@ other volumes of the same patients, and landmarks, which are passed over.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from . import common
-from .common import Corpus, FaultsError, Loaded, Problem, Survey
+from .common import Faults, Loaded, Survey, check_organs, merge_case, natural
 
-CORPUS = Corpus(
-    name="VISCERAL",
-    description="Contrast-enhanced CT of thorax and abdomen, Anatomy3: gold corpus drawn by hand, "
-    "silver corpus fused from the participants' results.",
-    reference="Jimenez-del-Toro et al., IEEE Transactions on Medical Imaging 2016",
-    licence="VISCERAL's participation agreement; not to be redistributed",
-    channel="CT",
-)
+CORPUS = {
+    "name": "VISCERAL",
+    "description": "Contrast-enhanced CT of thorax and abdomen, Anatomy3: gold corpus drawn by "
+    "hand, silver corpus fused from the participants' results.",
+    "reference": "Jimenez-del-Toro et al., IEEE Transactions on Medical Imaging 2016",
+    "licence": "VISCERAL's participation agreement; not to be redistributed",
+    "channel_names": {"0": "CT"},
+}
 
 # The organisers' own table. Several repositories have the sides of these pairs swapped.
 RADLEX = {
@@ -94,57 +92,55 @@ def survey(
     """
     if corpus not in (*CORPORA, "both"):
         raise InputError(f"corpus: expected gold, silver or both, got {corpus!r}")
-    common.check_organs(organs, RADLEX.values())
+    check_organs(organs, RADLEX.values())
     chosen = tuple(dict.fromkeys(organs)) or tuple(RADLEX.values())
-    result = Survey({organ: value for value, organ in enumerate(chosen, 1)})
+    result = Survey(source, {organ: value for value, organ in enumerate(chosen, 1)})
     result.settings = {"corpus": corpus, "annotator": annotator}
     for name in CORPORA if corpus == "both" else (corpus,):
-        _corpus(name, source, corpus == "both", annotator, allow_missing, result)
+        _corpus(name, corpus == "both", annotator, allow_missing, result)
     return result
 
 
 def _corpus(
-    name: str,
-    source: Path,
-    both: bool,
-    annotator: str | None,
-    allow_missing: bool,
-    result: Survey,
+    name: str, both: bool, annotator: str | None, allow_missing: bool, result: Survey
 ) -> None:
     title, cases = CORPORA[name]
-    candidates = (title, f"visceral-dataset/{title}", *(() if both else (".",)))
-    folder = common.first_folder(source, candidates, ("Volumes", "Segmentations"))
-    if folder is None:
+    source = result.source
+    for folder in (
+        source / title,
+        source / "visceral-dataset" / title,
+        *(() if both else (source,)),
+    ):
+        if (folder / "Volumes").is_dir() and (folder / "Segmentations").is_dir():
+            break
+    else:
         raise InputError(
             f"{source}: holds no {title} with Volumes and Segmentations, expected the {name} "
             f"corpus; check the path, or choose one with `corpus`"
         )
-    volumes = _volumes(folder / "Volumes", source, cases, result)
-    masks = _masks(folder / "Segmentations", source, cases, result)
+    volumes = _volumes(folder / "Volumes", cases, result)
+    masks = _masks(folder / "Segmentations", cases, result)
     for case in cases:
         _case(
-            case, name, folder, source, volumes.get(case, []), masks.get(case, {}), annotator,
+            case, name, folder, volumes.get(case, []), masks.get(case, {}), annotator,
             allow_missing, result,
         )  # fmt: skip
 
 
-def _volumes(
-    folder: Path, source: Path, cases: Sequence[str], result: Survey
-) -> dict[str, list[Path]]:
+def _volumes(folder: Path, cases: Sequence[str], result: Survey) -> dict[str, list[Path]]:
     """The images of the cases: volume 1, contrast CT of thorax and abdomen."""
+
+    def case_of(name: str) -> str | None:
+        match = _VOLUME.match(name)
+        return match[1] if match and match[1] in cases else None
+
     found: dict[str, list[Path]] = {}
-    for path in common.files_below(folder):
-        stem = common.stem(path)
-        match = _VOLUME.match(stem if stem is not None else path.name)
-        case = match[1] if match and match[1] in cases else None
-        if common.is_unfinished(path):
-            result.problems.append(common.unfinished(path, source, case))
-        elif stem is None:
-            result.ignore("not NIfTI")
-        elif match is None or match[0] != stem:
+    for path, name in result.nifti_files(folder, case_of):
+        match, case = _VOLUME.fullmatch(name), case_of(name)
+        if match is None:
             expected = "10000100_1_CTce_ThAb.nii.gz"
-            case = next((c for c in cases if c in stem), None)
-            result.problems.append(common.misnamed(path, source, expected, case))
+            case = next((c for c in cases if c in name), None)
+            result.problems.misnamed(path, expected, case)
         elif case is None or match.groups()[1:] != ("1", "CTce", "ThAb"):
             result.ignore("volumes of another patient, modality or region")
         else:
@@ -153,23 +149,25 @@ def _volumes(
 
 
 def _masks(
-    folder: Path, source: Path, cases: Sequence[str], result: Survey
+    folder: Path, cases: Sequence[str], result: Survey
 ) -> dict[str, dict[str, dict[str, list[Path]]]]:
     """Case, organ, annotator or fusion: files."""
+
+    def case_of(name: str) -> str | None:
+        return next((c for c in cases if name.startswith(f"{c}_")), None)
+
     found: dict[str, dict[str, dict[str, list[Path]]]] = {}
-    for path in common.files_below(folder):
-        stem = common.stem(path)
-        match = _MASK.fullmatch(stem) if stem is not None else None
-        case = next((c for c in cases if path.name.startswith(f"{c}_")), None)
-        if common.is_unfinished(path):
-            result.problems.append(common.unfinished(path, source, case))
-        elif stem is None:
-            result.ignore("not NIfTI")
-        elif match is None:
+    for path, name in result.nifti_files(folder, case_of):
+        match, case = _MASK.fullmatch(name), case_of(name)
+        if match is None:
             expected = "10000100_1_CTce_ThAb_58_6.nii.gz or 10000101_1_58_FUSION.nii.gz"
-            case = next((c for c in cases if c in stem), None)
-            result.problems.append(common.misnamed(path, source, expected, case))
-        elif case is None or match["volume"] != "1" or _other_kind(match):
+            case = next((c for c in cases if c in name), None)
+            result.problems.misnamed(path, expected, case)
+        elif (
+            case is None
+            or match["volume"] != "1"
+            or (match["modality"], match["region"]) not in ((None, None), ("CTce", "ThAb"))
+        ):
             result.ignore("masks of another patient, modality or region")
         elif (organ := RADLEX.get(int(match["radlex"]))) not in result.labels or organ is None:
             result.ignore("masks of organs that were not chosen")
@@ -179,76 +177,46 @@ def _masks(
     return found
 
 
-def _other_kind(match: re.Match[str]) -> bool:
-    return match["modality"] is not None and (match["modality"], match["region"]) != (
-        "CTce",
-        "ThAb",
-    )
-
-
 def _case(
     case: str,
     corpus: str,
     folder: Path,
-    source: Path,
     volumes: list[Path],
     masks: dict[str, dict[str, list[Path]]],
     annotator: str | None,
     allow_missing: bool,
     result: Survey,
 ) -> None:
-    problems: list[Problem] = []
-    again = "download it again"
-    if not volumes:
-        path = folder / "Volumes" / f"{case}_1_CTce_ThAb.nii.gz"
-        problems.append(common.missing(path, source, f"the image of {case}", case, again))
-    elif len(volumes) > 1:
-        problems.append(common.doubled(volumes, source, f"the image of {case}", case))
+    problems, again = result.problems, "download it again"
+    path = folder / "Volumes" / f"{case}_1_CTce_ThAb.nii.gz"
+    image = problems.needed(volumes, path, f"the image of {case}", case, again)
 
     middle = "1_CTce_ThAb" if corpus == "gold" else "1"
     absent = [organ for organ in result.labels if organ not in masks]
     ids = {organ: number for number, organ in RADLEX.items()}
     if not masks:
         path = folder / "Segmentations" / f"{case}_{middle}_*.nii.gz"
-        problems.append(common.missing(path, source, f"every mask of {case}", case, again))
+        problems.missing(path, f"every mask of {case}", case, again)
     elif not allow_missing:
         for organ in absent:
             path = folder / "Segmentations" / f"{case}_{middle}_{ids[organ]}_*.nii.gz"
             mend = f"{again}, or take the case without this organ with `allow_missing=True`"
-            problems.append(common.missing(path, source, f"the mask of {organ}", case, mend))
+            problems.missing(path, f"the mask of {organ}", case, mend)
 
     taken: dict[str, Path] = {}
     whose: dict[str, str] = {}
     rest: list[dict[str, Any]] = []
     for organ, by in masks.items():
-        order = sorted(by, key=lambda name: (name != annotator, common.natural(name)))
+        order = sorted(by, key=lambda name: (name != annotator, natural(name)))
         for name in order:
-            if len(by[name]) > 1:
-                what = f"{organ} of {case} by one annotator"
-                problems.append(common.doubled(by[name], source, what, case))
+            problems.one_of(by[name], f"{organ} of {case} by one annotator", case)
         taken[organ], whose[organ] = by[order[0]][0], order[0]
-        rest += [{"organ": organ, "file": common.shown(by[n][0], source)} for n in order[1:]]
-    result.problems.extend(problems)
+        rest += [{"organ": organ, "file": problems.shown(by[n][0])} for n in order[1:]]
     record: dict[str, Any] = {"corpus": corpus, "annotators": whose, "not_taken": rest}
     if absent:
         record["missing"] = absent
-    result.cases[case] = functools.partial(_load, case, volumes, taken, result, source, record)
 
+    def load(faults: Faults) -> Loaded:
+        return merge_case(faults, case, image, taken, result.labels, record, empty_is_fault=True)
 
-def _load(
-    case: str,
-    volumes: list[Path],
-    masks: dict[str, Path],
-    result: Survey,
-    source: Path,
-    record: dict[str, Any],
-) -> Loaded:
-    return common.merge_case(
-        case,
-        volumes[0] if volumes else None,
-        masks,
-        result.labels,
-        source,
-        record,
-        empty_is=FaultsError,
-    )
+    result.cases[case] = load

@@ -12,7 +12,6 @@ What reads no labels takes a folder without them as well: DIR/CASE.nii.gz or DIR
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import warnings
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, meant
 from ..files import is_folder
 from .volumes import Volume, check_same_grid, read_image, read_labels
 
@@ -98,7 +97,7 @@ class Dataset:
         if organ in self.labels:
             return self.labels[organ]
         raise InputError(
-            f"organ {organ!r}: not in data set {self.name}{_meant(organ, self.labels)}; "
+            f"organ {organ!r}: not in data set {self.name}{meant(organ, self.labels)}; "
             f"known organs: {', '.join(self.labels)}"
         )
 
@@ -112,7 +111,7 @@ class Dataset:
                 "the file or leave the case out"
             )
         raise InputError(
-            f"case {case!r}: not in data set {self.name}{_meant(case, self.cases)}; "
+            f"case {case!r}: not in data set {self.name}{meant(case, self.cases)}; "
             f"its {len(self.cases)} cases: {_some(self.cases)}"
         )
 
@@ -346,8 +345,3 @@ def _listing(
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
-def _meant(given: str, known: Sequence[str] | dict[str, int]) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

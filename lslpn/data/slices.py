@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from ..config import Align
 from ..errors import InputError
 from .intensities import AIR_BELOW_HU, Intensities, common_window, interpret
 from .volumes import Volume, check_same_grid
@@ -97,7 +98,7 @@ def prepare(
     labels: Volume | None = None,
     *,
     size: int,
-    align: Literal["none", "body"] = "none",
+    align: Align = "none",
     window: Window = "auto",
     normalise: Literal["slice", "volume", "window"] = "slice",
 ) -> Prepared:

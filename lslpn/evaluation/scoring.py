@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lslpn_kernels import GridSpec
 
+from ..config import Align
 from ..data.slices import Prepared, Treatment, prepare, warn_unlike
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork
@@ -58,7 +59,7 @@ def evaluate(
     queries: Sequence[str],
     organs: Sequence[str],
     protocol: str = "published",
-    align: Literal["none", "body"] | None = None,
+    align: Align | None = None,
     chunks: int | None = None,
     batch: int = 8,
     progress: bool = True,
@@ -118,7 +119,7 @@ def evaluate_grids(
     queries: Sequence[str],
     organs: Sequence[str],
     protocol: str = "published",
-    align: Literal["none", "body"] | None = None,
+    align: Align | None = None,
     chunks: int | None = None,
     batch: int = 8,
     progress: bool = True,
@@ -184,7 +185,7 @@ def _evaluate(
     queries: Sequence[str],
     organs: Sequence[str],
     protocol: str,
-    align: Literal["none", "body"] | None,
+    align: Align | None,
     chunks: int | None,
     batch: int,
     progress: bool,
@@ -298,7 +299,7 @@ class _Runner:
         self,
         model: FewShotNetwork,
         rule: Protocol,
-        align: Literal["none", "body"],
+        align: Align,
         views: list[_View],
         batch: int,
     ) -> None:

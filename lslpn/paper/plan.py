@@ -15,16 +15,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..config import Config, with_overrides
+from ..config import Align, Classes, Config, with_overrides
 from ..data.dataset import Dataset
 from ..errors import InputError
 from ..evaluation.protocols import Protocol, protocol_of
 from ..training import FREE_ON_RESUME
-
-Classes = Literal["all", "tested", "none"]
-Align = Literal["none", "body"]
 
 DEFAULT_SEEDS = (1234, 1235, 1236)
 # The organs of the paper's Table 1, by what their names begin with.

@@ -1,0 +1,277 @@
+"""`lslpn evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ..config import Align, Method, Protocol
+from ..errors import InputError
+from .options import (
+    DEFAULT_SEED,
+    CheckpointOption,
+    DataOption,
+    DeviceOption,
+    ForceOption,
+    MethodOption,
+    Preset,
+    QuietOption,
+    SizeOption,
+    UntrainedPresetOption,
+    UntrainedSeedOption,
+    check_new,
+    fraction,
+    grid_of,
+    model_of,
+    option,
+    say,
+    split,
+    untrained_only,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lslpn_kernels import GridSpec
+
+    from ..checkpoint import Checkpoint
+    from ..data.dataset import Dataset
+    from ..data.volumes import Volume
+    from ..models import FewShotNetwork
+
+
+def evaluate(
+    data: DataOption,
+    support: Annotated[str, option("--support CASE", "The case whose labels are given.")],
+    checkpoint: CheckpointOption = None,
+    untrained: Annotated[
+        bool,
+        option("--untrained", "No checkpoint: ImageNet features and a random reduction layer."),
+    ] = False,
+    method: MethodOption = None,
+    query: Annotated[
+        list[str] | None,
+        option(
+            "--query CASE",
+            "Cases to segment, repeated or with commas; default: all that neither the training saw"
+            " nor is the support.",
+        ),
+    ] = None,
+    organ: Annotated[
+        list[str] | None,
+        option(
+            "--organ NAME",
+            "Organs to segment, repeated or with commas; default: those that the checkpoint's "
+            "training held out.",
+        ),
+    ] = None,
+    protocol: Annotated[
+        Protocol,
+        option(
+            "--protocol NAME",
+            "Which support slice segments which query slices. [bold]published[/bold]: 12 chunks of"
+            " the organ's range. [bold]senet[/bold]: 10, median over cases. [bold]alpnet[/bold]: 3"
+            " parts. [bold]adnet[/bold]: one support slice for the whole scan, no knowledge of the"
+            " query's range.",
+        ),
+    ] = "published",
+    chunks: Annotated[
+        int | None,
+        option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1),
+    ] = None,
+    align: Annotated[
+        Align | None,
+        option(
+            "--align",
+            "body crops the scans to the patient's body first; default: as the checkpoint was "
+            "trained, and none without one.",
+        ),
+    ] = None,
+    scale: Annotated[
+        list[str] | None,
+        option(
+            "--scale FRACTION",
+            "Size of a window over the image, such as 1/8, or 1/8:1 with a spacing of its own; "
+            "default: the model's. Repeated, every grid is evaluated in one pass.",
+        ),
+    ] = None,
+    spacing: Annotated[
+        str | None,
+        option(
+            "--spacing FRACTION",
+            "Distance of windows over their size, such as 1/2; 1 is no overlap; default: the "
+            "model's.",
+        ),
+    ] = None,
+    out: Annotated[Path, option("--out DIR", "Where evaluation.json and the figures go.")] = Path(
+        "evaluation"
+    ),
+    preset: UntrainedPresetOption = None,
+    size: SizeOption = None,
+    seed: UntrainedSeedOption = None,
+    batch: Annotated[int, option("--batch N", "Query slices encoded at once.", min=1)] = 8,
+    markdown: Annotated[bool, option("--markdown", "Print the tables as Markdown.")] = False,
+    html: Annotated[
+        bool,
+        option(
+            "--html",
+            "Write evaluation.html as well: the table, a box plot, the worst cases first, and a "
+            "page in views/ for each case.",
+        ),
+    ] = False,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Score a model: 3-D Dice per organ and case, with mean and median.
+
+    Each organ is segmented in each query case from the one support case. Prints a table, and
+    writes JSON and figures.
+
+    [bold]lslpn evaluate --data DIR --checkpoint RUN --support CASE[/bold]
+    """
+    if (checkpoint is None) != untrained:
+        given = "both" if untrained else "neither"
+        raise InputError(f"expected one of --checkpoint RUN and --untrained, got {given}")
+    if checkpoint is not None and method is not None:
+        raise InputError("--method: a checkpoint has its own; give it with --untrained only")
+    untrained_only(checkpoint, preset, seed)
+    result = out / "evaluation.json"
+    check_new(result, force)
+
+    from ..data.dataset import Dataset
+
+    dataset = Dataset.open(data)
+    dataset.check_case(support)
+    wanted, asked = split(organ, dataset.organs), split(query, dataset.cases)
+    for name in wanted:
+        dataset.label_of(name)
+    for name in asked:
+        dataset.check_case(name)
+
+    from ..checkpoint import load_checkpoint
+    from ..evaluation.results import save, summary
+    from ..evaluation.scoring import evaluate as run
+    from ..evaluation.scoring import evaluate_grids
+    from ..models import LSLPN
+
+    trained = None if checkpoint is None else load_checkpoint(checkpoint)
+    model = model_of(trained, checkpoint, preset, size, seed, device, method)
+    grids = _grids(scale, spacing, model)
+    organs, queries, notes = _choices(trained, dataset, support, wanted, asked)
+    for note in notes:
+        say(f"note: {note}")
+    options: dict[str, Any] = {
+        "support": support,
+        "queries": queries,
+        "organs": organs,
+        "protocol": protocol,
+        "align": align,
+        "chunks": chunks,
+        "batch": batch,
+        "progress": not quiet,
+        "name": _name(preset, seed, method) if untrained else str(checkpoint),
+    }
+    views = _Views(out, dataset) if html else None
+    if views is not None:
+        options["observe"] = views.write
+    if isinstance(model, LSLPN):
+        results = evaluate_grids(model, dataset, grids=grids, **options)
+    else:
+        results = [run(model, dataset, **options)]
+    written = save(results, out)
+    for one in results:
+        print(one.table(markdown=markdown), end="\n\n")
+    if len(results) > 1:
+        print(summary(results, markdown=markdown), end="\n\n")
+    figures = len(written) - 1
+    print(f"written: {written[0]} and {figures} figure{'s' * (figures != 1)} beside it")
+    if views is not None:
+        from ..viewer.evaluation import write_evaluation
+
+        print(f"written: {write_evaluation(out / 'evaluation.html', results, views.addresses)}")
+
+
+class _Views:
+    """A page for each case of an evaluation, written as soon as the case is done."""
+
+    def __init__(self, out: Path, dataset: Dataset) -> None:
+        self.out = out
+        self.names = {value: organ for organ, value in dataset.labels.items()}
+        self.addresses: dict[str, str] = {}
+
+    def write(self, case: str, image: Volume, truth: Volume, found: list[np.ndarray]) -> None:
+        from urllib.parse import quote
+
+        from ..viewer import view as shown_as
+
+        layers = {
+            "prediction" if len(found) == 1 else f"prediction, grid {i}": labels
+            for i, labels in enumerate(found, 1)
+        }
+        path = self.out / "views" / f"{case}.html"
+        shown_as(image, layers, truth=truth, names=self.names, title=case).save(path)
+        self.addresses[case] = f"views/{quote(path.name)}"
+
+
+def _grids(
+    scales: Sequence[str] | None, spacing: str | None, model: FewShotNetwork
+) -> list[GridSpec]:
+    """The grids to evaluate LSLPN with; other methods have none."""
+    from lslpn_kernels import GridSpec
+
+    from ..models import LSLPN
+
+    if not isinstance(model, LSLPN):
+        if scales or spacing is not None:
+            given = "--scale" if scales else "--spacing"
+            raise InputError(f"{given}: {model.name} has no grid of windows; leave it away")
+        return []
+    own = model.head.grid
+    common = own.spacing if spacing is None else fraction(spacing, "--spacing")
+    grids = [grid_of(text, common) for text in split(scales)]
+    return grids or [GridSpec(own.scale, common)]
+
+
+def _name(preset: Preset | None, seed: int | None, method: Method | None) -> str:
+    """What the untrained model is called in results."""
+    which = "" if method is None else f"{method}, "
+    settings = preset or "published"
+    return f"untrained ({which}{settings}, seed {DEFAULT_SEED if seed is None else seed})"
+
+
+def _choices(
+    checkpoint: Checkpoint | None,
+    dataset: Dataset,
+    support: str,
+    organs: list[str],
+    queries: list[str],
+) -> tuple[list[str], list[str], list[str]]:
+    """Organs and query cases to evaluate on, and what a reader of the result should know."""
+    held_out: list[str] = []
+    learnt: list[str] = []
+    trained: list[str] = []
+    if checkpoint is not None:
+        record = checkpoint.data
+        held_out, learnt = list(record["hold_out"]), list(record["organs"])
+        trained = list(record["cases"])
+    notes = []
+    if not organs:
+        organs = [name for name in held_out if name in dataset.labels]
+        if not organs:
+            raise InputError(
+                "--organ: expected at least one, got none; known organs: "
+                + ", ".join(dataset.labels)
+            )
+    elif seen := [organ for organ in organs if organ in learnt]:
+        notes.append(f"the training did not hold out {', '.join(seen)}")
+    if not queries:
+        queries = [c for c in dataset.cases if c != support and c not in trained]
+        if not queries:
+            raise InputError(
+                "--query: the training saw every case but the support; name cases to evaluate on"
+            )
+    elif seen := [c for c in queries if c in trained]:
+        notes.append(f"the training saw {', '.join(seen)} (other organs of them)")
+    return organs, queries, notes

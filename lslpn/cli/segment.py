@@ -1,0 +1,289 @@
+"""`lslpn demo`, `segment` and `view`: labels for a scan, and pages that show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import InputError
+from ..files import check_writable
+from .options import (
+    CheckpointOption,
+    DeviceOption,
+    ForceOption,
+    NamesOption,
+    QuietOption,
+    SizeOption,
+    UntrainedPresetOption,
+    UntrainedSeedOption,
+    check_html,
+    check_new,
+    model_of,
+    option,
+    torch_device,
+    untrained_only,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def demo(
+    out: Annotated[
+        Path,
+        option(
+            "--out DIR",
+            "Where result.html, prediction.nii.gz, overlay.png and report.json go; those of an "
+            "earlier demo are replaced.",
+        ),
+    ] = Path("demo"),
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Segment one CT scan from another; both come with the package.
+
+    Scan A with its labels is the support, scan B the query: another orientation, spacing and
+    field of view. The labels of both are predictions of TotalSegmentator, not a human's. Runs
+    offline, in minutes on two CPU cores.
+    """
+    for name in ("prediction.nii.gz", "overlay.png", "report.json", "result.html"):
+        check_writable(out / name)
+    from ..demo import run_demo
+
+    report = run_demo(out, device=torch_device(device), progress=not quiet)
+    width = max(map(len, report["dice"]))
+    for organ, value in report["dice"].items():
+        print(f"{organ:<{width}}  Dice {value:.3f}")
+    print(report["note"])
+    print(f"written to {out}: result.html, prediction.nii.gz, overlay.png, report.json")
+    print(f"open {out / 'result.html'} in any browser to see it, and click into it to see why")
+
+
+def segment(
+    support_image: Annotated[
+        list[Path], option("--support-image NIFTI", "A labelled scan; repeat for more of them.")
+    ],
+    support_mask: Annotated[
+        list[Path],
+        option(
+            "--support-mask NIFTI",
+            "Its labels: 0 is background, each other number an organ; one per --support-image, in "
+            "the same order.",
+        ),
+    ],
+    query: Annotated[Path, option("--query NIFTI", "The scan to segment.")],
+    out: Annotated[
+        Path,
+        option("--out NIFTI", "The labels to write, in the query's own grid, affine and header."),
+    ],
+    html: Annotated[
+        Path | None,
+        option(
+            "--html HTML",
+            "Write a page as well that shows the result in any browser: slices and 3-D, the "
+            "support beside the query, and why a voxel took its label.",
+        ),
+    ] = None,
+    names: NamesOption = None,
+    checkpoint: CheckpointOption = None,
+    align: Annotated[
+        Literal["none", "body", "affine", "deformable"],
+        option(
+            "--align",
+            "affine and deformable register the labelled scan to the query; body and none match "
+            "slice with slice, cut to the patient's body or whole.",
+        ),
+    ] = "deformable",
+    depth: Annotated[
+        float | None,
+        option(
+            "--depth MM",
+            "How far a window reaches along z, where scans are registered; default: 60.",
+            min=0,
+        ),
+    ] = None,
+    keep_islands: Annotated[
+        bool,
+        option(
+            "--keep-islands",
+            "Keep small pieces of an organ apart from the rest, where scans are registered.",
+        ),
+    ] = False,
+    weights: Annotated[
+        Literal["ct", "imagenet"] | None,
+        option(
+            "--weights",
+            "Without --checkpoint: ct has been trained on CT scans without labels, imagenet is a "
+            "network before training; default: ct, and imagenet with --preset or --seed.",
+        ),
+    ] = None,
+    preset: UntrainedPresetOption = None,
+    size: SizeOption = None,
+    seed: UntrainedSeedOption = None,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find the organs of a labelled scan in another scan.
+
+    Without --checkpoint the network is the one that ships, trained on CT scans without any label.
+
+    [bold]lslpn segment --support-image A.nii.gz --support-mask A_mask.nii.gz --query B.nii.gz
+    --out B_mask.nii.gz[/bold]
+    """
+    untrained_only(checkpoint, preset, seed)
+    if weights is not None and checkpoint is not None:
+        raise InputError("--weights: a checkpoint has its own; leave out --weights or --checkpoint")
+    if weights == "ct" and (preset is not None or seed is not None):
+        raise InputError(
+            "--weights ct: --preset and --seed describe an untrained network; leave them out, or "
+            "give --weights imagenet"
+        )
+    own = checkpoint, preset, seed
+    shipped = weights != "imagenet" and own == (None, None, None)
+    if len(support_image) != len(support_mask):
+        raise InputError(
+            f"--support-mask: expected one per --support-image, got {len(support_mask)} for "
+            f"{len(support_image)}; give them in pairs, in the same order"
+        )
+    if not out.name.lower().endswith((".nii.gz", ".nii")):
+        raise InputError(f"--out: expected a name that ends in .nii.gz or .nii, got {out.name}")
+    for name, given in (
+        ("--support-image", support_image),
+        ("--support-mask", support_mask),
+        ("--query", [query]),
+    ):
+        if any(_same_file(out, path) for path in given):
+            raise InputError(f"--out: {out} is also given as {name}; give it another name")
+    registers = align in ("affine", "deformable")
+    for own_option, unused in (("--depth", depth is not None), ("--keep-islands", keep_islands)):
+        if unused and not registers:
+            raise InputError(
+                f"{own_option}: belongs to --align affine and deformable; give one of them, or "
+                "leave it out"
+            )
+    if names is not None and html is None:
+        raise InputError("--names: expected --html as well, whose page shows them; give both")
+    if html is not None:
+        check_html(html, "--html")
+    for path in (out, html):
+        if path is not None:
+            check_new(path, force)
+
+    import numpy as np
+
+    from ..data.dataset import read_names
+    from ..data.volumes import check_same_grid, read_image, read_labels, write_labels
+
+    supports = []
+    for image_path, mask_path in zip(support_image, support_mask, strict=True):
+        image = read_image(image_path)
+        mask = read_labels(mask_path, require_foreground=True)
+        check_same_grid(image, mask)
+        supports.append((image, mask))
+    volume = read_image(query)
+    named = {} if names is None else read_names(names)
+
+    from ..checkpoint import load_checkpoint
+    from ..segmentation.segment import segment_matched as run
+    from ..segmentation.volumetric import DEPTH_MM
+
+    trained = None if checkpoint is None else load_checkpoint(checkpoint)
+    model = model_of(trained, checkpoint, preset, size, seed, device, shipped=shipped)
+    found = run(
+        model,
+        supports,
+        volume,
+        align=align,
+        depth=DEPTH_MM if depth is None else depth,
+        keep_islands=keep_islands,
+        progress=not quiet,
+        explain=html is not None,
+    )
+    labels = found.labels
+    write_labels(out, labels, volume)
+    print(f"written: {out}")
+    if html is not None:
+        from ..viewer import Support
+        from ..viewer import view as shown_as
+
+        scans = [
+            Support(image, mask.data, match)
+            for (image, mask), match in zip(supports, found.matches, strict=True)
+        ]
+        layers = {"prediction": labels}
+        shown_as(
+            volume, layers, names=named, confidence=found.confidence, supports=scans, why=found.why
+        ).save(html)
+        print(f"written: {html}")
+    for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
+        count = int((labels == label).sum())
+        sure = "" if found.confidence is None else f", confidence {found.confidence[label]:.2f}"
+        print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
+
+
+def view(
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="A scan, NIfTI.", show_default=False)
+    ],
+    labels: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[LABELS]...",
+            help="Labels of it; the first are shown on the left, the others beside them.",
+            show_default=False,
+        ),
+    ] = None,
+    truth: Annotated[
+        Path | None,
+        option(
+            "--truth NIFTI", "Ground truth, shown beside the labels, with the Dice of the first."
+        ),
+    ] = None,
+    names: NamesOption = None,
+    out: Annotated[
+        Path | None,
+        option("--out HTML", "The page; default: named after the scan, in the current folder."),
+    ] = None,
+    show: Annotated[bool, option("--open", "Open the page in the default browser.")] = False,
+    force: ForceOption = False,
+) -> None:
+    """Write a page that shows a scan and its labels in any browser, offline.
+
+    One HTML file holds everything; large scans are thinned for it.
+
+    [bold]lslpn view B.nii.gz B_mask.nii.gz --out B.html[/bold]
+    """
+    from ..data.dataset import read_names
+    from ..data.volumes import read_image, read_labels
+    from ..viewer import file_stem
+    from ..viewer import view as shown_as
+
+    if out is not None:
+        check_html(out, "--out")
+    named = {} if names is None else read_names(names)
+    volume = read_image(image)
+    path = Path(f"{file_stem(volume)}.html") if out is None else out
+    check_new(path, force)
+    layers: dict[str, Any] = {}
+    for file in labels or []:
+        one = read_labels(file)
+        name = file_stem(one)
+        while name in layers:  # the same name in another folder
+            name += " (another)"
+        layers[name] = one
+    shown_as(volume, layers, truth=truth, names=named).save(path)
+    print(f"written: {path}")
+    if show:
+        import webbrowser
+
+        webbrowser.open(path.absolute().as_uri())
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return a.absolute() == b.absolute()

@@ -1,0 +1,105 @@
+"""`lslpn train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from ..errors import InputError
+from ..files import is_file
+from .options import (
+    DataOption,
+    DeviceOption,
+    MethodOption,
+    PresetOption,
+    QuietOption,
+    option,
+    settings_of,
+    split,
+    torch_device,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def train(
+    data: DataOption,
+    out: Annotated[Path, option("--out RUN", "Folder for checkpoint and log.")],
+    hold_out: Annotated[
+        list[str] | None,
+        option(
+            "--hold-out ORGAN",
+            "An organ that training must not see, to evaluate on it; repeat for more. Default: "
+            "none, for organs that the data set has no labels of.",
+        ),
+    ] = None,
+    method: MethodOption = None,
+    preset: PresetOption = "published",
+    case: Annotated[
+        list[str] | None,
+        option(
+            "--cases CASE",
+            "Cases to train on, repeated or with commas; default: all. Keep some apart for `lslpn "
+            "evaluate`.",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        option(
+            "--set NAME=VALUE",
+            "Change one setting of the preset, such as --set size=257 --set steps=400; repeat for "
+            "more.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, option("--resume", "Continue the run in --out where it stopped.")
+    ] = False,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Train the network on episodes of all organs but those held out.
+
+    No choice is made on held-out organs or on other cases: the checkpoint is the last one.
+    A run that was stopped goes on with --resume, to the same weights bit for bit. Several GPUs
+    share a batch with torchrun --nproc_per_node=N -m lslpn train.
+
+    [bold]lslpn train --data DIR --hold-out liver --preset published --out RUN[/bold]
+    """
+    from ..config import PRESETS, with_overrides
+    from ..data.dataset import Dataset, UnlabelledScans
+    from ..distributed import joined, world
+
+    if hold_out and not split(hold_out):
+        raise InputError("--hold-out: expected an organ, got none; leave it out to hold out none")
+    with joined(device) as own:
+        changes = settings_of(setting)
+        if method is not None:
+            changes["method"] = method
+        config = with_overrides(PRESETS[preset], **changes)
+        plain = config.train.supervision == "superpixels" and not is_file(data / "dataset.json")
+        dataset = UnlabelledScans.open(data) if plain else Dataset.open(data)
+        held_out = split(hold_out, dataset.organs)
+        for organ in held_out:
+            dataset.label_of(organ)
+        cases = split(case, dataset.cases) or list(dataset.cases)
+        for name in cases:
+            dataset.check_case(name)
+
+        from ..training import time_spent
+        from ..training import train as run
+
+        run(
+            config,
+            dataset,
+            hold_out=held_out,
+            cases=cases,
+            out=out,
+            resume=resume,
+            device=torch_device(own),
+            progress=not quiet,
+        )
+        if world().first:
+            spent = time_spent(out)
+            waited = f"; it waited for data {spent[1] / spent[0]:.1%} of the time" if spent else ""
+            print(f"written: {out}{waited}")
