@@ -19,9 +19,8 @@ import torch
 
 from .config import Config, ModelConfig
 from .errors import InputError
-from .files import is_file, look_up, write_bytes
+from .files import first_unusable, is_file, load_tensors, look_up, write_bytes
 from .models import METHODS, FewShotNetwork, build
-from .tensors import first_unusable, load_tensors
 
 FILE_NAME = "checkpoint.pt"
 _FORMAT = "lslpn-checkpoint"

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there.
+"""Files that are either whole or not there, one writer in a folder, and foreign tensors.
 
 Everything this package writes goes through here: written aside in the same folder, flushed to
 the disk, and renamed over the target. A kill at any moment leaves the previous file whole.
@@ -7,11 +7,16 @@ the disk, and renamed over the target. A kill at any moment leaves the previous 
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .errors import InputError
 
@@ -172,3 +177,80 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         _beside(target).unlink()
     except (OSError, ValueError) as error:
         raise _refusal(target, error) from error
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder for the time of the `with`; the folder must be there and writable.
+
+    The lock is the operating system's and ends with the process, however that ends. Leaves an
+    empty file `.lock`, which means nothing once nobody holds it.
+
+    Raises:
+        InputError: somebody else holds it, or the file cannot be written.
+    """
+    path = Path(folder) / ".lock"
+    # Not a singleton: two callers in one process exclude each other as two processes do.
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{folder}: another lslpn is at work in it; wait until that has ended, or give "
+            "another folder"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise InputError(
+            f"{path}: cannot be locked ({getattr(error, 'strerror', None) or error}); give a "
+            "folder on a disk that you may write to and that knows locks"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def load_tensors(path: str | os.PathLike[str], expected: str) -> Any:
+    """What torch.save wrote to `path`, on the CPU: tensors and plain values, no code.
+
+    The archive's checksums are verified, which torch does not do.
+
+    Raises:
+        InputError: the file is damaged, holds something else, or was not written by torch.save;
+            the message ends with `expected`, a phrase such as "a state dict".
+    """
+    import torch  # here, since most who need this module need no torch
+
+    try:
+        if zipfile.is_zipfile(path):  # older files of torch.save are not
+            with zipfile.ZipFile(path) as archive:
+                if (record := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {record}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file makes the unpickler fail in every way there is
+        # torch's message goes on for a page, in terminal colours; its first sentence will do.
+        first = re.split(r"\. |[\n\x1b]", str(error))[0][:120] or type(error).__name__
+        raise InputError(
+            f"{path}: cannot be read ({first}); it is damaged or something else, expected "
+            f"{expected}"
+        ) from error
+
+
+def first_unusable(state: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first tensor of a state dict that no network can compute with.
+
+    Returns:
+        such as "conv1.weight holds values that are not finite", or None where all can be used.
+    """
+    import torch
+
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return f"{name} is no dense tensor"
+        if value.is_quantized or value.is_complex():
+            return f"{name} holds {value.dtype}, not real numbers"
+        if not bool(value.isfinite().all()):
+            return f"{name} holds values that are not finite"
+        if name.endswith("running_var") and bool((value < 0).any()):
+            return f"{name} holds negative variances"
+    return None

@@ -46,9 +46,8 @@ from .data.episodes import Batch, Episodes
 from .data.superpixels import SuperpixelEpisodes
 from .distributed import World, world
 from .errors import InputError
-from .files import append_text, check_writable, is_file, look_up, write_text
+from .files import append_text, check_writable, is_file, locked, look_up, write_text
 from .info import versions
-from .lock import locked
 from .models import FewShotNetwork, untrained
 
 _LOG_HEADER = "step,loss,lr,seconds_per_step,waiting_per_step\n"

@@ -27,7 +27,7 @@ from lslpn.corpora.visceral import GOLD, SILVER
 from lslpn.data.dataset import Dataset
 from lslpn.errors import InputError
 from lslpn.evaluation.protocols import protocol_of
-from lslpn.lock import locked
+from lslpn.files import locked
 from lslpn.paper import store as store_module
 from lslpn.paper.misalignment import alignment
 from lslpn.paper.plan import Setup, organ_folds, plan_runs, subject_folds
@@ -246,7 +246,7 @@ def test_two_at_once_in_one_folder_refuse(
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from lslpn.lock import locked\n"
+        "import sys, time; from lslpn.files import locked\n"
         "with locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -318,7 +318,7 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     from ..distributed import launched
     from ..evaluation.protocols import protocol_of
     from ..paper.plan import Setup, organ_folds, subject_folds
-    from ..paper.store import opened
+    from ..paper.store import Store, opened
 
     if launched():
         raise InputError(
@@ -363,16 +363,16 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     )
     for method in own:
         setup.config_of(method, 0)  # refuses what is not known
-    with opened(
+    store = Store(
         given.out,
         setup,
-        own=own,
         runs=given.runs,
         given=_given_runs(given.run),
         device=torch_device(given.device),
         progress=not given.quiet,
         say=say,
-    ) as store:
+    )
+    with opened(store, own):
         yield store
 
 

@@ -28,8 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import BatchNormMode, StrideOn
 from ..errors import InputError
-from ..files import is_file
-from ..tensors import first_unusable, load_tensors
+from ..files import first_unusable, is_file, load_tensors
 
 SHIPPED_WEIGHTS = Path(__file__).parents[1] / "assets" / "resnet50_imagenet_trunk.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

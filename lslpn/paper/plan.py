@@ -148,6 +148,12 @@ class Run:
         return f"{self.method}, {in_words(self.classes)}"
 
     @property
+    def in_full(self) -> str:
+        """The run for people: `label`, folds and seed."""
+        where = f"subject fold {self.subjects.name}, " if self.subjects.name else ""
+        return f"{self.label}; {', '.join(self.organs)} held out, {where}seed {self.seed}"
+
+    @property
     def path(self) -> Path:
         """Where its evaluations lie, below the folder of evaluations."""
         return Path(self.variant, self._fold(self.organs), f"seed{self.seed}")

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,8 @@ from ..errors import InputError
 from ..evaluation.protocols import areas
 from ..evaluation.results import Evaluation, Example
 from ..evaluation.scoring import evaluate, evaluate_grids
-from ..files import check_writable, is_file, replacing, write_text
+from ..files import check_writable, is_file, locked, replacing, write_text
 from ..info import commit, versions
-from ..lock import locked
 from ..models import LSLPN, untrained
 from ..training import differences, time_spent, train
 from .plan import Align, Run, Setup, common_settings, fixed
@@ -43,11 +41,6 @@ if TYPE_CHECKING:
     from ..models import FewShotNetwork
 
 SETTINGS = "experiment.json"
-
-
-def say_to_stderr(line: str) -> None:
-    """Where an experiment says what it is doing, unless told otherwise."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -90,28 +83,28 @@ class Done:
     commit: str | None
 
 
+@dataclass
 class Store:
-    """The folder of an experiment, to be used within `opened`."""
+    """The folder of an experiment, to be used within `opened`.
 
-    def __init__(
-        self,
-        folder: Path,
-        setup: Setup,
-        *,
-        runs: Path | None,
-        given: Mapping[str, Path],
-        device: str | torch.device,
-        progress: bool,
-        say: Callable[[str], None],
-    ) -> None:
-        self.folder = folder
-        self.setup = setup
-        self.runs = runs or folder / "runs"
-        self.given = dict(given)
-        self.device = torch.device(device)
-        self.progress = progress
-        self.say = say
-        self._model: tuple[Path | Run, FewShotNetwork] | None = None
+    Attributes:
+        folder: made if need be.
+        setup: what all runs have in common.
+        runs: where the trained runs lie, default OUT/runs; several experiments may share it.
+        given: runs that lie elsewhere, by METHOD:FOLD:SEED.
+        device: where to compute.
+        progress: show bars.
+        say: takes lines on what is being done.
+    """
+
+    folder: Path
+    setup: Setup
+    runs: Path | None = None
+    given: Mapping[str, Path] = field(default_factory=dict)
+    device: str | torch.device = "cpu"
+    progress: bool = True
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+    _model: tuple[Path | Run, FewShotNetwork] | None = None
 
     def results(self, tasks: Sequence[Task]) -> list[Done]:
         """Train and evaluate whatever is not there yet, and read back the rest.
@@ -135,20 +128,16 @@ class Store:
         )
         if to_train:
             self._check_supports(tasks)
-        clock = _Clock(len(to_train), to_evaluate)
-        waiting = set(to_train)
-        for key, run in runs.items():
-            if key not in to_train:
-                clock.known_training(self._training_seconds(run))
         found = []
         for number, task in enumerate(tasks, 1):
             done = self._read(task)
             if done is None:
-                if task.run.key in waiting:
-                    waiting.remove(task.run.key)
-                    self._train(task.run, number, len(tasks), clock)
-                self._say(task.run, number, len(tasks), f"evaluating, {task.name}", clock)
-                done = self._evaluate(task, clock)
+                where = f"[{number}/{len(tasks)}] {task.run.in_full}: "
+                if task.run.key in to_train:
+                    to_train.remove(task.run.key)
+                    self._train(task.run, where)
+                self.say(f"{where}evaluating, {task.name}")
+                done = self._evaluate(task)
             found.append(done)
         return found
 
@@ -169,7 +158,7 @@ class Store:
 
     def run_folder(self, run: Run) -> Path:
         """Where a run lies."""
-        return self.given.get(run.key, self.runs / run.training_path)
+        return self.given.get(run.key, (self.runs or self.folder / "runs") / run.training_path)
 
     # --- training ---------------------------------------------------------------------------
 
@@ -213,13 +202,11 @@ class Store:
             )
         return complete
 
-    def _train(self, run: Run, number: int, total: int, clock: _Clock) -> None:
+    def _train(self, run: Run, where: str) -> None:
         folder = self.run_folder(run)
         begun = is_file(folder / FILE_NAME) or is_file(folder / "config.json")
-        steps = run.config.train.steps
-        what = f"{'training on' if begun else 'training'} to step {steps} in {folder}"
-        self._say(run, number, total, what, clock)
-        started = time.perf_counter()
+        what = "training on" if begun else "training"
+        self.say(f"{where}{what} to step {run.config.train.steps} in {folder}")
         train(
             run.config,
             self.setup.dataset,
@@ -230,12 +217,6 @@ class Store:
             device=self.device,
             progress=self.progress,
         )
-        clock.trained(time.perf_counter() - started, whole=not begun)
-
-    def _training_seconds(self, run: Run) -> float | None:
-        """What the log of a run adds up to."""
-        spent = time_spent(self.run_folder(run))
-        return None if spent is None else spent[0]
 
     # --- evaluation -------------------------------------------------------------------------
 
@@ -267,14 +248,10 @@ class Store:
         """A checksum of a run's checkpoint; None where there is none."""
         if not run.trained:
             return None
-        value = 0
         try:
-            with open(self.run_folder(run) / FILE_NAME, "rb") as stream:
-                while part := stream.read(1 << 20):
-                    value = zlib.crc32(part, value)
+            return zlib.crc32((self.run_folder(run) / FILE_NAME).read_bytes())
         except OSError:
             return None
-        return value
 
     def _read(self, task: Task) -> Done | None:
         """An evaluation that was made before, or None."""
@@ -299,9 +276,8 @@ class Store:
             self.say(f"note: {file} cannot be read ({error}) and is made anew")
             return None
 
-    def _evaluate(self, task: Task, clock: _Clock) -> Done:
+    def _evaluate(self, task: Task) -> Done:
         run, setup = task.run, self.setup
-        started = time.perf_counter()
         model = self._load(run)
         arguments: dict[str, Any] = {
             "support": run.subjects.support,
@@ -319,9 +295,8 @@ class Store:
             found = evaluate_grids(model, setup.dataset, grids=task.grids, **arguments)
         else:
             found = [evaluate(model, setup.dataset, **arguments)]
-        done = Done(
-            task, tuple(found), self._training_seconds(run) if run.trained else None, commit()
-        )
+        spent = time_spent(self.run_folder(run)) if run.trained else None
+        done = Done(task, tuple(found), spent and spent[0], commit())
         file = self._file(task)
         if task.pictures:
             _save_pictures(found, file.with_suffix(".npz"))
@@ -335,7 +310,6 @@ class Store:
             "evaluations": [one.to_dict() for one in found],
         }
         write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
-        clock.evaluated(time.perf_counter() - started)
         return done
 
     def _load(self, run: Run) -> FewShotNetwork:
@@ -343,62 +317,27 @@ class Store:
         which = self.run_folder(run) if run.trained else run
         if self._model is None or self._model[0] != which:
             model = (
-                load_model(self.run_folder(run))
-                if run.trained
+                load_model(which)
+                if isinstance(which, Path)
                 else untrained(run.config, seed=run.seed)
             )
             self._model = which, model.to(self.device).eval()
         return self._model[1]
 
-    def _say(self, run: Run, number: int, total: int, what: str, clock: _Clock) -> None:
-        where = f"subject fold {run.subjects.name}, " if run.subjects.name else ""
-        self.say(
-            f"[{number}/{total}] {run.label}; {', '.join(run.organs)} held out, {where}seed "
-            f"{run.seed}: {what}{clock.left()}"
-        )
-
 
 @contextmanager
-def opened(
-    folder: Path,
-    setup: Setup,
-    *,
-    own: Mapping[str, Any] | None = None,
-    runs: Path | None = None,
-    given: Mapping[str, Path] | None = None,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-    say: Callable[[str], None] = say_to_stderr,
-) -> Iterator[Store]:
-    """Hold the folder of an experiment, alone.
-
-    Args:
-        folder: made if need be.
-        setup: what all runs have in common.
-        own: settings of one experiment alone, by its name.
-        runs: where the trained runs lie, default OUT/runs; several experiments may share it.
-        given: runs that lie elsewhere, by METHOD:FOLD:SEED.
-        device: where to compute.
-        progress: show bars.
-        say: takes lines on what is being done.
+def opened(store: Store, own: Mapping[str, Any] | None = None) -> Iterator[Store]:
+    """Hold the folder of an experiment, alone; `own` are settings of one, by its name.
 
     Raises:
         InputError: another process is at work in the folder, it cannot be written, or what was
             done in it was done with other settings.
     """
-    file = folder / SETTINGS
+    file = store.folder / SETTINGS
     check_writable(file)
-    with locked(folder):
-        _agree(file, {"all experiments": setup.settings(), **(own or {})})
-        yield Store(
-            folder,
-            setup,
-            runs=runs,
-            given=given or {},
-            device=device,
-            progress=progress,
-            say=say,
-        )
+    with locked(store.folder):
+        _agree(file, {"all experiments": store.setup.settings(), **(own or {})})
+        yield store
 
 
 def _agree(file: Path, settings: dict[str, Any]) -> None:
@@ -451,39 +390,6 @@ def _changes(before: Any, now: Any, name: str = "") -> list[str]:
     return [f"{name} was {before!r}, now {now!r}"]
 
 
-class _Clock:
-    """How long the rest will take, judged by what was done so far."""
-
-    def __init__(self, to_train: int, to_evaluate: int) -> None:
-        self.to_train, self.to_evaluate = to_train, to_evaluate
-        self._training: list[float] = []
-        self._evaluating: list[float] = []
-
-    def known_training(self, seconds: float | None) -> None:
-        """A run that was complete before took so long."""
-        if seconds:
-            self._training.append(seconds)
-
-    def trained(self, seconds: float, *, whole: bool) -> None:
-        self.to_train -= 1
-        if whole:
-            self._training.append(seconds)
-
-    def evaluated(self, seconds: float) -> None:
-        self.to_evaluate -= 1
-        self._evaluating.append(seconds)
-
-    def left(self) -> str:
-        """ "; about 2 h 10 min left", as far as it is known."""
-        seconds = 0.0
-        for count, took in ((self.to_train, self._training), (self.to_evaluate, self._evaluating)):
-            if count and not took:
-                rest = f"{self.to_train} to train, {self.to_evaluate} to evaluate"
-                return f" ({rest})"
-            seconds += count * float(np.mean(took)) if count else 0.0
-        return f" (about {duration(seconds)} left)"
-
-
 def duration(seconds: float) -> str:
     """2 h 10 min, 12 min or 40 s."""
     minutes = round(seconds / 60)
@@ -497,35 +403,23 @@ def duration(seconds: float) -> str:
 
 def _save_pictures(evaluations: Sequence[Evaluation], file: Path) -> None:
     arrays = {
-        f"{e}/{x}/{field.name}": np.asarray(getattr(example, field.name))
+        f"{e}/{x}/{f.name}": np.asarray(getattr(example, f.name))
         for e, one in enumerate(evaluations)
         for x, example in enumerate(one.examples)
-        for field in fields(Example)
+        for f in fields(Example)
     }
     with replacing(file) as aside, open(aside, "wb") as stream:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
 def _with_pictures(evaluations: Sequence[Evaluation], file: Path) -> list[Evaluation]:
-    from dataclasses import replace
-
+    found: dict[tuple[int, int], dict[str, Any]] = {}
     with np.load(file, allow_pickle=False) as arrays:
-        return [
-            replace(
-                one,
-                examples=tuple(
-                    Example(
-                        **{
-                            field.name: _plain(arrays[f"{e}/{x}/{field.name}"])
-                            for field in fields(Example)
-                        }
-                    )
-                    for x in range(len({n.split("/")[1] for n in arrays if n.startswith(f"{e}/")}))
-                ),
-            )
-            for e, one in enumerate(evaluations)
-        ]
-
-
-def _plain(array: np.ndarray) -> Any:
-    return array.item() if array.ndim == 0 else array
+        for name, array in arrays.items():
+            e, x, what = name.split("/")
+            plain = array.item() if array.ndim == 0 else array
+            found.setdefault((int(e), int(x)), {})[what] = plain
+    return [
+        replace(one, examples=tuple(Example(**found[key]) for key in sorted(found) if key[0] == e))
+        for e, one in enumerate(evaluations)
+    ]
