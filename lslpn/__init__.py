@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 __version__: str
 
 if TYPE_CHECKING:
-    from .checkpoint import load_model, save_weights
+    from .checkpoint import load_model, pretrained, save_weights
     from .config import preset
     from .data.dataset import Dataset
     from .data.volumes import Volume, read_image, read_labels, write_labels
     from .evaluation.scoring import evaluate
-    from .models import pretrained, untrained
+    from .models import untrained
     from .segmentation.segment import segment
     from .training import train
     from .viewer import view
@@ -40,7 +40,7 @@ _HOMES = {
     "evaluate": "evaluation.scoring",
     "load_model": "checkpoint",
     "preset": "config",
-    "pretrained": "models",
+    "pretrained": "checkpoint",
     "read_image": "data.volumes",
     "read_labels": "data.volumes",
     "save_weights": "checkpoint",

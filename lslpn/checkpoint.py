@@ -6,6 +6,7 @@ read with `weights_only`, so that opening a stranger's checkpoint runs none of h
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -16,8 +17,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 
-from .config import Config, ModelConfig
+from .assets import trained_weights
+from .config import Config
 from .errors import InputError
 from .files import first_unusable, is_file, load_tensors, look_up, write_bytes
 from .models import METHODS, FewShotNetwork, build
@@ -72,9 +75,10 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
 
 
 def save_weights(path: str | os.PathLike[str], model: FewShotNetwork) -> None:
-    """Write the weights alone as safetensors, with method and configuration in the metadata.
+    """Write the weights alone as safetensors, with the network's configuration in the metadata.
 
-    Any reader of safetensors has them; `model.load_state_dict` takes them back.
+    `load_model` builds the network again; any reader of safetensors has the weights, which
+    `model.load_state_dict` takes back.
 
     Raises:
         InputError: another ending than .safetensors, or `path` cannot be written.
@@ -85,7 +89,34 @@ def save_weights(path: str | os.PathLike[str], model: FewShotNetwork) -> None:
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
     config = json.dumps(Config(model=model.config).to_dict()["model"])
-    write_bytes(path, safetensors.torch.save(weights, {"method": model.name, "config": config}))
+    write_bytes(path, safetensors.torch.save(weights, {"model": config}))
+
+
+def _load_weights_file(path: Path) -> FewShotNetwork:
+    """The network of a file of `save_weights`."""
+    expected = "expected a file written by lslpn.save_weights"
+    if not is_file(path):
+        raise InputError(f"{path}: there is no such file, {expected}; check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = Config.from_dict({"model": json.loads(metadata["model"])})
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        what = f"no {error} in its metadata" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: cannot be read ({what}), {expected}") from error
+    return restored(Checkpoint(config, 0, weights, {}, {}, {}), path)
+
+
+def pretrained() -> FewShotNetwork:
+    """The network that ships, in evaluation mode: LSLPN trained on CT scans without any label.
+
+    What it was trained on, and what it reaches, is in docs/weights.md.
+
+    Raises:
+        InputError: the installation lacks the file.
+    """
+    return load_model(trained_weights())
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:
@@ -203,13 +234,16 @@ def _check_weights(
 def load_model(
     path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
 ) -> FewShotNetwork:
-    """The trained network, in evaluation mode; `path` is a checkpoint or the folder of a run.
+    """The trained network, in evaluation mode; `path` is a checkpoint, the folder of a run, or a
+    file of `save_weights`, which ends in .safetensors.
 
-    The network's and its input's configuration come from the checkpoint: `model.config`.
+    The network's and its input's configuration come from the file: `model.config`.
 
     Raises:
         InputError: as `load_checkpoint` and `load_weights`.
     """
+    if str(path).endswith(".safetensors"):
+        return _load_weights_file(Path(path)).to(device)
     return restored(load_checkpoint(path), checkpoint_path(path)).to(device)
 
 
@@ -219,7 +253,8 @@ def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNet
     Raises:
         InputError: as `load_weights`.
     """
-    config = _without_weights(checkpoint.config.model)
+    # The trunk's first weights are overwritten anyway, and their file may be gone.
+    config = dataclasses.replace(checkpoint.config.model, weights="random")
     # First without memory: the configuration may ask for more of it than there is.
     try:
         with torch.device("meta"):
@@ -230,12 +265,8 @@ def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNet
             f"({str(error).splitlines()[0]}); use the file as it was written"
         ) from error
     _check_weights(shapes, checkpoint, name)
-    model = build(config)
+    with torch.random.fork_rng(devices=[]):
+        model = build(config)
     load_weights(model, checkpoint, name)
     model.config = checkpoint.config.model
     return model.eval()
-
-
-def _without_weights(config: ModelConfig) -> ModelConfig:
-    """The trunk's first weights are overwritten anyway, and their file may be gone."""
-    return ModelConfig(**{**vars(config), "weights": "random"})

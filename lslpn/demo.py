@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from .assets import LABELS_NOTE, demo_image, demo_labels, demo_organs
+from .checkpoint import pretrained
 from .data.slices import ABDOMEN_WINDOW, body_boxes
 from .data.volumes import Volume, read_image, read_labels, write_labels
 from .evaluation.overlay import Panel, overlay
 from .files import check_writable, write_text
 from .info import versions
-from .models import pretrained
 from .segmentation.segment import BEYOND, segment_matched
 from .viewer import Support, view
 

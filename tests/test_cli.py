@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import synthetic_ct, write_nifti
 
+from lslpn import pretrained, save_weights
 from lslpn.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -594,7 +595,14 @@ def test_segment_takes_the_network_that_ships_or_another(scans: Scans, run: Run)
     assert np.array_equal(written[0], written[1])
     assert np.array_equal(written[2], written[3])
     assert not np.array_equal(written[0], written[2])
+    own = scans.root / "own.safetensors"
+    save_weights(own, pretrained())
+    assert run(*scans.words(), "--align=body", "--force", f"--weights={own}")[0] == 0
+    assert np.array_equal(np.asanyarray(nib.load(scans.out).dataobj), written[0])
     is_one_line(run(*scans.words(), "--force", "--weights=ct", "--seed=1")[2], "--weights ct")
+    is_one_line(run(*scans.words(), "--force", "--weights=mr")[2], "--weights", "ct, imagenet")
+    nowhere = run(*scans.words(), "--force", "--weights=no.safetensors")[2]
+    is_one_line(nowhere, "no.safetensors", "there is no such file")
     err = run(*scans.words(), "--force", "--weights=ct", "--checkpoint=x.pt")[2]
     is_one_line(err, "--weights", "--checkpoint")
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lslpn.assets import trunk_weights
 from lslpn.errors import InputError
 from lslpn.models import encoder as encoder_module
-from lslpn.models.encoder import SHIPPED_WEIGHTS, BatchNormMode, Encoder, feature_size
+from lslpn.models.encoder import BatchNormMode, Encoder, feature_size
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_stride_on_3x3_moves_the_stride_and_nothing_else(image: torch.Tensor) ->
 
 
 def test_shipped_weights_arrive_in_the_trunk(pretrained: Encoder) -> None:
-    shipped = safetensors.torch.load_file(SHIPPED_WEIGHTS)
+    shipped = safetensors.torch.load_file(trunk_weights())
     own = pretrained.state_dict()
     assert {k for k in own if not k.startswith("reduction.")} - set(shipped) == {
         k for k in own if k.endswith("num_batches_tracked")

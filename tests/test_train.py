@@ -124,6 +124,27 @@ def test_a_network_of_ones_own_is_trained_and_its_weights_exported(
         save_weights(tmp_path / "weights.pt", model)
 
 
+def test_exported_weights_are_a_network_again(tmp_path: Path) -> None:
+    model, file = untrained(small(size=64).model, seed=3), tmp_path / "weights.safetensors"
+    save_weights(file, model)
+    again = load_model(file)
+    assert again.config == model.config
+    assert not again.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], b"x" * 100):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"weights\.safetensors: cannot be read"):
+            load_model(file)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(InputError, match="no 'model' in its metadata"):
+        load_model(file)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, file, {"model": "{}"})
+    with pytest.raises(InputError, match="another architecture"):
+        load_model(file)
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from ..config import Align, Method, Protocol
 from ..errors import InputError
@@ -152,9 +152,7 @@ def evaluate(
 
     from ..checkpoint import load_checkpoint
     from ..evaluation.results import save, summary
-    from ..evaluation.scoring import evaluate as run
     from ..evaluation.scoring import evaluate_grids
-    from ..models import LSLPN
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
     model = model_of(trained, checkpoint, preset, size, seed, device, method)
@@ -162,24 +160,22 @@ def evaluate(
     organs, queries, notes = _choices(trained, dataset, support, wanted, asked)
     for note in notes:
         say(f"note: {note}")
-    options: dict[str, Any] = {
-        "support": support,
-        "queries": queries,
-        "organs": organs,
-        "protocol": protocol,
-        "align": align,
-        "chunks": chunks,
-        "batch": batch,
-        "progress": not quiet,
-        "name": _name(preset, seed, method) if untrained else str(checkpoint),
-    }
     views = _Views(out, dataset) if html else None
-    if views is not None:
-        options["observe"] = views.write
-    if isinstance(model, LSLPN):
-        results = evaluate_grids(model, dataset, grids=grids, **options)
-    else:
-        results = [run(model, dataset, **options)]
+    results = evaluate_grids(
+        model,
+        dataset,
+        grids=grids,
+        support=support,
+        queries=queries,
+        organs=organs,
+        protocol=protocol,
+        align=align,
+        chunks=chunks,
+        batch=batch,
+        progress=not quiet,
+        name=_name(preset, seed, method) if untrained else str(checkpoint),
+        observe=None if views is None else views.write,
+    )
     written = save(results, out)
     for one in results:
         print(one.table(markdown=markdown), end="\n\n")
@@ -217,8 +213,8 @@ class _Views:
 
 def _grids(
     scales: Sequence[str] | None, spacing: str | None, model: FewShotNetwork
-) -> list[GridSpec]:
-    """The grids to evaluate LSLPN with; other methods have none."""
+) -> list[GridSpec] | None:
+    """The grids to evaluate LSLPN with; None for other methods."""
     from lslpn_kernels import GridSpec
 
     from ..models import LSLPN
@@ -227,7 +223,7 @@ def _grids(
         if scales or spacing is not None:
             given = "--scale" if scales else "--spacing"
             raise InputError(f"{given}: {model.name} has no grid of windows; leave it away")
-        return []
+        return None
     own = model.head.grid
     common = own.spacing if spacing is None else fraction(spacing, "--spacing")
     grids = [grid_of(text, common) for text in split(scales)]

@@ -294,9 +294,9 @@ def model_of(
     device: str,
     method: Method | None = None,
     *,
-    shipped: bool = False,
+    weights: str | None = None,
 ) -> FewShotNetwork:
-    """The model of a checkpoint, the one that ships, or an untrained one; ready to run."""
+    """The model of a checkpoint or of `weights`, or an untrained one; ready to run."""
     import dataclasses
 
     where = torch_device(device)
@@ -304,10 +304,10 @@ def model_of(
         from ..checkpoint import restored
 
         model = restored(trained, checkpoint)
-    elif shipped:
-        from ..models import pretrained
+    elif weights not in (None, "imagenet"):
+        from ..checkpoint import load_model, pretrained
 
-        model = pretrained()
+        model = pretrained() if weights == "ct" else load_model(weights)
     else:
         from ..config import PRESETS, with_overrides
         from ..models import untrained

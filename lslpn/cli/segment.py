@@ -112,11 +112,12 @@ def segment(
         ),
     ] = False,
     weights: Annotated[
-        Literal["ct", "imagenet"] | None,
+        str | None,
         option(
-            "--weights",
+            "--weights NAME",
             "Without --checkpoint: ct has been trained on CT scans without labels, imagenet is a "
-            "network before training; default: ct, and imagenet with --preset or --seed.",
+            "network before training, or a file of lslpn.save_weights; default: ct, and imagenet "
+            "with --preset or --seed.",
         ),
     ] = None,
     preset: UntrainedPresetOption = None,
@@ -136,13 +137,17 @@ def segment(
     untrained_only(checkpoint, preset, seed)
     if weights is not None and checkpoint is not None:
         raise InputError("--weights: a checkpoint has its own; leave out --weights or --checkpoint")
-    if weights == "ct" and (preset is not None or seed is not None):
+    if weights not in (None, "imagenet") and (preset is not None or seed is not None):
         raise InputError(
-            "--weights ct: --preset and --seed describe an untrained network; leave them out, or "
-            "give --weights imagenet"
+            f"--weights {weights}: --preset and --seed describe an untrained network; leave them "
+            "out, or give --weights imagenet"
         )
-    own = checkpoint, preset, seed
-    shipped = weights != "imagenet" and own == (None, None, None)
+    if weights not in (None, "ct", "imagenet") and not str(weights).endswith(".safetensors"):
+        raise InputError(
+            f"--weights: expected ct, imagenet or a file that ends in .safetensors, got {weights}"
+        )
+    if weights is None and (checkpoint, preset, seed) == (None, None, None):
+        weights = "ct"
     if len(support_image) != len(support_mask):
         raise InputError(
             f"--support-mask: expected one per --support-image, got {len(support_mask)} for "
@@ -191,7 +196,7 @@ def segment(
     from ..segmentation.volumetric import DEPTH_MM
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
-    model = model_of(trained, checkpoint, preset, size, seed, device, shipped=shipped)
+    model = model_of(trained, checkpoint, preset, size, seed, device, weights=weights)
     found = run(
         model,
         supports,

@@ -252,11 +252,6 @@ def _some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def body_box(image: Volume) -> tuple[slice, slice]:
-    """The least in-plane box, as slices along (y, x), that holds all of `body_boxes`."""
-    return _hull(body_boxes(image))
-
-
 def body_boxes(image: Volume) -> np.ndarray:
     """The in-plane box around the patient's trunk on each slice: int [Z, 4], y0, y1, x0, x1.
 
@@ -316,11 +311,6 @@ def whole_boxes(data: np.ndarray) -> np.ndarray:
     """Boxes that keep every pixel of [Z, Y, X]: int [Z, 4], y0, y1, x0, x1."""
     _, height, width = data.shape
     return np.tile(np.array([0, height, 0, width], np.int64), (len(data), 1))
-
-
-def _hull(boxes: np.ndarray) -> tuple[slice, slice]:
-    low, high = boxes.min(axis=0).tolist(), boxes.max(axis=0).tolist()
-    return slice(low[0], high[1]), slice(low[2], high[3])
 
 
 def _broad(plane: np.ndarray, spacing: tuple[float, float]) -> np.ndarray:

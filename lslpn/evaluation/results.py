@@ -133,10 +133,6 @@ class Evaluation:
             "skipped": [dataclasses.asdict(skip) for skip in self.skipped],
         }
 
-    def to_json(self) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
-
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Evaluation:
         """The inverse of `to_dict`; without pictures, since JSON has none.

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,10 +52,43 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     return 2.0 * int(np.count_nonzero(prediction & truth)) / total
 
 
+@dataclass(frozen=True)
+class _View:
+    """One way to read the support: the model's own, or LSLPN's with another grid of windows."""
+
+    describe: Callable[[Tensor, Tensor], Any]
+    grid: GridSpec | None
+
+    def __str__(self) -> str:
+        return "" if self.grid is None else f" with windows of {fraction(self.grid.scale)}"
+
+
 def evaluate(
     model: FewShotNetwork,
     dataset: Dataset,
     *,
+    support: str,
+    queries: Sequence[str],
+    organs: Sequence[str],
+    **options: Any,
+) -> Evaluation:
+    """`evaluate_grids` with the model's own windows, or with a method that has none.
+
+    Segments `organs` of the cases `queries` from the one case `support`, and scores them in 3-D;
+    `options` are `protocol`, `align`, `chunks`, `batch`, `progress`, `name` and `observe`.
+
+    Raises:
+        InputError: as `evaluate_grids`.
+    """
+    wanted = {"support": support, "queries": queries, "organs": organs, **options}
+    return evaluate_grids(model, dataset, grids=None, **wanted)[0]
+
+
+def evaluate_grids(
+    model: FewShotNetwork,
+    dataset: Dataset,
+    *,
+    grids: Sequence[GridSpec] | None,
     support: str,
     queries: Sequence[str],
     organs: Sequence[str],
@@ -65,7 +99,7 @@ def evaluate(
     progress: bool = True,
     name: str | None = None,
     observe: Observer | None = None,
-) -> Evaluation:
+) -> list[Evaluation]:
     """Segment organs of query cases from one support case, and score them in 3-D.
 
     Voxels of the data set's "ignore" label enter no score. An organ that is too small for the
@@ -75,6 +109,8 @@ def evaluate(
     Args:
         model: the network; its own device and input settings are used.
         dataset: where the cases are.
+        grids: windows in the place of LSLPN's own, which share the encoder's work; None: its own.
+            The other methods have none.
         support: the case whose labels are given.
         queries: the cases to segment; their labels score, and bound the organ's range where
             the protocol says so.
@@ -89,109 +125,22 @@ def evaluate(
         observe: called after each query case with its name, image and ground truth, and a list of
             the labels that were found, [Z, Y, X] in the frame of the image, one for each grid.
 
-    Raises:
-        InputError: an unknown case, organ, protocol or align; the support among the queries; an
-            organ that the support does not show; files that cannot be used.
-    """
-    return _evaluate(
-        model,
-        dataset,
-        views=[_View.of(model)],
-        support=support,
-        queries=queries,
-        organs=organs,
-        protocol=protocol,
-        align=align,
-        chunks=chunks,
-        batch=batch,
-        progress=progress,
-        name=name,
-        observe=observe,
-    )[0]
-
-
-def evaluate_grids(
-    model: LSLPN,
-    dataset: Dataset,
-    *,
-    grids: Sequence[GridSpec],
-    support: str,
-    queries: Sequence[str],
-    organs: Sequence[str],
-    protocol: str = "published",
-    align: Align | None = None,
-    chunks: int | None = None,
-    batch: int = 8,
-    progress: bool = True,
-    name: str | None = None,
-    observe: Observer | None = None,
-) -> list[Evaluation]:
-    """`evaluate` for several grids of windows at once, which share the encoder's work.
-
-    Args:
-        model: LSLPN; the other methods have no grid.
-        grids: the grids, each in the place of the model's own; one result for each.
-
     Returns:
         a result per grid; ``seconds`` is the time of all of them together.
 
     Raises:
-        InputError: as `evaluate`.
+        InputError: an unknown case, organ, protocol or align; the support among the queries; an
+            organ that the support does not show; no grid, or one for a method without; files that
+            cannot be used.
     """
-    if not grids:
+    if grids is None:
+        views = [_View(model.describe, model.head.grid if isinstance(model, LSLPN) else None)]
+    elif not isinstance(model, LSLPN):
+        raise InputError(f"grids: {model.name} has no grid of windows; give None")
+    elif not grids:
         raise InputError("grids: expected at least one, got none")
-    return _evaluate(
-        model,
-        dataset,
-        views=[_View.with_grid(model, grid) for grid in grids],
-        support=support,
-        queries=queries,
-        organs=organs,
-        protocol=protocol,
-        align=align,
-        chunks=chunks,
-        batch=batch,
-        progress=progress,
-        name=name,
-        observe=observe,
-    )
-
-
-@dataclass(frozen=True)
-class _View:
-    """One way to read the support: the model's own, or LSLPN's with another grid of windows."""
-
-    describe: Callable[[Tensor, Tensor], Any]
-    grid: GridSpec | None
-
-    def __str__(self) -> str:
-        return "" if self.grid is None else f" with windows of {fraction(self.grid.scale)}"
-
-    @classmethod
-    def of(cls, model: FewShotNetwork) -> _View:
-        return cls(model.describe, model.head.grid if isinstance(model, LSLPN) else None)
-
-    @classmethod
-    def with_grid(cls, model: LSLPN, grid: GridSpec) -> _View:
-        return cls(lambda features, masks: model.describe(features, masks, grid), grid)
-
-
-def _evaluate(
-    model: FewShotNetwork,
-    dataset: Dataset,
-    *,
-    views: list[_View],
-    support: str,
-    queries: Sequence[str],
-    organs: Sequence[str],
-    protocol: str,
-    align: Align | None,
-    chunks: int | None,
-    batch: int,
-    progress: bool,
-    name: str | None,
-    observe: Observer | None,
-) -> list[Evaluation]:
+    else:
+        views = [_View(partial(model.describe, grid=grid), grid) for grid in grids]
     rule = protocol_of(protocol, chunks)
     if align is None:
         align = model.config.align

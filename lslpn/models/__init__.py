@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import torch
-from safetensors import safe_open
 
-from ..assets import trained_weights
 from ..config import Config, ModelConfig, preset
 from ..errors import InputError
 from .alpnet import ALPNet
@@ -26,7 +23,6 @@ __all__ = [
     "SENet",
     "build",
     "check_features",
-    "pretrained",
     "segmentation_loss",
     "untrained",
 ]
@@ -47,24 +43,6 @@ def build(config: ModelConfig, *, generator: torch.Generator | None = None) -> F
         InputError: `config.weights` cannot be loaded.
     """
     return METHODS[config.method](config, generator=generator)
-
-
-def pretrained() -> FewShotNetwork:
-    """The network that ships, in evaluation mode: LSLPN trained on CT scans without any label.
-
-    What it was trained on, and what it reaches, is in docs/weights.md.
-
-    Raises:
-        InputError: the installation lacks the file.
-    """
-    with safe_open(trained_weights(), "pt") as file:
-        config = ModelConfig(**json.loads(file.metadata()["model"]))
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    with torch.random.fork_rng(devices=[]):
-        model = build(dataclasses.replace(config, weights="random"))
-    model.load_state_dict(weights)
-    model.config = config
-    return model.eval()
 
 
 def untrained(

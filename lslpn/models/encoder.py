@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..assets import trunk_weights
 from ..config import BatchNormMode, StrideOn
 from ..errors import InputError
 from ..files import first_unusable, is_file, load_tensors
 
-SHIPPED_WEIGHTS = Path(__file__).parents[1] / "assets" / "resnet50_imagenet_trunk.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -169,7 +169,7 @@ class Encoder(nn.Module):
         if weights is not None:
             self.load_trunk(weights)
         elif pretrained:
-            self.load_trunk(SHIPPED_WEIGHTS)
+            self.load_trunk(trunk_weights())
         self.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor:

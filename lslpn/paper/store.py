@@ -30,10 +30,10 @@ from ..config import Config
 from ..errors import InputError
 from ..evaluation.protocols import areas
 from ..evaluation.results import Evaluation, Example
-from ..evaluation.scoring import evaluate, evaluate_grids
+from ..evaluation.scoring import evaluate_grids
 from ..files import check_writable, is_file, locked, replacing, write_text
 from ..info import commit, versions
-from ..models import LSLPN, untrained
+from ..models import untrained
 from ..training import differences, time_spent, train
 from .plan import Align, Run, Setup, common_settings, fixed
 
@@ -290,11 +290,7 @@ class Store:
             "progress": self.progress,
             "name": run.label,
         }
-        if task.grids:
-            assert isinstance(model, LSLPN)  # other methods have no grid, and no task asks for one
-            found = evaluate_grids(model, setup.dataset, grids=task.grids, **arguments)
-        else:
-            found = [evaluate(model, setup.dataset, **arguments)]
+        found = evaluate_grids(model, setup.dataset, grids=task.grids or None, **arguments)
         spent = time_spent(self.run_folder(run)) if run.trained else None
         done = Done(task, tuple(found), spent and spent[0], commit())
         file = self._file(task)
