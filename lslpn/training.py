@@ -1,11 +1,5 @@
 """The trainer: SGD over episodes, and nothing that looks at a test case.
 
-A run is a folder:
-
-    config.json     every number of it, and the data it was trained on
-    log.csv         step, loss, lr, seconds per step, and how many of them it waited for its batch
-    checkpoint.pt   the latest state; also the result, once the last step is done
-
 Every random number is a function of the seed and the step (see episodes.py; dropout is seeded
 anew each step), so that a run that was stopped and resumed ends with the same weights, bit for
 bit, as one that was not: on the same machine, with the same torch, kernels, threads and number of
@@ -23,14 +17,12 @@ import contextlib
 import json
 import math
 import os
-import re
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,21 +31,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .checkpoint import FILE_NAME, Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import FILE_NAME, Checkpoint, load_weights, save_checkpoint
 from .config import Config, TrainConfig
 from .data.dataset import Dataset
 from .data.episodes import Batch, Episodes
 from .data.superpixels import SuperpixelEpisodes
 from .distributed import World, world
 from .errors import InputError
-from .files import append_text, check_writable, is_file, locked, look_up, write_text
+from .files import is_file, write_text
 from .info import versions
 from .models import FewShotNetwork, untrained
-
-_LOG_HEADER = "step,loss,lr,seconds_per_step,waiting_per_step\n"
-_LOG_LINE = re.compile(r"\d+(,\d+(\.\d+)?(e[+-]?\d+)?){4}\n")
-# These change neither the weights nor the batches, so a resumed run may differ in them.
-FREE_ON_RESUME = ("log_every", "checkpoint_every")
+from .runs import Log, check_same_data, held, load_optimizer
 
 
 def train(
@@ -95,109 +83,71 @@ def train(
             written; the loss is no longer finite (the last good checkpoint stays); and everything
             that `Episodes` and the network raise.
     """
-    folder = Path(out)
-    processes = world()
-    if model is not None and model.config != config.model:
-        raise InputError(
-            "model: its configuration differs from `config.model`; build the network with "
-            "config.model, or give a configuration with that of the network"
-        )
-    each = processes.size * config.train.accumulate
-    if config.train.batch % each:
-        raise InputError(
-            f"batch: expected a multiple of {each} ({processes.size} processes x accumulate "
-            f"{config.train.accumulate}), got {config.train.batch}; change batch or accumulate"
-        )
-    with contextlib.ExitStack() as held:
-        before = None
-        if processes.first:
-            _check_start(folder, resume)  # refuse before a folder is made
-            check_writable(folder / FILE_NAME)
-            held.enter_context(locked(folder))
-            before = _previous(folder, config, resume)
+    folder, processes, options = Path(out), world(), config.train
+    file, device = folder / FILE_NAME, torch.device(device)
+    _check(config, model, processes)
+    progress = progress and processes.first
+    with contextlib.ExitStack() as stack:
+        before = stack.enter_context(held(folder, config, resume)) if processes.first else None
         before = processes.from_first(before)
-        source = SuperpixelEpisodes if config.train.supervision == "superpixels" else Episodes
-        episodes = source(
-            dataset, config, cases=cases, hold_out=hold_out, progress=progress and processes.first
-        )
-        device = torch.device(device)
-        if model is None:
-            model = untrained(config, seed=config.train.seed)
-        return _train(
-            config, model, dataset, episodes, folder, before, device, progress, processes, callback
-        )
-
-
-def _train(
-    config: Config,
-    model: FewShotNetwork,
-    dataset: Dataset,
-    episodes: Episodes | SuperpixelEpisodes,
-    folder: Path,
-    before: Checkpoint | None,
-    device: torch.device,
-    progress: bool,
-    processes: World,
-    callback: Callable[[int, float, float], None] | None,
-) -> FewShotNetwork:
-    """`train`, with the folder held and the scans read."""
-    file = folder / FILE_NAME
-    data = {
-        "dataset": dataset.name,
-        "cases": list(episodes.cases),
-        "organs": list(episodes.organs),
-        "hold_out": list(episodes.hold_out),
-        "checksum": episodes.fingerprint(),
-    }
-    processes.agree((config.to_dict(), data), "data and options")
-    options = config.train
-    if before is not None:
-        _same_data(file, before.data, data)
-        load_weights(model, before, file)
-    model.amp = options.amp
-    if not options.channels_last:
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    model = _synchronised(model, device, processes).to(device).train()
-    optimizer = make_optimizer(model, options)
-    first = 0
-    if before is not None:
-        _load_optimizer(optimizer, before, file)
-        first = before.step
-    if options.compile:
-        for module in model.convolutions():
-            module.compile()
-    learner = _Learner(model, options)
-    parallel = _parallel(learner, device) if processes.size > 1 else None
-    log = None
-    if processes.first:
-        log = _Log(folder / "log.csv", first)
-        record = {
-            "config": config.to_dict(),
-            "data": data,
-            "processes": processes.size,
-            "versions": versions(),
+        source = SuperpixelEpisodes if options.supervision == "superpixels" else Episodes
+        episodes = source(dataset, config, cases=cases, hold_out=hold_out, progress=progress)
+        data = {
+            "dataset": dataset.name,
+            "cases": list(episodes.cases),
+            "organs": list(episodes.organs),
+            "hold_out": list(episodes.hold_out),
+            "checksum": episodes.fingerprint(),
         }
-        write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+        processes.agree((config.to_dict(), data), "data and options")
 
-    def save(step: int) -> None:
-        _check_weights(model, step)
-        save_checkpoint(
-            file,
-            Checkpoint(config, step, model.state_dict(), optimizer.state_dict(), data, versions()),
+        model = untrained(config, seed=options.seed) if model is None else model
+        if before is not None:
+            check_same_data(file, before.data, data)
+            load_weights(model, before, file)
+        model.amp = options.amp
+        if not options.channels_last:
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model = _synchronised(model, device, processes).to(device).train()
+        optimizer = make_optimizer(model, options)
+        if before is not None:
+            load_optimizer(optimizer, before, file)
+        if options.compile:
+            for module in model.convolutions():
+                module.compile()
+        parallel = _parallel(_Learner(model, options), device) if processes.size > 1 else None
+
+        first = 0 if before is None else before.step
+        log = None
+        if processes.first:
+            log = Log(folder / "log.csv", first)
+            record = {
+                "config": config.to_dict(),
+                "data": data,
+                "processes": processes.size,
+                "versions": versions(),
+            }
+            write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+
+        def make(step: int) -> Batch:
+            batch = episodes.batch(step, processes.share(options.batch))
+            return batch.pinned() if device.type == "cuda" else batch
+
+        batches = _prefetched(make, first, options.steps, _workers(device))
+        stack.enter_context(contextlib.closing(batches))
+        # Dropout draws from torch's own generator; leave the caller's as it was.
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        bar = stack.enter_context(
+            tqdm(
+                total=options.steps,
+                initial=first,
+                desc="training",
+                unit="step",
+                disable=not progress,
+            )
         )
-
-    def make(step: int) -> Batch:
-        batch = episodes.batch(step, processes.share(options.batch))
-        return batch.pinned() if device.type == "cuda" else batch
-
-    show = progress and processes.first
-    bar = tqdm(total=options.steps, initial=first, desc="training", unit="step", disable=not show)
-    pending: list[Tensor] = []
-    since, waited = time.perf_counter(), 0.0
-    # Dropout draws from torch's own generator; leave the caller's as it was.
-    devices = [device] if device.type == "cuda" else []
-    batches = _prefetched(make, first, options.steps, _workers(device))
-    with bar, torch.random.fork_rng(devices=devices), contextlib.closing(batches):
+        pending: list[Tensor] = []
+        since, waited = time.perf_counter(), 0.0
         for step in range(first, options.steps):
             asked = time.perf_counter()
             batch = next(batches).to(device)
@@ -208,8 +158,7 @@ def _train(
                 pending.append(train_step(model, optimizer, batch, options, parallel))
             done = step + 1
             bar.update()
-            last = done == options.steps
-            saving = last or done % options.checkpoint_every == 0
+            saving = done == options.steps or done % options.checkpoint_every == 0
             logging = saving or done % options.log_every == 0
             # Reading the loss waits for the device; on the CPU there is nothing to wait for.
             if logging or device.type == "cpu":
@@ -223,10 +172,27 @@ def _train(
                         callback(done, loss, lr)
                 pending, since, waited = [], now, 0.0
             if saving and processes.first:
-                save(done)
+                _check_weights(model, done)
+                state = model.state_dict(), optimizer.state_dict()
+                save_checkpoint(file, Checkpoint(config, done, *state, data, versions()))
             if saving:
                 since = time.perf_counter()
     return model.eval()
+
+
+def _check(config: Config, model: FewShotNetwork | None, processes: World) -> None:
+    """Refuse a network of another configuration, and a batch that cannot be shared."""
+    if model is not None and model.config != config.model:
+        raise InputError(
+            "model: its configuration differs from `config.model`; build the network with "
+            "config.model, or give a configuration with that of the network"
+        )
+    each = processes.size * config.train.accumulate
+    if config.train.batch % each:
+        raise InputError(
+            f"batch: expected a multiple of {each} ({processes.size} processes x accumulate "
+            f"{config.train.accumulate}), got {config.train.batch}; change batch or accumulate"
+        )
 
 
 @contextlib.contextmanager
@@ -394,125 +360,3 @@ def _check_weights(model: FewShotNetwork, step: int) -> None:
             f"training diverged: the weights are no longer finite after step {step}; lower lr. "
             "The checkpoint before this one, if any, stays as it is"
         )
-
-
-def _check_start(folder: Path, resume: bool) -> None:
-    """Refuse to begin where a run lies already, and to resume where none does."""
-    begun = look_up(folder / FILE_NAME) is not None
-    if begun and not resume:
-        raise InputError(
-            f"{folder}: holds a training run already; go on with `resume=True`, or give another "
-            "folder"
-        )
-    # A run killed before its first checkpoint left a config.json; it starts over.
-    if resume and not begun and not is_file(folder / "config.json"):
-        raise InputError(f"{folder}: holds no run to resume; check the path, or start a run there")
-
-
-def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, None for a fresh start."""
-    _check_start(folder, resume)
-    file = folder / FILE_NAME
-    if look_up(file) is None:
-        return None
-    before = load_checkpoint(file)
-    changed = differences(before.config.to_dict(), config.to_dict())
-    if changed:
-        raise InputError(
-            f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
-            "same options as at the start, or another folder"
-        )
-    return before
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two configurations (`Config.to_dict`) differ in, of all that a result hangs on.
-
-    Returns:
-        lines such as "steps was 400, now 500".
-    """
-    found = []
-    for group in ("model", "train"):
-        for name, value in now[group].items():
-            if name not in FREE_ON_RESUME and before[group].get(name) != value:
-                found.append(f"{name} was {before[group].get(name)!r}, now {value!r}")
-    return found
-
-
-def _same_data(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        # Runs of earlier versions have no checksum of the voxels.
-        if before.get(name) != value and not (name == "checksum" and name not in before):
-            what = (
-                "the voxels of the images or labels have changed"
-                if name == "checksum"
-                else f"{name} was {before.get(name)!r}, now {value!r}"
-            )
-            raise InputError(
-                f"{file}: was trained on other data: {what}; give the same data as at the start, "
-                "or another folder"
-            )
-
-
-def _load_optimizer(optimizer: torch.optim.SGD, before: Checkpoint, file: Path) -> None:
-    """Goes on with the momentum of a checkpoint; InputError where it is not of this network."""
-    try:
-        optimizer.load_state_dict(before.optimizer)
-        fits = all(
-            buffer is None or buffer.shape == parameter.shape
-            for parameter, state in optimizer.state.items()
-            for buffer in [state["momentum_buffer"]]
-        ) and all("factor" in group for group in optimizer.param_groups)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise _foreign_optimizer(file) from error
-    if not fits:
-        raise _foreign_optimizer(file)
-
-
-def _foreign_optimizer(file: Path) -> InputError:
-    return InputError(
-        f"{file}: its optimizer state does not fit its network, expected the file as it was "
-        "written; start another run"
-    )
-
-
-def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
-    """What the log of a run adds up to.
-
-    Returns:
-        seconds of all its steps, and how many of them it waited for its batches, which is the
-        share of reading and host work that training did not hide; None without a readable log.
-    """
-    total, waited, before = 0.0, 0.0, 0
-    for line in _whole_lines(Path(folder) / "log.csv"):
-        step, _, _, seconds, waiting = (float(value) for value in line.split(","))
-        steps = int(step) - before
-        total += steps * seconds
-        waited += steps * waiting
-        before += steps
-    return (total, waited) if total else None
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a log without its header; none of a file that cannot be read.
-
-    Lines are appended, and a kill or a full disk may cut one: what is no line of five numbers
-    with an end is left out.
-    """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, ValueError):
-        return []
-    return [line for line in text.splitlines(keepends=True) if _LOG_LINE.fullmatch(line)]
-
-
-class _Log:
-    """log.csv; a resumed run drops the lines after its checkpoint and goes on."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        lines = [line for line in _whole_lines(path) if int(line.partition(",")[0]) <= step]
-        write_text(path, _LOG_HEADER + "".join(lines))
-
-    def write(self, step: int, loss: float, lr: float, seconds: float, waiting: float) -> None:
-        append_text(self.path, f"{step},{loss:.6f},{lr:.3g},{seconds:.3f},{waiting:.4f}\n")

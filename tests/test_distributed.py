@@ -21,7 +21,8 @@ from lslpn.data.episodes import Batch, Episodes
 from lslpn.distributed import World, joined
 from lslpn.errors import InputError
 from lslpn.models import untrained
-from lslpn.training import make_optimizer, time_spent, train, train_step
+from lslpn.runs import time_spent
+from lslpn.training import make_optimizer, train, train_step
 
 # Nothing that differs by process: no dropout, stored batch-norm statistics.
 SMALL = {

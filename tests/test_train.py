@@ -35,11 +35,11 @@ from lslpn.data.episodes import Episodes
 from lslpn.errors import InputError
 from lslpn.files import append_text
 from lslpn.models import LSLPN, segmentation_loss, untrained
+from lslpn.runs import time_spent
 from lslpn.training import (
     learning_rate,
     make_optimizer,
     set_learning_rate,
-    time_spent,
     train,
     train_step,
 )

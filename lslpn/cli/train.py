@@ -86,7 +86,7 @@ def train(
         for name in cases:
             dataset.check_case(name)
 
-        from ..training import time_spent
+        from ..runs import time_spent
         from ..training import train as run
 
         run(

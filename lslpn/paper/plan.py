@@ -21,7 +21,7 @@ from ..config import Align, Classes, Config, with_overrides
 from ..data.dataset import Dataset
 from ..errors import InputError
 from ..evaluation.protocols import Protocol, protocol_of
-from ..training import FREE_ON_RESUME
+from ..runs import FREE_ON_RESUME
 
 DEFAULT_SEEDS = (1234, 1235, 1236)
 # The organs of the paper's Table 1, by what their names begin with.

@@ -34,7 +34,8 @@ from ..evaluation.scoring import evaluate_grids
 from ..files import check_writable, is_file, locked, replacing, write_text
 from ..info import commit, versions
 from ..models import untrained
-from ..training import differences, time_spent, train
+from ..runs import differences, time_spent
+from ..training import train
 from .plan import Align, Run, Setup, common_settings, fixed
 
 if TYPE_CHECKING:

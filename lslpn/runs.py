@@ -1,0 +1,158 @@
+"""The folder of a training run, and what has to agree to go on in it.
+
+config.json     every number of it, and the data it was trained on
+log.csv         step, loss, lr, seconds per step, and how many of them it waited for its batch
+checkpoint.pt   the latest state; also the result, once the last step is done
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import FILE_NAME, Checkpoint, load_checkpoint
+from .config import Config
+from .errors import InputError
+from .files import append_text, check_writable, is_file, locked, look_up, write_text
+
+_LOG_HEADER = "step,loss,lr,seconds_per_step,waiting_per_step\n"
+_LOG_LINE = re.compile(r"\d+(,\d+(\.\d+)?(e[+-]?\d+)?){4}\n")
+# These change neither the weights nor the batches, so a resumed run may differ in them.
+FREE_ON_RESUME = ("log_every", "checkpoint_every")
+
+
+@contextmanager
+def held(folder: Path, config: Config, resume: bool) -> Iterator[Checkpoint | None]:
+    """Hold the folder of a run, alone; yields the checkpoint to go on from, None for a start.
+
+    Raises:
+        InputError: another process is at work in it, or it cannot be written; it holds a run and
+            `resume` is False, or none and `resume` is True, or one of another configuration.
+    """
+    _check_start(folder, resume)  # refuse before a folder is made
+    check_writable(folder / FILE_NAME)
+    with locked(folder):
+        yield _previous(folder, config, resume)
+
+
+def _check_start(folder: Path, resume: bool) -> None:
+    """Refuse to begin where a run lies already, and to resume where none does."""
+    begun = look_up(folder / FILE_NAME) is not None
+    if begun and not resume:
+        raise InputError(
+            f"{folder}: holds a training run already; go on with `resume=True`, or give another "
+            "folder"
+        )
+    # A run killed before its first checkpoint left a config.json; it starts over.
+    if resume and not begun and not is_file(folder / "config.json"):
+        raise InputError(f"{folder}: holds no run to resume; check the path, or start a run there")
+
+
+def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, None for a fresh start."""
+    _check_start(folder, resume)
+    file = folder / FILE_NAME
+    if look_up(file) is None:
+        return None
+    before = load_checkpoint(file)
+    changed = differences(before.config.to_dict(), config.to_dict())
+    if changed:
+        raise InputError(
+            f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
+            "same options as at the start, or another folder"
+        )
+    return before
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two configurations (`Config.to_dict`) differ in, of all that a result hangs on.
+
+    Returns:
+        lines such as "steps was 400, now 500".
+    """
+    found = []
+    for group in ("model", "train"):
+        for name, value in now[group].items():
+            if name not in FREE_ON_RESUME and before[group].get(name) != value:
+                found.append(f"{name} was {before[group].get(name)!r}, now {value!r}")
+    return found
+
+
+def check_same_data(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with other cases, organs or voxels than a run began with."""
+    for name, value in now.items():
+        # Runs of earlier versions have no checksum of the voxels.
+        if before.get(name) != value and not (name == "checksum" and name not in before):
+            what = f"{name} was {before.get(name)!r}, now {value!r}"
+            if name == "checksum":
+                what = "the voxels of the images or labels have changed"
+            raise InputError(
+                f"{file}: was trained on other data: {what}; give the same data as at the start, "
+                "or another folder"
+            )
+
+
+def load_optimizer(optimizer: torch.optim.SGD, before: Checkpoint, file: Path) -> None:
+    """Goes on with the momentum of a checkpoint; InputError where it is not of this network."""
+    try:
+        optimizer.load_state_dict(before.optimizer)
+        fits = all(
+            buffer is None or buffer.shape == parameter.shape
+            for parameter, state in optimizer.state.items()
+            for buffer in [state["momentum_buffer"]]
+        ) and all("factor" in group for group in optimizer.param_groups)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        fits = False
+    if not fits:
+        raise InputError(
+            f"{file}: its optimizer state does not fit its network, expected the file as it was "
+            "written; start another run"
+        )
+
+
+def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
+    """What the log of a run adds up to.
+
+    Returns:
+        seconds of all its steps, and how many of them it waited for its batches, which is the
+        share of reading and host work that training did not hide; None without a readable log.
+    """
+    total, waited, before = 0.0, 0.0, 0
+    for line in _whole_lines(Path(folder) / "log.csv"):
+        step, _, _, seconds, waiting = (float(value) for value in line.split(","))
+        steps = int(step) - before
+        total += steps * seconds
+        waited += steps * waiting
+        before += steps
+    return (total, waited) if total else None
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a log without its header; none of a file that cannot be read.
+
+    Lines are appended, and a kill or a full disk may cut one: what is no line of five numbers
+    with an end is left out.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError):
+        return []
+    return [line for line in text.splitlines(keepends=True) if _LOG_LINE.fullmatch(line)]
+
+
+class Log:
+    """log.csv; a resumed run drops the lines after its checkpoint and goes on."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        lines = [line for line in _whole_lines(path) if int(line.partition(",")[0]) <= step]
+        write_text(path, _LOG_HEADER + "".join(lines))
+
+    def write(self, step: int, loss: float, lr: float, seconds: float, waiting: float) -> None:
+        append_text(self.path, f"{step},{loss:.6f},{lr:.3g},{seconds:.3f},{waiting:.4f}\n")
