@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -33,7 +32,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
-from .errors import InputError
+from .errors import InputError, meant
 
 # The choices of more than one module, and of the command line, which takes them from here.
 Method = Literal["lslpn", "panet", "senet", "alpnet"]
@@ -393,10 +392,9 @@ def _from_plain(kind: type[_T], given: Mapping[str, Any]) -> _T:
 def _known(given: Mapping[str, Any], names: set[str], what: str) -> None:
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"There is no {what} {name!r}. {hint}Known are: {', '.join(sorted(names))}."
+                f"There is no {what} {name!r}{meant(str(name), names)}; known are: "
+                f"{', '.join(sorted(names))}."
             )
 
 

@@ -25,7 +25,8 @@ from ..config import Config, TrainConfig
 from ..errors import InputError
 from .augment import augment
 from .dataset import Dataset
-from .slices import Treatment, prepare, warn_unlike
+from .slices import Prepared, Treatment, prepare, warn_unlike
+from .volumes import Volume
 
 _REFERENCE_SIDE = 512  # the side at which min_organ_pixels is counted
 # Keep the random streams of different purposes apart.
@@ -49,28 +50,82 @@ class Batch:
     query_images: Tensor
     query_labels: Tensor
 
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.support_images, self.support_masks, self.query_images, self.query_labels
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            self.support_images.to(device, non_blocking=True),
-            self.support_masks.to(device, non_blocking=True),
-            self.query_images.to(device, non_blocking=True),
-            self.query_labels.to(device, non_blocking=True),
-        )
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
-        return Batch(
-            self.support_images.pin_memory(),
-            self.support_masks.pin_memory(),
-            self.query_images.pin_memory(),
-            self.query_labels.pin_memory(),
-        )
+        return Batch(*(tensor.pin_memory() for tensor in self._tensors()))
 
     def split(self, parts: int) -> list[Batch]:
         """`parts` batches of equally many episodes."""
-        fields = (self.support_images, self.support_masks, self.query_images, self.query_labels)
-        return [Batch(*part) for part in zip(*(f.chunk(parts) for f in fields), strict=True)]
+        chunks = (tensor.chunk(parts) for tensor in self._tensors())
+        return [Batch(*part) for part in zip(*chunks, strict=True)]
+
+
+class TrainingScans:
+    """What both kinds of episodes share: the scans to train on, read once, and how.
+
+    Attributes:
+        config: of the run.
+        cases: the scans to train on.
+        hold_out: organs that are never a class.
+        organs: the classes that there are.
+    """
+
+    organs: tuple[str, ...] = ()
+
+    def __init__(
+        self, dataset: Dataset, config: Config, cases: Sequence[str], hold_out: Sequence[str]
+    ) -> None:
+        self.config = config
+        if not cases:
+            raise InputError("cases: none given; name the scans to train on")
+        for case in cases:
+            dataset.check_case(case)
+            if list(cases).count(case) > 1:
+                raise InputError(f"cases: {case!r} is given twice; name each scan once")
+        self.cases = tuple(cases)
+        self.hold_out = tuple(hold_out)
+        self._held_out = [dataset.label_of(organ) for organ in self.hold_out]
+        self._treatments: list[Treatment] = []
+        self._sum = 0
+
+    def _reading(self, progress: bool) -> tqdm:
+        return tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
+
+    def _prepared(self, image: Volume, labels: Volume | None = None) -> Prepared:
+        """The squares of a scan, whose treatment is kept, to warn of scans that are unlike."""
+        model = self.config.model
+        ready = prepare(
+            image,
+            labels,
+            size=model.size,
+            align=model.align,
+            window=model.window,
+            normalise=model.normalise,
+        )
+        self._treatments.append(ready.treatment)
+        return ready
+
+    def _shows_held_out(self, labels: Volume) -> np.ndarray:
+        """Bool [Z]: any held-out organ, anywhere in the file's own slice: resizing and cropping
+        must not hide a small one."""
+        return np.asarray(np.isin(labels.data, self._held_out).any(axis=(1, 2)))
+
+    def _add_to_sum(self, *arrays: np.ndarray) -> None:
+        # Of voxels as a file has them: what is computed from them differs in the last bit from
+        # one processor to another.
+        for array in arrays:
+            self._sum = zlib.crc32(np.ascontiguousarray(array).data.cast("B"), self._sum)
+
+    def fingerprint(self) -> int:
+        """A checksum of all that was read: equal data draws equal batches."""
+        return self._sum
 
 
 @dataclass(frozen=True)
@@ -92,7 +147,7 @@ class _Scan:
         return float(np.clip((self.z[row] - first) / (last - first), 0, 1))
 
 
-class Episodes:
+class Episodes(TrainingScans):
     """The training slices in memory, and the batches drawn from them.
 
     A slice qualifies for an organ that it shows on more than `min_organ_pixels` pixels. Where
@@ -126,12 +181,9 @@ class Episodes:
         hold_out: Sequence[str] = (),
         progress: bool = True,
     ) -> None:
-        self.config = config
+        super().__init__(dataset, config, cases, hold_out)
         self.size = config.model.size
-        self.cases = training_cases(dataset, cases)
-        self.hold_out = tuple(hold_out)
         self.labels = _training_labels(dataset, config.train, self.hold_out)
-        held_out = [dataset.label_of(organ) for organ in self.hold_out]
 
         # Voxels of this value teach nothing. An organ may have the value of ignore_index itself.
         no_loss = config.train.ignore_index
@@ -139,10 +191,7 @@ class Episodes:
         if no_loss not in dataset.labels.values():
             self._ignored.add(no_loss)
 
-        self._sum = 0
-        bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
-        self._treatments: list[Treatment] = []
-        self._scans = [self._read(dataset, case, held_out) for case in bar]
+        self._scans = [self._read(dataset, case) for case in self._reading(progress)]
         warn_unlike(self._treatments)
         # Of each organ, the scans that have it; organs without any cannot be a class.
         self._scans_with = {
@@ -151,26 +200,16 @@ class Episodes:
         self.organs = tuple(organ for organ, scans in self._scans_with.items() if scans)
         self._check(config.train)
 
-    def _read(self, dataset: Dataset, case: str, held_out: list[int]) -> _Scan:
+    def _read(self, dataset: Dataset, case: str) -> _Scan:
         train = self.config.train
         image, labels = dataset.load(case)
-        self._sum = checksum(self._sum, image.data, labels.data)
-        prepared = prepare(
-            image,
-            labels,
-            size=self.size,
-            align=self.config.model.align,
-            window=self.config.model.window,
-            normalise=self.config.model.normalise,
-        )
+        self._add_to_sum(image.data, labels.data)
+        prepared = self._prepared(image, labels)
         assert prepared.labels is not None
-        self._treatments.append(prepared.treatment)
         least = train.min_organ_pixels * (self.size / _REFERENCE_SIDE) ** 2
         shows_held_out = np.zeros(len(prepared.labels), dtype=bool)
         if train.drop_test_slices:
-            # Any held-out organ, anywhere in the file's own slice: resizing and cropping must
-            # not hide a small one.
-            shows_held_out |= np.isin(labels.data, held_out).any(axis=(1, 2))
+            shows_held_out |= self._shows_held_out(labels)
         ranges: dict[str, tuple[int, int]] = {}
         drawn: dict[str, np.ndarray] = {}
         for organ, label in self.labels.items():
@@ -227,10 +266,6 @@ class Episodes:
     def slice_count(self) -> int:
         """Slices held in memory."""
         return sum(len(scan.z) for scan in self._scans)
-
-    def fingerprint(self) -> int:
-        """A checksum of all images and labels as they were read: equal data draws equal batches."""
-        return self._sum
 
     def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
         """The batch of training step `step`; the same whenever it is asked for.
@@ -317,32 +352,6 @@ class Episodes:
             low=train.augment_low,
             high=train.augment_high,
         )
-
-
-def checksum(value: int, *arrays: np.ndarray) -> int:
-    """`value` carried on over the bytes of some arrays.
-
-    Of voxels as a file has them: what is computed from them differs in the last bit from one
-    processor to another.
-    """
-    for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array).data.cast("B"), value)
-    return value
-
-
-def training_cases(dataset: Dataset, cases: Sequence[str]) -> tuple[str, ...]:
-    """The scans to train on.
-
-    Raises:
-        InputError: there are none, one is unknown, or one is given twice.
-    """
-    if not cases:
-        raise InputError("cases: none given; name the scans to train on")
-    for case in cases:
-        dataset.check_case(case)
-        if list(cases).count(case) > 1:
-            raise InputError(f"cases: {case!r} is given twice; name each scan once")
-    return tuple(cases)
 
 
 def _training_labels(

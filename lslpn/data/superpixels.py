@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import ndimage
-from tqdm import tqdm
 
 from ..config import Config
 from ..errors import InputError
 from .augment import deformed
 from .dataset import Dataset
-from .episodes import Batch, checksum, training_cases
-from .slices import Treatment, prepare, warn_unlike
+from .episodes import Batch, TrainingScans
+from .slices import warn_unlike
 from .volumes import check_same_grid
 
 # ALPNet's choices for felzenszwalb, on 256 x 256 with grey values to 255.
@@ -65,7 +64,7 @@ def superpixels(image: np.ndarray, air: float = 0.0) -> np.ndarray:
     return numbers + 1 if body.all() else numbers
 
 
-class SuperpixelEpisodes:
+class SuperpixelEpisodes(TrainingScans):
     """The training slices in memory, and episodes of superpixels drawn from them.
 
     Every slice of the scans is used, none chosen by its labels; `drop_test_slices` (Setting II)
@@ -87,8 +86,6 @@ class SuperpixelEpisodes:
             an unreadable scan, or no slice left.
     """
 
-    organs: tuple[str, ...] = ()
-
     def __init__(
         self,
         dataset: Dataset,
@@ -99,14 +96,9 @@ class SuperpixelEpisodes:
         progress: bool = True,
     ) -> None:
         _felzenszwalb()
-        self.config = config
-        self.cases = training_cases(dataset, cases)
-        self.hold_out = tuple(hold_out)
-        held_out = [dataset.label_of(organ) for organ in self.hold_out]
-        self._sum = 0
-        bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
-        self._treatments: list[Treatment] = []
-        slices, air = zip(*[self._read(dataset, case, held_out) for case in bar], strict=True)
+        super().__init__(dataset, config, cases, hold_out)
+        bar = self._reading(progress)
+        slices, air = zip(*[self._read(dataset, case) for case in bar], strict=True)
         self._slices, self._air = np.concatenate(slices), np.concatenate(air)
         warn_unlike(self._treatments)
         if not len(self._slices):
@@ -115,37 +107,23 @@ class SuperpixelEpisodes:
             )
         self._found: dict[int, np.ndarray] = {}
 
-    def _read(
-        self, dataset: Dataset, case: str, held_out: list[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, dataset: Dataset, case: str) -> tuple[np.ndarray, np.ndarray]:
         """Slices, float16 [n, S, S], and what is air in each, [n]; labels are read only to leave
         out slices of held-out organs."""
-        model, train = self.config.model, self.config.train
         image = dataset.image(case)
-        prepared = prepare(
-            image,
-            size=model.size,
-            align=model.align,
-            window=model.window,
-            normalise=model.normalise,
-        )
-        self._treatments.append(prepared.treatment)
+        prepared = self._prepared(image)
         shown = np.zeros(len(prepared.slices), dtype=bool)
-        if train.drop_test_slices:
+        if self.config.train.drop_test_slices:
             labels = dataset.load_labels(case)
             check_same_grid(image, labels)
-            shown |= np.isin(labels.data, held_out).any(axis=(1, 2))
-        self._sum = checksum(self._sum, image.data, shown)
+            shown |= self._shows_held_out(labels)
+        self._add_to_sum(image.data, shown)
         return prepared.slices[~shown].astype(np.float16), prepared.air[~shown]
 
     @property
     def slice_count(self) -> int:
         """Slices held in memory."""
         return len(self._slices)
-
-    def fingerprint(self) -> int:
-        """A checksum of what was read: equal data draws equal batches."""
-        return self._sum
 
     def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
         """As `Episodes.batch`."""

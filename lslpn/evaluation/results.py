@@ -65,6 +65,17 @@ class Example:
     support_aspect: float
     query_aspect: float
 
+    def panels(self, support: str, label: int) -> list[Panel]:
+        """Support with its mask, query, and ground truth; `label` gives the colour."""
+        s, q = self.support_aspect, self.query_aspect
+        of_support = f"support {support}, slice {self.support_slice}"
+        of_query = f"query {self.case}, slice {self.query_slice}"
+        return [
+            Panel(self.support_image, self.support_mask * label, of_support, s),
+            Panel(self.query_image, None, of_query, q),
+            Panel(self.query_image, self.truth * label, "ground truth", q),
+        ]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -231,21 +242,7 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
             if not found:
                 continue
             shown = found[0]  # but for the prediction all grids have the same
-            row = [
-                Panel(
-                    shown.support_image,
-                    shown.support_mask * label,
-                    f"support {first.support}, slice {shown.support_slice}",
-                    shown.support_aspect,
-                ),
-                Panel(
-                    shown.query_image,
-                    None,
-                    f"query {case}, slice {shown.query_slice}",
-                    shown.query_aspect,
-                ),
-                Panel(shown.query_image, shown.truth * label, "ground truth", shown.query_aspect),
-            ]
+            row = shown.panels(first.support, label)
             for evaluation, scores, of_grid in zip(evaluations, dice, examples, strict=True):
                 grid = (
                     f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"

@@ -134,26 +134,12 @@ def _draw(
                 evaluation.support,
             )
     rows = []
-    for (case, organ), by_label in sorted(
+    for (_, organ), by_label in sorted(
         found.items(), key=lambda item: (item[0][0], organs.index(item[0][1]))
     ):
         label = organs.index(organ) + 1
         first, _, support = next(iter(by_label.values()))
-        row = [
-            Panel(
-                first.support_image,
-                first.support_mask * label,
-                f"support {support}, slice {first.support_slice}",
-                first.support_aspect,
-            ),
-            Panel(
-                first.query_image,
-                None,
-                f"query {case}, slice {first.query_slice}",
-                first.query_aspect,
-            ),
-            Panel(first.query_image, first.truth * label, "ground truth", first.query_aspect),
-        ]
+        row = first.panels(support, label)
         for column in columns:
             if column in by_label:
                 shown, score, _ = by_label[column]

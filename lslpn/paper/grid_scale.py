@@ -73,7 +73,7 @@ def run(
     done = store.results(
         [Task(one, name, setup.align, grids=grids) for one in runs if one.trained != untrained]
     )
-    label = NAME + ("-untrained" if untrained else "" if classes == "all" else f"-{classes}")
+    label = NAME + report.suffix(classes, untrained)
     content = report.record(
         label,
         setup,
@@ -84,18 +84,16 @@ def run(
             "table": summarise(setup, grids, done),
         },
     )
-    files = report.write(
+    return report.write(
         store.folder,
         label,
         content,
         title=f"Size of the windows on {setup.dataset.name}",
         sections=[_table(content)],
         rows=report.score_rows(done, content),
+        draw=_draw,
+        size=(6, 4),
     )
-    picture = report.plot(
-        store.folder / f"{label}.png", content, lambda axes: _draw(axes, content), width=6, height=4
-    )
-    return [*files, picture]
 
 
 def summarise(
@@ -141,7 +139,6 @@ def _table(content: Mapping[str, Any]) -> str:
         ]
         for row in content["table"]
     ]
-    count = len(content["seeds"])
     network = (
         "the network before training"
         if content["classes"] is None
@@ -151,8 +148,7 @@ def _table(content: Mapping[str, Any]) -> str:
     )
     return report.table(
         f"Three-dimensional Dice, {content['average']} over the test cases; "
-        + (f"mean ± deviation over {count} seeds" if count > 1 else "one seed")
-        + f" ({', '.join(map(str, content['seeds']))}); {network}. Scale is a window's side over "
+        f"{report.of_seeds(content)}; {network}. Scale is a window's side over "
         "the image's, spacing the distance of windows over their side: 1 is no overlap.",
         ["scale", "spacing", *organs, "mean"],
         lines,

@@ -79,7 +79,7 @@ def run(
         for align in _ALIGNS
     }
     found = points(done, alike)
-    label = NAME + ("-untrained" if untrained else "" if classes == "all" else f"-{classes}")
+    label = NAME + report.suffix(classes, untrained)
     content = report.record(
         label,
         setup,
@@ -93,18 +93,16 @@ def run(
         },
     )
     supports = {fold.name: fold for fold in setup.subject_folds}
-    files = report.write(
+    return report.write(
         store.folder,
         label,
         content,
         title=f"Misalignment on {setup.dataset.name}",
         sections=[_table(content)],
         rows=_rows(found, supports, content),
+        draw=_draw,
+        size=(7, 5),
     )
-    picture = report.plot(
-        store.folder / f"{label}.png", content, lambda axes: _draw(axes, content), width=7, height=5
-    )
-    return [*files, picture]
 
 
 def alignment(
@@ -275,7 +273,6 @@ def _table(content: Mapping[str, Any]) -> str:
         ]
         for row in content["summary"]
     ]
-    count = len(content["seeds"])
     network = (
         f"{content['method']} before training"
         if content["classes"] is None
@@ -284,11 +281,9 @@ def _table(content: Mapping[str, Any]) -> str:
     return report.table(
         "A point for each support-query pair and organ. Alignment Dice: of the organ's masks in "
         "support and query, in the network's square, slice by slice as the protocol pairs them. "
-        f"Segmentation Dice: of {network}, "
-        + (f"mean over {count} seeds" if count > 1 else "one seed")
-        + f" ({', '.join(map(str, content['seeds']))}). The last column: how many of the points "
-        f"with an alignment Dice below {_POORLY_ALIGNED} have a segmentation Dice above "
-        f"{_WELL_FOUND}.",
+        f"Segmentation Dice: of {network}, {report.of_seeds(content, 'mean')}. The last column: "
+        f"how many of the points with an alignment Dice below {_POORLY_ALIGNED} have a "
+        f"segmentation Dice above {_WELL_FOUND}.",
         [
             "organ",
             "align",

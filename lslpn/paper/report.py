@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import preset
+from ..config import Classes, preset
 from ..evaluation.results import Row, fraction, render_table
 from ..files import replacing, write_text
 from ..info import commit, versions
@@ -76,8 +76,10 @@ def write(
     title: str,
     sections: Sequence[str],
     rows: Iterable[Mapping[str, Any]],
+    draw: Callable[[Axes, Mapping[str, Any]], None] | None = None,
+    size: tuple[float, float] = (8, 4),
 ) -> list[Path]:
-    """Write NAME.json, NAME.csv and NAME.md.
+    """Write NAME.json, NAME.csv, NAME.md and, with `draw`, NAME.png.
 
     Args:
         folder: where.
@@ -86,6 +88,8 @@ def write(
         title: of the Markdown.
         sections: its text, before what it was made from.
         rows: of the CSV; all with the same names.
+        draw: makes a plot of `content` on the axes that it is given.
+        size: of the plot, width and height in inches.
 
     Returns:
         the files.
@@ -95,7 +99,21 @@ def write(
     write_text(files[1], _csv(rows))
     parts = [f"# {title}", *filter(None, sections), circumstances(content)]
     write_text(files[2], "\n\n".join(part.strip() for part in parts) + "\n")
+    if draw is not None:
+        files.append(_plot(folder / f"{name}.png", content, draw, size))
     return files
+
+
+def suffix(classes: Classes, untrained: bool) -> str:
+    """What the names of an experiment's files end in for these networks."""
+    return "-untrained" if untrained else "" if classes == "all" else f"-{classes}"
+
+
+def of_seeds(content: Mapping[str, Any], average: str = "mean ± deviation") -> str:
+    """ "mean ± deviation over 2 seeds (1, 2)", or "one seed (1)"."""
+    seeds = content["seeds"]
+    what = f"{average} over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    return f"{what} ({', '.join(map(str, seeds))})"
 
 
 def score_rows(done: Sequence[Done], content: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -218,26 +236,24 @@ def circumstances(content: Mapping[str, Any]) -> str:
 # --- plots ----------------------------------------------------------------------------------
 
 
-def plot(path: Path, content: Mapping[str, Any], draw: Any, *, width: float, height: float) -> Path:
-    """Write a plot as PNG, with what it was made from in small print below.
-
-    Args:
-        path: the file.
-        content: what `record` made.
-        draw: called with the axes.
-        width, height: in inches.
-    """
+def _plot(
+    path: Path,
+    content: Mapping[str, Any],
+    draw: Callable[[Axes, Mapping[str, Any]], None],
+    size: tuple[float, float],
+) -> Path:
+    """Write a plot as PNG, with what it was made from in small print below."""
     import textwrap
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes: Axes = figure.add_subplot()
-    draw(axes)
+    draw(axes, content)
     figure.supxlabel(
-        "\n".join(textwrap.wrap(small_print(content), int(width * 20))),
+        "\n".join(textwrap.wrap(small_print(content), int(size[0] * 20))),
         fontsize=5.5,
         color="0.35",
     )

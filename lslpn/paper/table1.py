@@ -87,18 +87,15 @@ def run(
     done = store.results([Task(one, name, setup.align) for one in runs])
     lines = scores(done)
     content = report.record(NAME, setup, done, {"seeds": list(seeds), **summarise(setup, lines)})
-    files = report.write(
+    return report.write(
         store.folder,
         NAME,
         content,
         title=f"Table 1 on {setup.dataset.name}",
         sections=[_table(content), _comparisons(content)],
         rows=report.score_rows(done, content),
+        draw=_draw,
     )
-    picture = report.plot(
-        store.folder / f"{NAME}.png", content, lambda axes: _draw(axes, content), width=8, height=4
-    )
-    return [*files, picture]
 
 
 def scores(done: Sequence[Done]) -> list[Scores]:
@@ -158,14 +155,12 @@ def _table(content: Mapping[str, Any]) -> str:
         ]
         for row in content["table"]
     ]
-    count = len(content["seeds"])
     text = (
         f"Three-dimensional Dice, {content['average']} over the test cases; "
-        + (f"mean ± deviation over {count} seeds" if count > 1 else "one seed")
-        + f" ({', '.join(map(str, content['seeds']))}). A network is never trained on the organs "
-        "that it is tested on, nor on their cases. All classes: trained on every label that is "
-        "not held out. Tested classes: on the organs of the other folds alone. No classes: on "
-        "superpixels, without any label."
+        f"{report.of_seeds(content)}. A network is never trained on the organs that it is tested "
+        "on, nor on their cases. All classes: trained on every label that is not held out. Tested "
+        "classes: on the organs of the other folds alone. No classes: on superpixels, without any "
+        "label."
     )
     if folded:
         text += " Mean of folds counts organs that are held out together once, as the paper does."
