@@ -20,6 +20,7 @@ from .checkpoint import pretrained
 from .data.slices import ABDOMEN_WINDOW, body_boxes
 from .data.volumes import Volume, read_image, read_labels, write_labels
 from .evaluation.overlay import Panel, overlay
+from .evaluation.scoring import dice
 from .files import check_writable, write_text
 from .info import versions
 from .segmentation.segment import BEYOND, segment_matched
@@ -88,7 +89,10 @@ def run_demo(
     present = {o: v for o, v in organs.items() if (truth.data == v).any()}
     largest_first = sorted(present, key=lambda o: -np.count_nonzero(truth.data == organs[o]))
     report: dict[str, Any] = {
-        "dice": {o: round(_dice(found.labels, truth.data, organs[o]), 4) for o in largest_first},
+        "dice": {
+            o: round(dice(found.labels == organs[o], truth.data == organs[o]), 4)
+            for o in largest_first
+        },
         "volumes_ml": {
             o: {
                 "prediction": _millilitres(found.labels == v, query),
@@ -110,11 +114,6 @@ def run_demo(
     }
     write_text(folder / names[2], json.dumps(report, indent=2) + "\n")
     return report
-
-
-def _dice(prediction: np.ndarray, truth: np.ndarray, label: int) -> float:
-    a, b = prediction == label, truth == label
-    return float(2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b)))
 
 
 def _millilitres(mask: np.ndarray, volume: Volume) -> float:

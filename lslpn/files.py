@@ -20,8 +20,6 @@ from filelock import FileLock, Timeout
 
 from .errors import InputError
 
-# Of a file's name, in the name of the one beside it: file systems take 255 bytes of a name.
-_STEM_BYTES = 60
 _SUFFIX_CHARACTERS = 20
 
 
@@ -109,15 +107,10 @@ def _beside(target: Path) -> Path:
             raise IsADirectoryError(21, "it is a folder")
     except FileNotFoundError:
         pass
-    stem = (
-        target.name.split(".")[0].encode("utf-8", "ignore")[:_STEM_BYTES].decode("utf-8", "ignore")
-    )
-    suffix = "".join(target.suffixes[-2:])
-    if len(suffix) > _SUFFIX_CHARACTERS:  # dots elsewhere in a long name
-        suffix = target.suffix if len(target.suffix) <= _SUFFIX_CHARACTERS else ""
-    handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{stem}.", suffix=f".partial{suffix}"
-    )
+    # Of a long name with dots in it, no more than the file system takes; names have 255 bytes.
+    suffix = "".join(target.suffixes[-2:])[-_SUFFIX_CHARACTERS:]
+    suffix = suffix[suffix.find(".") :] if "." in suffix else ""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".lslpn.", suffix=f".partial{suffix}")
     os.close(handle)
     return Path(name)
 

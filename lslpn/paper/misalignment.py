@@ -10,7 +10,6 @@ with both cropped to the body's box.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from ..data.dataset import Dataset
 from ..data.slices import Prepared, prepare
 from ..evaluation.overlay import colour
 from ..evaluation.protocols import Protocol, areas
-from ..files import is_file, write_text
 from . import report
 from .plan import Align, Classes, SubjectFold, in_words, plan_runs
 from .stats import Correlation, correlate, spread
@@ -199,25 +197,9 @@ def summarise(found: Sequence[Mapping[str, Any]], organs: Sequence[str]) -> list
 def _alignments(
     store: Store, model: ModelConfig, fold: SubjectFold, align: Align
 ) -> dict[str, dict[str, float]]:
-    """Alignment Dice of every test case and organ of a fold; made once, then read back."""
+    """Alignment Dice of every test case and organ of a fold."""
     setup = store.setup
     rule = setup.rule
-    name = f"{fold.support}-{rule.name}-{rule.chunks}-{align}"
-    file = store.folder / "alignments" / f"{name}.json"
-    key = {
-        "dataset": setup.dataset.name,
-        "support": fold.support,
-        "size": model.size,
-        "queries": list(fold.test),
-        "organs": list(setup.organs),
-    }
-    if is_file(file):
-        try:
-            content = json.loads(file.read_text("utf-8"))
-            if content["key"] == key:
-                return dict(content["alignment_dice"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            store.say(f"note: {file} cannot be read ({error}) and is made anew")
     store.say(f"overlaying support {fold.support} and {len(fold.test)} queries, align {align}")
     support = _labels(setup.dataset, fold.support, model, align)
     found: dict[str, dict[str, float]] = {}
@@ -230,7 +212,6 @@ def _alignments(
             for organ in setup.organs
         }
         found[case] = {organ: value for organ, value in values.items() if value is not None}
-    write_text(file, json.dumps({"key": key, "alignment_dice": found}, indent=2) + "\n")
     return found
 
 
