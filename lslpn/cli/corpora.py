@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import InputError
-from .options import QuietOption, command, group, option, say, split
+from .options import QuietOption, command, group, option, say, sharing, split
 
 prepare_app = group(
     "Turn a public corpus, as it is distributed, into a data set for the other commands."
 )
 
-_Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="The corpus, unpacked.", show_default=False)
-]
-_Target = Annotated[
-    Path,
-    typer.Argument(metavar="DST", help="The data set's folder; new or empty.", show_default=False),
-]
-_SomeCases = Annotated[
-    list[str] | None,
-    option(
-        "--cases CASE",
-        "Only these cases, repeated or with commas; default: all that the corpus has.",
-    ),
-]
 _SomeOrgans = Annotated[
     list[str] | None,
     option(
@@ -42,16 +30,38 @@ _AllowMissing = Annotated[
         "Take a case though an organ has no file in it; the organ is background there.",
     ),
 ]
-_SkipBad = Annotated[
-    bool, option("--skip-bad", "Make a data set of the good cases, and list the others.")
-]
-_Resume = Annotated[bool, option("--resume", "Go on in DST; cases finished there are kept.")]
 
 
-@command(prepare_app)
+@dataclass(frozen=True)
+class _Given:
+    """The options that all recipes share: `_recipe` gives every command these."""
+
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="The corpus, unpacked.")]
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The data set's folder; new or empty.")]
+    cases: Annotated[
+        list[str] | None,
+        option(
+            "--cases CASE",
+            "Only these cases, repeated or with commas; default: all that the corpus has.",
+        ),
+    ] = None
+    skip_bad: Annotated[
+        bool, option("--skip-bad", "Make a data set of the good cases, and list the others.")
+    ] = False
+    resume: Annotated[bool, option("--resume", "Go on in DST; cases finished there are kept.")] = (
+        False
+    )
+    quiet: QuietOption = False
+
+
+def _recipe(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function of `_Given` and of options of its own a command."""
+    return command(prepare_app)(sharing(_Given, function))
+
+
+@_recipe
 def visceral(
-    src: _Source,
-    dst: _Target,
+    given: _Given,
     corpus: Annotated[
         Literal["gold", "silver", "both"],
         option("--corpus", "20 cases by hand, 65 fused, or both."),
@@ -65,90 +75,51 @@ def visceral(
             " and where there is none of theirs: the lowest number.",
         ),
     ] = None,
-    cases: _SomeCases = None,
     allow_missing: _AllowMissing = False,
-    skip_bad: _SkipBad = False,
-    resume: _Resume = False,
-    quiet: QuietOption = False,
 ) -> None:
     """VISCERAL: SRC holds Anatomy3-trainingset and SilverCorpus."""
-    _prepare(
-        "visceral", src, dst, cases, skip_bad, resume, quiet,
-        corpus=corpus, organs=split(organ), annotator=annotator,
-        allow_missing=allow_missing,
-    )  # fmt: skip
+    own = {"corpus": corpus, "annotator": annotator}
+    _prepare("visceral", given, organs=split(organ), allow_missing=allow_missing, **own)
 
 
-@command(prepare_app)
-def btcv(
-    src: _Source,
-    dst: _Target,
-    cases: _SomeCases = None,
-    skip_bad: _SkipBad = False,
-    resume: _Resume = False,
-    quiet: QuietOption = False,
-) -> None:
+@_recipe
+def btcv(given: _Given) -> None:
     """BTCV, the abdomens of Beyond the Cranial Vault: SRC is the unpacked RawData.zip."""
-    _prepare("btcv", src, dst, cases, skip_bad, resume, quiet)
+    _prepare("btcv", given)
 
 
-@command(prepare_app)
-def chaos(
-    src: _Source,
-    dst: _Target,
-    cases: _SomeCases = None,
-    skip_bad: _SkipBad = False,
-    resume: _Resume = False,
-    quiet: QuietOption = False,
-) -> None:
+@_recipe
+def chaos(given: _Given) -> None:
     """CHAOS, the T2-SPIR MR scans: SRC is the unpacked CHAOS_Train_Sets.zip.
 
     Needs pydicom: pip install "lslpn\\[dicom]".
     """
-    _prepare("chaos", src, dst, cases, skip_bad, resume, quiet)
+    _prepare("chaos", given)
 
 
-@command(prepare_app)
+@_recipe
 def totalsegmentator(
-    src: _Source,
-    dst: _Target,
-    organ: _SomeOrgans = None,
-    cases: _SomeCases = None,
-    allow_missing: _AllowMissing = False,
-    skip_bad: _SkipBad = False,
-    resume: _Resume = False,
-    quiet: QuietOption = False,
+    given: _Given, organ: _SomeOrgans = None, allow_missing: _AllowMissing = False
 ) -> None:
     """TotalSegmentator's CT data set, version 1 or 2: SRC holds s0001, s0002 and so on.
 
     Organs are named as their files are; default: the 13 of BTCV.
     """
-    _prepare(
-        "totalsegmentator", src, dst, cases, skip_bad, resume, quiet,
-        organs=split(organ), allow_missing=allow_missing,
-    )  # fmt: skip
+    _prepare("totalsegmentator", given, organs=split(organ), allow_missing=allow_missing)
 
 
-def _prepare(
-    name: str,
-    src: Path,
-    dst: Path,
-    cases: list[str] | None,
-    skip_bad: bool,
-    resume: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def _prepare(name: str, given: _Given, **options: Any) -> None:
     from ..corpora import prepare_corpus
 
+    src, dst = given.src, given.dst
     outcome = prepare_corpus(
         name,
         src,
         dst,
-        cases=split(cases),
-        skip_bad=skip_bad,
-        resume=resume,
-        progress=not quiet,
+        cases=split(given.cases),
+        skip_bad=given.skip_bad,
+        resume=given.resume,
+        progress=not given.quiet,
         **options,
     )
     for problem in outcome.problems:

@@ -7,6 +7,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -30,6 +31,7 @@ Preset = Literal["paper", "published"]
 
 
 _F = TypeVar("_F", bound=Callable[..., None])
+_T = TypeVar("_T")
 
 
 class InterruptedByUserError(Exception):
@@ -120,6 +122,28 @@ def command(app: typer.Typer) -> Callable[[_F], _F]:
         return function
 
     return decorate
+
+
+def sharing(shared: type, function: Callable[..., _T]) -> Callable[..., _T]:
+    """A function of an instance of `shared`, a dataclass of options, and of options of its own, as
+    a function of all these options."""
+    own = typing.get_type_hints(function, include_extras=True)
+    common = typing.get_type_hints(shared, include_extras=True)
+    options = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=parameter.default, annotation=hint)
+        for hints, source in ((own, function), (common, shared))
+        for name, parameter in signature(source).parameters.items()
+        if name != "given" and (hint := hints[name])
+    ]
+
+    def run(**values: Any) -> _T:
+        given = shared(**{name: values.pop(name) for name in common})
+        return function(given, **values)
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
 
 
 def option(declaration: str, help: str, **more: Any) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
-from inspect import Parameter, Signature, signature
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from ..config import Align, Classes, Method, Protocol
 from ..errors import InputError
@@ -24,6 +24,7 @@ from .options import (
     option,
     say,
     settings_of,
+    sharing,
     split,
     torch_device,
 )
@@ -163,31 +164,16 @@ class _Given:
 
 def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
     """Make a function of `_Given` and of options of its own a command, which prints its files."""
-    hints = get_type_hints(function, include_extras=True)
-    options = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=own.default, annotation=hints[name])
-        for name, own in list(signature(function).parameters.items())[1:]
-    ]
-    shared = get_type_hints(_Given, include_extras=True)
-    for field in fields(_Given):
-        default = Parameter.empty if field.default is MISSING else field.default
-        options.append(
-            Parameter(
-                field.name, Parameter.KEYWORD_ONLY, default=default, annotation=shared[field.name]
-            )
-        )
+    made = sharing(_Given, function)
 
+    @functools.wraps(made)
     def run(**values: Any) -> None:
-        given = _Given(**{name: values.pop(name) for name in shared})
-        files = function(given, **values)
+        files = made(**values)
         for file in files:
             if file.suffix == ".md":
                 print(file.read_text("utf-8"))
         print("written: " + ", ".join(map(str, files)))
 
-    run.__name__, run.__doc__ = function.__name__, function.__doc__
-    run.__signature__ = Signature(options)  # type: ignore[attr-defined]
-    run.__annotations__ = {option.name: option.annotation for option in options}
     return command(experiment_app)(run)
 
 
