@@ -23,6 +23,7 @@ from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
 from .correspondence import begin, describe, trunk_to_trunk
 from .frames import Frame, frames_of, restored
+from .outlines import grey_histogram, moved_outlines
 from .registration import Alignment, Field, Registration, Scan, centres, fitted
 from .why import Recorder, Why
 
@@ -236,6 +237,9 @@ def _segment(
     final = by_features + _PRIOR_WEIGHT * by_labels
     if not keep_islands:
         _take_islands_off(final)
+    final = _outlined(query, supports, final, values)
+    if not keep_islands:
+        _take_islands_off(final)
     labels = restored(query, final, values)
     confidence = _agreement(final, by_features, by_labels, values)
     if not labels.any():
@@ -294,6 +298,33 @@ def _leads(
     rest = 1 - shares.sum(1, keepdim=True)
     carried = (shares + _PRIOR_LEAST).log() - (rest.clamp_min(0) + _PRIOR_LEAST).log()
     return leads, carried, drawn
+
+
+def _outlined(
+    query: Frame, supports: Sequence[Frame], leads: Tensor, values: Sequence[int]
+) -> Tensor:
+    """Leads [Z, N, h, w] once outlines have moved to where the query's grey values change."""
+    lead, winner = leads.max(1)
+    found = torch.where(lead > 0, winner + 1, 0).numpy()
+    shown: dict[int, list[np.ndarray]] = {}
+    if query.treatment.intensities.hu:  # only in CT an organ is as bright in one scan as in another
+        for support in supports:
+            grey, cell = _grey(support)
+            drawn = support.labels_at(centres(grey.shape, support.size)).numpy()
+            for number, value in enumerate(values, 1):
+                if (drawn == value).any():
+                    histogram = grey_histogram(grey, drawn == value, cell)
+                    shown.setdefault(number, []).append(histogram)
+    known = {number: np.mean(each, 0) for number, each in shown.items()}
+    return torch.from_numpy(moved_outlines(*_grey(query), found, len(values), known))
+
+
+def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
+    """Grey values [Z, h, w] at half the resolution, and mm (z, y, x) of a voxel."""
+    count, height, width = frame.slices.shape
+    size = ((height + 1) // 2, (width + 1) // 2)
+    grey = F.interpolate(frame.slices[:, None], size=size, mode="area")[:, 0].numpy()
+    return grey, [mm / n for mm, n in zip(frame.size, grey.shape, strict=True)]
 
 
 def _recorder(model: LSLPN, supports: Sequence[Frame], query: Frame) -> Recorder:
