@@ -97,7 +97,7 @@ def test_a_deformation_is_found_and_does_not_fold() -> None:
     query, support = _scan(places + bump * places.new_tensor([14.0, -16.0, 12.0])), _scan()
     start = torch.cat([torch.eye(3), torch.zeros(1, 3)])
     registration = Registration(query, support)
-    found = registration.deformable(start)
+    found = registration.deformable([start])
     wanted = places + bump * places.new_tensor([14.0, -16.0, 12.0])
     near = bump[..., 0] > 0.5
     off = (found.map.at(places).movedim(0, -1) - wanted).norm(dim=-1)[near].mean()
@@ -157,7 +157,7 @@ def test_trunk_goes_to_trunk() -> None:
     start = begin(_slices(20), _slices(20), 100.0, 100.0)
     query, support = torch.tensor([[0.0, 100, 0, 200]]), torch.tensor([[50.0, 250, 10, 410]])
     places = torch.tensor([[[[50.0, 25.0, 150.0]]]])
-    found = trunk_to_trunk(places, start, query, 100.0, support, 100.0)
+    found = trunk_to_trunk(places, start.stretch, start.shift, query, 100.0, support, 100.0)
     np.testing.assert_allclose(found[0, 0, 0, 1:], [100, 310])
 
 

@@ -91,11 +91,11 @@ def moved_outlines(
             near = _histogram(grey_values, (distance > -_REACH_MM) & ~own)
             evidence = np.log((inside + _FLOOR) / (near + _FLOOR))
             evidence = evidence.clip(-_MOST_EVIDENCE, _MOST_EVIDENCE).astype(np.float32)
-            new = distance.clip(-_REACH_MM, _REACH_MM) / _DISTANCE_MM
-            new += ndimage.gaussian_filter(evidence[grey_values], sigma)
+            before = distance.clip(-_REACH_MM, _REACH_MM) / _DISTANCE_MM
+            new = before + ndimage.gaussian_filter(evidence[grey_values], sigma)
+            new = new if (new > 0).any() else before
             new[distance <= -_REACH_MM] = OUTSIDE
-            if (new > 0).any():
-                odds[box[0], number - 1, box[1], box[2]] = new
+            odds[box[0], number - 1, box[1], box[2]] = new
         found = np.where(odds.max(1) > 0, odds.argmax(1) + 1, 0)
     return odds
 

@@ -24,21 +24,16 @@ from ..data.slices import Prepared, prepare, shared_window, warn_not_cropped, wa
 from ..data.volumes import Volume
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
+from .slice_matching import BEYOND, match_slices, slice_similarity
 from .volumetric import DEPTH_MM, segment_registered
 from .why import Recorder, Why
 
 Shot = tuple[int, int]  # index of the support, slice
 
-BEYOND = -1  # in a match: the query slice lies outside of what the support covers
-
 # Slices are compared at this size: it takes a quarter of the time of 256 and finds slices as
 # well, and only slices with an organ in them are encoded in full.
 _MATCH_SIZE = 128
 _CELLS = 4  # features are averaged over 4 x 4 parts of the slice: coarse enough for other patients
-# Settled on the 72 ordered pairs of nine SABS cases, supports whole and cut short at either end.
-# 1 mm that the support goes on more or less than the query costs as much as ...
-_STRETCH_COST = 0.1  # ... so much cosine over 1 mm of the query
-_BEYOND_COSINE = -0.1  # what lies beyond the support fits less well than this
 # Shots are taken from the matched slice and from slices that lie so many mm below and above it:
 # matches are off by a slice or two, and organs lie higher in one patient than in another. Mean
 # Dice of liver, spleen and kidneys over the pairs of four of the cases: 0.553 without the others,
@@ -309,93 +304,6 @@ def _collapsed(matches: np.ndarray, supports: Sequence[Prepared], query: Prepare
         if room >= _COLLAPSED_MM and moved < _COLLAPSED * room:
             out.append(support.treatment.name)
     return out
-
-
-def slice_similarity(
-    query: Tensor, support: Tensor, query_step: float, support_step: float
-) -> np.ndarray:
-    """How alike the slices of two scans are, from -1 to 1.
-
-    What all slices have in common is taken off first, so that two slices are alike for what sets
-    them apart from the others.
-
-    Args:
-        query: [Zq, D, cells, cells] averaged features.
-        support: [Zs, D, cells, cells].
-        query_step: mm between the query's slices.
-        support_step: mm between the support's.
-
-    Returns:
-        float32 [Zq, Zs], the cosine of the descriptors, all cells together.
-    """
-    length = len(query) * query_step + len(support) * support_step
-    common = (query.sum(0) * query_step + support.sum(0) * support_step) / length
-    # All cells in one vector, not a cosine for each: cells of air and of skin tell little, and so
-    # count little.
-    a, b = (F.normalize((scan - common).flatten(1), dim=1) for scan in (query, support))
-    return np.asarray((a @ b.T).numpy())
-
-
-def match_slices(similarity: np.ndarray, query_step: float, support_step: float) -> np.ndarray:
-    """Match every query slice with a support slice, in order along z.
-
-    The match with the greatest sum of similarities, less a price on every millimetre by which the
-    support moves on more or less than the query does. A query that reaches beyond the
-    support runs off its end, above or below: slices there are matched with none. All of it can
-    not: where nothing is alike, the best of the bad matches is taken.
-
-    Args:
-        similarity: [Zq, Zs], see `slice_similarity`.
-        query_step: mm between the query's slices.
-        support_step: mm between the support's.
-
-    Returns:
-        int [Zq]: support slices that never fall, with BEYOND before, behind, or on both sides.
-    """
-    match = _best_path(similarity, query_step, support_step, _BEYOND_COSINE)
-    if (match == BEYOND).all():
-        match = _best_path(similarity, query_step, support_step, -np.inf)
-    return match
-
-
-def _best_path(
-    similarity: np.ndarray, query_step: float, support_step: float, beyond: float
-) -> np.ndarray:
-    """`match_slices` by dynamic programming, with what a slice beyond the support earns."""
-    count, slices = similarity.shape
-    earned = similarity.astype(np.float64) * query_step
-    beyond *= query_step
-    # Cost of going from support slice i (row) to j (column) within one step of the query.
-    ahead = (np.arange(slices)[None, :] - np.arange(slices)[:, None]) * support_step
-    price = np.where(ahead >= 0, _STRETCH_COST * np.abs(ahead - query_step), np.inf)
-    # Coming from below the support at slice j leaves out all before it; going above likewise.
-    left_out = _STRETCH_COST * support_step * np.arange(slices)
-    entry, leave = left_out, left_out[::-1]
-
-    below_state, above_state = slices, slices + 1
-    score = np.concatenate([earned[0], [beyond, beyond]])
-    came_from = np.empty((count, slices + 2), np.int64)
-    for z in range(1, count):
-        steps = score[:slices, None] - price
-        origin = steps.argmax(axis=0)
-        best = steps[origin, np.arange(slices)]
-        enter = score[below_state] - entry
-        origin = np.where(enter > best, below_state, origin)
-        best = np.maximum(best, enter) + earned[z]
-        last = int((score[:slices] - leave).argmax())
-        leaving = score[last] - leave[last]
-        stays = score[above_state] >= leaving
-        came_from[z, :slices] = origin
-        came_from[z, below_state] = below_state
-        came_from[z, above_state] = above_state if stays else last
-        above = max(score[above_state], leaving) + beyond
-        score = np.concatenate([best, [score[below_state] + beyond, above]])
-
-    path = np.empty(count, np.int64)
-    path[-1] = int(score.argmax())
-    for z in range(count - 1, 0, -1):
-        path[z - 1] = came_from[z, path[z]]
-    return np.where(path < slices, path, BEYOND)
 
 
 # --- segmenting --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
-from .correspondence import begin, describe, trunk_to_trunk
+from .correspondence import begin, describe, matched_line, trunk_to_trunk
 from .frames import Frame, frames_of, restored
 from .outlines import grey_histogram, moved_outlines
 from .registration import Alignment, Field, Registration, Scan, centres, fitted
@@ -38,6 +38,7 @@ _SMOOTH_MM = (6.0, 2.0)  # along z, and in the slice
 _ISLAND = 0.2  # pieces smaller than this share of an organ's largest are taken off
 _UNLIKE = 0.15  # mean cosine of slices that go together, below which scans show different things
 _LEAST_OVERLAP = 0.25
+_OFF_MM = (0.0, 40.0, -40.0)  # a second search begins where slices match, and so far off
 _LEAST_MM, _LEAST_SLICES = 100.0, 8  # of a scan that can be aligned
 _MOST_FOLDING = 0.25
 _CERTAIN = 6.0  # likeness of supports is sharpened by this before they are weighed
@@ -135,12 +136,9 @@ def _aligned(
 ) -> tuple[Alignment, Used]:
     """Where the support lies, and by which alignment; warns of what failed."""
     names = f"{query.source.path.name} by {support.source.path.name}"
-    start = begin(
-        describe(own.features, query.boxes),
-        describe(seen.features, support.boxes),
-        query.size[0],
-        support.size[0],
-    )
+    described = describe(own.features, query.boxes), describe(seen.features, support.boxes)
+    heights = query.size[0], support.size[0]
+    start = begin(*described, *heights)
     if start.mirrored:
         sides = {"x": "left and right", "y": "front and back", "z": "head and feet"}
         swapped = " and ".join(sides[axis] for axis in start.mirrored)
@@ -159,9 +157,14 @@ def _aligned(
     registration = Registration(own, seen)
     places = registration.places
     how: Used = "body" if support.treatment.body_found else "none"
-    beginning = trunk_to_trunk(
-        places, start, query.boxes, query.size[0], support.boxes, support.size[0]
-    )
+
+    def trunks(stretch: float, shift: float) -> Tensor:
+        """Trunk laid to trunk, with heights given."""
+        return trunk_to_trunk(
+            places, stretch, shift, query.boxes, heights[0], support.boxes, heights[1]
+        )
+
+    beginning = trunks(start.stretch, start.shift)
     matrix = registration.affine(fitted(places, beginning))
     straight = registration.aligned(places @ matrix[:3] + matrix[3])
     if straight.overlap < _LEAST_OVERLAP:
@@ -173,7 +176,11 @@ def _aligned(
         return registration.aligned(beginning), how
     if align == "affine":
         return straight, "affine"
-    bent = registration.deformable(matrix)
+    starts = [matrix]
+    if line := matched_line(*described, *heights):
+        stretch, shift = line
+        starts += [fitted(places, trunks(stretch, shift + off)) for off in _OFF_MM]
+    bent = registration.deformable(starts)
     if bent.folding > _MOST_FOLDING:
         warnings.warn(
             f"{names}: the deformation folds over itself in {bent.folding:.0%} of the body, so "
@@ -321,8 +328,7 @@ def _outlined(
 
 def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
     """Grey values [Z, h, w] at half the resolution, and mm (z, y, x) of a voxel."""
-    count, height, width = frame.slices.shape
-    size = ((height + 1) // 2, (width + 1) // 2)
+    size = [(side + 1) // 2 for side in frame.slices.shape[1:]]
     grey = F.interpolate(frame.slices[:, None], size=size, mode="area")[:, 0].numpy()
     return grey, [mm / n for mm, n in zip(frame.size, grey.shape, strict=True)]
 
