@@ -264,6 +264,47 @@ def test_organs_are_found_in_another_scan(
     assert result.matches.shape == (1, 14)
 
 
+@pytest.mark.parametrize("align", ["body", "deformable"])
+def test_probabilities_tell_the_labels(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], align: str
+) -> None:
+    options = {"align": align, "keep_islands": True} if align != "body" else {"align": align}
+    found = segment_matched(model, [support], query[0], probabilities=True, **options)  # type: ignore[arg-type]
+    shares = found.probabilities
+    assert shares is not None
+    assert shares.dtype == np.uint8
+    assert shares.shape == (3, *query[0].data.shape)
+    likeliest = np.concatenate([255 - shares.sum(0, dtype=int, keepdims=True), shares]).argmax(0)
+    # Where two labels are as likely, rounding decides.
+    assert (likeliest == found.labels).mean() > 0.99
+    for label in (1, 2, 3):
+        assert dice_of(likeliest, found.labels, label) > 0.9
+
+
+def test_a_support_of_several_queries_is_encoded_once(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    kept: dict[int, Scan] = {}
+    options = {"align": "affine", "kept": kept}
+    first = segment_matched(model, [support], query[0], **options)  # type: ignore[arg-type]
+    both = sum(encoded)
+    again = segment_matched(model, [support], query[0], **options)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert sum(encoded) < 1.6 * both
+    # What was kept is of no use to a scan that asks for another window, and is not taken.
+    darker = dataclasses.replace(query[0], data=query[0].data.clip(-1024, 0) + 1500)
+    alone, beside = (
+        segment_matched(model, [support], darker, align="affine", kept=k) for k in (None, kept)
+    )
+    np.testing.assert_array_equal(alone.labels, beside.labels)
+
+
 def _found(*given: object, **options: object) -> Segmentation:
     return segment_matched(*given, align="deformable", **options)  # type: ignore[arg-type]
 

@@ -24,6 +24,7 @@ from ..data.slices import Prepared, prepare, shared_window, warn_not_cropped, wa
 from ..data.volumes import Volume
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
+from .registration import Scan
 from .slice_matching import BEYOND, match_slices, slice_similarity
 from .volumetric import DEPTH_MM, segment_registered
 from .why import Recorder, Why
@@ -57,6 +58,8 @@ class Segmentation:
         confidence: where they were, label to a number from 0 to 1: the Dice of what the aligned
             labels and what the features say of an organ; 0 for one that was not found.
         alignments: where they were, how each support was aligned in the end.
+        probabilities: where they were asked for, uint8 [N, Z, Y, X]: 255 times the probability of
+            each of the supports' N labels, from the lowest to the highest.
     """
 
     labels: np.ndarray
@@ -64,6 +67,7 @@ class Segmentation:
     why: Why | None = None
     confidence: Mapping[int, float] | None = None
     alignments: tuple[str, ...] = ()
+    probabilities: np.ndarray | None = None
 
 
 def segment(
@@ -135,8 +139,17 @@ def segment_matched(
     batch: int = 8,
     progress: bool = False,
     explain: bool = False,
+    probabilities: bool = False,
+    kept: dict[int, Scan] | None = None,
 ) -> Segmentation:
-    """As `segment`, and tell which slices were matched; with `explain`, which windows decided."""
+    """As `segment`, and tell which slices were matched.
+
+    Args:
+        explain: tell which windows decided as well.
+        probabilities: work out the probability of every label as well.
+        kept: an empty dict, given again for the next query with the same model and supports:
+            features of the supports are kept in it, which need not be worked out anew.
+    """
     if not supports:
         raise InputError("supports: expected at least one labelled scan, got none")
     for _, drawn in supports:
@@ -163,12 +176,19 @@ def segment_matched(
                 batch=batch,
                 progress=progress,
                 explain=explain,
+                probabilities=probabilities,
+                kept=kept,
             )
         finally:
             model.train(training)
         if found is not None:
             return Segmentation(
-                found.labels, found.matches, found.why, found.confidence, found.alignments
+                found.labels,
+                found.matches,
+                found.why,
+                found.confidence,
+                found.alignments,
+                found.probabilities,
             )
         align = "body"
     ready, target = _prepare(model, supports, query, align)
@@ -203,7 +223,9 @@ def segment_matched(
                     target.boxes,
                     [support.boxes for support in ready],
                 )
-            labels = _segment(model, ready, target, matches, batch, progress, recorder)
+            labels, leads = _segment(
+                model, ready, target, matches, batch, progress, recorder, probabilities
+            )
     finally:
         model.train(training)
     if not labels.any():
@@ -219,7 +241,8 @@ def segment_matched(
             f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=2
         )
     why = None if recorder is None else recorder.result()
-    return Segmentation(target.restore(labels), matches, why)
+    shares = None if leads is None else _restored_probabilities(target, leads)
+    return Segmentation(target.restore(labels), matches, why, probabilities=shares)
 
 
 def _prepare(
@@ -317,13 +340,18 @@ def _segment(
     batch: int,
     progress: bool,
     recorder: Recorder | None = None,
-) -> np.ndarray:
-    """Labels [Z, S, S] of the query's prepared slices."""
+    probabilities: bool = False,
+) -> tuple[np.ndarray, Tensor | None]:
+    """Labels [Z, S, S] of the query's prepared slices; and leads [Z, N, S, S] if asked for."""
     device = next(model.parameters()).device
     kinds = [support.labels.dtype for support in supports if support.labels is not None]
     out = np.zeros(query.slices.shape, np.result_type(*kinds))
     size = (query.slices.shape[1], query.slices.shape[2])
     parts = _parts(supports, apart=model.one_shot)
+    every = sorted({value for _, values in parts for value in values})
+    leads = None
+    if probabilities:
+        leads = torch.full((len(out), len(every), *size), -torch.inf, dtype=torch.float16)
     groups = list(_groups(supports, matches, batch))
     total = sum(len(queries) for queries, _ in groups)
     kept: dict[Shot, Tensor] = {}  # features of support slices
@@ -359,6 +387,11 @@ def _segment(
                     recorder.add(
                         queries, [0, *shown], features[len(new) :], support.values, [own], matched
                     )
+                if leads is not None:
+                    for number, value in enumerate(shown, 1):
+                        lead = (logits[:, number] - logits[:, 0]).to("cpu", leads.dtype)
+                        at = (queries, every.index(value))
+                        leads[at] = torch.maximum(leads[at], lead)
                 organ, winner = logits[:, 1:].max(1)
                 lead = organ - logits[:, 0]
                 better = lead > best
@@ -366,6 +399,16 @@ def _segment(
                 found = torch.where(better, torch.tensor(shown, device=device)[winner], found)
             out[queries] = found.cpu().numpy()
             bar.update(len(queries))
+    return out, leads
+
+
+def _restored_probabilities(query: Prepared, leads: Tensor) -> np.ndarray:
+    """As `frames.restored_probabilities`, of leads [Z, N, S, S] over the boxes of slices."""
+    out = np.zeros((leads.shape[1], *query.source.data.shape), np.uint8)
+    for z, (y0, y1, x0, x1) in enumerate(query.boxes.tolist()):
+        shares = F.pad(leads[z].float(), (0, 0, 0, 0, 1, 0)).softmax(0)[1:]
+        shares = F.interpolate(shares[None], size=(y1 - y0, x1 - x0), mode="bilinear")[0]
+        out[:, z, y0:y1, x0:x1] = (shares * 255).round().byte().numpy()
     return out
 
 

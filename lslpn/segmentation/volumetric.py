@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
 from .correspondence import begin, describe, matched_line, trunk_to_trunk
-from .frames import Frame, frames_of, restored
+from .frames import Frame, frames_of, restored, restored_probabilities
 from .outlines import grey_histogram, moved_outlines
 from .registration import Alignment, Field, Registration, Scan, centres, fitted
 from .why import Recorder, Why
@@ -57,6 +57,7 @@ class Registered:
             was not found has 0.
         alignments: how each support was aligned in the end.
         why: which windows decided, where that was asked for and the method has windows.
+        probabilities: where they were asked for, see `frames.restored_probabilities`.
     """
 
     labels: np.ndarray
@@ -64,6 +65,7 @@ class Registered:
     confidence: dict[int, float]
     alignments: tuple[Used, ...]
     why: Why | None = None
+    probabilities: np.ndarray | None = None
 
 
 def segment_registered(
@@ -77,6 +79,8 @@ def segment_registered(
     batch: int = 8,
     progress: bool = False,
     explain: bool = False,
+    probabilities: bool = False,
+    kept: dict[int, Scan] | None = None,
 ) -> Registered | None:
     """As `segment.segment_matched`, which checks the arguments; model in evaluation mode.
 
@@ -100,10 +104,19 @@ def segment_registered(
         with torch.inference_mode():
             total = sum(len(frame.slices) for frame in (target, *frames))
             with tqdm(total=total, desc="Reading", unit="slice", disable=not progress) as bar:
-                scans = [_encoded(model, frame, batch, bar) for frame in (target, *frames)]
+                own = _encoded(model, target, batch, bar)
+                others = []
+                for number, frame in enumerate(frames):
+                    scan = None if kept is None else kept.get(number)
+                    if scan is None or not _same(scan, frame):
+                        scan = _encoded(model, frame, batch, bar)
+                    if kept is not None:
+                        kept[number] = scan
+                    others.append(scan)
             return _segment(
-                model, frames, target, scans, align, depth, keep_islands, progress, explain
-            )
+                model, frames, target, own, others, align, depth, keep_islands, progress, explain,
+                probabilities,
+            )  # fmt: skip
     finally:
         model.amp = amp
 
@@ -126,6 +139,11 @@ def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Scan
     check_features(values)
     features = Field(values.transpose(0, 1).contiguous(), frame.size)
     return Scan(Field(frame.slices[None], frame.size), features)
+
+
+def _same(scan: Scan, frame: Frame) -> bool:
+    """Whether a scan was encoded from this frame: another query may ask for another window."""
+    return scan.image.size == frame.size and torch.equal(scan.image.values[0], frame.slices)
 
 
 # --- aligning ----------------------------------------------------------------------------------
@@ -198,14 +216,15 @@ def _segment(
     model: FewShotNetwork,
     supports: Sequence[Frame],
     query: Frame,
-    scans: Sequence[Scan],
+    own: Scan,
+    others: Sequence[Scan],
     align: Align,
     depth: float,
     keep_islands: bool,
     progress: bool,
     explain: bool,
+    probabilities: bool,
 ) -> Registered:
-    own, *others = scans
     values = sorted({int(v) for frame in supports for v in np.unique(_labels(frame)) if v})
     matches, used, weights = [], [], []
     by_features: Tensor | None = None
@@ -257,7 +276,14 @@ def _segment(
             stacklevel=4,
         )
     why = None if recorder is None else recorder.result()
-    return Registered(labels, np.stack(matches), confidence, tuple(used), why)
+    return Registered(
+        labels,
+        np.stack(matches),
+        confidence,
+        tuple(used),
+        why,
+        restored_probabilities(query, final) if probabilities else None,
+    )
 
 
 def _brought(
