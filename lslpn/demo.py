@@ -23,7 +23,8 @@ from .evaluation.overlay import Panel, overlay
 from .evaluation.scoring import dice
 from .files import check_writable, write_text
 from .info import versions
-from .segmentation.segment import BEYOND, segment_matched
+from .segmentation.segment import segment_matched
+from .segmentation.slice_matching import BEYOND
 from .viewer import Support, view
 
 _SHOWN = (0.15, 0.5, 0.85)  # which slices the figure shows, as parts of the query's height
