@@ -138,8 +138,10 @@ void masked_average_pool_backward(py::handle grad, py::handle masks, std::int64_
 
 Match match_call(const TensorView& features, py::handle prototypes, py::handle scores,
                  const py::object& winners, const py::object& gram, const AxisNumbers& y,
-                 const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale) {
+                 const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale,
+                 bool has_loss) {
   Match call;
+  call.has_loss = has_loss;
   call.features = features_of(features);
   call.y = axis_of(y);
   call.x = axis_of(x);
@@ -153,7 +155,9 @@ Match match_call(const TensorView& features, py::handle prototypes, py::handle s
   expect_contiguous(p);
   call.prototypes = p.data;
   const std::initializer_list<std::int64_t> image{f.B, f.N, call.C, call.y.pixels, call.x.pixels};
-  call.scores = plain_view("scores", scores, features, a, image).data;
+  call.scores = plain_view(has_loss ? "slopes" : "scores", scores, features, a,
+                           {f.B, f.N, call.C - has_loss, call.y.pixels, call.x.pixels})
+                    .data;
   call.mean = mean;
   call.logit_scale = logit_scale;
   if (overlap_x < 1 || overlap_x > call.x.windows) refuse("overlap_x", "is out of range");
@@ -172,31 +176,67 @@ Match match_call(const TensorView& features, py::handle prototypes, py::handle s
   return call;
 }
 
+TensorView radial_view(py::handle radial, const TensorView& features, const Match& call) {
+  const Features& f = call.features;
+  return plain_view("radial", radial, features, accumulate(f.dtype),
+                    {f.B, f.N, call.y.pixels, call.x.pixels});
+}
+
+// `loss`: None, or labels, weight or None, ignore_index and radial; see Loss.
 void cosine_match(py::handle features, py::handle prototypes, py::handle scores,
                   const py::object& winners, const py::object& gram, const AxisNumbers& y,
                   const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale,
-                  std::uintptr_t stream, const py::function& allocate, bool plain) {
+                  std::uintptr_t stream, const py::function& allocate, bool plain,
+                  const py::object& loss) {
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, logit_scale);
+  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, logit_scale,
+                          !loss.is_none());
+  if (call.has_loss) {
+    const auto [labels, weight, ignore_index, radial] =
+        loss.cast<std::tuple<py::object, py::object, std::int64_t, py::object>>();
+    const Features& f = call.features;
+    const DType a = accumulate(f.dtype);
+    const TensorView l = device_view("labels", labels, 4, &v);
+    if (l.dtype != DType::uint8) expect_dtype(l, DType::int64);
+    expect_shape(l, {f.B, f.N, call.y.pixels, call.x.pixels});
+    expect_contiguous(l);
+    call.loss.labels = l.data;
+    call.loss.wide_labels = l.dtype == DType::int64;
+    call.loss.ignore_index = ignore_index;
+    if (!weight.is_none()) call.loss.weight = plain_view("weight", weight, v, a, {call.C}).data;
+    call.loss.radial = radial_view(radial, v, call).data;
+  }
   make_current(v.device_id);
-  const Workspace workspace(allocate, match_workspace(call, false, plain), v);
+  const std::int64_t bytes = match_workspace(call, false, plain);
+  if (call.has_loss && bytes == 0) return;
+  const Workspace workspace(allocate, bytes, v);
   call.workspace = workspace.data();
   raise(match_forward(call, stream_of(stream), plain));
 }
 
-void cosine_match_backward(py::handle grad, py::handle features, py::handle prototypes,
+// `grad`: of the scores; or that of the loss, the sum of its weights, and radial.
+void cosine_match_backward(const py::object& grad, py::handle features, py::handle prototypes,
                            py::handle scores, const py::object& winners, const py::object& gram,
                            py::handle grad_features, py::handle grad_prototypes,
                            const AxisNumbers& y, const AxisNumbers& x, std::int64_t overlap_x,
                            bool mean, double logit_scale, std::uintptr_t stream,
                            const py::function& allocate, bool plain) {
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, logit_scale);
+  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, logit_scale,
+                          py::isinstance<py::tuple>(grad));
   const Features& f = call.features;
   const DType a = accumulate(f.dtype);
   const std::int64_t H = call.y.pixels, W = call.x.pixels;
   if (!mean && !call.winners) refuse("winners", "are needed for the gradient of a maximum");
-  call.grad = plain_view("grad", grad, v, a, {f.B, f.N, call.C, H, W}).data;
+  if (call.has_loss) {
+    const auto [of_loss, total, radial] =
+        grad.cast<std::tuple<py::object, py::object, py::object>>();
+    call.loss.grad = plain_view("grad", of_loss, v, a, {}).data;
+    call.loss.total = plain_view("total", total, v, a, {}).data;
+    call.loss.radial = radial_view(radial, v, call).data;
+  } else {
+    call.grad = plain_view("grad", grad, v, a, {f.B, f.N, call.C, H, W}).data;
+  }
   const TensorView g = device_view("grad_features", grad_features, 5, &v);
   expect_dtype(g, f.dtype);
   expect_shape(g, {f.B, f.N, f.D, f.h, f.w});
@@ -205,7 +245,9 @@ void cosine_match_backward(py::handle grad, py::handle features, py::handle prot
                                     {f.B, call.C, call.y.windows, call.x.windows, f.D})
                              .data;
   make_current(v.device_id);
-  const Workspace workspace(allocate, match_workspace(call, true, plain), v);
+  const std::int64_t bytes = match_workspace(call, true, plain);
+  if (call.has_loss && bytes == 0) return;
+  const Workspace workspace(allocate, bytes, v);
   call.workspace = workspace.data();
   raise(match_backward(call, stream_of(stream), plain));
 }

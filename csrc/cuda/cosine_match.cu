@@ -81,6 +81,15 @@ bool plan_match(const Match& call, MatchPlan& plan) {
   t.scores = static_cast<float*>(call.scores);
   t.winners = static_cast<std::uint8_t*>(call.winners);
   t.gram = static_cast<float*>(call.gram);
+  const Loss& loss = call.loss;
+  t.loss = {loss.labels,
+            loss.wide_labels,
+            loss.ignore_index,
+            static_cast<const float*>(loss.weight),
+            static_cast<float*>(loss.radial),
+            static_cast<float*>(call.workspace),
+            static_cast<const float*>(loss.grad),
+            static_cast<const float*>(loss.total)};
   return true;
 }
 
@@ -115,8 +124,12 @@ std::string tiled_backward(const Match& call, MatchPlan& plan, Stream stream) {
     t.prototype_count = chunk.episodes * plan.prototypes();
     e.chunk = chunk;
     const std::int64_t blocks = t.tile_blocks + divide_up(t.prototype_count, kPixelWarps);
-    const std::string error = launch(t.mean ? match_weights<true> : match_weights<false>, blocks,
-                                     kPixelThreads, kPixelWarps * sizeof(WeightMemory), stream, t);
+    const auto kernel_of = [&](auto loss) {
+      return t.mean ? match_weights<true, loss.value> : match_weights<false, loss.value>;
+    };
+    const std::string error =
+        launch(call.has_loss ? kernel_of(std::true_type()) : kernel_of(std::false_type()), blocks,
+               kPixelThreads, kPixelWarps * sizeof(WeightMemory), stream, t);
     if (!error.empty()) return error;
     const MatchBackwardKernel<T> kernel{e, images_of<const T>(f), images_of<T>(call.grad_features),
                                         e.gather_blocks()};
@@ -129,7 +142,8 @@ std::string tiled_backward(const Match& call, MatchPlan& plan, Stream stream) {
 
 std::int64_t match_workspace(const Match& call, bool backward, bool plain) {
   MatchPlan plan;
-  if (!backward) return 0;
+  if (call.has_loss && (plain || !(backward ? plan_backward : plan_match)(call, plan))) return 0;
+  if (!backward) return call.has_loss ? 8 * plan.tiles.images * plan.tiles.grid.tiles() : 0;
   if (plain || !plan_backward(call, plan)) return plain_match_workspace(call, backward);
   return 4 * (plan.episodes * call.features.N * plan.floats + call.features.B * plan.prototypes());
 }

@@ -38,22 +38,38 @@ struct Pool {
 // Why the driver cannot run these kernels on the current device; empty where it can.
 std::string probe();
 
+// Cross-entropy in place of scores: what is kept of a pixel are the gradients of its logits z_c but
+// the first, g_c = w (p_c - [c = label]), in place of scores, and sum_c g_c z_c; see gpu_loss.py.
+struct Loss {
+  const void* labels = nullptr;  // [B, Q, H, W], uint8 or int64
+  bool wide_labels = false;      // int64
+  std::int64_t ignore_index = 0;
+  const void* weight = nullptr;  // A [C], or null
+  void* radial = nullptr;        // A [B, Q, H, W]
+  const void* grad = nullptr;    // backward: A [], of the loss
+  const void* total = nullptr;   // backward: A [], of the weights of all pixels
+};
+
 struct Match {
   Features features;
   Axis y, x;
   std::int64_t C = 0;
   const void* prototypes = nullptr;  // A [B, C, Gy, Gx, D]
-  void* scores = nullptr;            // A [B, Q, C, H, W]; backward: read only
+  void* scores = nullptr;            // A [B, Q, C, H, W], C - 1 slopes; backward: read only
   void* winners = nullptr;           // [B, Q, C, H, W] of uint8 or int32, or null; likewise
   bool wide_winners = false;         // int32
   bool mean = false;
   double logit_scale = 1;           // multiplies the cosines; not 0
   std::int64_t overlap_x = 1;       // the most windows over a pixel along x
   void* gram = nullptr;             // A [B, Q, 4, h, w], or null; backward: read only
-  const void* grad = nullptr;       // backward: A [B, Q, C, H, W]
+  const void* grad = nullptr;       // backward: A [B, Q, C, H, W]; not of a loss
   Features grad_features;           // backward: written
   void* grad_prototypes = nullptr;  // backward: A, written
   void* workspace = nullptr;
+  // Of two classes and more. The workspace of the forward pass is what it results in: of each tile
+  // the sums of the losses and of the weights. A workspace of 0 says that no kernel takes the call.
+  bool has_loss = false;
+  Loss loss;
 };
 
 // The Gram maps of core/arithmetic.h that the forward pass leaves to the backward pass, in this

@@ -7,7 +7,7 @@ captured in a CUDA graph. float32 is calculated in float32, whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch.utils.dlpack import to_dlpack
 
 from ..geometry import Axis, GridSpec
 from ..reference import accumulation_dtype
-from . import current_device, native, winner_dtype
+from . import current_device, gpu_loss, native, winner_dtype
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
-GRAM_MAPS = 4
+GRAM_MAPS = gpu_loss.GRAM_MAPS
 
 # True sends every call to the plain kernels, one thread an element, that otherwise take what the
 # tiled ones do not: float64, and grids where very many windows meet. For tests.
@@ -71,11 +71,14 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _allocator(device: torch.device) -> Callable[[int], Any]:
-    """Gives the kernels their workspace, of a size that they know."""
+def _allocator(device: torch.device, given: list[Tensor] | None = None) -> Callable[[int], Any]:
+    """Gives the kernels their workspace, of a size that they know, and notes it in `given`."""
 
     def allocate(size: int) -> Any:
-        return to_dlpack(torch.empty(size, dtype=torch.uint8, device=device))
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        if given is not None:
+            given.append(workspace)
+        return to_dlpack(workspace)
 
     return allocate
 
@@ -189,6 +192,7 @@ def cosine_match(
         _stream(device),
         _allocator(device),
         _PLAIN,
+        None,
     )
     return scores, winner, gram
 
@@ -204,29 +208,146 @@ def cosine_match_backward(
     *gram: Tensor,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
+    return _backward(
+        *(to_dlpack(grad), features, prototypes, scores, winners, grid, scores.shape[-2:], reduce),
+        *(gram[0] if gram else None, logit_scale),
+    )
+
+
+def _backward(
+    grad: Any,
+    features: Tensor,
+    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    grid: GridSpec,
+    size: Sequence[int],
+    reduce: str,
+    gram: Tensor | None,
+    logit_scale: float,
+    workspace: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`grad`: of the scores, or what the loss has in its place; then scores are slopes."""
     h, w = features.shape[-2:]
-    H, W = scores.shape[-2:]
-    y, x = _axes(grid, H, W, h, w)
+    y, x = _axes(grid, size[0], size[1], h, w)
     grad_features = torch.empty_like(features)
     grad_prototypes = torch.empty_like(prototypes)
     _call(
         "cuda_cosine_match_backward",
         features.device,
-        to_dlpack(grad),
+        grad,
         to_dlpack(features),
         to_dlpack(prototypes),
         to_dlpack(scores),
         to_dlpack(winners) if winners.numel() else None,
-        to_dlpack(gram[0]) if gram else None,
+        None if gram is None else to_dlpack(gram),
         to_dlpack(grad_features),
         to_dlpack(grad_prototypes),
         y,
         x,
-        _overlap(grid, W),
+        _overlap(grid, size[1]),
         reduce == "mean",
         logit_scale,
         _stream(features.device),
-        _allocator(features.device),
+        _allocator(features.device, workspace),
         _PLAIN,
     )
     return grad_features, grad_prototypes
+
+
+def loss_kept(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+) -> list[Tensor]:
+    """See `Kernels`."""
+    return gpu_loss.kept(features, prototypes, grid, size, reduce) if any(wanted) else []
+
+
+def cosine_match_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    grid: GridSpec,
+    reduce: str,
+    wanted: tuple[bool, bool],
+    *,
+    ignore_index: int,
+    logit_scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """See `Kernels`."""
+    h, w = features.shape[-2:]
+    H, W = labels.shape[2:]
+    y, x = _axes(grid, H, W, h, w)
+    kept = gpu_loss.kept(features, prototypes, grid, (H, W), reduce)
+    _, slopes, radial, winners, gram = kept
+    sums: list[Tensor] = []  # of each tile; none where the tiled kernels do not take the call
+    if slopes.numel():
+        _call(
+            "cuda_cosine_match",
+            features.device,
+            to_dlpack(features),
+            to_dlpack(prototypes),
+            to_dlpack(slopes),
+            to_dlpack(winners) if winners.numel() else None,
+            to_dlpack(gram),
+            y,
+            x,
+            _overlap(grid, W),
+            reduce == "mean",
+            logit_scale,
+            _stream(features.device),
+            _allocator(features.device, sums),
+            _PLAIN,
+            (
+                to_dlpack(labels),
+                None if weight is None else to_dlpack(weight),
+                ignore_index,
+                to_dlpack(radial),
+            ),
+        )
+    if sums:
+        loss = gpu_loss.finish(sums[0].view(torch.float32), kept)
+    else:
+        logits = cosine_match(
+            features, prototypes, grid, (H, W), reduce, False, logit_scale=logit_scale
+        )[0]
+        loss = gpu_loss.of_logits(logits, labels, weight, ignore_index, kept)
+    return loss, kept if any(wanted) else []
+
+
+def cosine_match_loss_backward(
+    grad: Tensor,
+    kept: list[Tensor],
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+    *,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `Kernels`."""
+    total, slopes, radial, winners, gram = kept
+    workspace: list[Tensor] = []
+    if slopes.numel():
+        grads = _backward(
+            (to_dlpack(grad), to_dlpack(total), to_dlpack(radial)),
+            *(features, prototypes, slopes, winners, grid, size, reduce, gram, logit_scale),
+            workspace,
+        )
+    if not workspace:
+        scores, winners, gram = cosine_match(
+            features, prototypes, grid, size, reduce, True, logit_scale=logit_scale
+        )
+        grads = cosine_match_backward(
+            gpu_loss.of_scores(grad, kept), features, prototypes, scores, winners, grid, reduce,
+            gram, logit_scale=logit_scale,
+        )  # fmt: skip
+    first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
+    return first, second
