@@ -351,11 +351,13 @@ def scores_kernel(
                 if MEAN:
                     best += top[None, :] + wy[:, None] * (low - top)[None, :]
                 else:
-                    # Strictly greater: of equal windows the lowest stays. NaN stays NaN.
+                    # Strictly greater: of equal windows the lowest stays. NaN stays NaN, and the
+                    # gradient goes to the window that is to blame.
                     slope = low - top
                     top = tl.where(near, top, float("-inf"))
                     value = top[None, :] + wy[:, None] * slope[None, :]
-                    place = tl.where(value > best, number * OX + step, place)
+                    won = (value > best) | (value != value)
+                    place = tl.where(won, number * OX + step, place)
                     best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
         to = wide(c * H + y, LONG)[:, None] * W + x[None, :]
         last = best * inverse
