@@ -328,8 +328,7 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
             x,
             0.0,
             0,
-            allocate or cuda._allocator(torch.device("cpu")),
-            False,
+            allocate or cuda._allocator(torch.device("cpu"), []),
         )
 
     call()
@@ -381,12 +380,13 @@ def test_bindings_survive_anything(kernels: Any) -> None:
 
     refused = 0
     for _ in range(500):
-        allocate = cuda._allocator(torch.device("cpu"))
+        allocate = cuda._allocator(torch.device("cpu"), [])
         try:
             cuda._call(
-                "cuda_cosine_match_backward", torch.device("cpu"), *(tensor() for _ in range(8)),
+                "cuda_cosine_match", torch.device("cpu"), *(tensor() for _ in range(5)),
                 axis(), axis(), int(generator.integers(-1, 3)), bool(generator.integers(2)), 1.0, 0,
-                allocate, bool(generator.integers(2)),
+                allocate, tensor(), (tensor(), tensor(), 255) if generator.integers(2) else None,
+                tuple(tensor() for _ in range(4)) if generator.integers(2) else None,
             )  # fmt: skip
         except (TypeError, ValueError):
             refused += 1

@@ -22,8 +22,8 @@ struct Features {
 
 // A contiguous float of the accumulation type (A): float64 for float64 features, else float32.
 //
-// All pointers are to memory of the device. `workspace` has as many bytes as the operator's
-// *_workspace function says for the same arguments; it is aligned to 256 bytes.
+// All pointers are to memory of the device. `workspace` has as many bytes as workspace_of(call)
+// says; it is aligned to 256 bytes.
 
 struct Pool {
   Features features;  // backward: the gradient, to be written
@@ -32,6 +32,7 @@ struct Pool {
   void* prototypes = nullptr;  // A [B, C, Gy, Gx, D]; backward: their gradient, read only
   void* factor = nullptr;      // A [B, K, C, Gy, Gx]; backward: read only
   double min_pixels = 0;
+  bool backward = false;
   void* workspace = nullptr;
 };
 
@@ -65,9 +66,10 @@ struct Match {
   const void* grad = nullptr;       // backward: A [B, Q, C, H, W]; not of a loss
   Features grad_features;           // backward: written
   void* grad_prototypes = nullptr;  // backward: A, written
+  bool backward = false;
   void* workspace = nullptr;
   // Of two classes and more. The workspace of the forward pass is what it results in: of each tile
-  // the sums of the losses and of the weights. A workspace of 0 says that no kernel takes the call.
+  // the sums of the losses and of the weights.
   bool has_loss = false;
   Loss loss;
 };
@@ -77,12 +79,11 @@ struct Match {
 // last row or column, or into a pair of locations that no pixel lies between, are of no use.
 constexpr int kGramMaps = 4;
 
-// `plain` forces the plain kernels. The result is what went wrong, empty if nothing did.
-std::int64_t pool_workspace(const Pool& call, bool plain);
-std::string pool_forward(const Pool& call, Stream stream, bool plain);
-std::string pool_backward(const Pool& call, Stream stream, bool plain);
-std::int64_t match_workspace(const Match& call, bool backward, bool plain);
-std::string match_forward(const Match& call, Stream stream, bool plain);
-std::string match_backward(const Match& call, Stream stream, bool plain);
+// Bytes, or -1 where no kernel takes the call.
+std::int64_t workspace_of(const Pool& call);
+std::int64_t workspace_of(const Match& call);
+// The result is what went wrong, empty if nothing did.
+std::string run(const Pool& call, Stream stream);
+std::string run(const Match& call, Stream stream);
 
 }  // namespace lslpn::cuda
