@@ -22,7 +22,8 @@ from .evaluation.overlay import Panel, overlay
 from .files import check_writable, write_text
 from .info import versions
 from .models import pretrained
-from .segmentation.segment import BEYOND, segment_matched
+from .segmentation.segment import segment_matched
+from .segmentation.slice_matching import BEYOND
 from .viewer import Support, view
 
 _SHOWN = (0.15, 0.5, 0.85)  # which slices the figure shows, as parts of the query's height

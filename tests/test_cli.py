@@ -266,10 +266,9 @@ def test_inputs_and_results_are_not_overwritten(scans: Scans, run: Run) -> None:
 
 
 def test_an_option_of_one_value_is_not_given_twice(scans: Scans, run: Run) -> None:
-    for more in (f"--query={scans.a}", f"--out={scans.root / 'c.nii.gz'}", "--size=48"):
-        code, _, err = run(*scans.words(), more)
-        assert code == 2
-        is_one_line(err, f"{more.partition('=')[0]}: expected one, got 2")
+    code, _, err = run(*scans.words(), "--size=48")
+    assert code == 2
+    is_one_line(err, "--size: expected one, got 2")
     for command in (["train"], ["evaluate"], ["prepare", "btcv"], ["experiment", "table1"]):
         code, _, err = run(*command, "--quiet", "--quiet", "--nonsense")
         assert (code, "expected one" in err) == (2, False)
@@ -624,6 +623,30 @@ def test_segment_writes_into_the_grid_of_the_query(scans: Scans, run: Run) -> No
     assert found.shape == query.shape
     np.testing.assert_array_equal(found.affine, query.affine)
     assert set(np.unique(np.asarray(found.dataobj))) <= {0, 1}
+
+
+def test_segment_of_several_queries_with_probabilities(scans: Scans, run: Run) -> None:
+    other = save(scans.root / "c.nii.gz", scans.image[:, ::-1].copy())
+    last, shares = scans.root / "c_mask.nii.gz", [scans.root / f"p{n}.nii.gz" for n in (0, 1)]
+    more = [f"--query={other}", f"--out={last}", *(f"--probabilities={p}" for p in shares)]
+    code, out, err = run(*scans.words(), *more)
+    assert code == 0, err
+    assert out.count("label 1: ") == 2
+    for label_file, share_file in zip((scans.out, last), shares, strict=True):
+        labels, share = nib.load(label_file).get_fdata(), nib.load(share_file)
+        assert share.shape == (*labels.shape, 1)
+        values = share.get_fdata()[..., 0]
+        assert values.max() <= 1 + 1e-6
+        assert ((values > 0.5) == (labels == 1)).mean() > 0.98
+    for words, *said in (
+        ([f"--query={other}"], "--out: expected one per --query, got 1 for 2"),
+        ([f"--probabilities={scans.out}"], "--probabilities", "also given as --out"),
+        ([f"--probabilities={scans.root / 'p.txt'}"], "--probabilities: expected a name that ends"),
+        ([f"--html={scans.root / n}.html" for n in "ab"], "--html: expected one per --query"),
+    ):
+        code, _, err = run(*scans.words(), "--force", *words)
+        assert code == 2
+        is_one_line(err, *said)
 
 
 # --- exit codes of the process --------------------------------------------------------------

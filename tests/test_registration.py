@@ -97,7 +97,7 @@ def test_a_deformation_is_found_and_does_not_fold() -> None:
     query, support = _scan(places + bump * places.new_tensor([14.0, -16.0, 12.0])), _scan()
     start = torch.cat([torch.eye(3), torch.zeros(1, 3)])
     registration = Registration(query, support)
-    found = registration.deformable(start)
+    found = registration.deformable([start])
     wanted = places + bump * places.new_tensor([14.0, -16.0, 12.0])
     near = bump[..., 0] > 0.5
     off = (found.map.at(places).movedim(0, -1) - wanted).norm(dim=-1)[near].mean()
@@ -157,7 +157,7 @@ def test_trunk_goes_to_trunk() -> None:
     start = begin(_slices(20), _slices(20), 100.0, 100.0)
     query, support = torch.tensor([[0.0, 100, 0, 200]]), torch.tensor([[50.0, 250, 10, 410]])
     places = torch.tensor([[[[50.0, 25.0, 150.0]]]])
-    found = trunk_to_trunk(places, start, query, 100.0, support, 100.0)
+    found = trunk_to_trunk(places, start.stretch, start.shift, query, 100.0, support, 100.0)
     np.testing.assert_allclose(found[0, 0, 0, 1:], [100, 310])
 
 
@@ -262,6 +262,47 @@ def test_organs_are_found_in_another_scan(
         assert dice_of(result.labels, query[1].data, label) > 0.75
         assert 0.4 < result.confidence[label] <= 1
     assert result.matches.shape == (1, 14)
+
+
+@pytest.mark.parametrize("align", ["body", "deformable"])
+def test_probabilities_tell_the_labels(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], align: str
+) -> None:
+    options = {"align": align, "keep_islands": True} if align != "body" else {"align": align}
+    found = segment_matched(model, [support], query[0], probabilities=True, **options)  # type: ignore[arg-type]
+    shares = found.probabilities
+    assert shares is not None
+    assert shares.dtype == np.uint8
+    assert shares.shape == (3, *query[0].data.shape)
+    likeliest = np.concatenate([255 - shares.sum(0, dtype=int, keepdims=True), shares]).argmax(0)
+    # Where two labels are as likely, rounding decides.
+    assert (likeliest == found.labels).mean() > 0.99
+    for label in (1, 2, 3):
+        assert dice_of(likeliest, found.labels, label) > 0.9
+
+
+def test_a_support_of_several_queries_is_encoded_once(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    kept: dict[int, Scan] = {}
+    options = {"align": "affine", "kept": kept}
+    first = segment_matched(model, [support], query[0], **options)  # type: ignore[arg-type]
+    both = sum(encoded)
+    again = segment_matched(model, [support], query[0], **options)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert sum(encoded) < 1.6 * both
+    # What was kept is of no use to a scan that asks for another window, and is not taken.
+    darker = dataclasses.replace(query[0], data=query[0].data.clip(-1024, 0) + 1500)
+    alone, beside = (
+        segment_matched(model, [support], darker, align="affine", kept=k) for k in (None, kept)
+    )
+    np.testing.assert_array_equal(alone.labels, beside.labels)
 
 
 def _found(*given: object, **options: object) -> Segmentation:

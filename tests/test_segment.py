@@ -21,11 +21,11 @@ from lslpn.data.slices import Prepared, prepare
 from lslpn.data.volumes import Volume, read_image, read_labels, write_labels
 from lslpn.errors import InputError
 from lslpn.models import LSLPN, untrained
-from lslpn.segmentation.segment import (
-    _BEYOND_COSINE,
+from lslpn.segmentation.segment import _prepare
+from lslpn.segmentation.slice_matching import (
     _STRETCH_COST,
     BEYOND,
-    _prepare,
+    BEYOND_COSINE,
     match_slices,
     slice_similarity,
 )
@@ -64,7 +64,7 @@ def _worth(similarity: np.ndarray, path: tuple[int, ...], dq: float, ds: float) 
     count = similarity.shape[1]
     total = 0.0
     for z, s in enumerate(path):
-        total += dq * (similarity[z, s] if 0 <= s < count else _BEYOND_COSINE)
+        total += dq * (similarity[z, s] if 0 <= s < count else BEYOND_COSINE)
         if not z:
             continue
         before = path[z - 1]

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from ..data.dataset import Dataset
     from ..data.volumes import Volume
     from ..models import FewShotNetwork
+    from ..segmentation.registration import Scan
+    from ..segmentation.segment import Segmentation
 
 _SEED = 1234  # of an untrained model
 
@@ -165,25 +167,42 @@ def segment(
         ),
     ],
     query: Annotated[
-        Path,
-        typer.Option("--query", metavar="NIFTI", help="The scan to segment.", show_default=False),
-    ],
-    out: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            "--out",
+            "--query",
             metavar="NIFTI",
-            help="The labels to write, in the query's own grid, affine and header.",
+            help="The scan to segment; repeat for more of them, for which the labelled scans are "
+            "read once.",
             show_default=False,
         ),
     ],
+    out: Annotated[
+        list[Path],
+        typer.Option(
+            "--out",
+            metavar="NIFTI",
+            help="The labels to write, in the query's own grid, affine and header; one per "
+            "--query, in the same order.",
+            show_default=False,
+        ),
+    ],
+    probabilities: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--probabilities",
+            metavar="NIFTI",
+            help="Write the probability of every label as well, in a fourth axis, from the lowest "
+            "label to the highest; one per --query.",
+            show_default=False,
+        ),
+    ] = None,
     html: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             "--html",
             metavar="HTML",
             help="Write a page as well that shows the result in any browser: slices and 3-D, the "
-            "support beside the query, and why a voxel took its label.",
+            "support beside the query, and why a voxel took its label; one per --query.",
             show_default=False,
         ),
     ] = None,
@@ -247,20 +266,28 @@ def segment(
         )
     own = checkpoint, preset, seed
     shipped = weights is not SegmentWeights.imagenet and own == (None, None, None)
-    if len(support_image) != len(support_mask):
-        raise InputError(
-            f"--support-mask: expected one per --support-image, got {len(support_mask)} for "
-            f"{len(support_image)}; give them in pairs, in the same order"
-        )
-    if not out.name.lower().endswith((".nii.gz", ".nii")):
-        raise InputError(f"--out: expected a name that ends in .nii.gz or .nii, got {out.name}")
-    for name, given in (
-        ("--support-image", support_image),
-        ("--support-mask", support_mask),
-        ("--query", [query]),
-    ):
-        if any(_same_file(out, path) for path in given):
-            raise InputError(f"--out: {out} is also given as {name}; give it another name")
+    results = {"--out": out, "--probabilities": probabilities or [], "--html": html or []}
+    pairs = [("--support-mask", support_mask, "--support-image", support_image)]
+    pairs += [(name, files, "--query", query) for name, files in results.items() if files]
+    for option, files, other, others in pairs:
+        if len(files) != len(others):
+            raise InputError(
+                f"{option}: expected one per {other}, got {len(files)} for {len(others)}; give "
+                "them in pairs, in the same order"
+            )
+    for option in ("--out", "--probabilities"):
+        for path in results[option]:
+            if not path.name.lower().endswith((".nii.gz", ".nii")):
+                raise InputError(
+                    f"{option}: expected a name that ends in .nii.gz or .nii, got {path.name}"
+                )
+    written = [(option, path) for option, files in results.items() for path in files]
+    given = [("--support-image", support_image), ("--support-mask", support_mask)]
+    for number, (option, path) in enumerate(written):
+        earlier = [(name, [before]) for name, before in written[:number]]
+        for name, files in (*given, ("--query", query), *earlier):
+            if any(_same_file(path, each) for each in files):
+                raise InputError(f"{option}: {path} is also given as {name}; give it another name")
     registers = align in (SegmentAlign.affine, SegmentAlign.deformable)
     for option, unused in (("--depth", depth is not None), ("--keep-islands", keep_islands)):
         if unused and not registers:
@@ -268,19 +295,16 @@ def segment(
                 f"{option}: belongs to --align affine and deformable; give one of them, or leave "
                 "it out"
             )
-    if names is not None and html is None:
+    if names is not None and not html:
         raise InputError("--names: expected --html as well, whose page shows them; give both")
-    if html is not None:
-        _named_html(html, "--html")
-    for path in (out, html):
-        if path is not None:
-            _free(path, force)
-            _writable(path)
-
-    import numpy as np
+    for path in html or []:
+        _named_html(path, "--html")
+    for _, path in written:
+        _free(path, force)
+        _writable(path)
 
     from ..data.dataset import read_names
-    from ..data.volumes import check_same_grid, read_image, read_labels, write_labels
+    from ..data.volumes import check_same_grid, read_image, read_labels
 
     supports = []
     for image_path, mask_path in zip(support_image, support_mask, strict=True):
@@ -288,7 +312,7 @@ def segment(
         mask = read_labels(mask_path, require_foreground=True)
         check_same_grid(image, mask)
         supports.append((image, mask))
-    volume = read_image(query)
+    volumes = [read_image(path) for path in query]
     named = {} if names is None else read_names(names)
 
     from ..checkpoint import load_checkpoint
@@ -297,39 +321,63 @@ def segment(
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
     model = _model(trained, checkpoint, preset, size, seed, device, shipped=shipped)
-    found = run(
-        model,
-        supports,
-        volume,
-        align=align.value,
-        depth=DEPTH_MM if depth is None else depth,
-        keep_islands=keep_islands,
-        progress=not quiet,
-        explain=html is not None,
-    )
-    labels = found.labels
-    write_labels(out, labels, volume)
+    kept: dict[int, Scan] = {}
+    for number, volume in enumerate(volumes):
+        found = run(
+            model,
+            supports,
+            volume,
+            align=align.value,
+            depth=DEPTH_MM if depth is None else depth,
+            keep_islands=keep_islands,
+            progress=not quiet,
+            explain=bool(html),
+            probabilities=bool(probabilities),
+            kept=kept,
+        )
+        _write_segmentation(
+            found, supports, volume, named, *(f[number] if f else None for f in results.values())
+        )
+
+
+def _write_segmentation(
+    found: Segmentation,
+    supports: list[tuple[Volume, Volume]],
+    volume: Volume,
+    names: dict[int, str],
+    out: Path | None,
+    probabilities: Path | None,
+    html: Path | None,
+) -> None:
+    import numpy as np
+
+    from ..data.volumes import write_labels, write_probabilities
+
+    assert out is not None
+    write_labels(out, found.labels, volume)
     print(f"written: {out}")
+    if probabilities is not None:
+        assert found.probabilities is not None
+        write_probabilities(probabilities, found.probabilities, volume)
+        print(f"written: {probabilities}")
     if html is not None:
-        from ..viewer import Support
-        from ..viewer import view as shown_as
+        from ..viewer import Support, view
 
         scans = [
             Support(image, mask.data, match)
             for (image, mask), match in zip(supports, found.matches, strict=True)
         ]
-        layers = {"prediction": labels}
-        shown_as(
+        view(
             volume,
-            layers,
-            names=named,
+            {"prediction": found.labels},
+            names=names,
             confidence=found.confidence,
             supports=scans,
             why=found.why,
         ).save(html)
         print(f"written: {html}")
     for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
-        count = int((labels == label).sum())
+        count = int((found.labels == label).sum())
         sure = "" if found.confidence is None else f", confidence {found.confidence[label]:.2f}"
         print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
 

@@ -281,10 +281,6 @@ def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume)
         InputError: another ending, or the folder cannot be written to.
         ValueError: `labels` is of another shape than `like`, or out of range.
     """
-    target = Path(path)
-    name = target.name.lower()
-    if not name.endswith((".nii", ".nii.gz")):
-        raise InputError(f"{target}: expected a name that ends in .nii.gz or .nii")
     if labels.shape != like.data.shape:
         raise ValueError(
             f"labels: expected shape {_times(like.data.shape)} as the volume, "
@@ -294,20 +290,57 @@ def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume)
         raise ValueError(
             f"labels: expected values from 0 to {_LARGEST}, got {labels.min()} to {labels.max()}"
         )
-    dtype = _label_dtype(labels.max())
+    _write(Path(path), labels.astype(_label_dtype(labels.max())), like, 1.0)
+
+
+def write_probabilities(
+    path: str | os.PathLike[str], probabilities: np.ndarray, like: Volume
+) -> None:
+    """Write probabilities into the grid, affine and header of the file that `like` was read from.
+
+    The file has a fourth axis, one entry for each label, and stores bytes with the slope 1/255:
+    whatever reads NIfTI sees numbers from 0 to 1. As `write_labels`.
+
+    Args:
+        path: ends in .nii.gz or .nii, in any case; replaced whole or not at all.
+        probabilities: uint8 [N, Z, Y, X], 255 for 1, in the frame of `like.data`.
+        like: the volume that was segmented.
+
+    Raises:
+        InputError: another ending, or the folder cannot be written to.
+        ValueError: `probabilities` is of another type, or of another shape than `like`.
+    """
+    if probabilities.dtype != np.uint8 or probabilities.shape[1:] != like.data.shape:
+        raise ValueError(
+            f"probabilities: expected uint8 [N, {', '.join(map(str, like.data.shape))}], "
+            f"got {probabilities.dtype} {list(probabilities.shape)}"
+        )
+    _write(Path(path), probabilities, like, 1 / 255)
+
+
+def _write(path: Path, data: np.ndarray, like: Volume, slope: float) -> None:
+    """[Z, Y, X] or [N, Z, Y, X], stored as they are, with a slope for readers."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise InputError(f"{path}: expected a name that ends in .nii.gz or .nii")
     header = like.grid.header.copy()
-    header.set_data_shape(like.grid.shape)
     header["cal_min"] = header["cal_max"] = 0  # the scan's display range is not the labels'
-    data = _native_image(labels.astype(dtype), like.grid, header).to_bytes()
-    if name.endswith(".gz"):
-        data = gzip.compress(data, compresslevel=6, mtime=0)
-    write_bytes(target, data)
+    image = _native_image(data, like.grid, header)
+    raw = bytearray(image.to_bytes())
+    if slope != 1:
+        # nibabel sets the slope of whole numbers to 1, whatever the header says.
+        size = len(header.binaryblock)
+        header = type(header)(bytes(raw[:size]))
+        header.set_slope_inter(slope, 0)
+        raw[:size] = header.binaryblock
+    if path.name.lower().endswith(".gz"):
+        raw = bytearray(gzip.compress(raw, compresslevel=6, mtime=0))
+    write_bytes(path, bytes(raw))
 
 
 def _native_image(data: np.ndarray, grid: Grid, header: nib.Nifti1Header) -> nib.Nifti1Image:
-    """[Z, Y, X] in the file's own order of voxels, stored as they are; changes the header."""
+    """[..., Z, Y, X] in the file's own order of voxels, stored as they are; changes the header."""
     back = ornt_transform(_DISPLAY, io_orientation(grid.affine))
-    native = apply_orientation(data.transpose(2, 1, 0), back)
+    native = apply_orientation(data.transpose(), back)
     header.set_data_dtype(data.dtype)
     header.set_slope_inter(1, 0)
     two = isinstance(header, nib.Nifti2Header)

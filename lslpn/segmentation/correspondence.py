@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registration import Field
+from .slice_matching import line_through, match_slices, slice_similarity
 
 _CELLS = 8
 _STEP_MM = 5.0
@@ -82,6 +83,15 @@ def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float,
     return best[1], best[2], best[3]
 
 
+def matched_line(
+    query: Tensor, support: Tensor, query_mm: float, support_mm: float
+) -> tuple[float, float] | None:
+    """Stretch and shift of a line through slices matched one by one, or None; as `begin`."""
+    steps = query_mm / len(query), support_mm / len(support)
+    cells = F.avg_pool2d(query, 2), F.avg_pool2d(support, 2)
+    return line_through(match_slices(slice_similarity(*cells, *steps), *steps), *steps)
+
+
 def describe(features: Field, boxes: Tensor) -> Tensor:
     """Features in cells of the trunk on each slice: [Z, D, 8, 8].
 
@@ -106,24 +116,26 @@ def describe(features: Field, boxes: Tensor) -> Tensor:
 
 def trunk_to_trunk(
     places: Tensor,
-    start: Beginning,
+    stretch: float,
+    shift: float,
     query: Tensor,
     query_mm: float,
     support: Tensor,
     support_mm: float,
 ) -> Tensor:
-    """The map that a beginning stands for: positions [Z, Y, X, 3] in the support.
+    """The map that lays trunk to trunk: positions [Z, Y, X, 3] in the support.
 
     Args:
         places: positions in the query; those of a plane have one height.
-        start: how the scans lie along z.
+        stretch: mm of the support for each of the query along z.
+        shift: mm, the height in the support of the query's lowest point.
         query: boxes of the query's trunk, [Zq, 4] mm.
         query_mm: height of the query.
         support: boxes of the support's trunk, [Zs, 4].
         support_mm: height of the support.
     """
     z = places[..., 0]
-    height = z * start.stretch + start.shift
+    height = z * stretch + shift
     own, other = (
         boxes[(at / (mm / len(boxes))).long().clamp(0, len(boxes) - 1)]
         for boxes, at, mm in ((query, z, query_mm), (support, height, support_mm))

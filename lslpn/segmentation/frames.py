@@ -9,7 +9,7 @@ wide: of smaller ones, children, heads or mice, all measures grow in proportion.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,20 +211,37 @@ def restored(frame: Frame, leads: Tensor, values: Sequence[int]) -> np.ndarray:
         leads: [Z', N, h, w] over the frame at any resolution, interpolated linearly.
         values: the N labels.
     """
+    kind = np.uint8 if max(values) < 256 else np.int16 if max(values) < 2**15 else np.int32
+    out = np.zeros(frame.source.data.shape, kind)
+    known = np.array([0, *values], kind)
+    for place, plane in _planes(frame, leads):
+        lead, winner = plane.max(0)
+        out[place] = known[torch.where(lead > 0, winner + 1, 0).numpy()]
+    return out
+
+
+def restored_probabilities(frame: Frame, leads: Tensor) -> np.ndarray:
+    """Probability of each label at each voxel of the source, uint8 [N, Z, Y, X], 255 for 1.
+
+    The softmax of the leads and 0, the background's; 0 outside of the frame. As `restored`.
+    """
+    out = np.zeros((leads.shape[1], *frame.source.data.shape), np.uint8)
+    for (z, rows, columns), plane in _planes(frame, leads):
+        shares = F.pad(plane, (0, 0, 0, 0, 1, 0)).softmax(0)[1:]
+        out[:, z, rows, columns] = (shares * 255).round().byte().numpy()
+    return out
+
+
+def _planes(frame: Frame, leads: Tensor) -> Iterator[tuple[tuple[int, slice, slice], Tensor]]:
+    """Leads [N, y, x] for the part of each of the source's slices that is in the frame."""
     depth = frame.source.data.shape[0]
     low, high, part = _between(len(leads), depth)
     height, width = (round(mm / s) for mm, s in zip(frame.size[1:], frame.spacing[1:], strict=True))
-    kind = np.uint8 if max(values) < 256 else np.int16 if max(values) < 2**15 else np.int32
-    out = np.zeros(frame.source.data.shape, kind)
     y0, x0 = frame.corner
-    known = np.array([0, *values], kind)
     for z in range(depth):
         plane = torch.lerp(leads[low[z]].float(), leads[high[z]].float(), float(part[z]))
         plane = F.interpolate(plane[None], size=(height, width), mode="bilinear")[0]
-        lead, winner = plane.max(0)
-        found = torch.where(lead > 0, winner + 1, 0).numpy()
-        out[z, y0 : y0 + height, x0 : x0 + width] = known[found]
-    return out
+        yield (z, slice(y0, y0 + height), slice(x0, x0 + width)), plane
 
 
 def _between(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,8 +3,8 @@
 The search is discrete. At each point of a coarse lattice over the query, the support is compared
 at every displacement of a small cube; of all the displacements those are taken that are alike and
 vary smoothly (coupled convex optimisation). An affine map is fitted to them first, by trimmed
-least squares, then finer lattices bend it, and gradient descent ends it. Nothing is learnt and no
-label is seen.
+least squares, then finer lattices bend it, from several beginnings where it is not sure how high
+the scans lie, and gradient descent ends it. Nothing is learnt and no label is seen.
 
 What is compared are descriptors of each place: features of the network, reduced to their principal
 components, tell organs apart; MIND-SSC, the self-similarity of a small patch, finds their edges in
@@ -35,7 +35,8 @@ _MIND_SPACING = 3.0
 _COMPONENTS = 24
 # (points of the 6 mm lattice averaged into one, reach of the search in such points), first to last
 _AFFINE_STAGES = ((3, 4), (3, 3), (2, 3))
-_BENDING_STAGES = ((3, 4), (2, 3), (1, 3))
+_COARSE_STAGES = ((3, 4), (2, 3))  # of bending; from where to begin is decided after them
+_FINE_STAGES = ((1, 3),)
 _COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # convexAdam's
 _KEPT = 0.8  # share of the displacements that an affine map is fitted to
 _LEAST_POINTS = 60
@@ -150,12 +151,21 @@ class Registration:
             matrix = _trimmed_affine(source, target)
         return matrix
 
-    def deformable(self, start: Tensor) -> Alignment:
-        """Bend the affine map `start` until the descriptors agree."""
+    def deformable(self, starts: Sequence[Tensor]) -> Alignment:
+        """Bend an affine map until the descriptors agree.
+
+        Args:
+            starts: [4, 3] each; the one is taken that leads to the most alike features.
+        """
+        coarse = [self._bent(self.places @ m[:3] + m[3], _COARSE_STAGES) for m in starts]
+        best = max(coarse, key=lambda map_: self.aligned(map_).likeness)
+        map_ = self._bent(best, _FINE_STAGES)
+        return self.aligned(map_ + _descend(self._pairs, map_))
+
+    def _bent(self, map_: Tensor, stages: Sequence[tuple[int, int]]) -> Tensor:
         places, size = self.places, self.query.image.size
         z, y, x = places.shape[:3]
-        map_ = places @ start[:3] + start[3]
-        for width, reach in _BENDING_STAGES:
+        for width, reach in stages:
             moved = F.interpolate(
                 self._search(map_, width, reach)[None],
                 scale_factor=width,
@@ -165,7 +175,7 @@ class Registration:
             # What the map adds to a displaced place is carried on beyond the frame.
             added = Field((map_ - places).movedim(-1, 0), size).at(places + moved).movedim(0, -1)
             map_ = places + moved + added
-        return self.aligned(map_ + _descend(self._pairs, map_))
+        return map_
 
     def aligned(self, positions: Tensor) -> Alignment:
         """Positions [Z, Y, X, 3] in the support, over the lattice, as an alignment."""

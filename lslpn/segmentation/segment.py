@@ -24,21 +24,17 @@ from ..data.slices import Prepared, prepare, shared_window, warn_not_cropped, wa
 from ..data.volumes import Volume
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
+from .registration import Scan
+from .slice_matching import BEYOND, match_slices, slice_similarity
 from .volumetric import DEPTH_MM, segment_registered
 from .why import Recorder, Why
 
 Shot = tuple[int, int]  # index of the support, slice
 
-BEYOND = -1  # in a match: the query slice lies outside of what the support covers
-
 # Slices are compared at this size: it takes a quarter of the time of 256 and finds slices as
 # well, and only slices with an organ in them are encoded in full.
 _MATCH_SIZE = 128
 _CELLS = 4  # features are averaged over 4 x 4 parts of the slice: coarse enough for other patients
-# Settled on the 72 ordered pairs of nine SABS cases, supports whole and cut short at either end.
-# 1 mm that the support goes on more or less than the query costs as much as ...
-_STRETCH_COST = 0.1  # ... so much cosine over 1 mm of the query
-_BEYOND_COSINE = -0.1  # what lies beyond the support fits less well than this
 # Shots are taken from the matched slice and from slices that lie so many mm below and above it:
 # matches are off by a slice or two, and organs lie higher in one patient than in another. Mean
 # Dice of liver, spleen and kidneys over the pairs of four of the cases: 0.553 without the others,
@@ -62,6 +58,8 @@ class Segmentation:
         confidence: where they were, label to a number from 0 to 1: the Dice of what the aligned
             labels and what the features say of an organ; 0 for one that was not found.
         alignments: where they were, how each support was aligned in the end.
+        probabilities: where they were asked for, uint8 [N, Z, Y, X]: 255 times the probability of
+            each of the supports' N labels, from the lowest to the highest.
     """
 
     labels: np.ndarray
@@ -69,6 +67,7 @@ class Segmentation:
     why: Why | None = None
     confidence: Mapping[int, float] | None = None
     alignments: tuple[str, ...] = ()
+    probabilities: np.ndarray | None = None
 
 
 def segment(
@@ -140,8 +139,17 @@ def segment_matched(
     batch: int = 8,
     progress: bool = False,
     explain: bool = False,
+    probabilities: bool = False,
+    kept: dict[int, Scan] | None = None,
 ) -> Segmentation:
-    """As `segment`, and tell which slices were matched; with `explain`, which windows decided."""
+    """As `segment`, and tell which slices were matched.
+
+    Args:
+        explain: tell which windows decided as well.
+        probabilities: work out the probability of every label as well.
+        kept: an empty dict, given again for the next query with the same model and supports:
+            features of the supports are kept in it, which need not be worked out anew.
+    """
     if not supports:
         raise InputError("supports: expected at least one labelled scan, got none")
     for _, drawn in supports:
@@ -168,12 +176,19 @@ def segment_matched(
                 batch=batch,
                 progress=progress,
                 explain=explain,
+                probabilities=probabilities,
+                kept=kept,
             )
         finally:
             model.train(training)
         if found is not None:
             return Segmentation(
-                found.labels, found.matches, found.why, found.confidence, found.alignments
+                found.labels,
+                found.matches,
+                found.why,
+                found.confidence,
+                found.alignments,
+                found.probabilities,
             )
         align = "body"
     ready, target = _prepare(model, supports, query, align)
@@ -208,7 +223,9 @@ def segment_matched(
                     target.boxes,
                     [support.boxes for support in ready],
                 )
-            labels = _segment(model, ready, target, matches, batch, progress, recorder)
+            labels, leads = _segment(
+                model, ready, target, matches, batch, progress, recorder, probabilities
+            )
     finally:
         model.train(training)
     if not labels.any():
@@ -224,7 +241,8 @@ def segment_matched(
             f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=2
         )
     why = None if recorder is None else recorder.result()
-    return Segmentation(target.restore(labels), matches, why)
+    shares = None if leads is None else _restored_probabilities(target, leads)
+    return Segmentation(target.restore(labels), matches, why, probabilities=shares)
 
 
 def _prepare(
@@ -311,93 +329,6 @@ def _collapsed(matches: np.ndarray, supports: Sequence[Prepared], query: Prepare
     return out
 
 
-def slice_similarity(
-    query: Tensor, support: Tensor, query_step: float, support_step: float
-) -> np.ndarray:
-    """How alike the slices of two scans are, from -1 to 1.
-
-    What all slices have in common is taken off first, so that two slices are alike for what sets
-    them apart from the others.
-
-    Args:
-        query: [Zq, D, cells, cells] averaged features.
-        support: [Zs, D, cells, cells].
-        query_step: mm between the query's slices.
-        support_step: mm between the support's.
-
-    Returns:
-        float32 [Zq, Zs], the cosine of the descriptors, all cells together.
-    """
-    length = len(query) * query_step + len(support) * support_step
-    common = (query.sum(0) * query_step + support.sum(0) * support_step) / length
-    # All cells in one vector, not a cosine for each: cells of air and of skin tell little, and so
-    # count little.
-    a, b = (F.normalize((scan - common).flatten(1), dim=1) for scan in (query, support))
-    return np.asarray((a @ b.T).numpy())
-
-
-def match_slices(similarity: np.ndarray, query_step: float, support_step: float) -> np.ndarray:
-    """Match every query slice with a support slice, in order along z.
-
-    The match with the greatest sum of similarities, less a price on every millimetre by which the
-    support moves on more or less than the query does. A query that reaches beyond the
-    support runs off its end, above or below: slices there are matched with none. All of it can
-    not: where nothing is alike, the best of the bad matches is taken.
-
-    Args:
-        similarity: [Zq, Zs], see `slice_similarity`.
-        query_step: mm between the query's slices.
-        support_step: mm between the support's.
-
-    Returns:
-        int [Zq]: support slices that never fall, with BEYOND before, behind, or on both sides.
-    """
-    match = _best_path(similarity, query_step, support_step, _BEYOND_COSINE)
-    if (match == BEYOND).all():
-        match = _best_path(similarity, query_step, support_step, -np.inf)
-    return match
-
-
-def _best_path(
-    similarity: np.ndarray, query_step: float, support_step: float, beyond: float
-) -> np.ndarray:
-    """`match_slices` by dynamic programming, with what a slice beyond the support earns."""
-    count, slices = similarity.shape
-    earned = similarity.astype(np.float64) * query_step
-    beyond *= query_step
-    # Cost of going from support slice i (row) to j (column) within one step of the query.
-    ahead = (np.arange(slices)[None, :] - np.arange(slices)[:, None]) * support_step
-    price = np.where(ahead >= 0, _STRETCH_COST * np.abs(ahead - query_step), np.inf)
-    # Coming from below the support at slice j leaves out all before it; going above likewise.
-    left_out = _STRETCH_COST * support_step * np.arange(slices)
-    entry, leave = left_out, left_out[::-1]
-
-    below_state, above_state = slices, slices + 1
-    score = np.concatenate([earned[0], [beyond, beyond]])
-    came_from = np.empty((count, slices + 2), np.int64)
-    for z in range(1, count):
-        steps = score[:slices, None] - price
-        origin = steps.argmax(axis=0)
-        best = steps[origin, np.arange(slices)]
-        enter = score[below_state] - entry
-        origin = np.where(enter > best, below_state, origin)
-        best = np.maximum(best, enter) + earned[z]
-        last = int((score[:slices] - leave).argmax())
-        leaving = score[last] - leave[last]
-        stays = score[above_state] >= leaving
-        came_from[z, :slices] = origin
-        came_from[z, below_state] = below_state
-        came_from[z, above_state] = above_state if stays else last
-        above = max(score[above_state], leaving) + beyond
-        score = np.concatenate([best, [score[below_state] + beyond, above]])
-
-    path = np.empty(count, np.int64)
-    path[-1] = int(score.argmax())
-    for z in range(count - 1, 0, -1):
-        path[z - 1] = came_from[z, path[z]]
-    return np.where(path < slices, path, BEYOND)
-
-
 # --- segmenting --------------------------------------------------------------------------------
 
 
@@ -409,13 +340,18 @@ def _segment(
     batch: int,
     progress: bool,
     recorder: Recorder | None = None,
-) -> np.ndarray:
-    """Labels [Z, S, S] of the query's prepared slices."""
+    probabilities: bool = False,
+) -> tuple[np.ndarray, Tensor | None]:
+    """Labels [Z, S, S] of the query's prepared slices; and leads [Z, N, S, S] if asked for."""
     device = next(model.parameters()).device
     kinds = [support.labels.dtype for support in supports if support.labels is not None]
     out = np.zeros(query.slices.shape, np.result_type(*kinds))
     size = (query.slices.shape[1], query.slices.shape[2])
     parts = _parts(supports, apart=model.one_shot)
+    every = sorted({value for _, values in parts for value in values})
+    leads = None
+    if probabilities:
+        leads = torch.full((len(out), len(every), *size), -torch.inf, dtype=torch.float16)
     groups = list(_groups(supports, matches, batch))
     total = sum(len(queries) for queries, _ in groups)
     kept: dict[Shot, Tensor] = {}  # features of support slices
@@ -451,6 +387,11 @@ def _segment(
                     recorder.add(
                         queries, [0, *shown], features[len(new) :], support.values, [own], matched
                     )
+                if leads is not None:
+                    for number, value in enumerate(shown, 1):
+                        lead = (logits[:, number] - logits[:, 0]).to("cpu", leads.dtype)
+                        at = (queries, every.index(value))
+                        leads[at] = torch.maximum(leads[at], lead)
                 organ, winner = logits[:, 1:].max(1)
                 lead = organ - logits[:, 0]
                 better = lead > best
@@ -458,6 +399,16 @@ def _segment(
                 found = torch.where(better, torch.tensor(shown, device=device)[winner], found)
             out[queries] = found.cpu().numpy()
             bar.update(len(queries))
+    return out, leads
+
+
+def _restored_probabilities(query: Prepared, leads: Tensor) -> np.ndarray:
+    """As `frames.restored_probabilities`, of leads [Z, N, S, S] over the boxes of slices."""
+    out = np.zeros((leads.shape[1], *query.source.data.shape), np.uint8)
+    for z, (y0, y1, x0, x1) in enumerate(query.boxes.tolist()):
+        shares = F.pad(leads[z].float(), (0, 0, 0, 0, 1, 0)).softmax(0)[1:]
+        shares = F.interpolate(shares[None], size=(y1 - y0, x1 - x0), mode="bilinear")[0]
+        out[:, z, y0:y1, x0:x1] = (shares * 255).round().byte().numpy()
     return out
 
 

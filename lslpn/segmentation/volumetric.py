@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
-from .correspondence import begin, describe, trunk_to_trunk
-from .frames import Frame, frames_of, restored
+from .correspondence import begin, describe, matched_line, trunk_to_trunk
+from .frames import Frame, frames_of, restored, restored_probabilities
+from .outlines import grey_histogram, moved_outlines
 from .registration import Alignment, Field, Registration, Scan, centres, fitted
 from .why import Recorder, Why
 
@@ -37,6 +38,7 @@ _SMOOTH_MM = (6.0, 2.0)  # along z, and in the slice
 _ISLAND = 0.2  # pieces smaller than this share of an organ's largest are taken off
 _UNLIKE = 0.15  # mean cosine of slices that go together, below which scans show different things
 _LEAST_OVERLAP = 0.25
+_OFF_MM = (0.0, 40.0, -40.0)  # a second search begins where slices match, and so far off
 _LEAST_MM, _LEAST_SLICES = 100.0, 8  # of a scan that can be aligned
 _MOST_FOLDING = 0.25
 _CERTAIN = 6.0  # likeness of supports is sharpened by this before they are weighed
@@ -55,6 +57,7 @@ class Registered:
             was not found has 0.
         alignments: how each support was aligned in the end.
         why: which windows decided, where that was asked for and the method has windows.
+        probabilities: where they were asked for, see `frames.restored_probabilities`.
     """
 
     labels: np.ndarray
@@ -62,6 +65,7 @@ class Registered:
     confidence: dict[int, float]
     alignments: tuple[Used, ...]
     why: Why | None = None
+    probabilities: np.ndarray | None = None
 
 
 def segment_registered(
@@ -75,6 +79,8 @@ def segment_registered(
     batch: int = 8,
     progress: bool = False,
     explain: bool = False,
+    probabilities: bool = False,
+    kept: dict[int, Scan] | None = None,
 ) -> Registered | None:
     """As `segment.segment_matched`, which checks the arguments; model in evaluation mode.
 
@@ -98,10 +104,19 @@ def segment_registered(
         with torch.inference_mode():
             total = sum(len(frame.slices) for frame in (target, *frames))
             with tqdm(total=total, desc="Reading", unit="slice", disable=not progress) as bar:
-                scans = [_encoded(model, frame, batch, bar) for frame in (target, *frames)]
+                own = _encoded(model, target, batch, bar)
+                others = []
+                for number, frame in enumerate(frames):
+                    scan = None if kept is None else kept.get(number)
+                    if scan is None or not _same(scan, frame):
+                        scan = _encoded(model, frame, batch, bar)
+                    if kept is not None:
+                        kept[number] = scan
+                    others.append(scan)
             return _segment(
-                model, frames, target, scans, align, depth, keep_islands, progress, explain
-            )
+                model, frames, target, own, others, align, depth, keep_islands, progress, explain,
+                probabilities,
+            )  # fmt: skip
     finally:
         model.amp = amp
 
@@ -126,6 +141,11 @@ def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Scan
     return Scan(Field(frame.slices[None], frame.size), features)
 
 
+def _same(scan: Scan, frame: Frame) -> bool:
+    """Whether a scan was encoded from this frame: another query may ask for another window."""
+    return scan.image.size == frame.size and torch.equal(scan.image.values[0], frame.slices)
+
+
 # --- aligning ----------------------------------------------------------------------------------
 
 
@@ -134,12 +154,9 @@ def _aligned(
 ) -> tuple[Alignment, Used]:
     """Where the support lies, and by which alignment; warns of what failed."""
     names = f"{query.source.path.name} by {support.source.path.name}"
-    start = begin(
-        describe(own.features, query.boxes),
-        describe(seen.features, support.boxes),
-        query.size[0],
-        support.size[0],
-    )
+    described = describe(own.features, query.boxes), describe(seen.features, support.boxes)
+    heights = query.size[0], support.size[0]
+    start = begin(*described, *heights)
     if start.mirrored:
         sides = {"x": "left and right", "y": "front and back", "z": "head and feet"}
         swapped = " and ".join(sides[axis] for axis in start.mirrored)
@@ -158,9 +175,14 @@ def _aligned(
     registration = Registration(own, seen)
     places = registration.places
     how: Used = "body" if support.treatment.body_found else "none"
-    beginning = trunk_to_trunk(
-        places, start, query.boxes, query.size[0], support.boxes, support.size[0]
-    )
+
+    def trunks(stretch: float, shift: float) -> Tensor:
+        """Trunk laid to trunk, with heights given."""
+        return trunk_to_trunk(
+            places, stretch, shift, query.boxes, heights[0], support.boxes, heights[1]
+        )
+
+    beginning = trunks(start.stretch, start.shift)
     matrix = registration.affine(fitted(places, beginning))
     straight = registration.aligned(places @ matrix[:3] + matrix[3])
     if straight.overlap < _LEAST_OVERLAP:
@@ -172,7 +194,11 @@ def _aligned(
         return registration.aligned(beginning), how
     if align == "affine":
         return straight, "affine"
-    bent = registration.deformable(matrix)
+    starts = [matrix]
+    if line := matched_line(*described, *heights):
+        stretch, shift = line
+        starts += [fitted(places, trunks(stretch, shift + off)) for off in _OFF_MM]
+    bent = registration.deformable(starts)
     if bent.folding > _MOST_FOLDING:
         warnings.warn(
             f"{names}: the deformation folds over itself in {bent.folding:.0%} of the body, so "
@@ -190,14 +216,15 @@ def _segment(
     model: FewShotNetwork,
     supports: Sequence[Frame],
     query: Frame,
-    scans: Sequence[Scan],
+    own: Scan,
+    others: Sequence[Scan],
     align: Align,
     depth: float,
     keep_islands: bool,
     progress: bool,
     explain: bool,
+    probabilities: bool,
 ) -> Registered:
-    own, *others = scans
     values = sorted({int(v) for frame in supports for v in np.unique(_labels(frame)) if v})
     matches, used, weights = [], [], []
     by_features: Tensor | None = None
@@ -236,6 +263,9 @@ def _segment(
     final = by_features + _PRIOR_WEIGHT * by_labels
     if not keep_islands:
         _take_islands_off(final)
+    final = _outlined(query, supports, final, values)
+    if not keep_islands:
+        _take_islands_off(final)
     labels = restored(query, final, values)
     confidence = _agreement(final, by_features, by_labels, values)
     if not labels.any():
@@ -246,7 +276,14 @@ def _segment(
             stacklevel=4,
         )
     why = None if recorder is None else recorder.result()
-    return Registered(labels, np.stack(matches), confidence, tuple(used), why)
+    return Registered(
+        labels,
+        np.stack(matches),
+        confidence,
+        tuple(used),
+        why,
+        restored_probabilities(query, final) if probabilities else None,
+    )
 
 
 def _brought(
@@ -294,6 +331,32 @@ def _leads(
     rest = 1 - shares.sum(1, keepdim=True)
     carried = (shares + _PRIOR_LEAST).log() - (rest.clamp_min(0) + _PRIOR_LEAST).log()
     return leads, carried, drawn
+
+
+def _outlined(
+    query: Frame, supports: Sequence[Frame], leads: Tensor, values: Sequence[int]
+) -> Tensor:
+    """Leads [Z, N, h, w] once outlines have moved to where the query's grey values change."""
+    lead, winner = leads.max(1)
+    found = torch.where(lead > 0, winner + 1, 0).numpy()
+    shown: dict[int, list[np.ndarray]] = {}
+    if query.treatment.intensities.hu:  # only in CT an organ is as bright in one scan as in another
+        for support in supports:
+            grey, cell = _grey(support)
+            drawn = support.labels_at(centres(grey.shape, support.size)).numpy()
+            for number, value in enumerate(values, 1):
+                if (drawn == value).any():
+                    histogram = grey_histogram(grey, drawn == value, cell)
+                    shown.setdefault(number, []).append(histogram)
+    known = {number: np.mean(each, 0) for number, each in shown.items()}
+    return torch.from_numpy(moved_outlines(*_grey(query), found, len(values), known))
+
+
+def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
+    """Grey values [Z, h, w] at half the resolution, and mm (z, y, x) of a voxel."""
+    size = [(side + 1) // 2 for side in frame.slices.shape[1:]]
+    grey = F.interpolate(frame.slices[:, None], size=size, mode="area")[:, 0].numpy()
+    return grey, [mm / n for mm, n in zip(frame.size, grey.shape, strict=True)]
 
 
 def _recorder(model: LSLPN, supports: Sequence[Frame], query: Frame) -> Recorder:
