@@ -22,7 +22,7 @@ the hash.
 
 prints what the machine code of each kernel takes, one JSON object a line, for the variants named: a
 dtype, and what differs from one contiguous batch of the paper's episodes with `reduce="max"`
-(`channels_last`, `mean`, `many` episodes).
+(`channels_last`, `mean`, `many` episodes, `loss` in place of scores).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from .sizes import PARTS, Size, blank, chosen
 from .timing import Work
 
 Launches = Callable[[], object]
-OPTIONS = {"channels_last", "mean", "many"}
+OPTIONS = {"channels_last", "mean", "many", "loss"}
 _KEY = "import sys, triton, {0}; print(triton.__version__); print({0}.triton_key())"
 
 
@@ -134,6 +134,16 @@ def launch_variant(variant: str) -> None:
 
     prototypes, factor = triton_.masked_average_pool(features, masks, C, grid, 0.0)
     triton_.masked_average_pool_backward(prototypes, masks, C, factor, features, grid)
+    if "loss" in options:
+        labels = torch.empty(B, K, H, H, dtype=torch.uint8)
+        choice = (grid, reduce, (True, True))
+        numbers: Any = {"logit_scale": 20.0}
+        loss, kept = triton_.cosine_match_loss(
+            features, prototypes, labels, None, *choice, ignore_index=255, **numbers
+        )
+        size = ((H, H), reduce, (True, True))
+        triton_.cosine_match_loss_backward(loss, kept, features, prototypes, grid, *size, **numbers)
+        return
     scores, winners, gram = triton_.cosine_match(features, prototypes, grid, (H, H), reduce, True)
     triton_.cosine_match_backward(scores, features, prototypes, scores, winners, grid, reduce, gram)
 

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -128,15 +128,39 @@ def _passes(backend: str, size: Size) -> Iterator[str]:
     yield "pool backward"
 
 
+def _loss_passes(backend: str, size: Size) -> Iterator[str]:
+    """As `_passes`: the matching that ends in a loss."""
+    kernels = importlib.import_module("ptx.hooks").KERNELS[backend]
+    inputs = draw(size, "cpu")
+    query, prototypes = inputs.query.detach(), inputs.prototypes.detach().float()
+    labels = inputs.masks[:, :1].to(torch.uint8).argmax(2).expand(-1, size.Q, -1, -1)
+    choice = (size.grid, "max", (True, True))
+    loss, kept = kernels.cosine_match_loss(
+        query, prototypes, labels.to(torch.uint8).contiguous(), None, *choice,
+        ignore_index=255, logit_scale=LOGIT_SCALE,
+    )  # fmt: skip
+    yield "match loss"
+    shape = (size.pixels, size.pixels)
+    kernels.cosine_match_loss_backward(
+        torch.ones_like(loss), kept, query, prototypes, size.grid, shape, *choice[1:],
+        logit_scale=LOGIT_SCALE,
+    )  # fmt: skip
+    yield "match loss backward"
+
+
 def count(
-    backend: str, size: Size, episodes: float = 1, archs: Sequence[int] = ARCHS
+    backend: str,
+    size: Size,
+    episodes: float = 1,
+    archs: Sequence[int] = ARCHS,
+    passes: Callable[[str, Size], Iterator[str]] = _passes,
 ) -> list[dict[str, Any]]:
     """One entry for each launch of the head forward and backward; see `_hooked`."""
     ptx, program = importlib.import_module("ptx.machine"), importlib.import_module("ptx.program")
     found = []
     with _hooked(backend, ARCH, episodes, archs), ptx.settings(checked=False, counts=True):
         ptx.LAUNCHES.clear()
-        for part in _passes(backend, size):
+        for part in passes(backend, size):
             for launch in ptx.LAUNCHES:
                 by_class = launch.by(lambda instruction: instruction.category)
                 found.append({
@@ -278,6 +302,7 @@ def run(backend: str, size: Size) -> dict[str, Any]:
         **sums,
         "bounds": bounds(launches, times),
         "launches": launches,
+        "launches_of_loss": count(backend, replace(size, B=executed), times, passes=_loss_passes),
     }
 
 
@@ -287,9 +312,11 @@ def budgets(backend: str) -> dict[str, dict[str, int]]:
     for dtype in DTYPES:
         entries: dict[str, int] = {}
         size = BUDGETED.with_dtype(getattr(torch, dtype))
-        for entry in count(backend, size, archs=importlib.import_module("ptx.cuda").ARCHS):
-            key = f"{entry['pass']}: {entry['kernel']}"
-            entries[key] = entries.get(key, 0) + sum(entry["instructions"].values())
+        archs = importlib.import_module("ptx.cuda").ARCHS
+        for passes in (_passes, _loss_passes):
+            for entry in count(backend, size, archs=archs, passes=passes):
+                key = f"{entry['pass']}: {entry['kernel']}"
+                entries[key] = entries.get(key, 0) + sum(entry["instructions"].values())
         found[dtype] = entries
     return found
 

@@ -191,3 +191,48 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         error = float((got - value.double().cpu()).norm())
         length = float(value.double().norm())
         assert error <= allowed * length + 1e-30, f"{name}: {error / max(length, 1e-30):.2e}"
+
+
+# What may hold a NaN or an infinity.
+SPOILT = ("support", "query", "prototypes", "grad_prototypes", "grad_scores")
+
+
+class NotFinite:
+    """Pooling and matching of windows that overlap, with a number that is not finite."""
+
+    GRID, SIZE = GridSpec(1 / 4), (64, 60)
+
+    def __init__(self, where: str, dtype: torch.dtype, reduce: str) -> None:
+        """`where`: one of SPOILT."""
+        generator = torch.Generator().manual_seed(0)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        prototypes = (1, 2, *self.GRID.shape(*self.SIZE), 16)
+        self.where, self.reduce = where, reduce
+        self.inputs = {
+            "support": numbers(1, 1, 16, 9, 11).to(dtype),
+            "query": numbers(1, 1, 16, 9, 11).to(dtype),
+            "prototypes": numbers(*prototypes),
+            "grad_prototypes": numbers(*prototypes),
+            "grad_scores": numbers(1, 1, 2, *self.SIZE),
+        }
+        self.masks = torch.rand(1, 1, 2, *self.SIZE, generator=generator) < 0.5
+
+    def spoil(self, value: float) -> None:
+        """In the middle; of prototypes that is in one class, of features in one channel."""
+        spoilt = self.inputs[self.where]
+        spoilt[tuple(n // 2 for n in spoilt.shape)] = value
+
+    def results(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """As `run`, in float64; computed in `dtype`, if it is given."""
+        given = {n: t.detach().to(dtype or t.dtype, copy=True) for n, t in self.inputs.items()}
+        leaves = [given[name].requires_grad_() for name in SPOILT[:3]]
+        pooled = masked_average_pool(given["support"], self.masks, self.GRID, 0, backend=backend)
+        scores = cosine_match(*leaves[1:], self.GRID, self.SIZE, self.reduce, backend=backend)
+        outputs = [pooled, scores]
+        grads = torch.autograd.grad(outputs, leaves, [given[name] for name in SPOILT[3:]])
+        names = ("prototypes", "scores", "grad_support", "grad_query", "grad_prototypes")
+        results = zip(names, (*outputs, *grads), strict=True)
+        return {name: t.detach().double() for name, t in results}

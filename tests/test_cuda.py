@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import SITUATIONS, Case, assert_agree, assert_near, run
+from cases import SITUATIONS, SPOILT, Case, NotFinite, assert_agree, assert_near, run
 from hypothesis import HealthCheck, given, settings
 from ptx import hooks, machine
 from ptx.fixtures import kernels, module  # noqa: F401
@@ -240,9 +240,6 @@ def test_what_is_not_finite_stays_where_it_is(kernels: Any) -> None:
     assert torch.equal(pooled.isnan(), expected.isnan())
 
 
-SPOILT = ("support", "query", "prototypes", "grad_prototypes", "grad_scores")
-
-
 @pytest.mark.parametrize(
     ("dtype", "reduce"),
     [(torch.float32, "max"), (torch.float32, "mean"), (torch.bfloat16, "max")],
@@ -253,41 +250,16 @@ def test_not_finite_gradients_are_those_of_the_equations(
     kernels: Any, where: str, dtype: torch.dtype, reduce: str
 ) -> None:
     """However many locations and windows a product takes at once; and the rest is right."""
-    grid, size = GridSpec(1 / 4), (64, 60)
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    inputs = {
-        "support": numbers(1, 1, 16, 9, 11).to(dtype),
-        "query": numbers(1, 1, 16, 9, 11).to(dtype),
-        "prototypes": numbers(1, 2, *grid.shape(*size), 16),
-        "grad_prototypes": numbers(1, 2, *grid.shape(*size), 16),
-        "grad_scores": numbers(1, 1, 2, *size),
-    }
-    masks = torch.rand(1, 1, 2, *size, generator=generator) < 0.5
-
-    def results(backend: str, kind: torch.dtype | None = None) -> list[Tensor]:
-        given = {name: t.detach().to(kind or t.dtype, copy=True) for name, t in inputs.items()}
-        leaves = [given[name].requires_grad_() for name in SPOILT[:3]]
-        pooled = masked_average_pool(given["support"], masks, grid, 0, backend=backend)
-        scores = cosine_match(*leaves[1:], grid, size, reduce, backend=backend)
-        outputs = [pooled, scores]
-        grads = torch.autograd.grad(outputs, leaves, [given[name] for name in SPOILT[3:]])
-        return [t.detach().double() for t in (*outputs, *grads)]
-
+    case = NotFinite(where, dtype, reduce)
     for value in (torch.nan, torch.inf):
-        # Of one class, in the middle; and in a channel.
-        middle = tuple(n // 2 for n in inputs[where].shape)
-        inputs[where][middle] = value
-        expected = results("reference", torch.float64)
-        assert not all(t.isfinite().all() for t in expected)
-        for got, wanted in zip(results("cuda"), expected, strict=True):
+        case.spoil(value)
+        expected = case.results("reference", torch.float64)
+        found = case.results("cuda")
+        for name, wanted in expected.items():
             good = wanted.isfinite()
-            assert torch.equal(got.isfinite(), good)
-            error = (got - wanted)[good].norm() / wanted[good].norm()
-            assert error < (1e-5 if dtype == torch.float32 else 5e-3)
+            assert torch.equal(found[name].isfinite(), good), name
+            error = (found[name] - wanted)[good].norm() / wanted[good].norm()
+            assert error < (1e-5 if dtype == torch.float32 else 5e-3), name
 
 
 @pytest.mark.parametrize(
@@ -356,8 +328,7 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
             x,
             0.0,
             0,
-            allocate or cuda._allocator(torch.device("cpu")),
-            False,
+            allocate or cuda._allocator(torch.device("cpu"), []),
         )
 
     call()
@@ -409,12 +380,13 @@ def test_bindings_survive_anything(kernels: Any) -> None:
 
     refused = 0
     for _ in range(500):
-        allocate = cuda._allocator(torch.device("cpu"))
+        allocate = cuda._allocator(torch.device("cpu"), [])
         try:
             cuda._call(
-                "cuda_cosine_match_backward", torch.device("cpu"), *(tensor() for _ in range(8)),
+                "cuda_cosine_match", torch.device("cpu"), *(tensor() for _ in range(5)),
                 axis(), axis(), int(generator.integers(-1, 3)), bool(generator.integers(2)), 1.0, 0,
-                allocate, bool(generator.integers(2)),
+                allocate, tensor(), (tensor(), tensor(), 255) if generator.integers(2) else None,
+                tuple(tensor() for _ in range(4)) if generator.integers(2) else None,
             )  # fmt: skip
         except (TypeError, ValueError):
             refused += 1

@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SITUATIONS, Case, assert_near, run
+from test_loss import close, drawn, expected, results
 from torch import Tensor, nn
 
 from lslpn_kernels import (
@@ -182,6 +183,7 @@ def triton_launches() -> Iterator[Callable[[], object]]:
         (test_label_map, (torch.uint8, torch.int64)),
         (test_derived_background, ("bool", "uint8", "soft")),
         (test_autocast, HALF),
+        (test_loss, tuple(LOSSES)),
     )
     for test, values in small:
         for value in values:
@@ -243,6 +245,23 @@ def test_drawn_at_random(any_backend: str, seed: int) -> None:
     compare(*_drawn(seed), any_backend)
 
 
+LOSSES = {
+    "two_classes": Case(D=16, h=9, w=9, H=64, W=64, grid=PAPER, kind="positive"),
+    "five_classes": Case(C=5, D=16, B=2, Q=2),
+    "mean_over_windows": Case(C=3, D=16, reduce="mean"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss(any_backend: str, name: str) -> None:
+    """The cross-entropy inside the matching, as F.cross_entropy has it."""
+    inputs = drawn(LOSSES[name], torch.float32)
+    query, prototypes, labels, weight = (t.detach().to(DEVICE) for t in inputs)
+    leaves = query.requires_grad_(), prototypes.requires_grad_()
+    found = results(LOSSES[name], any_backend, (*leaves, labels, weight))
+    close([t.cpu() for t in found], expected(LOSSES[name], inputs), 2e-6)
+
+
 def test_float64(any_backend: str) -> None:
     """The cuda backend has it; in place of triton "auto" takes another one."""
     case = SITUATIONS["two_shots_three_queries_two_episodes"]
@@ -282,8 +301,8 @@ def _as_the_oracle(head: LocalPrototypeHead, *inputs: Tensor, **classes: int) ->
         support, masks, query = (t.detach().to(device) for t in inputs)
         support, query = (t.to(dtype).requires_grad_() for t in (support, query))
         found.append(_gradients(partial(used, **classes), support, masks, query))
-    for actual, expected in zip(*found, strict=True):
-        error = (actual.double().cpu() - expected).norm() / expected.norm()
+    for actual, wanted in zip(*found, strict=True):
+        error = (actual.double().cpu() - wanted).norm() / wanted.norm()
         assert error < 2e-6  # see `assert_right`; of so few pixels none is undecided
 
 
@@ -348,6 +367,16 @@ def _gradients(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ..
     return (out.detach(), *torch.autograd.grad((out * weight).sum(), leaves))
 
 
+def _call(backend: str, end: str) -> Callable[..., Tensor]:
+    """The head up to its logits, or to a loss."""
+    head = _head(backend)
+    if end == "logits":
+        return head
+    return lambda support, masks, query: head.loss(
+        support, masks, query, masks[:, :, 0].to(torch.uint8)
+    )
+
+
 def test_opcheck(any_backend: str) -> None:
     case = Case(B=2, C=2, D=8, h=5, w=4, H=20, W=17)
     support, masks, query, _ = (t.to(DEVICE) for t in case.draw(torch.float32))
@@ -369,24 +398,26 @@ def test_opcheck(any_backend: str) -> None:
             torch.library.opcheck(ops.cosine_match_backward.default, (scores, query, *kept, wanted))
 
 
-def test_compiled_in_one_graph(backend: str) -> None:
+@pytest.mark.parametrize("end", ["logits", "loss"])
+def test_compiled_in_one_graph(backend: str, end: str) -> None:
     inputs = _episode()
-    expected = _gradients(_head(backend), *inputs)
+    expected = _gradients(_call(backend, end), *inputs)
     torch.compiler.reset()
-    compiled = torch.compile(_head(backend), fullgraph=True)
+    compiled = torch.compile(_call(backend, end), fullgraph=True)
     for actual, wanted in zip(_gradients(compiled, *inputs), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
 
 
-def test_cuda_graph(backend: str) -> None:
+@pytest.mark.parametrize("end", ["logits", "loss"])
+def test_cuda_graph(backend: str, end: str) -> None:
     """Captured once and replayed on other inputs."""
     support, masks, query = (t.detach() for t in _episode())
     support.requires_grad_()
     query.requires_grad_()
-    head = _head(backend)
+    call = _call(backend, end)
 
     def step() -> tuple[Tensor, ...]:
-        return _gradients(head, support, masks, query)
+        return _gradients(call, support, masks, query)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -433,13 +464,14 @@ def test_stream_of_the_caller(backend: str) -> None:
         assert torch.equal(actual, wanted)
 
 
-def test_nothing_waits_for_the_device(backend: str) -> None:
+@pytest.mark.parametrize("end", ["logits", "loss"])
+def test_nothing_waits_for_the_device(backend: str, end: str) -> None:
     inputs = _episode()
-    head = _head(backend)
-    _gradients(head, *inputs)
+    call = _call(backend, end)
+    _gradients(call, *inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _gradients(head, *inputs)
+        _gradients(call, *inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

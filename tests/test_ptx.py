@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GOLDEN, SITUATIONS, Case, assert_near, run
+from cases import GOLDEN, SITUATIONS, SPOILT, Case, NotFinite, assert_near, run
 from ptx import cuda, hooks, machine, triton_driver
 from ptx.fixtures import kernels, module  # noqa: F401
 from ptx.machine import ExecutionError, Kernel, Launch, settings
@@ -195,6 +195,25 @@ def test_triton(triton: Callable[..., Any], name: str, dtype: torch.dtype) -> No
 def test_triton_golden(triton: Callable[..., Any]) -> None:
     with triton(90), settings(truncates=True):
         golden(GOLDEN[0], "triton")
+
+
+@pytest.mark.parametrize("where", SPOILT)
+def test_triton_not_finite(triton: Callable[..., Any], where: str) -> None:
+    """Pooled prototypes, scores and the gradient of prototypes are not finite where the equations
+    have it so, and right elsewhere. In gradients of features there is more that is not: a product
+    takes the windows near a block of locations for all of these."""
+    case = NotFinite(where, torch.float32, "max")
+    for value in (torch.nan, torch.inf):
+        case.spoil(value)
+        expected = case.results("reference", torch.float64)
+        with triton(90):
+            found = case.results("triton")
+        for name, wanted in expected.items():
+            good, finite = wanted.isfinite(), found[name].isfinite()
+            assert not (finite & ~good).any(), name
+            if name not in ("grad_support", "grad_query"):
+                assert torch.equal(finite, good), name
+            assert (found[name] - wanted)[finite].norm() < 1e-5 * wanted[finite].norm(), name
 
 
 # ---- how much is executed ----

@@ -38,7 +38,10 @@ KERNELS = {
 DTYPES = ("float32", "float16", "bfloat16")
 VARIANTS = {
     "80": DTYPES,
-    "90": (*DTYPES, "float32,channels_last", "bfloat16,channels_last", "bfloat16,mean,many"),
+    "90": (
+        *(*DTYPES, "float32,channels_last", "bfloat16,channels_last", "bfloat16,mean,many"),
+        "float32,loss",
+    ),
     "100": DTYPES,
 }
 # Of a multiprocessor of each architecture, in bytes: all shared memory that its programs can get.

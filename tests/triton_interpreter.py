@@ -1,8 +1,11 @@
 """The Triton kernels in Triton's interpreter, against the oracle. See test_triton.py, which runs
 this file in a process of its own with TRITON_INTERPRET=1; it is not collected otherwise.
 
-The cases are as small as they can be and still meet every branch: the interpreter takes a second
-for a handful of programs. `LSLPN_INTERPRET=all` adds those that the other backends are tested on.
+What it shows: that the kernels say the right thing at every branch, wherever there is Triton. What
+a compiler makes of them, sums over many channels and golden files are for test_ptx.py, which
+executes the compiled code. The cases here are as small as they can be: the interpreter takes a
+second for a handful of programs. `LSLPN_INTERPRET=all` adds those that the other backends are
+tested on.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ ALL = os.environ.get("LSLPN_INTERPRET") == "all"
 
 PLAIN = Case(h=3, w=2, H=7, W=6, D=3, grid=GridSpec(1 / 2, 1.0))
 TINY = Case(h=2, w=2, H=4, W=3, D=3, grid=GridSpec(1 / 2, 1.0))
+ONE = replace(TINY, grid=GridSpec(1.0))  # window: for what is not about windows
 CASES = {
-    "overlapping_windows": replace(PLAIN, grid=GridSpec(1 / 2, 1 / 2)),
+    "overlapping_windows": replace(TINY, grid=GridSpec(1 / 2, 1 / 2)),
     "mean_over_windows": Case(
         h=2, w=3, H=5, W=4, D=3, C=3, grid=GridSpec(1 / 2, 1 / 2), reduce="mean"
     ),
@@ -39,21 +43,18 @@ CASES = {
     "one_window_global_prototype": replace(PLAIN, grid=GridSpec(1.0)),
     "windows_of_one_pixel": Case(h=3, w=3, H=4, W=4, grid=GridSpec(1 / 4, 1 / 2)),
     "many_windows_over_a_pixel": Case(h=2, w=2, H=9, W=3, D=3, grid=GridSpec(0.5, 0.05)),
-    "two_shots_three_queries_two_episodes": replace(TINY, B=2, K=2, Q=3, C=3),
+    "two_shots_three_queries_two_episodes": replace(ONE, B=2, K=2, Q=3, C=3),
     "channels_last": replace(PLAIN, channels_last=True, D=8, C=3),
-    "part_of_a_larger_tensor": replace(TINY, strided=True, D=6, K=2, Q=2, B=2),
+    "part_of_a_larger_tensor": replace(ONE, strided=True, D=6, K=2, Q=2, B=2),
     "part_of_a_larger_channels_last_tensor": replace(TINY, strided=True, channels_last=True, K=2),
     "zero_features": replace(PLAIN, kind="with_zeros"),
     "soft_masks": replace(PLAIN, mask_kind="soft"),
     "few_pixels_are_none": replace(PLAIN, min_pixels=5, mask_kind="uint8"),
     "channels_fill_blocks": replace(TINY, D=128),
     "channels_in_several_blocks": replace(TINY, D=300, channels_last=True),
-    "more_classes_than_a_block": replace(TINY, C=17),
+    "more_classes_than_a_block": replace(ONE, C=17),
     "locations_in_several_blocks": Case(h=5, w=18, H=6, W=20, grid=GridSpec(1.0)),
     "long_pieces_are_cut": Case(h=2, w=2, H=36, W=40, D=3, grid=GridSpec(1.0)),
-    # Positive: of 64 signed features of two channels some nearly cancel when interpolated, and
-    # what is left of float32 there says nothing about the kernel.
-    "many_images": Case(B=16, Q=2, h=2, w=2, H=3, W=2, D=2, grid=GridSpec(1.0), kind="positive"),
 }
 
 
@@ -109,7 +110,7 @@ def test_scores_times_a_factor(monkeypatch: pytest.MonkeyPatch, reduce: str, ima
 def test_images_summed_by_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are programs enough without one for each image of an episode."""
     monkeypatch.setattr(triton_, "_splits", lambda programs, images: 1)
-    case = replace(TINY, K=3, Q=2, D=7)
+    case = replace(ONE, K=3, Q=2, D=7)
     expected = run(case, "reference", rounded=torch.float32)
     assert_near(run(case, "triton", torch.float32), expected, 2e-6)
 
@@ -128,7 +129,7 @@ def test_groups_of_many_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_little_workspace(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
     """A batch in parts: none fits (the `torch` backend takes over), one image of an episode, an
     episode, two of three."""
-    case = replace(TINY, B=3, Q=2, D=4)
+    case = replace(ONE, B=3, Q=2, D=4)
     expected = run(case, "reference", rounded=torch.float32)
     monkeypatch.setattr(triton_, "_images", lambda *_: images)
     if images < 4:
@@ -158,7 +159,8 @@ def test_same_scores_without_winners(reduce: str) -> None:
     assert torch.equal(off, scores)
 
 
-@pytest.mark.parametrize("path", GOLDEN if ALL else GOLDEN[:1], ids=lambda path: path.stem)
+@pytest.mark.skipif(not ALL, reason="LSLPN_INTERPRET=all is not set: test_ptx.py has them")
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden(path: Path) -> None:
     golden = np.load(path)
     support = torch.from_numpy(golden["support_features"])[None].requires_grad_()

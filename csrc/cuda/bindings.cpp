@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "launch.h"
 
 #include <cuda_runtime_api.h>
@@ -61,10 +63,6 @@ void expect_axes(const Features& f, const Axis& y, const Axis& x) {
   if (f.h != y.cells || f.w != x.cells) refuse("features", "do not have the axes' sizes");
 }
 
-Stream stream_of(std::uintptr_t handle) {
-  return reinterpret_cast<Stream>(handle);
-}
-
 // Memory for a launch, from torch: `allocate(bytes)` gives a DLPack capsule of uint8. The
 // capsule lives until the kernels are queued; torch keeps the memory for this stream after that.
 class Workspace {
@@ -83,131 +81,114 @@ class Workspace {
   void* data_ = nullptr;
 };
 
-void raise(const std::string& error) {
+// Launches a call; nothing where no kernel takes it.
+template <class Call>
+void start(Call& call, const TensorView& features, std::uintptr_t stream,
+           const py::function& allocate) {
+  make_current(features.device_id);
+  const std::int64_t bytes = workspace_of(call);
+  if (bytes < 0) return;
+  const Workspace workspace(allocate, bytes, features);
+  call.workspace = workspace.data();
+  const std::string error = run(call, reinterpret_cast<Stream>(stream));
   if (!error.empty()) throw std::runtime_error("CUDA: " + error);
 }
 
-Pool pool_call(const TensorView& features, py::handle masks, std::int64_t C, const AxisNumbers& y,
-               const AxisNumbers& x) {
+// `features` and `prototypes`, or the gradients of both; then there is no `min_pixels`.
+void masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
+                         py::handle prototypes, py::handle factor, const AxisNumbers& y,
+                         const AxisNumbers& x, const std::optional<double>& min_pixels,
+                         std::uintptr_t stream, const py::function& allocate) {
   Pool call;
-  call.features = features_of(features);
+  call.backward = !min_pixels;
+  const TensorView v = device_view(call.backward ? "grad_features" : "features", features, 5);
+  call.features = features_of(v);
   call.y = axis_of(y);
   call.x = axis_of(x);
   const Features& f = call.features;
   expect_axes(f, call.y, call.x);
   const TensorView m = view("masks", masks, 5, 4);
-  expect_device(m, kDevice, &features);
-  call.masks = masks_of(m, f.B, f.N, C, call.y.pixels, call.x.pixels, accumulate(f.dtype));
-  return call;
-}
-
-void masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
-                         py::handle prototypes, py::handle factor, const AxisNumbers& y,
-                         const AxisNumbers& x, double min_pixels, std::uintptr_t stream,
-                         const py::function& allocate, bool plain) {
-  const TensorView v = device_view("features", features, 5);
-  Pool call = pool_call(v, masks, C, y, x);
-  const Features& f = call.features;
+  expect_device(m, kDevice, &v);
   const DType a = accumulate(f.dtype);
+  call.masks = masks_of(m, f.B, f.N, C, call.y.pixels, call.x.pixels, a);
   const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
-  call.prototypes = plain_view("prototypes", prototypes, v, a, {f.B, C, Gy, Gx, f.D}).data;
+  call.prototypes =
+      plain_view(call.backward ? "grad" : "prototypes", prototypes, v, a, {f.B, C, Gy, Gx, f.D})
+          .data;
   call.factor = plain_view("factor", factor, v, a, {f.B, f.N, C, Gy, Gx}).data;
-  call.min_pixels = min_pixels;
-  make_current(v.device_id);
-  const Workspace workspace(allocate, pool_workspace(call, plain), v);
-  call.workspace = workspace.data();
-  raise(pool_forward(call, stream_of(stream), plain));
+  call.min_pixels = min_pixels.value_or(0);
+  start(call, v, stream, allocate);
 }
 
-void masked_average_pool_backward(py::handle grad, py::handle masks, std::int64_t C,
-                                  py::handle factor, py::handle grad_features, const AxisNumbers& y,
-                                  const AxisNumbers& x, std::uintptr_t stream,
-                                  const py::function& allocate, bool plain) {
-  const TensorView v = device_view("grad_features", grad_features, 5);
-  Pool call = pool_call(v, masks, C, y, x);
-  const Features& f = call.features;
-  const DType a = accumulate(f.dtype);
-  const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
-  call.prototypes = plain_view("grad", grad, v, a, {f.B, C, Gy, Gx, f.D}).data;
-  call.factor = plain_view("factor", factor, v, a, {f.B, f.N, C, Gy, Gx}).data;
-  make_current(v.device_id);
-  const Workspace workspace(allocate, pool_workspace(call, plain), v);
-  call.workspace = workspace.data();
-  raise(pool_backward(call, stream_of(stream), plain));
-}
-
-Match match_call(const TensorView& features, py::handle prototypes, py::handle scores,
-                 const py::object& winners, const py::object& gram, const AxisNumbers& y,
-                 const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale) {
-  Match call;
-  call.features = features_of(features);
-  call.y = axis_of(y);
-  call.x = axis_of(x);
-  const Features& f = call.features;
-  expect_axes(f, call.y, call.x);
-  const DType a = accumulate(f.dtype);
-  const TensorView p = device_view("prototypes", prototypes, 5, &features);
-  call.C = p.shape[1];
-  expect_dtype(p, a);
-  expect_shape(p, {f.B, call.C, call.y.windows, call.x.windows, f.D});
-  expect_contiguous(p);
-  call.prototypes = p.data;
-  const std::initializer_list<std::int64_t> image{f.B, f.N, call.C, call.y.pixels, call.x.pixels};
-  call.scores = plain_view("scores", scores, features, a, image).data;
-  call.mean = mean;
-  call.logit_scale = logit_scale;
-  if (overlap_x < 1 || overlap_x > call.x.windows) refuse("overlap_x", "is out of range");
-  call.overlap_x = overlap_x;
-  if (!winners.is_none()) {
-    const TensorView v = device_view("winners", winners, 5, &features);
-    if (v.dtype != DType::uint8) expect_dtype(v, DType::int32);
-    expect_shape(v, image);
-    expect_contiguous(v);
-    call.winners = v.data;
-    call.wide_winners = v.dtype == DType::int32;
-  }
-  if (!gram.is_none()) {
-    call.gram = plain_view("gram", gram, features, a, {f.B, f.N, kGramMaps, f.h, f.w}).data;
-  }
-  return call;
-}
-
+// Forward and backward. With `radial` it is about a loss, and `scores` are slopes; see Loss.
+using Labels = std::tuple<py::object, py::object, std::int64_t>;  // weight or None, ignore_index
+// Of scores or the loss, the sum of the loss's weights, of features and of prototypes.
+using Gradients = std::tuple<py::object, py::object, py::object, py::object>;
 void cosine_match(py::handle features, py::handle prototypes, py::handle scores,
                   const py::object& winners, const py::object& gram, const AxisNumbers& y,
                   const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale,
-                  std::uintptr_t stream, const py::function& allocate, bool plain) {
+                  std::uintptr_t stream, const py::function& allocate, const py::object& radial,
+                  const std::optional<Labels>& labels, const std::optional<Gradients>& grads) {
+  Match call;
   const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, logit_scale);
-  make_current(v.device_id);
-  const Workspace workspace(allocate, match_workspace(call, false, plain), v);
-  call.workspace = workspace.data();
-  raise(match_forward(call, stream_of(stream), plain));
-}
-
-void cosine_match_backward(py::handle grad, py::handle features, py::handle prototypes,
-                           py::handle scores, const py::object& winners, const py::object& gram,
-                           py::handle grad_features, py::handle grad_prototypes,
-                           const AxisNumbers& y, const AxisNumbers& x, std::int64_t overlap_x,
-                           bool mean, double logit_scale, std::uintptr_t stream,
-                           const py::function& allocate, bool plain) {
-  const TensorView v = device_view("features", features, 5);
-  Match call = match_call(v, prototypes, scores, winners, gram, y, x, overlap_x, mean, logit_scale);
+  call.features = features_of(v);
+  call.y = axis_of(y);
+  call.x = axis_of(x);
+  call.mean = mean;
+  call.logit_scale = logit_scale;
+  call.has_loss = !radial.is_none();
+  call.backward = grads.has_value();
   const Features& f = call.features;
+  expect_axes(f, call.y, call.x);
   const DType a = accumulate(f.dtype);
-  const std::int64_t H = call.y.pixels, W = call.x.pixels;
-  if (!mean && !call.winners) refuse("winners", "are needed for the gradient of a maximum");
-  call.grad = plain_view("grad", grad, v, a, {f.B, f.N, call.C, H, W}).data;
-  const TensorView g = device_view("grad_features", grad_features, 5, &v);
-  expect_dtype(g, f.dtype);
-  expect_shape(g, {f.B, f.N, f.D, f.h, f.w});
-  call.grad_features = features_of(g);
-  call.grad_prototypes = plain_view("grad_prototypes", grad_prototypes, v, a,
-                                    {f.B, call.C, call.y.windows, call.x.windows, f.D})
-                             .data;
-  make_current(v.device_id);
-  const Workspace workspace(allocate, match_workspace(call, true, plain), v);
-  call.workspace = workspace.data();
-  raise(match_backward(call, stream_of(stream), plain));
+  const TensorView p = device_view("prototypes", prototypes, 5, &v);
+  const std::int64_t C = call.C = p.shape[1], H = call.y.pixels, W = call.x.pixels;
+  const std::initializer_list<std::int64_t> windows{f.B, C, call.y.windows, call.x.windows, f.D};
+  call.prototypes = plain_view("prototypes", prototypes, v, a, windows).data;
+  const std::int64_t planes = call.has_loss ? C - 1 : C;
+  call.scores = plain_view("scores", scores, v, a, {f.B, f.N, planes, H, W}).data;
+  if (overlap_x < 1 || overlap_x > call.x.windows) refuse("overlap_x", "is out of range");
+  call.overlap_x = overlap_x;
+  if (!winners.is_none()) {
+    const TensorView w = device_view("winners", winners, 5, &v);
+    if (w.dtype != DType::uint8) expect_dtype(w, DType::int32);
+    expect_shape(w, {f.B, f.N, C, H, W});
+    expect_contiguous(w);
+    call.winners = w.data;
+    call.wide_winners = w.dtype == DType::int32;
+  }
+  if (!gram.is_none()) {
+    call.gram = plain_view("gram", gram, v, a, {f.B, f.N, kGramMaps, f.h, f.w}).data;
+  }
+  if (call.has_loss) call.loss.radial = plain_view("radial", radial, v, a, {f.B, f.N, H, W}).data;
+  if (call.has_loss && !grads) {
+    if (!labels) refuse("labels", "are needed for a loss");
+    const auto& [of_pixels, weight, ignore_index] = *labels;
+    const TensorView l = device_view("labels", of_pixels, 4, &v);
+    if (l.dtype != DType::uint8) expect_dtype(l, DType::int64);
+    expect_shape(l, {f.B, f.N, H, W});
+    expect_contiguous(l);
+    call.loss.labels = l.data;
+    call.loss.wide_labels = l.dtype == DType::int64;
+    call.loss.ignore_index = ignore_index;
+    if (!weight.is_none()) call.loss.weight = plain_view("weight", weight, v, a, {C}).data;
+  }
+  if (grads) {
+    if (!mean && !call.winners) refuse("winners", "are needed for the gradient of a maximum");
+    const auto& [incoming, total, of_features, of_prototypes] = *grads;
+    if (call.has_loss) {
+      call.loss.grad = plain_view("grad", incoming, v, a, {}).data;
+      call.loss.total = plain_view("total", total, v, a, {}).data;
+    } else {
+      call.grad = plain_view("grad", incoming, v, a, {f.B, f.N, C, H, W}).data;
+    }
+    const TensorView g = device_view("grad_features", of_features, 5, &v);
+    expect_dtype(g, f.dtype);
+    expect_shape(g, {f.B, f.N, f.D, f.h, f.w});
+    call.grad_features = features_of(g);
+    call.grad_prototypes = plain_view("grad_prototypes", of_prototypes, v, a, windows).data;
+  }
+  start(call, v, stream, allocate);
 }
 
 }  // namespace
@@ -217,9 +198,7 @@ namespace lslpn {
 
 void register_cuda(py::module_& m) {
   m.def("cuda_masked_average_pool", &cuda::masked_average_pool);
-  m.def("cuda_masked_average_pool_backward", &cuda::masked_average_pool_backward);
   m.def("cuda_cosine_match", &cuda::cosine_match);
-  m.def("cuda_cosine_match_backward", &cuda::cosine_match_backward);
   m.def("cuda_probe", &cuda::probe);
 #ifdef LSLPN_CUDA_ARCHS
   m.attr("cuda_archs") = LSLPN_CUDA_ARCHS;

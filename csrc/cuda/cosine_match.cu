@@ -69,6 +69,7 @@ bool plan_match(const Match& call, MatchPlan& plan) {
   thread_local Plans<MatchPlan> plans;
   const Features& f = call.features;
   if (!small_images(f) || call.wide_winners) return false;
+  if (call.backward && !(call.gram && small_images(call.grad_features))) return false;
   if (!plans.find(plan_key(f, call.y, call.x, call.C, call.mean), plan,
                   [&](MatchPlan& made) { return make_plan(call, made); })) {
     return false;
@@ -81,11 +82,16 @@ bool plan_match(const Match& call, MatchPlan& plan) {
   t.scores = static_cast<float*>(call.scores);
   t.winners = static_cast<std::uint8_t*>(call.winners);
   t.gram = static_cast<float*>(call.gram);
+  const Loss& loss = call.loss;
+  t.loss = {loss.labels,
+            loss.wide_labels,
+            loss.ignore_index,
+            static_cast<const float*>(loss.weight),
+            static_cast<float*>(loss.radial),
+            static_cast<float*>(call.workspace),
+            static_cast<const float*>(loss.grad),
+            static_cast<const float*>(loss.total)};
   return true;
-}
-
-bool plan_backward(const Match& call, MatchPlan& plan) {
-  return call.gram && small_images(call.grad_features) && plan_match(call, plan);
 }
 
 template <class T, int kWindows>
@@ -115,8 +121,12 @@ std::string tiled_backward(const Match& call, MatchPlan& plan, Stream stream) {
     t.prototype_count = chunk.episodes * plan.prototypes();
     e.chunk = chunk;
     const std::int64_t blocks = t.tile_blocks + divide_up(t.prototype_count, kPixelWarps);
-    const std::string error = launch(t.mean ? match_weights<true> : match_weights<false>, blocks,
-                                     kPixelThreads, kPixelWarps * sizeof(WeightMemory), stream, t);
+    const auto kernel_of = [&](auto loss) {
+      return t.mean ? match_weights<true, loss.value> : match_weights<false, loss.value>;
+    };
+    const std::string error =
+        launch(call.has_loss ? kernel_of(std::true_type()) : kernel_of(std::false_type()), blocks,
+               kPixelThreads, kPixelWarps * sizeof(WeightMemory), stream, t);
     if (!error.empty()) return error;
     const MatchBackwardKernel<T> kernel{e, images_of<const T>(f), images_of<T>(call.grad_features),
                                         e.gather_blocks()};
@@ -127,37 +137,28 @@ std::string tiled_backward(const Match& call, MatchPlan& plan, Stream stream) {
 
 }  // namespace
 
-std::int64_t match_workspace(const Match& call, bool backward, bool plain) {
+std::int64_t workspace_of(const Match& call) {
   MatchPlan plan;
-  if (!backward) return 0;
-  if (plain || !plan_backward(call, plan)) return plain_match_workspace(call, backward);
+  const bool tiled = plan_match(call, plan);
+  if (call.has_loss && !tiled) return -1;
+  if (!call.backward) return call.has_loss ? 8 * plan.tiles.images * plan.tiles.grid.tiles() : 0;
+  if (!tiled) return plain_match_workspace(call);
   return 4 * (plan.episodes * call.features.N * plan.floats + call.features.B * plan.prototypes());
 }
 
-std::string match_forward(const Match& call, Stream stream, bool plain) {
+std::string run(const Match& call, Stream stream) {
   MatchPlan plan;
-  const bool tiled = !plain && plan_match(call, plan);
+  const bool tiled = plan_match(call, plan);
   return with_type(call.features.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) < 8) {
+      if (tiled && call.backward) return tiled_backward<T>(call, plan, stream);
       if (tiled && plan.tiles.grid.tile_windows() <= 4) {
         return launch_scores<T, 4>(call, plan.tiles, stream);
       }
       if (tiled) return launch_scores<T, 16>(call, plan.tiles, stream);
     }
-    return plain_match<T>(call, stream, false);
-  });
-}
-
-std::string match_backward(const Match& call, Stream stream, bool plain) {
-  MatchPlan plan;
-  const bool tiled = !plain && plan_backward(call, plan);
-  return with_type(call.features.dtype, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) < 8) {
-      if (tiled) return tiled_backward<T>(call, plan, stream);
-    }
-    return plain_match<T>(call, stream, true);
+    return plain_match<T>(call, stream);
   });
 }
 

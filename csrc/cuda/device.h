@@ -66,6 +66,16 @@ LSLPN_DEVICE float inverse_sqrt(float x) {
   return rsqrtf(x);
 }
 
+LSLPN_DEVICE float exponential(float x) {
+  return __expf(x);
+}
+LSLPN_DEVICE float logarithm(float x) {
+  return logf(x);
+}
+LSLPN_DEVICE float quotient(float a, float b) {
+  return __fdividef(a, b);
+}
+
 LSLPN_DEVICE bool either_is_nan(float a, float b) {
   return a != a || b != b;
 }

@@ -22,8 +22,8 @@ struct Features {
 
 // A contiguous float of the accumulation type (A): float64 for float64 features, else float32.
 //
-// All pointers are to memory of the device. `workspace` has as many bytes as the operator's
-// *_workspace function says for the same arguments; it is aligned to 256 bytes.
+// All pointers are to memory of the device. `workspace` has as many bytes as workspace_of(call)
+// says; it is aligned to 256 bytes.
 
 struct Pool {
   Features features;  // backward: the gradient, to be written
@@ -32,28 +32,46 @@ struct Pool {
   void* prototypes = nullptr;  // A [B, C, Gy, Gx, D]; backward: their gradient, read only
   void* factor = nullptr;      // A [B, K, C, Gy, Gx]; backward: read only
   double min_pixels = 0;
+  bool backward = false;
   void* workspace = nullptr;
 };
 
 // Why the driver cannot run these kernels on the current device; empty where it can.
 std::string probe();
 
+// Cross-entropy in place of scores: what is kept of a pixel are the gradients of its logits z_c but
+// the first, g_c = w (p_c - [c = label]), in place of scores, and sum_c g_c z_c; see gpu_loss.py.
+struct Loss {
+  const void* labels = nullptr;  // [B, Q, H, W], uint8 or int64
+  bool wide_labels = false;      // int64
+  std::int64_t ignore_index = 0;
+  const void* weight = nullptr;  // A [C], or null
+  void* radial = nullptr;        // A [B, Q, H, W]
+  const void* grad = nullptr;    // backward: A [], of the loss
+  const void* total = nullptr;   // backward: A [], of the weights of all pixels
+};
+
 struct Match {
   Features features;
   Axis y, x;
   std::int64_t C = 0;
   const void* prototypes = nullptr;  // A [B, C, Gy, Gx, D]
-  void* scores = nullptr;            // A [B, Q, C, H, W]; backward: read only
+  void* scores = nullptr;            // A [B, Q, C, H, W], C - 1 slopes; backward: read only
   void* winners = nullptr;           // [B, Q, C, H, W] of uint8 or int32, or null; likewise
   bool wide_winners = false;         // int32
   bool mean = false;
   double logit_scale = 1;           // multiplies the cosines; not 0
   std::int64_t overlap_x = 1;       // the most windows over a pixel along x
   void* gram = nullptr;             // A [B, Q, 4, h, w], or null; backward: read only
-  const void* grad = nullptr;       // backward: A [B, Q, C, H, W]
+  const void* grad = nullptr;       // backward: A [B, Q, C, H, W]; not of a loss
   Features grad_features;           // backward: written
   void* grad_prototypes = nullptr;  // backward: A, written
+  bool backward = false;
   void* workspace = nullptr;
+  // Of two classes and more. The workspace of the forward pass is what it results in: of each tile
+  // the sums of the losses and of the weights.
+  bool has_loss = false;
+  Loss loss;
 };
 
 // The Gram maps of core/arithmetic.h that the forward pass leaves to the backward pass, in this
@@ -61,12 +79,11 @@ struct Match {
 // last row or column, or into a pair of locations that no pixel lies between, are of no use.
 constexpr int kGramMaps = 4;
 
-// `plain` forces the plain kernels. The result is what went wrong, empty if nothing did.
-std::int64_t pool_workspace(const Pool& call, bool plain);
-std::string pool_forward(const Pool& call, Stream stream, bool plain);
-std::string pool_backward(const Pool& call, Stream stream, bool plain);
-std::int64_t match_workspace(const Match& call, bool backward, bool plain);
-std::string match_forward(const Match& call, Stream stream, bool plain);
-std::string match_backward(const Match& call, Stream stream, bool plain);
+// Bytes, or -1 where no kernel takes the call.
+std::int64_t workspace_of(const Pool& call);
+std::int64_t workspace_of(const Match& call);
+// The result is what went wrong, empty if nothing did.
+std::string run(const Pool& call, Stream stream);
+std::string run(const Match& call, Stream stream);
 
 }  // namespace lslpn::cuda

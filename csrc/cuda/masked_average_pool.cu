@@ -202,7 +202,7 @@ std::string launch_mask_weights(const Masks& masks, const MaskWeights& w, Stream
 }
 
 template <class T>
-std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream, bool backward) {
+std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream) {
   const Features& f = call.features;
   Exchange& e = plan.exchange;
   float* maps = static_cast<float*>(call.workspace);
@@ -220,7 +220,7 @@ std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream, bool bac
     w.images = chunk.episodes * f.N;
     const std::string error = launch_mask_weights(call.masks, w, stream);
     if (!error.empty()) return error;
-    if (backward) {
+    if (call.backward) {
       return launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory),
                     stream, PoolKernel<T>{e, images_of<T>(f)});
     }
@@ -229,35 +229,27 @@ std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream, bool bac
   });
 }
 
-std::string pool(const Pool& call, Stream stream, bool backward, bool plain) {
-  PoolPlan plan;
-  const bool tiled = !plain && plan_pool(call, plan);
-  return with_type(call.features.dtype, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) < 8) {
-      if (tiled) return tiled_pool<T>(call, plan, stream, backward);
-    }
-    return plain_pool<T>(call, stream, backward);
-  });
-}
-
 }  // namespace
-
-std::int64_t pool_workspace(const Pool& call, bool plain) {
-  PoolPlan plan;
-  return plain || !plan_pool(call, plan) ? 0 : 4 * plan.episodes * call.features.N * plan.floats;
-}
 
 std::string probe() {
   return probe_kernel(pool<float>);
 }
 
-std::string pool_forward(const Pool& call, Stream stream, bool plain) {
-  return pool(call, stream, false, plain);
+std::int64_t workspace_of(const Pool& call) {
+  PoolPlan plan;
+  return plan_pool(call, plan) ? 4 * plan.episodes * call.features.N * plan.floats : 0;
 }
 
-std::string pool_backward(const Pool& call, Stream stream, bool plain) {
-  return pool(call, stream, true, plain);
+std::string run(const Pool& call, Stream stream) {
+  PoolPlan plan;
+  const bool tiled = plan_pool(call, plan);
+  return with_type(call.features.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) < 8) {
+      if (tiled) return tiled_pool<T>(call, plan, stream);
+    }
+    return plain_pool<T>(call, stream);
+  });
 }
 
 }  // namespace lslpn::cuda

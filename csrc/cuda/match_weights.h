@@ -19,8 +19,9 @@ struct alignas(16) WeightMemory {
   ColumnWeights weights;
 };
 
-// Gradients of a tile's dots and Gram maps from those of its pixels.
-template <bool kMean>
+// Gradients of a tile's dots and Gram maps from those of its pixels. kLoss: these are made of what
+// `cross_entropy` has left, and the factor is that of the loss.
+template <bool kMean, bool kLoss>
 struct TileGradients {
   const MatchTiles& p;
   WeightMemory& memory;
@@ -29,10 +30,14 @@ struct TileGradients {
   const int lane;
   const std::int64_t image;
   float* const maps;
+  const float factor;
 
-  // Of the first pixel of a class in this lane's column.
-  LSLPN_DEVICE std::int64_t pixel(int c) const {
-    return (image * p.C + c) * p.grid.y.pixels * p.grid.x.pixels + tile.pixel(p.grid, lane);
+  LSLPN_DEVICE std::int64_t plane() const {
+    return static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
+  }
+  // The first pixel of this lane's column in one of the planes of all images.
+  LSLPN_DEVICE std::int64_t pixel(std::int64_t of) const {
+    return of * plane() + tile.pixel(p.grid, lane);
   }
 
   LSLPN_DEVICE void read_gram() const {
@@ -57,11 +62,12 @@ struct TileGradients {
       if (qq == 0) return make_float2(a.x, a.z);  // as in Scorer
       return make_float2(pp * a.x + qq * b.x + 2 * pq * a.y, pp * a.z + qq * b.z + pq * a.w);
     };
-    const float share = kMean ? 1 / static_cast<float>(tile.y.windows * tile.x.windows) : 1.0f;
+    const float share =
+        kMean ? factor / static_cast<float>(tile.y.windows * tile.x.windows) : factor;
     Norm norm;
-    const float* grad = p.grad + pixel(0);
-    const float* scores = p.scores + pixel(0);
-    const std::int64_t plane = static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
+    const float* grad = p.grad + pixel(image * p.C);
+    const float* scores = kLoss ? p.loss.radial + pixel(image) : p.scores + pixel(image * p.C);
+    const std::int64_t plane = this->plane();
     float carried = 0;
     int y = 0;
     LSLPN_NO_UNROLL
@@ -77,11 +83,11 @@ struct TileGradients {
       }
       by_rows<kRowsAtATime>(y, end, [&](const auto& rows) {
         float product[kRowsAtATime] = {};
-        for (int c = 0; c < p.C; ++c) {
+        for (int c = 0; c < (kLoss ? 1 : p.C); ++c) {
           LSLPN_UNROLL
           for (int k = 0; k < kRowsAtATime; ++k) {
             const std::int64_t here = c * plane + rows[k] * p.grid.x.pixels;
-            product[k] += grad[here] * scores[here];
+            product[k] += kLoss ? factor * scores[here] : grad[here] * scores[here];
           }
         }
         LSLPN_UNROLL
@@ -131,8 +137,11 @@ struct TileGradients {
   // Dots of class c: dS / |u| of the pixels whose winner the window is, or of all alike.
   LSLPN_DEVICE void dots(int c) const {
     const int windows = kMean ? 1 : tile.y.windows * tile.x.windows;
-    const float* grad = p.grad + pixel(c);
-    const std::uint8_t* winners = kMean ? nullptr : p.winners + pixel(c);
+    const float* grad = kLoss ? p.scores + pixel(image * (p.C - 1) + maximum(c - 1, 0))
+                              : p.grad + pixel(image * p.C + c);
+    // The first class has minus the sum of the others.
+    const float sign = kLoss && c == 0 ? -1.0f : 1.0f;
+    const std::uint8_t* winners = kMean ? nullptr : p.winners + pixel(image * p.C + c);
     LSLPN_NO_UNROLL
     for (int w0 = 0; w0 < windows; w0 += kWindowsAtATime) {
       int place[kWindowsAtATime];
@@ -159,11 +168,19 @@ struct TileGradients {
             gradient[k] = grad[at];
             winner[k] = rows.lacks(k) ? -2 : kMean ? 0 : winners[at];
           }
+          if (kLoss && c == 0) {
+            for (int other = 1; other < p.C - 1; ++other) {
+              LSLPN_UNROLL
+              for (int k = 0; k < kRowsAtATime; ++k) {
+                gradient[k] += grad[other * plane() + rows[k] * p.grid.x.pixels];
+              }
+            }
+          }
           LSLPN_UNROLL
           for (int k = 0; k < kRowsAtATime; ++k) {
             const int at_y = rows[k];
             const float upper = memory.rows[at_y].upper, lower = 1 - upper;
-            const float scaled = gradient[k] * memory.inverse[at_y][lane];
+            const float scaled = sign * gradient[k] * memory.inverse[at_y][lane];
             LSLPN_UNROLL
             for (int e = 0; e < kWindowsAtATime; ++e) {
               const float value = winner[k] == place[e] ? scaled : 0;
@@ -197,7 +214,7 @@ struct TileGradients {
 };
 
 // A warp for each tile; those after them measure a prototype each.
-template <bool kMean>
+template <bool kMean, bool kLoss>
 LSLPN_KERNEL(kPixelThreads, 4)
 match_weights(LSLPN_PARAMETERS MatchTiles p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
@@ -221,8 +238,11 @@ match_weights(LSLPN_PARAMETERS MatchTiles p) {
   WeightMemory& memory = reinterpret_cast<WeightMemory*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
   const ColumnSums columns(tile, lane, memory.weights);
-  const TileGradients<kMean> gradients{
-      p, memory, tile, columns, lane, p.first_image + image, p.maps + index * p.slots * kMap};
+  // Where no pixel counts there is no gradient.
+  const float factor = !kLoss ? 1.0f : *p.loss.total == 0 ? 0.0f : *p.loss.grad / *p.loss.total;
+  const TileGradients<kMean, kLoss> gradients{
+      p,     memory, tile, columns, lane, p.first_image + image, p.maps + index * p.slots * kMap,
+      factor};
   gradients.read_gram();
   gradients.norms();
   LSLPN_NO_UNROLL

@@ -241,8 +241,7 @@ plain_match_backward_prototypes(LSLPN_PARAMETERS PlainMatch<T, A> p) {
   }
 }
 
-inline std::int64_t plain_match_workspace(const Match& call, bool backward) {
-  if (!backward) return 0;
+inline std::int64_t plain_match_workspace(const Match& call) {
   const Features& f = call.features;
   const std::int64_t pixels = static_cast<std::int64_t>(call.y.pixels) * call.x.pixels;
   const std::int64_t windows = static_cast<std::int64_t>(call.y.windows) * call.x.windows;
@@ -251,7 +250,7 @@ inline std::int64_t plain_match_workspace(const Match& call, bool backward) {
 }
 
 template <class T>
-std::string plain_match(const Match& call, Stream stream, bool backward) {
+std::string plain_match(const Match& call, Stream stream) {
   using A = typename Accumulate<T>::type;
   const Features& f = call.features;
   const View<T> features = view_of<T>(f);
@@ -273,7 +272,7 @@ std::string plain_match(const Match& call, Stream stream, bool backward) {
   p.gram = static_cast<A*>(call.gram);
   const std::int64_t pixels = f.B * f.N * call.y.pixels * call.x.pixels;
   const std::int64_t prototypes = f.B * call.C * call.y.windows * call.x.windows;
-  if (!backward) {
+  if (!call.backward) {
     const std::string failed = launch_each(plain_match_forward<T, A>, pixels, stream, p);
     if (!failed.empty() || !p.gram) return failed;
     return launch_each(plain_gram<T, A>, f.B * f.N * f.h * f.w, stream, p);

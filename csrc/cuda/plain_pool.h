@@ -116,7 +116,7 @@ plain_pool_backward(LSLPN_PARAMETERS PlainPool<T, A> p) {
 }
 
 template <class T>
-std::string plain_pool(const Pool& call, Stream stream, bool backward) {
+std::string plain_pool(const Pool& call, Stream stream) {
   using A = typename Accumulate<T>::type;
   const Features& f = call.features;
   const PlainPool<T, A> p{view_of<T>(f),
@@ -131,7 +131,7 @@ std::string plain_pool(const Pool& call, Stream stream, bool backward) {
                           f.D,
                           static_cast<A>(call.min_pixels)};
   const std::int64_t windows = call.masks.C * call.y.windows * call.x.windows;
-  if (backward) {
+  if (call.backward) {
     return launch_each(plain_pool_backward<T, A>, f.B * f.N * f.D * f.h * f.w, stream, p);
   }
   std::string error = launch_each(plain_pool_factor<T, A>, f.B * f.N * windows, stream, p);

@@ -10,6 +10,17 @@ namespace {
 
 constexpr int kLocationBlocks = kMap / 8;  // blocks of 8 locations of a tile
 
+struct LossOfTiles {
+  const void* labels;  // null: there are scores, and no loss
+  bool wide_labels;
+  std::int64_t ignore_index;
+  const float* weight;
+  float* radial;
+  float* sums;  // [images, tiles, 2]
+  // Backward.
+  const float *grad, *total;
+};
+
 struct MatchTiles {
   Grid grid;
   const float* prototypes;  // [B, C, Gy, Gx, D]
@@ -21,6 +32,7 @@ struct MatchTiles {
   float* scores;
   std::uint8_t* winners;
   float* gram;  // [images, kGramMaps, h, w]
+  LossOfTiles loss;
   // Backward.
   const float* grad;
   int slots;
@@ -360,6 +372,58 @@ struct Scorer {
   }
 };
 
+// The cross-entropy of a tile whose lanes have left the logits of their columns of pixels, that of
+// class 0 in the place of the radial parts, in those of the slopes the others.
+LSLPN_DEVICE void cross_entropy(const MatchTiles& p, const PixelTile& tile, std::int64_t image,
+                                std::int64_t index, int lane) {
+  const std::int64_t plane = static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
+  std::int64_t at = image * plane + tile.pixel(p.grid, lane);
+  float sum = 0, total = 0;
+  const int rows = lane < tile.x.pixels ? tile.y.pixels : 0;
+  LSLPN_NO_UNROLL
+  for (int y = 0; y < rows; ++y, at += p.grid.x.pixels) {
+    float* const slopes = p.scores + (at + image * (p.C - 2) * plane);
+    const std::int64_t label = p.loss.wide_labels
+                                   ? static_cast<const std::int64_t*>(p.loss.labels)[at]
+                                   : static_cast<const std::uint8_t*>(p.loss.labels)[at];
+    const bool counts = label != p.loss.ignore_index;
+    const bool known = static_cast<std::uint64_t>(label) < static_cast<std::uint64_t>(p.C);
+    const int right = known ? static_cast<int>(label) : 0;
+    float weight = p.loss.weight ? p.loss.weight[right] : 1.0f;
+    weight = !counts ? 0.0f : known ? weight : NAN;
+    // Logits as seen from that of class 0.
+    const float first = p.loss.radial[at];
+    float most = 0, exponentials = 1, of_right = 0;
+    const float* from = slopes;
+    LSLPN_NO_UNROLL
+    for (int c = 1; c < p.C; ++c, from += plane) {
+      const float z = *from - first, above = z - most;
+      const float ratio = exponential(above > 0 ? -above : above);
+      exponentials = above > 0 ? exponentials * ratio + 1 : exponentials + ratio;
+      most = above > 0 ? z : most;
+      of_right = c == right ? z : of_right;
+    }
+    if (counts) sum += weight * (logarithm(exponentials) + (most - of_right));
+    total += weight;
+    const float share = quotient(weight, exponentials);
+    float radial = 0;
+    float* to = slopes;
+    LSLPN_NO_UNROLL
+    for (int c = 1; c < p.C; ++c, to += plane) {
+      const float z = *to - first;
+      const float slope = share * exponential(z - most) - (c == right ? weight : 0.0f);
+      radial += slope * z;  // the slopes of all classes add up to 0
+      *to = slope;
+    }
+    p.loss.radial[at] = radial;
+  }
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    sum += shuffle_xor(sum, step);
+    total += shuffle_xor(total, step);
+  }
+  if (lane == 0) *reinterpret_cast<float2*>(p.loss.sums + 2 * index) = make_float2(sum, total);
+}
+
 // A warp a tile.
 template <class T, int kWindows>
 LSLPN_KERNEL(kPixelThreads, kWindows == 4 ? 3 : 2)
@@ -438,15 +502,22 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
     Scorer<kWindows> scorer{p, tile, memory, Column(tile.taps), {}, {}};
     LSLPN_UNROLL
     for (int c = 0; c < kClasses; ++c) {
+      const std::int64_t size = static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
       const std::int64_t plane = image * p.C + minimum(c0 + c, p.C - 1);
-      const std::int64_t at = plane * p.grid.y.pixels * p.grid.x.pixels + tile.pixel(p.grid, lane);
+      const std::int64_t at = plane * size + tile.pixel(p.grid, lane);
       const bool there = lane < tile.x.pixels && c0 + c < p.C;
       scorer.scores[c] = there ? p.scores + at : nullptr;
       scorer.winners[c] = there && p.winners ? p.winners + at : nullptr;
+      if (there && p.loss.labels) {
+        // There is a plane less of slopes than of classes in each image.
+        scorer.scores[c] = c0 + c == 0 ? p.loss.radial + (at - image * (p.C - 1) * size)
+                                       : p.scores + (at - (image + 1) * size);
+      }
     }
     scorer.walk();
     warp_barrier();
   }
+  if (p.loss.labels) cross_entropy(p, tile, image, index, lane);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ captured in a CUDA graph. float32 is calculated in float32, whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,14 +17,10 @@ from torch.utils.dlpack import to_dlpack
 
 from ..geometry import Axis, GridSpec
 from ..reference import accumulation_dtype
-from . import current_device, native, winner_dtype
+from . import current_device, gpu_loss, native, winner_dtype
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
-GRAM_MAPS = 4
-
-# True sends every call to the plain kernels, one thread an element, that otherwise take what the
-# tiled ones do not: float64, and grids where very many windows meet. For tests.
-_PLAIN = False
+GRAM_MAPS = gpu_loss.GRAM_MAPS
 
 DEVICE_TYPES = ("cuda",)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -71,11 +67,12 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _allocator(device: torch.device) -> Callable[[int], Any]:
-    """Gives the kernels their workspace, of a size that they know."""
+def _allocator(device: torch.device, given: list[Tensor]) -> Callable[[int], Any]:
+    """Gives the kernels their workspace, of a size that they know, and notes it in `given`."""
 
     def allocate(size: int) -> Any:
-        return to_dlpack(torch.empty(size, dtype=torch.uint8, device=device))
+        given.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return to_dlpack(given[-1])
 
     return allocate
 
@@ -105,26 +102,11 @@ def masked_average_pool(
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     B, K, D, h, w = features.shape
-    H, W = masks.shape[-2:]
-    y, x = _axes(grid, H, W, h, w)
+    Gy, Gx = (axis[4] for axis in _axes(grid, *masks.shape[-2:], h, w))
     dtype, device = accumulation_dtype(features.dtype), features.device
-    prototypes = torch.empty((B, C, y[4], x[4], D), dtype=dtype, device=device)
-    factor = torch.empty((B, K, C, y[4], x[4]), dtype=dtype, device=device)
-    _call(
-        "cuda_masked_average_pool",
-        device,
-        to_dlpack(features),
-        to_dlpack(masks),
-        C,
-        to_dlpack(prototypes),
-        to_dlpack(factor),
-        y,
-        x,
-        float(min_pixels),
-        _stream(device),
-        _allocator(device),
-        _PLAIN,
-    )
+    prototypes = torch.empty((B, C, Gy, Gx, D), dtype=dtype, device=device)
+    factor = torch.empty((B, K, C, Gy, Gx), dtype=dtype, device=device)
+    _pool(features, masks, C, prototypes, factor, grid, float(min_pixels))
     return prototypes, factor
 
 
@@ -132,25 +114,34 @@ def masked_average_pool_backward(
     grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
 ) -> Tensor:
     """See `Kernels`."""
-    H, W = masks.shape[-2:]
-    h, w = features.shape[-2:]
-    y, x = _axes(grid, H, W, h, w)
     grad_features = torch.empty_like(features)
+    _pool(grad_features, masks, C, grad, factor, grid, None)
+    return grad_features
+
+
+def _pool(
+    features: Tensor,
+    masks: Tensor,
+    C: int,
+    prototypes: Tensor,
+    factor: Tensor,
+    grid: GridSpec,
+    min_pixels: float | None,
+) -> None:
+    """Without `min_pixels` features and prototypes are gradients."""
     _call(
-        "cuda_masked_average_pool_backward",
+        "cuda_masked_average_pool",
         features.device,
-        to_dlpack(grad),
+        to_dlpack(features),
         to_dlpack(masks),
         C,
+        to_dlpack(prototypes),
         to_dlpack(factor),
-        to_dlpack(grad_features),
-        y,
-        x,
+        *_axes(grid, *masks.shape[-2:], *features.shape[-2:]),
+        min_pixels,
         _stream(features.device),
-        _allocator(features.device),
-        _PLAIN,
+        _allocator(features.device, []),
     )
-    return grad_features
 
 
 def cosine_match(
@@ -164,7 +155,6 @@ def cosine_match(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, Q, _, h, w = features.shape
     (H, W), C, device = size, prototypes.shape[1], features.device
-    y, x = _axes(grid, H, W, h, w)
     scores = torch.empty((B, Q, C, H, W), dtype=prototypes.dtype, device=device)
     wanted = winners and reduce == "max"
     winner = torch.empty(
@@ -173,23 +163,7 @@ def cosine_match(
     gram = torch.empty(
         (B, Q, GRAM_MAPS, h, w) if winners else (0,), dtype=prototypes.dtype, device=device
     )
-    _call(
-        "cuda_cosine_match",
-        device,
-        to_dlpack(features),
-        to_dlpack(prototypes),
-        to_dlpack(scores),
-        to_dlpack(winner) if wanted else None,
-        to_dlpack(gram) if winners else None,
-        y,
-        x,
-        _overlap(grid, W),
-        reduce == "mean",
-        logit_scale,
-        _stream(device),
-        _allocator(device),
-        _PLAIN,
-    )
+    _match(features, prototypes, scores, winner, gram, grid, size, reduce, logit_scale)
     return scores, winner, gram
 
 
@@ -204,29 +178,123 @@ def cosine_match_backward(
     *gram: Tensor,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    h, w = features.shape[-2:]
-    H, W = scores.shape[-2:]
-    y, x = _axes(grid, H, W, h, w)
-    grad_features = torch.empty_like(features)
-    grad_prototypes = torch.empty_like(prototypes)
+    grads = torch.empty_like(features), torch.empty_like(prototypes)
+    _match(
+        *(features, prototypes, scores, winners, gram[0] if gram else None, grid),
+        *(scores.shape[-2:], reduce, logit_scale),
+        grads=(to_dlpack(grad), None, *map(to_dlpack, grads)),
+    )
+    return grads
+
+
+def _match(
+    features: Tensor,
+    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    gram: Tensor | None,
+    grid: GridSpec,
+    size: Sequence[int],
+    reduce: str,
+    logit_scale: float,
+    radial: Tensor | None = None,
+    labels: tuple[Any, Any, int] | None = None,
+    grads: tuple[Any, ...] | None = None,
+) -> list[Tensor]:
+    """Both directions; see the binding. Returns the workspace, if there was any."""
+    given: list[Tensor] = []
     _call(
-        "cuda_cosine_match_backward",
+        "cuda_cosine_match",
         features.device,
-        to_dlpack(grad),
         to_dlpack(features),
         to_dlpack(prototypes),
         to_dlpack(scores),
         to_dlpack(winners) if winners.numel() else None,
-        to_dlpack(gram[0]) if gram else None,
-        to_dlpack(grad_features),
-        to_dlpack(grad_prototypes),
-        y,
-        x,
-        _overlap(grid, W),
+        None if gram is None or not gram.numel() else to_dlpack(gram),
+        *_axes(grid, size[0], size[1], *features.shape[-2:]),
+        _overlap(grid, size[1]),
         reduce == "mean",
         logit_scale,
         _stream(features.device),
-        _allocator(features.device),
-        _PLAIN,
+        _allocator(features.device, given),
+        None if radial is None else to_dlpack(radial),
+        labels,
+        grads,
     )
-    return grad_features, grad_prototypes
+    return given
+
+
+def loss_kept(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+) -> list[Tensor]:
+    """See `Kernels`."""
+    return gpu_loss.kept(features, prototypes, grid, size, reduce) if any(wanted) else []
+
+
+def cosine_match_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    grid: GridSpec,
+    reduce: str,
+    wanted: tuple[bool, bool],
+    *,
+    ignore_index: int,
+    logit_scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """See `Kernels`."""
+    H, W = labels.shape[2:]
+    kept = gpu_loss.kept(features, prototypes, grid, (H, W), reduce)
+    _, slopes, radial, winners, gram = kept
+    sums: list[Tensor] = []  # of each tile; none where the tiled kernels do not take the call
+    if slopes.numel():
+        of_labels = (to_dlpack(labels), None if weight is None else to_dlpack(weight), ignore_index)
+        sums = _match(
+            *(features, prototypes, slopes, winners, gram, grid, (H, W), reduce, logit_scale),
+            *(radial, of_labels),
+        )
+    if sums:
+        loss = gpu_loss.finish(sums[0].view(torch.float32), kept)
+    else:
+        logits = cosine_match(
+            features, prototypes, grid, (H, W), reduce, False, logit_scale=logit_scale
+        )[0]
+        loss = gpu_loss.of_logits(logits, labels, weight, ignore_index, kept)
+    return loss, kept if any(wanted) else []
+
+
+def cosine_match_loss_backward(
+    grad: Tensor,
+    kept: list[Tensor],
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+    *,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `Kernels`."""
+    total, slopes, radial, winners, gram = kept
+    grads = torch.empty_like(features), torch.empty_like(prototypes)
+    if not slopes.numel() or not _match(
+        *(features, prototypes, slopes, winners, gram, grid, size, reduce, logit_scale, radial),
+        grads=(to_dlpack(grad), to_dlpack(total), *map(to_dlpack, grads)),
+    ):
+        scores, winners, gram = cosine_match(
+            features, prototypes, grid, size, reduce, True, logit_scale=logit_scale
+        )
+        to_scores = gpu_loss.of_scores(grad, kept)
+        grads = cosine_match_backward(
+            *(to_scores, features, prototypes, scores, winners, grid, reduce, gram),
+            logit_scale=logit_scale,
+        )
+    first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
+    return first, second

@@ -15,13 +15,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..geometry import GridSpec
-from . import current_device, mask_kind, torch_, winner_dtype
+from . import current_device, gpu_loss, mask_kind, torch_, winner_dtype
 from .triton_geometry import STRIP, Geometry
 from .triton_geometry import geometry as _geometry
 from .triton_launch import Launch
@@ -34,7 +34,7 @@ DEVICE_TYPES = ("cpu", "cuda") if _INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
-GRAM_MAPS = 4
+GRAM_MAPS = gpu_loss.GRAM_MAPS
 
 # Bytes of workspace that one launch may take. A call that needs more is done in parts; where a
 # single image needs more (thousands of windows over a pixel), the `torch` backend takes over.
@@ -313,7 +313,9 @@ class _Match:
         size: tuple[int, int],
         reduce: str,
         winners: bool,
+        ignore_index: int | None,
     ) -> None:
+        """`ignore_index`: of the loss, None for scores."""
         B, Q, D, h, w = features.shape
         H, W = size
         strides = features.stride()
@@ -346,11 +348,11 @@ class _Match:
             },
             warps=1,
         )
-        BX = _power(W, 16, 256)
+        BX = _score_columns(W, C, ignore_index is not None)
         self.scores = Launch(
             "scores_kernel",
             B * Q * rows.strips * -(-W // BX),
-            (length, C, H, h, w, rows.strips, -(-W // BX)),
+            (length, ignore_index or 0, C, H, h, w, rows.strips, -(-W // BX)),
             {
                 "W": W,
                 "OX": columns.overlap,
@@ -360,8 +362,30 @@ class _Match:
                 "BETWEEN": geometry.between,
                 "MEAN": reduce == "mean",
                 "WINNERS": winners and reduce == "max",
+                "LOSS": ignore_index is not None,
+                "PAIR": C == 2,
                 "LONG": long,
             },
+        )
+
+
+def _score_columns(W: int, C: int, loss: bool) -> int:
+    """BX of `scores_kernel`; half where the loss of many classes would spill registers."""
+    return _power(W, 16, 128 if loss and C > 2 else 256)
+
+
+class _Loss(NamedTuple):
+    """What matching works on beside, where it ends in a loss; images first, but for `weight`."""
+
+    radial: Tensor
+    labels: Tensor
+    sums: Tensor  # [B, Q, programs, 2]
+    weight: Tensor | None
+    ignore_index: int
+
+    def of(self, b: slice, q: slice) -> _Loss:
+        return self._replace(
+            radial=self.radial[b, q], labels=self.labels[b, q], sums=self.sums[b, q]
         )
 
 
@@ -369,6 +393,13 @@ def _images(geometry: Geometry, C: int, reduce: str) -> int:
     """Images that fit the workspace, in either direction."""
     most = max(geometry.dots(C), geometry.match_weights(C, reduce))
     return WORKSPACE // (4 * most)
+
+
+def _images_of(
+    features: Tensor, prototypes: Tensor, grid: GridSpec, size: Sequence[int], reduce: str
+) -> int:
+    h, w = features.shape[3:]
+    return _images(_geometry(grid, size[0], size[1], h, w), prototypes.shape[1], reduce)
 
 
 def _image_parts(B: int, Q: int, images: int) -> list[tuple[slice, slice]]:
@@ -389,11 +420,8 @@ def cosine_match(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
-    C = prototypes.shape[1]
-    H, W = size
-    geometry = _geometry(grid, H, W, h, w)
-    images = _images(geometry, C, reduce)
-    shape = (B, Q, C, H, W)
+    images = _images_of(features, prototypes, grid, size, reduce)
+    shape = (B, Q, prototypes.shape[1], *size)
     kept = winners and reduce == "max"
     places = features.new_empty(shape if kept else (0,), dtype=winner_dtype(grid, size))
     gram = features.new_empty((B, Q, GRAM_MAPS, h, w), dtype=torch.float32)
@@ -401,16 +429,35 @@ def cosine_match(
         scores = logit_scale * torch_.cosine_match(features, prototypes, grid, size, reduce)
         return scores, places.zero_(), gram.zero_() if winners else gram.new_empty(0)
     scores = features.new_empty(shape, dtype=torch.float32)
-    if images >= B * Q:
-        _match(features, prototypes, grid, size, reduce, scores, places, gram, logit_scale)
-    else:
-        for b, q in _image_parts(B, Q, images):
-            won = places[b, q] if kept else places
-            _match(
-                *(features[b, q], prototypes[b], grid, size, reduce),
-                *(scores[b, q], won, gram[b, q], logit_scale),
-            )
+    _match_in_parts(
+        images, features, prototypes, grid, size, reduce, (scores, places, gram), logit_scale
+    )
     return scores, places, gram if winners else gram.new_empty(0)
+
+
+def _match_in_parts(
+    images: int,
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    results: tuple[Tensor, Tensor, Tensor],
+    logit_scale: float,
+    loss: _Loss | None = None,
+) -> None:
+    """Of so many images at a time; `results` are scores, or slopes of a loss, winners and Gram."""
+    B, Q = features.shape[:2]
+    scores, winners, gram = results
+    if images >= B * Q:
+        _match(features, prototypes, grid, size, reduce, *results, logit_scale, loss)
+        return
+    for b, q in _image_parts(B, Q, images):
+        won = winners[b, q] if winners.numel() else winners
+        _match(
+            *(features[b, q], prototypes[b], grid, size, reduce),
+            *(scores[b, q], won, gram[b, q], logit_scale, loss and loss.of(b, q)),
+        )
 
 
 def _match(
@@ -423,21 +470,29 @@ def _match(
     winners: Tensor,
     gram: Tensor,
     logit_scale: float,
+    loss: _Loss | None,
 ) -> None:
     with current_device(features.device):
         C = prototypes.shape[1]
         kept = winners.numel() > 0
+        # Where there is no loss, the kernel looks at none of these.
+        tensors = loss[:4] if loss else (gram, gram, gram, None)
+        ignore_index = loss.ignore_index if loss else None
         plan = _plan(
             (
                 *("match", grid, size, reduce, kept, C, features.dtype, features.shape),
-                *(features.stride(), features.device),
+                *(features.stride(), features.device, ignore_index, tensors[1].dtype),
+                tensors[3] is None,
             ),
-            (features, prototypes, scores, winners, gram),
-            lambda: _Match(features, C, grid, size, reduce, kept),
+            (features, prototypes, scores, winners, gram, *(t for t in tensors if t is not None)),
+            lambda: _Match(features, C, grid, size, reduce, kept, ignore_index),
         )
         dots = features.new_empty(plan.size, dtype=torch.float32)
         plan.dots(features, prototypes, dots, gram, plan.table)
-        plan.scores(dots, gram, scores, winners, plan.table, logit_scale)
+        radial, labels, sums, weight = tensors
+        plan.scores(
+            dots, gram, scores, winners, plan.table, logit_scale, radial, labels, weight, sums
+        )
 
 
 class _MatchBack:
@@ -451,6 +506,7 @@ class _MatchBack:
         grid: GridSpec,
         size: tuple[int, int],
         reduce: str,
+        loss: bool,
     ) -> None:
         B, Q, D, h, w = features.shape
         H, W = size
@@ -484,6 +540,8 @@ class _MatchBack:
                 "BETWEEN": geometry.between,
                 "MEAN": reduce == "mean",
                 "ALL": chunks == (1, 1),
+                "LOSS": loss,
+                "PAIR": C == 2,
                 "LONG": long,
                 "DOT": _dot(torch.float32),
             },
@@ -540,48 +598,68 @@ def cosine_match_backward(
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
-    B, Q, _, h, w = features.shape
-    C, H, W = scores.shape[2:]
-    geometry = _geometry(grid, H, W, h, w)
-    images = _images(geometry, C, reduce)
+    images = _images_of(features, prototypes, grid, scores.shape[3:], reduce)
     if not images:
         return _match_back_torch(logit_scale * grad, features, prototypes, grid, reduce)
-    (maps,) = gram
+    kept = (grad, scores, winners, gram[0])
+    return _match_back_in_parts(images, kept, features, prototypes, grid, reduce, logit_scale)
+
+
+def _match_back_in_parts(
+    images: int,
+    kept: tuple[Tensor, ...],
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    reduce: str,
+    logit_scale: float,
+    loss: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Of so many images at a time. `kept`: gradients and scores, or slopes and radial parts of a
+    loss, winners and Gram maps. `loss`: its gradient and the sum of its weights, numbers."""
+    B, Q = features.shape[:2]
     result = torch.empty_like(features)
+    settings = (grid, reduce, logit_scale, loss)
     if images >= B * Q:
-        tensors = (grad, features, prototypes, scores, winners, maps, result)
-        return result, _match_back(tensors, grid, reduce, logit_scale)
+        return result, _match_back(kept, features, prototypes, result, *settings)
     to_prototypes = torch.zeros_like(prototypes)
     for b, q in _image_parts(B, Q, images):
-        won = winners[b, q] if winners.numel() else winners
-        tensors = (
-            *(grad[b, q], features[b, q], prototypes[b], scores[b, q], won),
-            *(maps[b, q], result[b, q]),
+        part = tuple(t[b, q] if t.numel() else t for t in kept)
+        to_prototypes[b] += _match_back(
+            part, features[b, q], prototypes[b], result[b, q], *settings
         )
-        to_prototypes[b] += _match_back(tensors, grid, reduce, logit_scale)
     return result, to_prototypes
 
 
 def _match_back(
-    tensors: tuple[Tensor, ...], grid: GridSpec, reduce: str, logit_scale: float
+    kept: tuple[Tensor, ...],
+    features: Tensor,
+    prototypes: Tensor,
+    result: Tensor,
+    grid: GridSpec,
+    reduce: str,
+    logit_scale: float,
+    loss: tuple[Tensor, ...],
 ) -> Tensor:
-    """The gradient of the prototypes; that of the features is written to the last tensor."""
-    grad, features, prototypes, scores, winners, gram, result = tensors
+    """The gradient of the prototypes; that of the features is written to `result`."""
+    grad, scores, winners, gram = kept
     with current_device(features.device):
-        C, H, W = scores.shape[2:]
+        C, (H, W) = prototypes.shape[1], grad.shape[3:]
+        tensors = (*kept, features, prototypes, result, *loss)
         plan = _plan(
             (
                 *("match back", grid, (C, H, W), reduce, features.dtype, features.shape),
                 *(features.stride(), result.stride(), features.device),
             ),
             tensors,
-            lambda: _MatchBack(features, result, C, grid, (H, W), reduce),
+            lambda: _MatchBack(features, result, C, grid, (H, W), reduce, bool(loss)),
         )
         weights = features.new_empty(plan.size, dtype=torch.float32)
         lengths = features.new_empty(plan.lengths, dtype=torch.float32)
         to_prototypes = features.new_empty(plan.shape, dtype=torch.float32)
         plan.weights(
-            grad, scores, winners, gram, prototypes, lengths, weights, plan.table, logit_scale
+            *(grad, scores, winners, gram, prototypes, lengths, weights, plan.table, logit_scale),
+            *(loss or (gram, gram)),
         )
         plan.back(weights, features, prototypes, lengths, result, to_prototypes, plan.table)
         return to_prototypes.sum(0) if plan.splits > 1 else to_prototypes[0]
@@ -597,3 +675,79 @@ def _match_back_torch(
         scores = torch_.cosine_match(inputs[0], inputs[1], grid, (H, W), reduce)
         to_features, to_prototypes = torch.autograd.grad(scores, inputs, grad)
     return to_features, to_prototypes
+
+
+# The loss
+
+
+def loss_kept(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+) -> list[Tensor]:
+    """See `Kernels`."""
+    return gpu_loss.kept(features, prototypes, grid, size, reduce) if any(wanted) else []
+
+
+def cosine_match_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    grid: GridSpec,
+    reduce: str,
+    wanted: tuple[bool, bool],
+    *,
+    ignore_index: int,
+    logit_scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """See `Kernels`."""
+    B, Q, _, h, w = features.shape
+    H, W = labels.shape[2:]
+    kept = gpu_loss.kept(features, prototypes, grid, (H, W), reduce)
+    images = _images_of(features, prototypes, grid, (H, W), reduce)
+    if images:
+        _, slopes, radial, winners, gram = kept
+        BX = _score_columns(W, prototypes.shape[1], True)
+        programs = _geometry(grid, H, W, h, w).rows.strips * -(-W // BX)
+        sums = slopes.new_empty((B, Q, programs, 2))
+        _match_in_parts(
+            *(images, features, prototypes, grid, (H, W), reduce),
+            *((slopes, winners, gram), logit_scale),
+            _Loss(radial, labels, sums, weight, ignore_index),
+        )
+        loss = gpu_loss.finish(sums, kept)
+    else:
+        logits = logit_scale * torch_.cosine_match(features, prototypes, grid, (H, W), reduce)
+        loss = gpu_loss.of_logits(logits, labels, weight, ignore_index, kept)
+    return loss, kept if any(wanted) else []
+
+
+def cosine_match_loss_backward(
+    grad: Tensor,
+    kept: list[Tensor],
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+    *,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `Kernels`."""
+    total, *images_of = kept
+    images = _images_of(features, prototypes, grid, size, reduce)
+    if images:
+        grads = _match_back_in_parts(
+            *(images, tuple(images_of), features, prototypes, grid, reduce, logit_scale),
+            (grad, total),
+        )
+    else:
+        to_scores = logit_scale * gpu_loss.of_scores(grad, kept)
+        grads = _match_back_torch(to_scores, features, prototypes, grid, reduce)
+    first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
+    return first, second

@@ -197,14 +197,75 @@ def square_norm(gram, shape, i, j, wx, mask, below, BETWEEN: tl.constexpr):
 
 
 @triton.jit
+def _cross_entropy(
+    first,  # logits of class 0 and of the last one
+    last,
+    slopes,  # of this image, with the logits of the classes 1 .. C - 1 if there are more than two
+    radial,
+    labels,
+    class_weights,
+    pixel,
+    mask,
+    C,
+    size,
+    ignore_index,
+    PAIR: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """Of a block of pixels: writes what `gpu_loss` says, and returns the sums of the losses and of
+    the weights."""
+    y = tl.load(labels + pixel, mask=mask, other=0)
+    counts = mask & (y != ignore_index)
+    known = (y >= 0) & (y < C)
+    y = tl.where(known, y, 0).to(tl.int32)
+    weight = tl.full(y.shape, 1.0, tl.float32)
+    if class_weights is not None:
+        weight = tl.load(class_weights + y)
+    weight = tl.where(counts, tl.where(known, weight, float("nan")), 0.0)
+    # Logits as seen from that of class 0.
+    most = tl.zeros_like(first)
+    right = most
+    total = most + 1.0
+    for c in range(1, 2 if PAIR else C):
+        z = last
+        if not PAIR:
+            z = tl.load(slopes + wide(c - 1, LONG) * size + pixel, mask=mask, other=0.0)
+        z -= first
+        above = tl.maximum(most, z)
+        total = total * tl.exp(most - above) + tl.exp(z - above)
+        most = above
+        right = tl.where(y == c, z, right)
+    # A sum of exponentials is positive, or NaN.
+    loss = tl.where(counts, weight * (tl.log(total) + (most - right)), 0.0)
+    share = weight / total
+    along = tl.zeros_like(first)
+    for c in range(1, 2 if PAIR else C):
+        at = slopes + wide(c - 1, LONG) * size + pixel
+        z = last
+        if not PAIR:
+            z = tl.load(at, mask=mask, other=0.0)
+        z -= first
+        slope = share * tl.exp(z - most) - tl.where(y == c, weight, 0.0)
+        along += slope * z  # the slopes of all classes add up to 0
+        tl.store(at, slope, mask=mask)
+    tl.store(radial + pixel, along, mask=mask)
+    return tl.sum(tl.sum(loss, 1), 0), tl.sum(tl.sum(weight, 1), 0)
+
+
+@triton.jit
 def scores_kernel(
     dots,
     gram,
-    scores,  # [B, Q, C, H, W]
-    winners,  # the same, uint8 or int32
+    scores,  # [B, Q, C, H, W]; LOSS: the slopes, [B, Q, C - 1, H, W]
+    winners,  # [B, Q, C, H, W], uint8 or int32
     table,
     logit_scale,
+    radial,  # of the loss, see `gpu_loss`: [B, Q, H, W]
+    labels,  # [B, Q, H, W]
+    class_weights,  # [C], or None
+    sums,  # of each program: of the losses and of the weights of its pixels
     length,
+    ignore_index,
     C,
     H,
     h,
@@ -220,9 +281,12 @@ def scores_kernel(
     BETWEEN: tl.constexpr,
     MEAN: tl.constexpr,
     WINNERS: tl.constexpr,
+    LOSS: tl.constexpr,
+    PAIR: tl.constexpr,
     LONG: tl.constexpr,
 ):
-    """One program: BX columns of a strip of up to T rows, all classes."""
+    """One program: BX columns of a strip of up to T rows, all classes. LOSS: the cross-entropy of
+    the scores in place of these, of which no more than a PAIR are held in registers."""
     pid = tl.program_id(0)
     block = pid % column_blocks
     strip = pid // column_blocks % strips
@@ -266,9 +330,11 @@ def scores_kernel(
     y_near -= look(axes, Y, NEAR_FIRST, i + 1, next_row)
     below = w + wide(y_near, LONG) * (NX * h * w)
 
-    scores += image * C * H * W
+    scores += image * (C - 1 if LOSS else C) * H * W
     winners += image * C * H * W
     mask = (y < end)[:, None] & x_in[None, :]
+    first = tl.zeros((T, BX), tl.float32)
+    last = first
     for c in range(C):
         best = tl.full((T, BX), 0.0 if MEAN else float("-inf"), tl.float32)
         place = tl.zeros((T, BX), tl.int32)
@@ -285,13 +351,41 @@ def scores_kernel(
                 if MEAN:
                     best += top[None, :] + wy[:, None] * (low - top)[None, :]
                 else:
-                    # Strictly greater: of equal windows the lowest stays. NaN stays NaN.
+                    # Strictly greater: of equal windows the lowest stays. NaN stays NaN, and the
+                    # gradient goes to the window that is to blame.
                     slope = low - top
                     top = tl.where(near, top, float("-inf"))
                     value = top[None, :] + wy[:, None] * slope[None, :]
-                    place = tl.where(value > best, number * OX + step, place)
+                    won = (value > best) | (value != value)
+                    place = tl.where(won, number * OX + step, place)
                     best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
         to = wide(c * H + y, LONG)[:, None] * W + x[None, :]
-        tl.store(scores + to, best * inverse, mask=mask)
+        last = best * inverse
+        if not LOSS:
+            tl.store(scores + to, last, mask=mask)
+        else:
+            first = tl.where(c == 0, last, first)
+            if not PAIR:
+                tl.store(scores + (to - wide(H, LONG) * W), last, mask=mask & (c > 0))
         if WINNERS:
             tl.store(winners + to, place.to(winners.dtype.element_ty), mask=mask)
+    if LOSS:
+        if not PAIR:
+            tl.debug_barrier()  # what one thread has written, another may read
+        loss, total = _cross_entropy(
+            first,
+            last,
+            scores,
+            radial + image * H * W,
+            labels + image * H * W,
+            class_weights,
+            wide(y, LONG)[:, None] * W + x[None, :],
+            mask,
+            C,
+            wide(H, LONG) * W,
+            ignore_index,
+            PAIR,
+            LONG,
+        )
+        tl.store(sums + 2 * pid, loss)
+        tl.store(sums + 2 * pid + 1, total)

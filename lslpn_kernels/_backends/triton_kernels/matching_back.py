@@ -51,15 +51,17 @@ def _inverse_lengths(prototypes, inverse_lengths, first, rows, D):
 
 @triton.jit
 def match_weights_kernel(
-    grad,  # [B, Q, C, H, W]
-    scores,
-    winners,
+    grad,  # [B, Q, C, H, W]; LOSS: the slopes, [B, Q, C - 1, H, W]
+    scores,  # [B, Q, C, H, W]; LOSS: the radial parts, [B, Q, H, W]
+    winners,  # [B, Q, C, H, W]
     gram,
     prototypes,
     inverse_lengths,  # [B, C, Gy, Gx]: 1 / |p|
     weights,
     table,
     logit_scale,
+    grad_loss,  # of the loss, and the sum of its weights: numbers
+    total,
     length,
     C,
     D,
@@ -84,6 +86,8 @@ def match_weights_kernel(
     BETWEEN: tl.constexpr,
     MEAN: tl.constexpr,
     ALL: tl.constexpr,
+    LOSS: tl.constexpr,
+    PAIR: tl.constexpr,
     LONG: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -108,8 +112,8 @@ def match_weights_kernel(
     piece_x = tile % pieces_x
     piece_y = tile // pieces_x % pieces_y
     image = (tile // (pieces_x * pieces_y)).to(tl.int64)
-    grad += image * C * H * W
-    scores += image * C * H * W
+    grad += image * (C - 1 if LOSS else C) * H * W
+    scores += image * (1 if LOSS else C) * H * W
     winners += image * C * H * W
     gram += image * 4 * h * w
     weights += tile.to(tl.int64) * (C * P + 4) * (RY * RX)
@@ -121,6 +125,12 @@ def match_weights_kernel(
     n = tl.arange(0, N)
     lower = one(axes, Y, PIECE_LOWER, piece_y)
     scale = logit_scale
+    factor = -0.5
+    if LOSS:
+        share = tl.load(total)
+        share = tl.where(share == 0, 0.0, tl.load(grad_loss) / share)
+        factor *= share
+        scale *= share
     if MEAN:
         windows = one(axes, Y, PIECE_LAST, piece_y) - one(axes, Y, PIECE_FIRST, piece_y) + 1
         windows *= one(axes, X, PIECE_LAST, piece_x) - one(axes, X, PIECE_FIRST, piece_x) + 1
@@ -156,15 +166,32 @@ def match_weights_kernel(
             inside = y_in[:, None] & x_in[None, :]
             at = plane + pixel[None, :, :]
             mask = inside[None, :, :] & (c < C)[:, None, None]
-            g = tl.load(grad + at, mask=mask, other=0.0)
+            if LOSS:
+                # The first class has minus the sum of the others.
+                if PAIR:
+                    g = tl.load(grad + pixel, mask=inside, other=0.0)[None, :, :]
+                    g = tl.where((c == 0)[:, None, None], -g, g)
+                else:
+                    g = tl.load(grad + (at - H * W), mask=mask & (c > 0)[:, None, None], other=0.0)
+                    if first == 0:
+                        others = tl.zeros((T_Y, T_X), tl.float32)
+                        for k in range(C - 1):
+                            there = wide(k, LONG) * (H * W) + pixel
+                            others += tl.load(grad + there, mask=inside, other=0.0)
+                        g = tl.where((c == 0)[:, None, None], -others[None, :, :], g)
+            else:
+                g = tl.load(grad + at, mask=mask, other=0.0)
             if ALL or (first == 0) & (first_place == 0):
-                radial = tl.sum(g * tl.load(scores + at, mask=mask, other=0.0), 0)
-                if not ALL:
+                if LOSS:
+                    radial = tl.load(scores + pixel, mask=inside, other=0.0)
+                else:
+                    radial = tl.sum(g * tl.load(scores + at, mask=mask, other=0.0), 0)
+                if not ALL and not LOSS:
                     for k in range(CB, C):
                         there = wide(k, LONG) * (H * W) + pixel
                         more = tl.load(grad + there, mask=inside, other=0.0)
                         radial += more * tl.load(scores + there, mask=inside, other=0.0)
-                radial *= -0.5 * inverse * inverse
+                radial *= factor * inverse * inverse
                 own += tl.sum(radial * ((1 - wy) * (1 - wy)), 0)
                 own_carry += tl.sum(radial * (wy * wy), 0)
                 across += tl.sum(radial * (2 * (1 - wy) * wy), 0)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 from .shared import (
+    NEAR_FIRST,
+    NEAR_LAST,
     NEAR_PIECE_FIRST,
     NEAR_PIECE_LAST,
     PIECE_FIRST,
@@ -89,6 +91,23 @@ def region_weights(
 
 
 @triton.jit
+def _near(axes, window, cell):
+    """Whether windows are near locations, [windows, locations]; each `(rows, columns)`."""
+    first_y, last_y = one(axes, Y, NEAR_FIRST, cell[0]), one(axes, Y, NEAR_LAST, cell[0])
+    first_x, last_x = one(axes, X, NEAR_FIRST, cell[1]), one(axes, X, NEAR_LAST, cell[1])
+    near = (window[0][:, None] >= first_y[None, :]) & (window[0][:, None] <= last_y[None, :])
+    near &= window[1][:, None] >= first_x[None, :]
+    return near & (window[1][:, None] <= last_x[None, :])
+
+
+@triton.jit
+def _spoilt(x):
+    """Whether there is a NaN or an infinity: 0 times these would spoil what has no part in them, so
+    that the sum is then taken term by term."""
+    return tl.sum(x * 0) != 0
+
+
+@triton.jit
 def group_of(
     axes, pid, groups_x, groups_y, C, Gy, Gx, GY: tl.constexpr, GX: tl.constexpr, BN: tl.constexpr
 ):
@@ -146,6 +165,17 @@ def gather(
         f = load_features(features + at, d_begin, D, STRIDES, EVEN, BD, LONG)
         weight = region_weights(axes, tiles, block, window, cell, (BN, M), REACH, OX, PLACES, LONG)
         acc += dot(weight, f, DOT)
+    if _spoilt(acc):
+        acc = tl.zeros((BN, BD), tl.float32)
+        for n in range(count):
+            i = region[0] + n // width + tl.zeros((1,), tl.int32)
+            j = region[2] + n % width + tl.zeros((1,), tl.int32)
+            at = wide(i, LONG) * STRIDES[1] + wide(j, LONG) * STRIDES[2]
+            f = load_features(features + at, d_begin, D, STRIDES, EVEN, BD, LONG).to(tl.float32)
+            weight = region_weights(
+                axes, tiles, block, window, (i, j, i >= 0), (BN, 1), REACH, OX, PLACES, LONG
+            )
+            acc += tl.where(_near(axes, window, (i, j)), weight * f, 0.0)
     return acc
 
 

@@ -1,0 +1,70 @@
+"""What both GPU backends keep of a loss, and the loss where their kernels do not take a call.
+
+Of a pixel with label y, logits z_c, probabilities p_c and weight w (0 where it is ignored):
+
+    total    []                 sum of the weights, by which the sum of the losses is divided
+    slopes   [B, Q, C-1, H, W]  g_c = w (p_c - [c = y]) of the classes 1 .. C-1; all add up to 0
+    radial   [B, Q, H, W]       sum_c g_c z_c
+    winners, gram               as `cosine_match` keeps them
+
+They are gradients of the sum of the losses, so that one pass can write them: total is not known
+before its end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..geometry import GridSpec
+from . import winner_dtype
+
+GRAM_MAPS = 4
+
+
+def kept(
+    features: Tensor, prototypes: Tensor, grid: GridSpec, size: tuple[int, int], reduce: str
+) -> list[Tensor]:
+    """As empty tensors."""
+    (B, Q, _, h, w), C, image = features.shape, prototypes.shape[1], tuple(size)
+    winners = (B, Q, C, *image) if reduce == "max" else (0,)
+    return [
+        prototypes.new_empty(()),
+        prototypes.new_empty((B, Q, C - 1, *image)),
+        prototypes.new_empty((B, Q, *image)),
+        prototypes.new_empty(winners, dtype=winner_dtype(grid, size)),
+        prototypes.new_empty((B, Q, GRAM_MAPS, h, w)),
+    ]
+
+
+def finish(partial: Tensor, kept: list[Tensor]) -> Tensor:
+    """The loss, from sums of w l and of w over parts of the pixels, [..., 2]."""
+    loss, total = partial.reshape(-1, 2).sum(0, dtype=torch.float64)
+    kept[0].copy_(total)
+    return (loss / total).to(partial.dtype)
+
+
+def of_logits(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, kept: list[Tensor]
+) -> Tensor:
+    """The loss of logits [B, Q, C, H, W]; total, slopes and radial are written to what is kept."""
+    C, nan = logits.shape[2], float("nan")
+    counts = labels != ignore_index
+    known = (labels >= 0) & (labels < C)
+    right = labels.where(known, 0).to(torch.int64)
+    w = logits.new_ones(()) if weight is None else weight[right]
+    w = torch.where(counts, torch.where(known, w, nan), 0)
+    right = right.unsqueeze(2)
+    log_p = logits.log_softmax(2)
+    loss = -w * log_p.gather(2, right).squeeze(2)
+    g = w.unsqueeze(2) * (log_p.exp() - torch.zeros_like(logits).scatter_(2, right, 1))
+    kept[1].copy_(g[:, :, 1:])
+    kept[2].copy_((g * logits).sum(2))
+    return finish(torch.stack((loss.where(counts, 0), w), -1), kept)
+
+
+def of_scores(grad: Tensor, kept: list[Tensor]) -> Tensor:
+    """The gradient of the logits [B, Q, C, H, W], of the incoming one of the loss."""
+    total, slopes = kept[:2]
+    g = torch.cat((-slopes.sum(2, keepdim=True), slopes), 2)
+    return g * torch.where(total == 0, 0, grad / total)
