@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
 from .registration import Scan
 from .slice_matching import BEYOND, match_slices, slice_similarity
-from .volumetric import DEPTH_MM, segment_registered
+from .volumetric import DEPTH_MM, outlined, segment_registered
 from .why import Recorder, Why
 
 Shot = tuple[int, int]  # index of the support, slice
@@ -223,8 +223,8 @@ def segment_matched(
                     target.boxes,
                     [support.boxes for support in ready],
                 )
-            labels, leads = _segment(
-                model, ready, target, matches, batch, progress, recorder, probabilities
+            labels = target.restore(
+                _segment(model, ready, target, matches, batch, progress, recorder)
             )
     finally:
         model.train(training)
@@ -241,8 +241,11 @@ def segment_matched(
             f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=2
         )
     why = None if recorder is None else recorder.result()
-    shares = None if leads is None else _restored_probabilities(target, leads)
-    return Segmentation(target.restore(labels), matches, why, probabilities=shares)
+    labels, shares = outlined(model.config, supports, query, labels)
+    beyond = (matches == BEYOND).all(0)  # no organ is looked for there, none spreads to there
+    labels[beyond] = 0
+    shares[:, beyond] = 0
+    return Segmentation(labels, matches, why, probabilities=shares if probabilities else None)
 
 
 def _prepare(
@@ -340,18 +343,13 @@ def _segment(
     batch: int,
     progress: bool,
     recorder: Recorder | None = None,
-    probabilities: bool = False,
-) -> tuple[np.ndarray, Tensor | None]:
-    """Labels [Z, S, S] of the query's prepared slices; and leads [Z, N, S, S] if asked for."""
+) -> np.ndarray:
+    """Labels [Z, S, S] of the query's prepared slices."""
     device = next(model.parameters()).device
     kinds = [support.labels.dtype for support in supports if support.labels is not None]
     out = np.zeros(query.slices.shape, np.result_type(*kinds))
     size = (query.slices.shape[1], query.slices.shape[2])
     parts = _parts(supports, apart=model.one_shot)
-    every = sorted({value for _, values in parts for value in values})
-    leads = None
-    if probabilities:
-        leads = torch.full((len(out), len(every), *size), -torch.inf, dtype=torch.float16)
     groups = list(_groups(supports, matches, batch))
     total = sum(len(queries) for queries, _ in groups)
     kept: dict[Shot, Tensor] = {}  # features of support slices
@@ -387,11 +385,6 @@ def _segment(
                     recorder.add(
                         queries, [0, *shown], features[len(new) :], support.values, [own], matched
                     )
-                if leads is not None:
-                    for number, value in enumerate(shown, 1):
-                        lead = (logits[:, number] - logits[:, 0]).to("cpu", leads.dtype)
-                        at = (queries, every.index(value))
-                        leads[at] = torch.maximum(leads[at], lead)
                 organ, winner = logits[:, 1:].max(1)
                 lead = organ - logits[:, 0]
                 better = lead > best
@@ -399,16 +392,6 @@ def _segment(
                 found = torch.where(better, torch.tensor(shown, device=device)[winner], found)
             out[queries] = found.cpu().numpy()
             bar.update(len(queries))
-    return out, leads
-
-
-def _restored_probabilities(query: Prepared, leads: Tensor) -> np.ndarray:
-    """As `frames.restored_probabilities`, of leads [Z, N, S, S] over the boxes of slices."""
-    out = np.zeros((leads.shape[1], *query.source.data.shape), np.uint8)
-    for z, (y0, y1, x0, x1) in enumerate(query.boxes.tolist()):
-        shares = F.pad(leads[z].float(), (0, 0, 0, 0, 1, 0)).softmax(0)[1:]
-        shares = F.interpolate(shares[None], size=(y1 - y0, x1 - x0), mode="bilinear")[0]
-        out[:, z, y0:y1, x0:x1] = (shares * 255).round().byte().numpy()
     return out
 
 

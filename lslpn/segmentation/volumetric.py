@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import ModelConfig
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
 from .correspondence import begin, describe, matched_line, trunk_to_trunk
@@ -266,7 +267,7 @@ def _segment(
     final = by_features + _PRIOR_WEIGHT * by_labels
     if not keep_islands:
         _take_islands_off(final)
-    final = _outlined(query, supports, final, values)
+    final = _outlined(query, supports, _winners(final), values)
     if not keep_islands:
         _take_islands_off(final)
     labels = restored(query, final, values)
@@ -336,12 +337,44 @@ def _leads(
     return leads, carried, drawn
 
 
+def outlined(
+    config: ModelConfig,
+    supports: Sequence[tuple[Volume, Volume]],
+    query: Volume,
+    labels: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels that were found slice by slice, once their outlines have moved.
+
+    Args:
+        config: of the model.
+        supports: pairs of an image and its labels.
+        query: the scan.
+        labels: [Z, Y, X] in the frame of its data, with values of the supports' labels.
+
+    Returns:
+        labels as they were given, and their probabilities, see `restored_probabilities`.
+    """
+    frames, target = frames_of(config, supports, query)
+    values = sorted({int(v) for frame in frames for v in np.unique(_labels(frame)) if v})
+    places = centres(_grey(target)[0].shape, target.size)
+    at = replace(target, labels=labels).labels_at(places)
+    found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
+    # What supports show is left out: of labels found slice by slice it takes off too much.
+    leads = _outlined(target, (), found, values)
+    return restored(target, leads, values), restored_probabilities(target, leads)
+
+
 def _outlined(
-    query: Frame, supports: Sequence[Frame], leads: Tensor, values: Sequence[int]
+    query: Frame, supports: Sequence[Frame], found: Tensor, values: Sequence[int]
 ) -> Tensor:
-    """Leads [Z, N, h, w] once outlines have moved to where the query's grey values change."""
-    lead, winner = leads.max(1)
-    found = torch.where(lead > 0, winner + 1, 0).numpy()
+    """Leads [Z, N, h, w] once outlines have moved to where the query's grey values change.
+
+    Args:
+        query: the scan.
+        supports: the labelled ones.
+        found: int [Z, h, w] at half the resolution, 0 or n for the n-th of the values.
+        values: the N labels.
+    """
     shown: dict[int, list[np.ndarray]] = {}
     if query.treatment.intensities.hu:  # only in CT an organ is as bright in one scan as in another
         for support in supports:
@@ -352,7 +385,13 @@ def _outlined(
                     histogram = grey_histogram(grey, drawn == value, cell)
                     shown.setdefault(number, []).append(histogram)
     known = {number: np.mean(each, 0) for number, each in shown.items()}
-    return torch.from_numpy(moved_outlines(*_grey(query), found, len(values), known))
+    return torch.from_numpy(moved_outlines(*_grey(query), found.numpy(), len(values), known))
+
+
+def _winners(leads: Tensor) -> Tensor:
+    """[Z, h, w]: 0, or n where the n-th lead is the greatest and above 0."""
+    lead, winner = leads.max(1)
+    return torch.where(lead > 0, winner + 1, 0)
 
 
 def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
@@ -446,8 +485,7 @@ def _smoothed(planes: Tensor, cell: Sequence[float], sigmas: tuple[float, float]
 
 def _take_islands_off(leads: Tensor) -> None:
     """Make small pieces of an organ background, in place."""
-    lead, winner = leads.max(1)
-    found = torch.where(lead > 0, winner + 1, 0).numpy()
+    found = _winners(leads).numpy()
     for number, box in enumerate(ndimage.find_objects(found), 1):
         if box is None:
             continue
@@ -465,10 +503,7 @@ def _agreement(
     final: Tensor, by_features: Tensor, by_labels: Tensor, values: Sequence[int]
 ) -> dict[int, float]:
     """Dice of what features alone and labels alone say, for each organ that was found."""
-    one, other, last = (
-        torch.where(leads.amax(1) > 0, leads.argmax(1) + 1, 0)
-        for leads in (by_features, by_labels, final)
-    )
+    one, other, last = map(_winners, (by_features, by_labels, final))
     out = {}
     for number, value in enumerate(values, 1):
         a, b = one == number, other == number
