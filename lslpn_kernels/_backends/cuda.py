@@ -21,6 +21,7 @@ from . import current_device, gpu_loss, native, winner_dtype
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = gpu_loss.GRAM_MAPS
+loss_kept = gpu_loss.loss_kept
 
 DEVICE_TYPES = ("cuda",)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -222,18 +223,6 @@ def _match(
         grads,
     )
     return given
-
-
-def loss_kept(
-    features: Tensor,
-    prototypes: Tensor,
-    grid: GridSpec,
-    size: tuple[int, int],
-    reduce: str,
-    wanted: tuple[bool, bool],
-) -> list[Tensor]:
-    """See `Kernels`."""
-    return gpu_loss.kept(features, prototypes, grid, size, reduce) if any(wanted) else []
 
 
 def cosine_match_loss(

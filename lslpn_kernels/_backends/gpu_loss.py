@@ -37,6 +37,18 @@ def kept(
     ]
 
 
+def loss_kept(
+    features: Tensor,
+    prototypes: Tensor,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    wanted: tuple[bool, bool],
+) -> list[Tensor]:
+    """See `LossKernels`."""
+    return kept(features, prototypes, grid, size, reduce) if any(wanted) else []
+
+
 def finish(partial: Tensor, kept: list[Tensor]) -> Tensor:
     """The loss, from sums of w l and of w over parts of the pixels, [..., 2]."""
     loss, total = partial.reshape(-1, 2).sum(0, dtype=torch.float64)

@@ -35,6 +35,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = gpu_loss.GRAM_MAPS
+loss_kept = gpu_loss.loss_kept
 
 # Bytes of workspace that one launch may take. A call that needs more is done in parts; where a
 # single image needs more (thousands of windows over a pixel), the `torch` backend takes over.
@@ -678,18 +679,6 @@ def _match_back_torch(
 
 
 # The loss
-
-
-def loss_kept(
-    features: Tensor,
-    prototypes: Tensor,
-    grid: GridSpec,
-    size: tuple[int, int],
-    reduce: str,
-    wanted: tuple[bool, bool],
-) -> list[Tensor]:
-    """See `Kernels`."""
-    return gpu_loss.kept(features, prototypes, grid, size, reduce) if any(wanted) else []
 
 
 def cosine_match_loss(
