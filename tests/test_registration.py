@@ -25,7 +25,8 @@ from lslpn.segmentation.registration import (
     fitted,
     lattice_shape,
 )
-from lslpn.segmentation.segment import Segmentation, segment, segment_matched
+from lslpn.segmentation.segment import segment, segment_matched
+from lslpn.segmentation.volumetric import Segmentation
 from lslpn_kernels import reference
 
 _SIZE = (240.0, 240.0, 264.0)

@@ -29,7 +29,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..data.volumes import Volume
     from ..segmentation.registration import Scan
-    from ..segmentation.segment import Segmentation
+    from ..segmentation.volumetric import Segmentation
 
 
 def demo(

@@ -9,8 +9,7 @@ them, and an organ that its match does not show is not in it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,8 +25,8 @@ from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
 from .registration import Scan
 from .slice_matching import BEYOND, match_slices, slice_similarity
-from .volumetric import DEPTH_MM, outlined, segment_registered
-from .why import Recorder, Why
+from .volumetric import DEPTH_MM, Segmentation, outlined, segment_registered
+from .why import Recorder
 
 Shot = tuple[int, int]  # index of the support, slice
 
@@ -43,31 +42,6 @@ _SHOTS_MM = (-9.0, -3.0, 0.0, 3.0, 9.0)
 # Matches have collapsed where the support moves on by less than this part of what the query and
 # it have room for, if that is long enough to tell. In pairs that work it is 0.5 and more.
 _COLLAPSED, _COLLAPSED_MM = 0.25, 30.0
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """What `segment_matched` found.
-
-    Attributes:
-        labels: uint8 or int16 [Z, Y, X] in the frame of the query's data.
-        matches: int [supports, Z], the slice of each support that each query slice was matched
-            with, or BEYOND.
-        why: which windows decided, where that was asked for and the method has windows. Where the
-            supports were registered, how near their labels lie counts as well.
-        confidence: where they were, label to a number from 0 to 1: the Dice of what the aligned
-            labels and what the features say of an organ; 0 for one that was not found.
-        alignments: where they were, how each support was aligned in the end.
-        probabilities: where they were asked for, uint8 [N, Z, Y, X]: 255 times the probability of
-            each of the supports' N labels, from the lowest to the highest.
-    """
-
-    labels: np.ndarray
-    matches: np.ndarray
-    why: Why | None = None
-    confidence: Mapping[int, float] | None = None
-    alignments: tuple[str, ...] = ()
-    probabilities: np.ndarray | None = None
 
 
 def segment(
@@ -182,14 +156,7 @@ def segment_matched(
         finally:
             model.train(training)
         if found is not None:
-            return Segmentation(
-                found.labels,
-                found.matches,
-                found.why,
-                found.confidence,
-                found.alignments,
-                found.probabilities,
-            )
+            return found
         align = "body"
     ready, target = _prepare(model, supports, query, align)
     model.eval()
@@ -241,11 +208,12 @@ def segment_matched(
             f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=2
         )
     why = None if recorder is None else recorder.result()
-    labels, shares = outlined(model.config, supports, query, labels)
+    labels, shares = outlined(model.config, supports, query, labels, probabilities=probabilities)
     beyond = (matches == BEYOND).all(0)  # no organ is looked for there, none spreads to there
     labels[beyond] = 0
-    shares[:, beyond] = 0
-    return Segmentation(labels, matches, why, probabilities=shares if probabilities else None)
+    if shares is not None:
+        shares[:, beyond] = 0
+    return Segmentation(labels, matches, why, probabilities=shares)
 
 
 def _prepare(

@@ -8,7 +8,7 @@ slices deep, and their scores are weighed with how near the aligned labels are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -49,26 +49,27 @@ _CERTAIN = 6.0  # likeness of supports is sharpened by this before they are weig
 
 
 @dataclass(frozen=True)
-class Registered:
-    """What `segment_registered` found.
+class Segmentation:
+    """What was found in a scan.
 
     Attributes:
         labels: uint8, int16 or int32 [Z, Y, X] in the frame of the query's data.
-        matches: int [supports, Z], the slice of each support that lies over the middle of each
-            query slice, or -1.
-        confidence: label to a number from 0 to 1 that says how far two ways to find the organ
-            agree, by its aligned labels and by its features: the Dice of the two. An organ that
-            was not found has 0.
-        alignments: how each support was aligned in the end.
-        why: which windows decided, where that was asked for and the method has windows.
-        probabilities: where they were asked for, see `frames.restored_probabilities`.
+        matches: int [supports, Z], the slice of each support that each query slice was matched
+            with, or -1.
+        why: which windows decided, where that was asked for and the method has windows. Where the
+            supports were registered, how near their labels lie counts as well.
+        confidence: where they were, label to a number from 0 to 1: the Dice of what the aligned
+            labels and what the features say of an organ; 0 for one that was not found.
+        alignments: where they were, how each support was aligned in the end.
+        probabilities: where they were asked for, uint8 [N, Z, Y, X]: 255 times the probability of
+            each of the supports' N labels, from the lowest to the highest.
     """
 
     labels: np.ndarray
     matches: np.ndarray
-    confidence: dict[int, float]
-    alignments: tuple[Used, ...]
     why: Why | None = None
+    confidence: Mapping[int, float] | None = None
+    alignments: tuple[str, ...] = ()
     probabilities: np.ndarray | None = None
 
 
@@ -85,7 +86,7 @@ def segment_registered(
     explain: bool = False,
     probabilities: bool = False,
     kept: dict[int, Scan] | None = None,
-) -> Registered | None:
+) -> Segmentation | None:
     """As `segment.segment_matched`, which checks the arguments; model in evaluation mode.
 
     Returns:
@@ -228,8 +229,8 @@ def _segment(
     progress: bool,
     explain: bool,
     probabilities: bool,
-) -> Registered:
-    values = sorted({int(v) for frame in supports for v in np.unique(_labels(frame)) if v})
+) -> Segmentation:
+    values = _values(supports)
     matches, used, weights = [], [], []
     by_features: Tensor | None = None
     recorder = None
@@ -280,12 +281,12 @@ def _segment(
             stacklevel=4,
         )
     why = None if recorder is None else recorder.result()
-    return Registered(
+    return Segmentation(
         labels,
         np.stack(matches),
+        why,
         confidence,
         tuple(used),
-        why,
         restored_probabilities(query, final) if probabilities else None,
     )
 
@@ -342,7 +343,9 @@ def outlined(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     labels: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
+    *,
+    probabilities: bool,
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Labels that were found slice by slice, once their outlines have moved.
 
     Args:
@@ -350,18 +353,20 @@ def outlined(
         supports: pairs of an image and its labels.
         query: the scan.
         labels: [Z, Y, X] in the frame of its data, with values of the supports' labels.
+        probabilities: work them out as well.
 
     Returns:
-        labels as they were given, and their probabilities, see `restored_probabilities`.
+        labels as they were given; and probabilities, see `restored_probabilities`, or None.
     """
     frames, target = frames_of(config, supports, query)
-    values = sorted({int(v) for frame in frames for v in np.unique(_labels(frame)) if v})
+    values = _values(frames)
     places = centres(_grey(target)[0].shape, target.size)
     at = replace(target, labels=labels).labels_at(places)
     found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
     # What supports show is left out: of labels found slice by slice it takes off too much.
     leads = _outlined(target, (), found, values)
-    return restored(target, leads, values), restored_probabilities(target, leads)
+    shares = restored_probabilities(target, leads) if probabilities else None
+    return restored(target, leads, values), shares
 
 
 def _outlined(
@@ -516,3 +521,8 @@ def _agreement(
 def _labels(frame: Frame) -> np.ndarray:
     assert frame.labels is not None
     return frame.labels
+
+
+def _values(supports: Sequence[Frame]) -> list[int]:
+    """All labels that are drawn in any of the supports, from the lowest to the highest."""
+    return sorted({int(v) for frame in supports for v in np.unique(_labels(frame)) if v})
