@@ -112,8 +112,8 @@ def _passes(size: Size, part: str) -> None:
 
 
 def of_tests() -> Iterator[Launches]:
-    """The launches of tests/test_gpu.py."""
-    sys.path.insert(0, str(machine.ROOT / "tests"))
+    """The launches of tests/kernels/test_gpu.py."""
+    sys.path.insert(0, str(machine.ROOT / "tests" / "kernels"))
     launches: Iterator[Launches] = importlib.import_module("test_gpu").triton_launches()
     return launches
 

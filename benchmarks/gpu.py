@@ -132,7 +132,7 @@ def _tests(which: str, *options: str, workers: int = 0) -> tuple[str, ...]:
     command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-q", "-rs"]
     if workers and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(workers, os.cpu_count() or 1))]
-    return (*command, *options, "-m", "gpu", "-k", which, "tests/test_gpu.py")
+    return (*command, *options, "-m", "gpu", "-k", which, "tests/kernels/test_gpu.py")
 
 
 def run(

@@ -1,14 +1,14 @@
 """Counts what the compiled GPU kernels execute, without a GPU, and what that takes at least.
 
     python -m benchmarks.instructions [--out FILE] [--backends cuda triton] [--sizes batch-4 large]
-    python -m benchmarks.instructions --budgets    # rewrites tests/ptx/budgets.json
+    python -m benchmarks.instructions --budgets    # rewrites tests/kernels/ptx/budgets.json
 
-The PTX that nvcc and Triton make for compute capability 9.0 is executed on the host (tests/ptx),
-the whole head forward and backward. Counted are warp instructions of PTX and 32-byte sectors of
-memory. From these follows how long a GPU takes at least if it does nothing but issue so many
-instructions, or move so many bytes: a bound by counting and no measurement. ptxas makes several
-instructions of some (an integer division) and none of others (moves, loads of parameters); the
-record has the number of either in each kernel's code. It takes some minutes.
+The PTX that nvcc and Triton make for compute capability 9.0 is executed on the host
+(tests/kernels/ptx), the whole head forward and backward. Counted are warp instructions of PTX and
+32-byte sectors of memory. From these follows how long a GPU takes at least if it does nothing but
+issue so many instructions, or move so many bytes: a bound by counting and no measurement. ptxas
+makes several instructions of some (an integer division) and none of others (moves, loads of
+parameters); the record has the number of either in each kernel's code. It takes some minutes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 from . import machine
 from .sizes import SIZES, Size, draw
 
-TESTS = machine.ROOT / "tests"
+TESTS = machine.ROOT / "tests" / "kernels"
 BUDGETS = TESTS / "ptx" / "budgets.json"
 BACKENDS = ("cuda", "triton")
 DTYPES = ("float32", "bfloat16")

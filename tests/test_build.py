@@ -180,7 +180,7 @@ def imported(*folders: str) -> set[str]:
     sources = [
         p for f in folders for p in ([ROOT / f] if f.endswith(".py") else ROOT.glob(f"{f}/**/*.py"))
     ]
-    own = {"lslpn", "lslpn_kernels", "benchmarks", *(p.stem for p in ROOT.glob("tests/*"))}
+    own = {"lslpn", "lslpn_kernels", "benchmarks", *(p.stem for p in ROOT.glob("tests/**/*"))}
     modules: set[str] = set()
     for source in sources:
         for node in ast.walk(ast.parse(source.read_bytes())):

@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SYNTHETIC_ORGANS, synthetic_ct, write_nifti, write_synthetic_dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import SYNTHETIC_ORGANS, synthetic_ct, write_nifti, write_synthetic_dataset
 
 from lslpn.config import Config, preset, with_overrides
 from lslpn.data import episodes as episodes_module

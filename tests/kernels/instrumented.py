@@ -1,5 +1,5 @@
 """Compiles native sources for tests that run them outside of the package: under sanitizers, or in
-the machine of tests/ptx. What has been built once is kept under build/ until a source changes."""
+the machine of ptx/. What has been built once is kept under build/ until a source changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def compiler() -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SYNTHETIC_ORGANS, write_nifti
+from synthetic import SYNTHETIC_ORGANS, write_nifti
 
 from lslpn.data.dataset import Dataset, UnlabelledScans
 from lslpn.errors import InputError

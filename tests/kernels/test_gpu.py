@@ -1,6 +1,6 @@
 """The GPU backends on a GPU. Needs torch, pytest and lslpn_kernels, no more:
 
-    python -m pytest --noconftest -m gpu tests/test_gpu.py
+    python -m pytest --noconftest -m gpu tests/kernels/test_gpu.py
 
 Where there is no GPU, the bodies that need none are rehearsed with the cpu backend on small inputs,
 so that a slip in them does not wait for the day when there is one.

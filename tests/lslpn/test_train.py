@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import write_synthetic_dataset
+from synthetic import write_synthetic_dataset
 
 from lslpn import training as train_module
 from lslpn.checkpoint import (

@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKOUT, synthetic_ct, write_nifti, write_synthetic_dataset
+from synthetic import CHECKOUT, synthetic_ct, write_nifti, write_synthetic_dataset
 from torch import Tensor
 
 from lslpn.checkpoint import load_checkpoint, load_model, save_checkpoint

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from lslpn_kernels import (
     masked_average_pool,
 )
 from lslpn_kernels import backends as backend_status
+
+np = pytest.importorskip("numpy", reason="numpy is not installed")
 
 BACKENDS = [
     name

@@ -7,9 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import grids
+from strategies import given, grids, st
 
 from lslpn_kernels import GridSpec
 

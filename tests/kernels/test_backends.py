@@ -1,6 +1,6 @@
 """What each backend can do in the training loops of others: one test a row of docs/backends.md.
 
-Every test runs on the CPU: `cuda` as tests/ptx executes it, `triton` in its interpreter, for which
+Every test runs on the CPU: `cuda` as ptx/ executes it, `triton` in its interpreter, for which
 test_triton.py runs this file in a process of its own. What a backend cannot do is in `NO`, and the
 same test checks that it refuses clearly.
 """
@@ -526,7 +526,7 @@ def test_same_bits(backend: str) -> None:
 
 def test_every_cell_of_the_table_has_a_test() -> None:
     """docs/backends.md has a row for each of these tests, and says no where they do."""
-    text = (Path(__file__).parents[1] / "docs" / "backends.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "backends.md").read_text()
     lines = ["| | " + " | ".join(f"`{name}`" for name in COLUMNS) + " |"]
     lines.append("|---|" + "---|" * len(COLUMNS))
     for test, title in ROWS.items():

@@ -20,6 +20,7 @@ import torch
 from lslpn_kernels._backends import triton_
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parents[1]
 # What keeps Triton from running at all; a missing GPU does not.
 REASON = triton_.unavailable(torch.device("cuda")) or ""
 pytestmark = pytest.mark.skipif(
@@ -54,10 +55,10 @@ def _python(*command: str, **variables: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         check=False,
-        cwd=TESTS.parent,
+        cwd=ROOT,
         env={
             **{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             "OMP_NUM_THREADS": "1",
             **variables,
         },

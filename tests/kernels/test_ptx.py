@@ -1,6 +1,6 @@
 """The compiled GPU code without a GPU: the PTX of nvcc and of Triton, executed on the host.
 
-See tests/ptx. Kernels are launched by the host's code of either backend, with tensors of the CPU.
+See ptx/. Kernels are launched by the host's code of either backend, with tensors of the CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,8 @@ from torch import Tensor
 
 from benchmarks import instructions
 from lslpn_kernels import GridSpec, LocalPrototypeHead
+
+np = pytest.importorskip("numpy", reason="numpy is not installed")
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs the kernels on it"

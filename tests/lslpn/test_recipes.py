@@ -758,7 +758,7 @@ def test_help_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_options_in_the_documentation_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
     known = ""
     for command in (*(["prepare", n] for n in NAMES), ["train"], ["evaluate"]):
         assert cli.main([*command, "--help"]) == 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from conftest import synthetic_ct
+from synthetic import synthetic_ct
 
 from lslpn.assets import demo_image
 from lslpn.data.intensities import Intensities, common_window, interpret

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, write_synthetic_dataset
+from synthetic import CHECKOUT, write_synthetic_dataset
 from torch import nn
 
 from lslpn.checkpoint import Checkpoint, load_checkpoint

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import synthetic_ct, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import synthetic_ct, write_nifti
 
 from lslpn.assets import demo_image, demo_labels
 from lslpn.data.dataset import Dataset

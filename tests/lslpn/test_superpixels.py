@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_synthetic_dataset
 from scipy import ndimage
+from synthetic import write_synthetic_dataset
 
 from lslpn.checkpoint import load_checkpoint
 from lslpn.cli import main

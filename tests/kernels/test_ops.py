@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -458,8 +459,13 @@ BAD_POOL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"backend": "gpu"}, ValueError, "backend must be one of"),
     ({"backend": None}, TypeError, "backend must be a string"),
 ]
+ARRAY = F.numpy() if find_spec("numpy") else F.tolist()
 BAD_MATCH: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"features": F.numpy()}, TypeError, "features must be a torch.Tensor"),
+    (
+        {"features": ARRAY},
+        TypeError,
+        "features must be a torch.Tensor",
+    ),
     ({"features": F[0]}, ValueError, "features must have 5 dimensions"),
     ({"prototypes": P[0]}, ValueError, "prototypes must have 5 dimensions"),
     ({"prototypes": P.double()}, TypeError, "prototypes must be torch.float32"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import synthetic_ct, write_nifti
+from synthetic import synthetic_ct, write_nifti
 
 from lslpn import pretrained, save_weights
 from lslpn.cli import main

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import dice_of, synthetic_ct, synthetic_scan, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import dice_of, synthetic_ct, synthetic_scan, write_nifti
 
 import lslpn.segmentation.segment
 from lslpn.config import preset

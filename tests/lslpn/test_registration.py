@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import dice_of, synthetic_scan
+from synthetic import dice_of, synthetic_scan
 from torch import Tensor
 
 from lslpn.config import preset

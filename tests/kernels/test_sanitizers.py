@@ -1,7 +1,7 @@
 """The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and the
 host's side of the CUDA kernels under the first two.
 
-tests/sanitizers/driver.cpp calls the sources of csrc/cpu, compiled for each instruction set of this
+sanitizers/driver.cpp calls the sources of csrc/cpu, compiled for each instruction set of this
 machine, with memory of exactly the size that is needed, and compares what they find with the
 equations and between numbers of threads.
 """
@@ -109,7 +109,7 @@ module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from lslpn_kernels._backends import native
 assert native.module()[0] is module
-sys.exit(pytest.main(["-v", "tests/test_ops.py", "-k", "fuzz or capsules"]))
+sys.exit(pytest.main(["-v", "tests/kernels/test_ops.py", "-k", "fuzz or capsules"]))
 """
 
 

@@ -113,7 +113,7 @@ def test_every_selection_of_tests_finds_some(tmp_path: Path) -> None:
     steps = gpu.plan(tmp_path, "90", "compute-sanitizer")
     commands = {s.name: s.command for s in steps if "pytest" in s.command}
     options = {name: command[command.index("gpu") - 1 :] for name, command in commands.items()}
-    options["all"] = ("-m", "gpu", "tests/test_gpu.py")
+    options["all"] = ("-m", "gpu", "tests/kernels/test_gpu.py")
     done = subprocess.run(
         [PYTHON, "-c", COLLECT, json.dumps(options)],
         check=True,

@@ -17,8 +17,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import synthetic_ct, write_nifti
 from PIL import Image
+from synthetic import synthetic_ct, write_nifti
 
 import lslpn
 from lslpn.cli import main
@@ -30,7 +30,7 @@ from lslpn.viewer import Support, View, view
 from lslpn.viewer.evaluation import write_evaluation
 from lslpn_kernels import GridSpec, reference
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 HOSTILE = {
     1: "<script>document.title='taken'</script></script><!--",

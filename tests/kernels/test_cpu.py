@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import SITUATIONS, Case, assert_agree, assert_near, run, shortest
-from hypothesis import assume, given, settings
-from strategies import cases
+from strategies import assume, cases, given, settings
 from torch import Tensor
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, backends, cosine_match, masked_average_pool

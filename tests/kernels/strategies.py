@@ -1,14 +1,23 @@
-"""Cases drawn by hypothesis. Apart from `cases`, which needs PyTorch alone."""
+"""Cases drawn by hypothesis, and what tests need of it. Without it, their files are skipped.
+
+Apart from `cases`, which needs PyTorch alone.
+"""
 
 from __future__ import annotations
 
 import os
 
+import pytest
 from cases import Case
-from hypothesis import settings
-from hypothesis import strategies as st
 
 from lslpn_kernels import GridSpec
+
+pytest.importorskip("hypothesis", reason="hypothesis, which draws cases, is not installed")
+
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+__all__ = ["HealthCheck", "assume", "cases", "given", "grids", "settings", "st"]
 
 # Reproducible everywhere; LSLPN_EXAMPLES=1000 looks further.
 settings.register_profile(

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU, executed on the host as nvcc compiles them.
 
-See tests/ptx, and test_ptx.py for each situation in each type. Calls go through `backend="cuda"`
+See ptx/, and test_ptx.py for each situation in each type. Calls go through `backend="cuda"`
 and the bindings, as they do on a GPU, but with tensors of the CPU. What needs a GPU is in
 test_gpu.py.
 """
@@ -19,15 +19,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import SITUATIONS, SPOILT, Case, NotFinite, assert_agree, assert_near, run
-from hypothesis import HealthCheck, given, settings
 from ptx import hooks, machine
 from ptx.fixtures import kernels, module  # noqa: F401
-from strategies import cases
+from strategies import HealthCheck, cases, given, settings
 from torch import Tensor
 
 from lslpn_kernels import (
@@ -39,7 +37,9 @@ from lslpn_kernels import (
 )
 from lslpn_kernels._backends import choose, cuda, native
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+np = pytest.importorskip("numpy", reason="numpy is not installed")
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 EXAMPLES = int(os.environ.get("LSLPN_EXAMPLES", "8"))
 DEVICE = (132, 227 * 1024)  # multiprocessors, shared memory
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import SITUATIONS, Case, assert_agree, run, shortest
-from hypothesis import assume, given
-from strategies import cases
+from strategies import assume, cases, given
 
 from lslpn_kernels import GridSpec, cosine_match, masked_average_pool
 from lslpn_kernels._backends import torch_

@@ -17,8 +17,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import CHECKOUT, write_synthetic_dataset
 from scipy import stats as scipy_stats
+from synthetic import CHECKOUT, write_synthetic_dataset
 
 from lslpn import training as train_module
 from lslpn.cli import main

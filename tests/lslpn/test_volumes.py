@@ -10,9 +10,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import synthetic_ct, write_nifti
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import synthetic_ct, write_nifti
 
 from lslpn.data.volumes import (
     Volume,
