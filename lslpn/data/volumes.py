@@ -121,6 +121,8 @@ class Volume:
         """A NIfTI image in the grid and with the header that the volume came from."""
         header = self.grid.header.copy()
         header.set_data_shape(self.grid.shape)
+        if self.data.dtype.kind != "f":
+            header["cal_min"] = header["cal_max"] = 0  # a scan's display range is not its labels'
         return _native_image(self.data, self.grid, header)
 
     @property
@@ -138,6 +140,23 @@ class Volume:
     def path(self) -> Path:
         """The file it was read from."""
         return self.grid.path
+
+
+def as_volume(image: Volume | nib.Nifti1Image, *, labels: bool = False) -> Volume:
+    """A volume as it is, an image of nibabel's by `Volume.from_nibabel`.
+
+    Raises:
+        InputError: as `Volume.from_nibabel`.
+        TypeError: `image` is neither.
+    """
+    if isinstance(image, Volume):
+        return image
+    if isinstance(image, nib.Nifti1Image):
+        return Volume.from_nibabel(image, labels=labels)
+    raise TypeError(
+        f"expected a Volume or a NIfTI image of nibabel's, got {type(image).__name__}; "
+        "lslpn.read_image reads a file, Volume.from_array takes an array and its affine"
+    )
 
 
 def read_image(path: str | os.PathLike[str]) -> Volume:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal, overload
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from ..data.intensities import interpret
 from ..data.slices import Prepared, prepare, shared_window, warn_not_cropped, warn_unlike
-from ..data.volumes import Volume
+from ..data.volumes import Volume, as_volume
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
 from .registration import Scan
@@ -28,6 +30,7 @@ from .slice_matching import BEYOND, match_slices, slice_similarity
 from .volumetric import DEPTH_MM, Segmentation, outlined, segment_registered
 from .why import Recorder
 
+Supports = Sequence[tuple[Volume | nib.Nifti1Image, Volume | nib.Nifti1Image]]
 Shot = tuple[int, int]  # index of the support, slice
 
 # Slices are compared at this size: it takes a quarter of the time of 256 and finds slices as
@@ -44,17 +47,25 @@ _SHOTS_MM = (-9.0, -3.0, 0.0, 3.0, 9.0)
 _COLLAPSED, _COLLAPSED_MM = 0.25, 30.0
 
 
+@overload
 def segment(
+    model: FewShotNetwork, supports: Supports, query: Volume, **options: Any
+) -> np.ndarray: ...
+@overload
+def segment(
+    model: FewShotNetwork, supports: Supports, query: nib.Nifti1Image, **options: Any
+) -> nib.Nifti1Image: ...
+def segment(  # type: ignore[misc]  # options are declared here alone
     model: FewShotNetwork,
-    supports: Sequence[tuple[Volume, Volume]],
-    query: Volume,
+    supports: Supports,
+    query: Volume | nib.Nifti1Image,
     *,
     align: Literal["none", "body", "affine", "deformable"] = "deformable",
     depth: float = DEPTH_MM,
     keep_islands: bool = False,
     batch: int = 8,
     progress: bool = False,
-) -> np.ndarray:
+) -> np.ndarray | nib.Nifti1Image:
     """Segment a scan by one or more labelled scans.
 
     Each support is registered to the query, and windows in three dimensions are matched; or, with
@@ -64,10 +75,11 @@ def segment(
     Args:
         model: of any method; decides the size and the window, see `lslpn.untrained`. Runs where its
             parameters are, in evaluation mode.
-        supports: pairs of an image and its labels. Labels mean the same in all of them and come
-            out with the same values. A label that a support lacks altogether is taken for not
-            drawn there: that support is no shot for it, neither for nor against.
-        query: the scan to segment.
+        supports: pairs of an image and its labels, volumes or images of nibabel. Labels mean the
+            same in all of them and come out with the same values. A label that a support lacks
+            altogether is taken for not drawn there: that support is no shot for it, neither for nor
+            against.
+        query: the scan to segment, likewise.
         align: "deformable" and "affine" register each support to the query, organ by organ or as a
             whole; where that fails, the one before is taken, with a warning, and scans too small
             for it (less than 100 mm high) are matched as by "body". "body" matches slices that are
@@ -82,24 +94,29 @@ def segment(
 
     Returns:
         [Z, Y, X] labels in the frame of `query.data`, of the least integer type that holds those
-        of the supports. Warns (UserWarning) where the scans could not be treated alike, where
-        the matching is doubtful, and where nothing was found.
+        of the supports; of a nibabel image an image in its own grid, with its header. Warns
+        (UserWarning) where the scans could not be treated alike, where the matching is doubtful,
+        and where nothing was found.
 
     Raises:
         InputError: no support, a support's labels are empty or on another grid than its image, or
-            the model's weights are damaged.
+            the model's weights are damaged; of nibabel images what `read_image` and `read_labels`
+            raise.
+        TypeError: a scan that is neither a volume nor a nibabel image.
         ValueError: `align` or `depth` of another value than those above.
     """
-    return segment_matched(
+    scan = as_volume(query)
+    labels = segment_matched(
         model,
-        supports,
-        query,
+        [(as_volume(image), as_volume(drawn, labels=True)) for image, drawn in supports],
+        scan,
         align=align,
         depth=depth,
         keep_islands=keep_islands,
         batch=batch,
         progress=progress,
     ).labels
+    return labels if isinstance(query, Volume) else replace(scan, data=labels).to_nibabel()
 
 
 def segment_matched(

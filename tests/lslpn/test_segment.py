@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -211,6 +213,32 @@ def test_result_goes_back_into_the_querys_file(
     back = read_labels(tmp_path / "p.nii.gz")
     np.testing.assert_array_equal(back.data, found)
     np.testing.assert_array_equal(back.grid.affine, query[0].grid.affine)
+
+
+def test_nibabel_images_are_taken_as_their_files_and_given_back(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found(_: LSLPN, supports: list[tuple[Volume, Volume]], scan: Volume, **__: Any) -> Any:
+        for volume, file in zip((*supports[0], scan), (*support, query[0]), strict=True):
+            assert volume.data.dtype == file.data.dtype
+            np.testing.assert_array_equal(volume.data, file.data)
+        return SimpleNamespace(labels=query[1].data)
+
+    monkeypatch.setattr(lslpn.segmentation.segment, "segment_matched", found)
+    image, drawn, scan = (nib.load(volume.path) for volume in (*support, query[0]))
+    scan.header["cal_max"] = 400  # how a scan is to be shown
+    labels = segment(model, [(image, drawn)], scan)
+    assert isinstance(labels, nib.Nifti1Image)
+    truth = nib.load(query[1].path)
+    np.testing.assert_array_equal(labels.dataobj, truth.dataobj)
+    np.testing.assert_array_equal(labels.affine, scan.affine)
+    assert labels.header["cal_max"] == 0
+    np.testing.assert_array_equal(segment(model, [(image, support[1])], query[0]), query[1].data)
+    with pytest.raises(TypeError, match=r"got ndarray; .*Volume.from_array"):
+        segment(model, [support], query[0].data)
 
 
 def test_labels_come_out_as_they_went_in(
