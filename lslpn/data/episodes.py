@@ -25,7 +25,7 @@ from ..config import Config, TrainConfig
 from ..errors import InputError
 from .augment import augment
 from .dataset import Dataset
-from .slices import Prepared, Treatment, prepare, warn_unlike
+from .slices import Prepared, Treatment, prepare_for, warn_unlike
 from .volumes import Volume
 
 _REFERENCE_SIDE = 512  # the side at which min_organ_pixels is counted
@@ -100,15 +100,7 @@ class TrainingScans:
 
     def _prepared(self, image: Volume, labels: Volume | None = None) -> Prepared:
         """The squares of a scan, whose treatment is kept, to warn of scans that are unlike."""
-        model = self.config.model
-        ready = prepare(
-            image,
-            labels,
-            size=model.size,
-            align=model.align,
-            window=model.window,
-            normalise=model.normalise,
-        )
+        ready = prepare_for(self.config.model, image, labels)
         self._treatments.append(ready.treatment)
         return ready
 

@@ -11,14 +11,14 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from ..config import Align
+from ..config import Align, ModelConfig
 from ..errors import InputError
 from .intensities import AIR_BELOW_HU, Intensities, common_window, interpret
 from .volumes import Volume, check_same_grid
@@ -171,6 +171,14 @@ def prepare(
         for z, (y0, y1, x0, x1) in enumerate(boxes.tolist()):
             small[z] = _nearest(labels.data[z, y0:y1, x0:x1], size, size)
     return Prepared(slices, small, boxes, image, level, treatment)
+
+
+def prepare_for(
+    config: ModelConfig, image: Volume, labels: Volume | None = None, **other: Any
+) -> Prepared:
+    """`prepare` with the settings of a network, but for those in `other`."""
+    names = ("size", "align", "window", "normalise")
+    return prepare(image, labels, **{name: getattr(config, name) for name in names} | other)
 
 
 def resolve_window(image: Volume, window: Window) -> tuple[float, float] | None:

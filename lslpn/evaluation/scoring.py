@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,11 @@ from tqdm import tqdm
 from lslpn_kernels import GridSpec
 
 from ..config import Align
-from ..data.slices import Prepared, Treatment, prepare, warn_unlike
+from ..data.slices import Prepared, Treatment, prepare_for, warn_unlike
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork
 from ..models.lslpn import LocalPrototypes
-from .protocols import Pair, Protocol, areas, protocol_of
+from .protocols import Protocol, areas, protocol_of
 from .results import Evaluation, Example, Row, Skipped, fraction
 
 if TYPE_CHECKING:
@@ -52,12 +53,23 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     return 2.0 * int(np.count_nonzero(prediction & truth)) / total
 
 
-@dataclass(frozen=True)
+@dataclass
 class _View:
-    """One way to read the support: the model's own, or LSLPN's with another grid of windows."""
+    """One way to read the support, the model's own or LSLPN's with another grid of windows, and
+    what came of it.
+
+    Attributes:
+        described: organ and support slice to what the model's `describe` made of it.
+        too_small: organs of which no support slice says anything.
+    """
 
     describe: Callable[[Tensor, Tensor], Any]
     grid: GridSpec | None
+    described: dict[tuple[str, int], Any] = field(default_factory=dict)
+    too_small: set[str] = field(default_factory=set)
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
 
     def __str__(self) -> str:
         return "" if self.grid is None else f" with windows of {fraction(self.grid.scale)}"
@@ -195,27 +207,30 @@ def evaluate_grids(
             scale=None if view.grid is None else view.grid.scale,
             spacing=None if view.grid is None else view.grid.spacing,
             seconds=round(seconds, 2),
-            rows=tuple(runner.rows[v]),
-            skipped=tuple(skip for plan in plans for skip in plan.skipped)
-            + tuple(runner.skipped[v]),
-            examples=tuple(runner.examples[v]),
+            rows=tuple(view.rows),
+            skipped=(*(skip for plan in plans for skip in plan.skipped), *view.skipped),
+            examples=tuple(view.examples),
         )
-        for v, view in enumerate(views)
+        for view in views
     ]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be done with one query case."""
+    """What is to be done with one query case.
+
+    Attributes:
+        supports: organ to query slice to the support slice that segments it.
+    """
 
     case: str
-    pairs: dict[str, list[Pair]]
-    skipped: list[Skipped]
+    supports: dict[str, dict[int, int]] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
 
     @property
     def slices(self) -> list[int]:
         """All slices that some organ needs."""
-        return sorted({z for pairs in self.pairs.values() for p in pairs for z in p.queries})
+        return sorted({z for supports in self.supports.values() for z in supports})
 
 
 def _plan(
@@ -226,7 +241,7 @@ def _plan(
     support_areas: dict[str, np.ndarray],
 ) -> _Plan:
     truth = dataset.load_labels(case).data
-    plan = _Plan(case, {}, [])
+    plan = _Plan(case)
     for organ, label in labels.items():
         shown = areas(truth, label)
         pairs = rule.pairs(support_areas[organ], shown)
@@ -237,56 +252,42 @@ def _plan(
                 Skipped(organ, case, f"no slice shows enough of it for protocol {rule.name}")
             )
         else:
-            plan.pairs[organ] = pairs
+            plan.supports[organ] = {z: pair.support for pair in pairs for z in pair.queries}
     return plan
 
 
+@dataclass
 class _Runner:
-    """What the support's slices say, and the loop over query slices."""
+    """What the support's slices say, and the loop over query slices.
 
-    def __init__(
-        self,
-        model: FewShotNetwork,
-        rule: Protocol,
-        align: Align,
-        views: list[_View],
-        batch: int,
-    ) -> None:
-        self.model = model
-        self.rule = rule
-        self.align = align
-        self.views = views
-        self.batch = batch
-        self.device = next(model.parameters()).device
-        self.treatments: list[Treatment] = []
-        self.support_areas: dict[str, np.ndarray] = {}
-        # organ, support slice, view -> what the model's `describe` made of it
-        self.described: dict[tuple[str, int, int], Any] = {}
-        # organ, support slice -> image, mask, aspect
-        self.support_pictures: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, float]] = {}
-        self.rows: list[list[Row]] = [[] for _ in views]
-        self.examples: list[list[Example]] = [[] for _ in views]
-        self.skipped: list[list[Skipped]] = [[] for _ in views]
-        # organ, view: no support slice of the organ says anything about it
-        self.too_small: set[tuple[str, int]] = set()
+    Attributes:
+        support_areas: organ to pixels on each slice of the support.
+        support_pictures: organ and support slice to image, mask, aspect.
+    """
+
+    model: FewShotNetwork
+    rule: Protocol
+    align: Align
+    views: list[_View]
+    batch: int
+    treatments: list[Treatment] = field(default_factory=list)
+    support_areas: dict[str, np.ndarray] = field(default_factory=dict)
+    support_pictures: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, float]] = field(
+        default_factory=dict
+    )
 
     def prepare(self, image: Volume, truth: Volume) -> Prepared:
-        config = self.model.config
-        ready = prepare(
-            image,
-            truth,
-            size=config.size,
-            align=self.align,
-            window=config.window,
-            normalise=self.rule.normalise or config.normalise,
-        )
+        other = {"normalise": self.rule.normalise} if self.rule.normalise else {}
+        ready = prepare_for(self.model.config, image, truth, align=self.align, **other)
         self.treatments.append(ready.treatment)
         return ready
 
-    def encode(self, slices: np.ndarray) -> Tensor:
-        """[n, S, S] grey -> features [n, D, h, w]."""
-        features: Tensor = self.model.encode(torch.from_numpy(slices).to(self.device))
-        return features
+    def encode(self, ready: Prepared, slices: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """As many slices as are encoded at once, and their features [n, D, h, w]."""
+        device = next(self.model.parameters()).device
+        for begin in range(0, len(slices), self.batch):
+            part = slices[begin : begin + self.batch]
+            yield part, self.model.encode(torch.from_numpy(ready.slices[part]).to(device))
 
     def load_support(self, dataset: Dataset, case: str, labels: dict[str, int]) -> None:
         """Describe every slice that may be a support slice."""
@@ -307,27 +308,21 @@ class _Runner:
             self.support_areas[organ] = shown
             wanted[organ] = sorted(set(slices))
         union = sorted({z for slices in wanted.values() for z in slices})
-        where = {z: i for i, z in enumerate(union)}
-        features = torch.cat(
-            [
-                self.encode(ready.slices[union[i : i + self.batch]])
-                for i in range(0, len(union), self.batch)
-            ]
-        )
+        features: dict[int, Tensor] = {}
+        for part, several in self.encode(ready, union):
+            features.update(zip(part, several, strict=True))
         for organ, slices in wanted.items():
             for z in slices:
                 mask = ready.labels[z] == labels[organ]
                 picture = (ready.slices[z], mask.astype(np.uint8), _aspect(ready, z))
                 self.support_pictures[organ, z] = picture
-                masks = torch.from_numpy(mask).to(self.device)[None, None, None]
-                for v, view in enumerate(self.views):
-                    self.described[organ, z, v] = view.describe(
-                        features[where[z]][None, None], masks
-                    )
-            for v, view in enumerate(self.views):
-                lost = [z for z in slices if self._says_nothing(organ, z, v)]
+                masks = torch.from_numpy(mask).to(features[z].device)[None, None, None]
+                for view in self.views:
+                    view.described[organ, z] = view.describe(features[z][None, None], masks)
+            for view in self.views:
+                lost = [z for z in slices if self._says_nothing(view.described[organ, z], organ, z)]
                 if lost == slices:
-                    self.too_small.add((organ, v))
+                    view.too_small.add(organ)
                 elif lost:
                     warnings.warn(
                         f"the support {case} shows too little of {organ} for {self._input()}{view} "
@@ -336,9 +331,8 @@ class _Runner:
                         stacklevel=4,
                     )
 
-    def _says_nothing(self, organ: str, z: int, v: int) -> bool:
+    def _says_nothing(self, described: Any, organ: str, z: int) -> bool:
         """Whether nothing of the organ is left of a support slice at the network's size."""
-        described = self.described[organ, z, v]
         if isinstance(described, LocalPrototypes):  # windows with too few pixels are zero
             return not bool(described.values[:, 1:].any())
         return not self.support_pictures[organ, z][1].any()
@@ -355,64 +349,33 @@ class _Runner:
         observe: Observer | None,
     ) -> None:
         """Segment and score one query case."""
-        if not plan.pairs:
+        if not plan.supports:
             return
         image, truth = dataset.load(plan.case)
         ready = self.prepare(image, truth)
         assert ready.labels is not None
-        support_of = {
-            organ: {z: pair.support for pair in pairs for z in pair.queries}
-            for organ, pairs in plan.pairs.items()
-        }
-        size = self.model.config.size
-        predicted = {
-            (organ, v): np.zeros((len(support_of[organ]), size, size), dtype=np.uint8)
-            for organ in plan.pairs
-            for v in range(len(self.views))
-        }
-        row_of = {
-            organ: {z: i for i, z in enumerate(sorted(support_of[organ]))} for organ in support_of
-        }
-
-        slices = plan.slices
-        for begin in range(0, len(slices), self.batch):
-            part = slices[begin : begin + self.batch]
-            features = self.encode(ready.slices[part])
-            for organ, supports in support_of.items():
-                # Slices of one support slice go through the head together.
-                for support in sorted({supports[z] for z in part if z in supports}):
-                    chosen = [i for i, z in enumerate(part) if supports.get(z) == support]
-                    into = [row_of[organ][part[i]] for i in chosen]
-                    for v in range(len(self.views)):
-                        logits = self.model.match(
-                            features[chosen][None],
-                            self.described[organ, support, v],
-                            (size, size),
-                        )[0]
-                        inside = logits[:, 1] > logits[:, 0]  # ties are background
-                        predicted[organ, v][into] = inside.cpu().numpy()
-            bar.update(len(part))
-
+        predicted = self._segment(ready, plan, bar)
         ignored = ready.labels == dataset.ignore
         maps = [np.zeros_like(truth.data) for _ in self.views] if observe else []
-        for organ, supports in support_of.items():
+        for organ, supports in plan.supports.items():
             zs = sorted(supports)
             wanted = truth.data[zs] == labels[organ]
             shown = _shown_slice(ready.labels == labels[organ], zs)
             for v, view in enumerate(self.views):
-                if (organ, v) in self.too_small:
+                if organ in view.too_small:
                     reason = f"the support shows too little of it for {self._input()}{view}"
-                    self.skipped[v].append(Skipped(organ, plan.case, reason))
+                    view.skipped.append(Skipped(organ, plan.case, reason))
                     continue
                 full = np.zeros(ready.slices.shape, dtype=np.uint8)
-                full[zs] = predicted[organ, v]
+                for z, inside in predicted[organ, v].items():
+                    full[z] = inside
                 found = (ready.restore(full)[zs] > 0) & (truth.data[zs] != dataset.ignore)
                 full[ignored] = 0
                 if observe:
                     drawn = maps[v][zs]
                     drawn[found & (drawn == 0)] = labels[organ]
                     maps[v][zs] = drawn
-                self.rows[v].append(
+                view.rows.append(
                     Row(
                         organ=organ,
                         case=plan.case,
@@ -423,7 +386,7 @@ class _Runner:
                     )
                 )
                 picture, mask, aspect = self.support_pictures[organ, supports[shown]]
-                self.examples[v].append(
+                view.examples.append(
                     Example(
                         organ=organ,
                         case=plan.case,
@@ -440,6 +403,25 @@ class _Runner:
                 )
         if observe:
             observe(plan.case, image, truth, maps)
+
+    def _segment(
+        self, ready: Prepared, plan: _Plan, bar: Any
+    ) -> dict[tuple[str, int], dict[int, np.ndarray]]:
+        """Organ and number of the view to slice to bool [S, S]."""
+        size = (self.model.config.size, self.model.config.size)
+        found: dict[tuple[str, int], dict[int, np.ndarray]] = defaultdict(dict)
+        for part, features in self.encode(ready, plan.slices):
+            for organ, supports in plan.supports.items():
+                # Slices of one support slice go through the head together.
+                for support in sorted({supports[z] for z in part if z in supports}):
+                    zs = [z for z in part if supports.get(z) == support]
+                    chosen = features[[part.index(z) for z in zs]][None]
+                    for v, view in enumerate(self.views):
+                        logits = self.model.match(chosen, view.described[organ, support], size)[0]
+                        inside = logits[:, 1] > logits[:, 0]  # ties are background
+                        found[organ, v].update(zip(zs, inside.cpu().numpy(), strict=True))
+            bar.update(len(part))
+        return found
 
 
 def _aspect(ready: Prepared, z: int) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.intensities import interpret
-from ..data.slices import Prepared, prepare, shared_window, warn_not_cropped, warn_unlike
+from ..data.slices import Prepared, prepare_for, shared_window, warn_not_cropped, warn_unlike
 from ..data.volumes import Volume, as_volume
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
@@ -240,22 +240,11 @@ def _prepare(
     align: Literal["none", "body"],
 ) -> tuple[list[Prepared], Prepared]:
     """Supports and query, treated alike as far as can be: one window, all cropped or none."""
-    config = model.config
     scans: list[tuple[Volume, Volume | None]] = [*supports, (query, None)]
-    window = shared_window(config.window, [interpret(image.data) for image, _ in scans])
+    window = shared_window(model.config.window, [interpret(image.data) for image, _ in scans])
 
     def prepared(align: Literal["none", "body"]) -> list[Prepared]:
-        return [
-            prepare(
-                image,
-                labels,
-                size=config.size,
-                align=align,
-                window=window,
-                normalise=config.normalise,
-            )
-            for image, labels in scans
-        ]
+        return [prepare_for(model.config, *scan, align=align, window=window) for scan in scans]
 
     out = prepared(align)
     without = [scan.treatment.name for scan in out if scan.treatment.body_found is False]
