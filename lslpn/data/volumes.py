@@ -9,18 +9,13 @@ Predictions go back through the inverse, into the grid, affine and header of the
 from __future__ import annotations
 
 import gzip
-import io
 import os
-import warnings
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import (
     apply_orientation,
     axcodes2ornt,
@@ -28,11 +23,10 @@ from nibabel.orientations import (
     io_orientation,
     ornt_transform,
 )
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 
 from ..errors import InputError
 from ..files import write_bytes
+from .nifti import Grid, apart_mm, array_of, axes, read, times
 
 # x grows towards the patient's left, y towards the back, z towards the head.
 _DISPLAY = axcodes2ornt(("L", "P", "S"))
@@ -44,25 +38,6 @@ _LARGEST = 2**31 - 1
 # Grids that lie apart by less than this part of a voxel are one grid: affines are stored in
 # float32 and rewritten by every tool, which moves a corner by some thousandths of a voxel.
 _GRID_TOLERANCE = 0.05
-# The qform is rounded more, as quaternions: sform and qform differ beyond so many voxels.
-_FORMS_TOLERANCE = 0.5
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The file's own geometry, kept so that predictions can be written back into it.
-
-    Attributes:
-        shape: voxels along the file's own three axes.
-        affine: float64 [4, 4], voxel indices to millimetres (RAS+).
-        header: the file's header, NIfTI-1 or NIfTI-2.
-        path: where it was read from; for messages.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    header: nib.Nifti1Header
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -115,7 +90,7 @@ class Volume:
             InputError: as `read_image` and `read_labels`.
         """
         path = Path(name or image.get_filename() or "image")
-        return (_as_labels if labels else _as_image)(*_array_of(path, image))
+        return (_as_labels if labels else _as_image)(*array_of(path, image))
 
     def to_nibabel(self) -> nib.Nifti1Image:
         """A NIfTI image in the grid and with the header that the volume came from."""
@@ -170,7 +145,7 @@ def read_image(path: str | os.PathLike[str]) -> Volume:
             last axis of one is let pass), of a colour or complex type, without a usable affine,
             or holds NaN, infinite or constant intensities.
     """
-    return _as_image(*_read(Path(path)))
+    return _as_image(*read(Path(path)))
 
 
 def _as_image(array: np.ndarray, grid: Grid) -> Volume:
@@ -207,7 +182,7 @@ def read_labels(path: str | os.PathLike[str], *, require_foreground: bool = Fals
         InputError: as `read_image` for the file itself; values that are no whole numbers,
             negative or above 2147483647; an empty map if `require_foreground`.
     """
-    return _as_labels(*_read(Path(path)), require_foreground)
+    return _as_labels(*read(Path(path)), require_foreground)
 
 
 def _as_labels(array: np.ndarray, grid: Grid, require_foreground: bool = False) -> Volume:
@@ -256,13 +231,13 @@ def check_same_grid(image: Volume, labels: Volume) -> None:
     a, b = image.data.shape[::-1], labels.data.shape[::-1]
     if a != b and image.grid.shape != labels.grid.shape:
         raise InputError(
-            f"{labels.path}: its shape {_times(labels.grid.shape)} differs from "
-            f"{_times(image.grid.shape)} of its image {image.path}; {mend}"
+            f"{labels.path}: its shape {times(labels.grid.shape)} differs from "
+            f"{times(image.grid.shape)} of its image {image.path}; {mend}"
         )
-    apart = _apart(a, image.affine, labels.affine)
+    apart = apart_mm(a, image.affine, labels.affine)
     if a != b or apart > _GRID_TOLERANCE * min(image.spacing):
         how = (
-            f"axes run to {_axes(labels.grid.affine)} and {_axes(image.grid.affine)}"
+            f"axes run to {axes(labels.grid.affine)} and {axes(image.grid.affine)}"
             if a != b
             else f"corners lie up to {apart:.3g} mm apart"
         )
@@ -270,14 +245,6 @@ def check_same_grid(image: Volume, labels: Volume) -> None:
             f"{labels.path}: its affine differs from that of its image {image.path} in more than "
             f"order and direction of the axes ({how}); {mend}"
         )
-
-
-def _apart(shape: tuple[int, ...], a: np.ndarray, b: np.ndarray) -> float:
-    """How far, in mm, the corners of a grid are from each other under two affines."""
-    corners = np.array(
-        [[i, j, k, 1.0] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])]
-    )
-    return float(np.abs(corners @ (a - b).T)[:, :3].max())
 
 
 def _label_dtype(high: float) -> type[np.integer[Any]]:
@@ -302,8 +269,8 @@ def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume)
     """
     if labels.shape != like.data.shape:
         raise ValueError(
-            f"labels: expected shape {_times(like.data.shape)} as the volume, "
-            f"got {_times(labels.shape)}"
+            f"labels: expected shape {times(like.data.shape)} as the volume, "
+            f"got {times(labels.shape)}"
         )
     if labels.min() < 0 or labels.max() > _LARGEST:
         raise ValueError(
@@ -366,187 +333,6 @@ def _native_image(data: np.ndarray, grid: Grid, header: nib.Nifti1Header) -> nib
     return (nib.Nifti2Image if two else nib.Nifti1Image)(native, grid.affine, header)
 
 
-def _read(path: Path) -> tuple[np.ndarray, Grid]:
-    """The voxels in the file's own order, slope applied, and the geometry."""
-    raw = _bytes_of(path)
-    kind = _nifti_class(path, raw)
-    return _array_of(path, lambda: kind.from_bytes(raw))
-
-
-def _array_of(
-    path: Path, image: nib.Nifti1Image | Callable[[], nib.Nifti1Image]
-) -> tuple[np.ndarray, Grid]:
-    """The voxels of an image that may still be to be parsed, and the geometry."""
-    try:
-        if callable(image):
-            image = image()
-        array = np.asanyarray(image.dataobj)
-    # What nibabel raises depends on which field is broken.
-    except (
-        ImageFileError,
-        HeaderDataError,
-        WrapStructError,
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ) as error:
-        raise InputError(
-            f"{path}: damaged or cut short ({_one_line(error)}); copy or export the file again"
-        ) from error
-    if array.dtype.kind not in "fiub":
-        raise InputError(
-            f"{path}: voxels are of type {image.header.get_value_label('datatype')}, expected "
-            "one number per voxel; save it as a greyscale image or a label map"
-        )
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 3:
-        mend = (
-            "give the whole scan, not one slice"
-            if array.ndim < 3
-            else "split it and give one volume at a time"
-        )
-        raise InputError(
-            f"{path}: has {array.ndim} dimensions ({_times(array.shape)}), expected 3; {mend}"
-        )
-    if array.size == 0:
-        raise InputError(f"{path}: holds no voxels ({_times(array.shape)}); export it again")
-    shape = (array.shape[0], array.shape[1], array.shape[2])
-    affine, header = _affine(path, image), image.header.copy()
-    if not np.array_equal(header.get_best_affine(), affine):
-        header["sform_code"] = 0  # it is singular, and nibabel would prefer it all the same
-    return array, Grid(shape, affine, header, path)
-
-
-def _bytes_of(path: Path) -> bytes:
-    """The file's content, unpacked.
-
-    The whole gzip stream is read, so that its checksum is verified: nibabel stops at the last
-    voxel and would let a damaged stream pass.
-    """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file; check the path") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: is a folder, expected a .nii or .nii.gz file") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if raw[:2] != b"\x1f\x8b":
-        return raw
-    try:
-        with gzip.open(io.BytesIO(raw)) as stream:
-            return stream.read()
-    except (EOFError, zlib.error, OSError) as error:
-        raise InputError(
-            f"{path}: damaged or cut short ({_one_line(error)}); copy or download the file again"
-        ) from error
-
-
-def _nifti_class(path: Path, raw: bytes) -> type[nib.Nifti1Image]:
-    """NIfTI-1 or NIfTI-2, by the header's size and magic."""
-    if len(raw) < 348:
-        raise InputError(
-            f"{path}: is too short for a NIfTI file ({len(raw)} bytes); "
-            "copy or export the file again"
-        )
-    sizes = {int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")}
-    if 348 in sizes and raw[344:348] == b"n+1\0":
-        return nib.Nifti1Image
-    if 540 in sizes and raw[4:8] == b"n+2\0":
-        return nib.Nifti2Image
-    if 348 in sizes and raw[344:348] == b"ni1\0":
-        raise InputError(
-            f"{path}: is the header of a .hdr/.img pair, expected a single .nii or .nii.gz file; "
-            "convert the pair"
-        )
-    raise InputError(
-        f"{path}: is not a NIfTI file, expected .nii or .nii.gz; convert it first "
-        "(dcm2niix does so for DICOM)"
-    )
-
-
-def _affine(path: Path, image: nib.Nifti1Image) -> np.ndarray:
-    """The affine of a file, from its sform or its qform, with a warning where that is a choice.
-
-    Raises:
-        InputError: neither is usable.
-    """
-    header = image.header
-    sform, qform = _form(header.get_sform), _form(header.get_qform)
-    if sform is None and qform is None:
-        base = np.array(header.get_base_affine(), dtype=np.float64)
-        if what := _singular(base):
-            raise _unusable(path, what)
-        warnings.warn(
-            f"{path.name}: its header has neither sform nor qform; its axes are taken to run to "
-            f"{_axes(base)}, so check that left and right are as they should be",
-            stacklevel=4,
-        )
-        return base
-    if sform is None or qform is None:
-        only = qform if sform is None else sform
-        assert only is not None
-        if what := _singular(only):
-            raise _unusable(path, what)
-        return only
-    faults = {"sform": _singular(sform), "qform": _singular(qform)}
-    if all(faults.values()):
-        raise _unusable(path, f"{faults['sform']}")
-    for name, other, affine in (("sform", "qform", qform), ("qform", "sform", sform)):
-        if faults[name]:
-            warnings.warn(
-                f"{path.name}: its {name} is singular ({faults[name]}), its {other} is used",
-                stacklevel=4,
-            )
-            return affine
-    apart = _apart(image.shape[:3], sform, qform)
-    if apart > _FORMS_TOLERANCE * np.linalg.norm(sform[:3, :3], axis=0).min():
-        warnings.warn(
-            f"{path.name}: its sform and qform differ (corners are up to {apart:.3g} mm apart, "
-            f"axes run to {_axes(sform)} and {_axes(qform)}); the sform is used",
-            stacklevel=4,
-        )
-    return sform
-
-
-def _form(get: Callable[..., tuple[np.ndarray | None, int]]) -> np.ndarray | None:
-    """The affine of a form, None where its code is 0; of NaN where it cannot be made out."""
-    try:
-        affine = get(coded=True)[0]
-    except (HeaderDataError, ValueError):  # a quaternion longer than 1
-        return np.full((4, 4), np.nan)
-    return None if affine is None else np.array(affine, dtype=np.float64)
-
-
-def _axes(affine: np.ndarray) -> str:
-    return "".join(nib.aff2axcodes(affine))
-
-
-def _singular(affine: np.ndarray) -> str | None:
-    """Why an affine does not span space, or None where it does."""
-    axes = affine[:3, :3]
-    lengths = np.sqrt((axes**2).sum(axis=0))
-    if not np.isfinite(affine).all() or lengths.min() == 0:
-        return "it holds zeros or values that are not finite"
-    # The volume of the voxel against that of a box with its edges: 1 without shear.
-    if abs(np.linalg.det(axes / lengths)) <= 1e-3:
-        return "its axes lie in one plane"
-    return None
-
-
-def _unusable(path: Path, what: str) -> InputError:
-    return InputError(
-        f"{path}: its affine is singular ({what}), expected three independent axes in "
-        "millimetres; repair the header or export the file again"
-    )
-
-
 def _to_display(grid: Grid) -> np.ndarray:
     """nibabel's orientation from the file's axes to those of the display."""
     return np.asarray(ornt_transform(io_orientation(grid.affine), _DISPLAY))
@@ -560,11 +346,3 @@ def _display(array: np.ndarray, grid: Grid) -> Volume:
     normal = np.cross(x, y)
     apart = abs(float(z @ normal)) / float(np.linalg.norm(normal))
     return Volume(data, (apart, float(np.linalg.norm(y)), float(np.linalg.norm(x))), grid)
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(n) for n in shape)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

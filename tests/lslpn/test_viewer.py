@@ -22,7 +22,8 @@ from synthetic import synthetic_ct, write_nifti
 
 import lslpn
 from lslpn.cli import main
-from lslpn.data.volumes import Grid, Volume, read_image, read_labels
+from lslpn.data.nifti import Grid
+from lslpn.data.volumes import Volume, read_image, read_labels
 from lslpn.errors import InputError
 from lslpn.evaluation.results import Evaluation, Example, Row
 from lslpn.segmentation.why import NONE, Recorder, Shots, Why, winners
