@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
-from .common import Survey, files_below, read_both
+from .survey import Survey, files_below, read_both
 
 CORPUS = {
     "name": "BTCV",

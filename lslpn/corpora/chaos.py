@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from ..errors import InputError
-from .common import Faults, FaultsError, Loaded, Survey, files_below
+from .survey import Faults, FaultsError, Loaded, Survey, files_below
 
 CORPUS = {
     "name": "CHAOS T2-SPIR",

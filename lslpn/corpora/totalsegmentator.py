@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError
-from .common import Faults, LeftOutError, Loaded, Survey, check_organs, merge_case
+from .survey import Faults, LeftOutError, Loaded, Survey, check_organs, merge_case
 
 CORPUS = {
     "name": "TotalSegmentator",

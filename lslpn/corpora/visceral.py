@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .common import Faults, Loaded, Survey, check_organs, merge_case, natural
+from .survey import Faults, Loaded, Survey, check_organs, merge_case, natural
 
 CORPUS = {
     "name": "VISCERAL",

@@ -17,7 +17,7 @@ import pytest
 
 from lslpn import cli
 from lslpn.corpora import NAMES, Outcome, btcv, chaos, prepare_corpus, totalsegmentator, visceral
-from lslpn.corpora.common import natural
+from lslpn.corpora.survey import natural
 from lslpn.data.dataset import Dataset
 from lslpn.errors import InputError
 

@@ -1,0 +1,245 @@
+"""From a corpus to a data set: all its cases, read, checked, written, and resumed.
+
+A case is read and checked whole before anything of it is written, its image is written before its
+labels, and it is entered into `prepared.json` after both; dataset.json comes last. So a folder
+without dataset.json is not finished, and whatever is entered is whole.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data.volumes import write_labels
+from ..errors import InputError, meant
+from ..files import check_writable, write_bytes, write_text
+from .survey import Faults, FaultsError, LeftOutError, Loaded, Problem, Survey
+
+NAMES = ("visceral", "btcv", "chaos", "totalsegmentator")
+
+REPORT = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a recipe ended.
+
+    Attributes:
+        done: cases in the data set, those of an interrupted earlier run included.
+        left_out: sound cases that show none of the organs, with the reason.
+        problems: all that is wrong, over all files.
+        complete: dataset.json was written.
+        notes: overlaps, choices and absent organs, one line each.
+    """
+
+    done: tuple[str, ...]
+    left_out: dict[str, str]
+    problems: tuple[Problem, ...]
+    complete: bool
+    notes: tuple[str, ...]
+
+
+def prepare_corpus(
+    name: str,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    cases: Sequence[str] = (),
+    skip_bad: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Outcome:
+    """Turn a corpus as it is distributed into a data set in nnU-Net's raw layout.
+
+    All files are looked at, whatever is wrong with some. Without `skip_bad` a corpus with
+    problems gets no dataset.json; its good cases are written and stay for a `resume`.
+
+    Args:
+        name: one of `NAMES`.
+        source: the corpus, unpacked.
+        target: a folder that is new or empty, or, with `resume`, holds an earlier run.
+        cases: those to take, by the names they get; default: all that the corpus should have.
+        skip_bad: make a data set of the good cases.
+        resume: keep the cases that an earlier run into `target` finished.
+        progress: show a bar with rate and time left, on stderr.
+        options: of the recipe: `corpus`, `organs`, `annotator`, `allow_missing`
+            (visceral), `organs`, `allow_missing` (totalsegmentator).
+
+    Raises:
+        InputError: no corpus of this kind in `source`, `target` holds something else or cannot be
+            written, an unknown case or organ, or pydicom is missing (chaos).
+    """
+    if name not in NAMES:
+        raise InputError(f"recipe {name!r}: not known, expected one of {', '.join(NAMES)}")
+    module = importlib.import_module(f"{__package__}.{name}")
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise InputError(
+            f"{source}: there is no such folder, expected the corpus, unpacked; check the path"
+        )
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise InputError(
+            f"{target}: lies inside the corpus {source}, expected a folder outside it, so that "
+            "what is written is never taken for part of the corpus; give another DST"
+        )
+    survey: Survey = module.survey(source, **options)
+    wanted = _wanted(survey, cases)
+    what = {"recipe": name, "labels": survey.labels, "settings": survey.settings}
+    records = _earlier(target, what, resume)
+    check_writable(target / REPORT)
+
+    # A file that belongs to no case is no matter to whoever names the cases.
+    problems = Faults(source)
+    problems += [
+        problem
+        for problem in survey.problems
+        if (not cases if problem.case is None else problem.case in wanted)
+        and problem.case not in records
+    ]
+    bad = {problem.case for problem in problems}
+    left_out: dict[str, str] = {}
+
+    def report(complete: bool) -> None:
+        problems.sort(key=lambda p: (p.case is None, p.case or "", p.file, p.what))
+        content = {
+            **what,
+            "source": str(source.resolve()),
+            "complete": complete,
+            "cases": {case: records[case] for case in sorted(records)},
+            "skipped": [{"case": p.case, "file": p.file, "problem": p.what} for p in problems],
+            "left_out": dict(sorted(left_out.items())),
+            "ignored": dict(sorted(survey.ignored.items())),
+        }
+        write_text(target / REPORT, json.dumps(content, indent=1) + "\n")
+
+    report(complete=False)
+    todo = [case for case in wanted if case not in records and case in survey.cases]
+    for case in tqdm(todo, desc=name, unit="case", disable=not progress, dynamic_ncols=True):
+        try:
+            loaded = survey.cases[case](problems)
+        except FaultsError:
+            continue
+        except LeftOutError as reason:
+            if case not in bad:
+                left_out[case] = str(reason)
+            continue
+        if case in bad:
+            continue  # it was read to list what else is wrong with it
+        _write(target, case, loaded)
+        records[case] = loaded.record
+        report(complete=False)
+
+    complete = bool(records) and (skip_bad or not problems)
+    if complete:
+        meta = {
+            **module.CORPUS,
+            "labels": {"background": 0, **survey.labels},
+            "numTraining": len(records),
+            "file_ending": ".nii.gz",
+        }
+        write_text(target / "dataset.json", json.dumps(meta, indent=1) + "\n")
+    report(complete)
+    return Outcome(tuple(sorted(records)), left_out, tuple(problems), complete, _notes(records))
+
+
+def _wanted(survey: Survey, cases: Sequence[str]) -> list[str]:
+    known = sorted({p.case for p in survey.problems if p.case is not None}.union(survey.cases))
+    for case in cases:
+        if case not in known:
+            shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+            raise InputError(
+                f"case {case!r}: not in this corpus{meant(case, known)}; its {len(known)} cases: "
+                f"{shown}"
+            )
+    return sorted(set(cases)) if cases else known
+
+
+def _earlier(target: Path, what: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The cases that an earlier run finished; refuses a folder that holds anything else."""
+    try:
+        held = sorted(entry.name for entry in target.iterdir())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot be listed ({error.strerror or error}), expected a new or empty "
+            "folder; give another one"
+        ) from error
+    if not held:
+        return {}
+    path = target / REPORT
+    if not resume or not path.is_file():
+        mend = "give another folder"
+        if path.is_file():
+            mend += ", or go on with what was begun there with `resume=True`"
+        raise InputError(
+            f"{target}: is not empty (it holds {held[0]}), expected a new or empty folder, "
+            f"because nothing is written over; {mend}"
+        )
+    try:
+        earlier = json.loads(path.read_text("utf-8"))
+        records = dict(earlier["cases"])
+        same = {key: earlier[key] for key in what}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: is not a report of `lslpn prepare` ({error}); give another DST"
+        ) from error
+    for key, value in what.items():
+        if same[key] != value:
+            raise InputError(
+                f"{target}: was begun with {key} {json.dumps(same[key])}, got "
+                f"{json.dumps(value)}; resume with the same options, or give another DST"
+            )
+    return {
+        case: record
+        for case, record in records.items()
+        if all(path.is_file() for path in _paths(target, case))
+    }
+
+
+def _paths(target: Path, case: str) -> tuple[Path, Path]:
+    """Where image and labels of a case go."""
+    return target / "imagesTr" / f"{case}_0000.nii.gz", target / "labelsTr" / f"{case}.nii.gz"
+
+
+def _write(target: Path, case: str, loaded: Loaded) -> None:
+    image, labels = _paths(target, case)
+    # The bytes of a file stay as they are, header and all; read_image has found them sound.
+    source = loaded.image
+    data = source.read_bytes() if isinstance(source, Path) else source.to_bytes()
+    write_bytes(image, data if data[:2] == b"\x1f\x8b" else gzip.compress(data, 6, mtime=0))
+    if isinstance(loaded.labels, tuple):
+        write_labels(labels, *loaded.labels)
+    else:
+        write_bytes(labels, gzip.compress(loaded.labels.to_bytes(), 6, mtime=0))
+
+
+def _notes(records: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
+    """What a user should know about the labels, counted over the cases."""
+    notes = []
+    overlaps = [o for record in records.values() for o in record.get("overlaps", ())]
+    if overlaps:
+        voxels = sum(o["voxels"] for o in overlaps)
+        cases = sum(bool(record.get("overlaps")) for record in records.values())
+        notes.append(
+            f"{voxels} voxels in {cases} cases were drawn as two organs; "
+            "the smaller organ of the two has them"
+        )
+    for key, text in (
+        ("not_taken", "further drawings of an organ were not taken"),
+        ("missing", "organs have no file in their case, and are background there"),
+        ("empty", "organs are not in the field of view of their case (empty masks)"),
+    ):
+        count = sum(len(record.get(key, ())) for record in records.values())
+        if count:
+            notes.append(f"{count} {text}")
+    return tuple(notes)
