@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .files import append_text, check_writable, is_file, locked, look_up, write_
 _LOG_HEADER = "step,loss,lr,seconds_per_step,waiting_per_step\n"
 _LOG_LINE = re.compile(r"\d+(,\d+(\.\d+)?(e[+-]?\d+)?){4}\n")
 # These change neither the weights nor the batches, so a resumed run may differ in them.
-FREE_ON_RESUME = ("log_every", "checkpoint_every")
+_FREE_ON_RESUME = ("log_every", "checkpoint_every")
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
     if look_up(file) is None:
         return None
     before = load_checkpoint(file)
-    changed = differences(before.config.to_dict(), config.to_dict())
+    changed = changes(before.config, config)
     if changed:
         raise InputError(
             f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
@@ -70,18 +70,35 @@ def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
     return before
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two configurations (`Config.to_dict`) differ in, of all that a result hangs on.
+def fixed(config: Config) -> dict[str, Any]:
+    """A configuration without what changes no result, ready for JSON."""
+    plain = config.to_dict()
+    for name in _FREE_ON_RESUME:
+        del plain["train"][name]
+    return plain
 
-    Returns:
-        lines such as "steps was 400, now 500".
-    """
-    found = []
-    for group in ("model", "train"):
-        for name, value in now[group].items():
-            if name not in FREE_ON_RESUME and before[group].get(name) != value:
-                found.append(f"{name} was {before[group].get(name)!r}, now {value!r}")
-    return found
+
+def changes(before: Config, now: Config) -> list[str]:
+    """What two configurations differ in, of all that decides a result, as lines such as
+    "steps was 400, now 500"."""
+    a, b = ({**fixed(config), "preset": None} for config in (before, now))
+    return differences(a, b)
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """The places in which two nests of dicts and lists differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in [*before, *(k for k in now if k not in before)]:
+            if before.get(key) != now.get(key):
+                inner = key if name in ("", "model", "train") else f"{name} {key}"
+                found += differences(before.get(key), now.get(key), inner)
+        return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [(a, b) for a, b in zip(before, now, strict=True) if a != b]
+        if all(isinstance(a, dict) and isinstance(b, dict) for a, b in pairs):
+            return [line for a, b in pairs for line in differences(a, b, name)]
+    return [f"{name} was {before!r}, now {now!r}"]
 
 
 def check_same_data(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

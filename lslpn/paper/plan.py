@@ -21,7 +21,7 @@ from ..config import Align, Classes, Config, with_overrides
 from ..data.dataset import Dataset
 from ..errors import InputError
 from ..evaluation.protocols import Protocol, protocol_of
-from ..runs import FREE_ON_RESUME
+from ..runs import fixed
 
 DEFAULT_SEEDS = (1234, 1235, 1236)
 # The organs of the paper's Table 1, by what their names begin with.
@@ -177,14 +177,6 @@ class Run:
 def in_words(classes: Classes) -> str:
     """What a network is trained on, for people."""
     return "no classes" if classes == "none" else f"{classes} classes"
-
-
-def fixed(config: Config) -> dict[str, Any]:
-    """A configuration without what changes no result, ready for JSON."""
-    plain = config.to_dict()
-    for name in FREE_ON_RESUME:
-        del plain["train"][name]
-    return plain
 
 
 def common_settings(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..evaluation.results import Row, fraction, render_table
 from ..files import replacing, write_text
 from ..info import commit, versions
 from .plan import Setup, common_settings
-from .store import Done, duration
+from .store import Done
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,7 +218,7 @@ def circumstances(content: Mapping[str, Any]) -> str:
     if times:
         total = sum(times.values())
         facts.append(
-            f"{len(times)} training runs took {duration(total)} together, by their own logs."
+            f"{len(times)} training runs took {_duration(total)} together, by their own logs."
         )
     skipped = {
         f"{skip['organ']} in {skip['case']}: {skip['reason']}"
@@ -278,3 +278,11 @@ def small_print(content: Mapping[str, Any]) -> str:
         f"{_changes(content)}; commit {str(content['commit'])[:12]}; "
         f"torch {content['versions']['torch']}"
     )
+
+
+def _duration(seconds: float) -> str:
+    """2 h 10 min, 12 min or 40 s."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -34,9 +34,9 @@ from ..evaluation.scoring import evaluate_grids
 from ..files import check_writable, is_file, locked, replacing, write_text
 from ..info import commit, versions
 from ..models import untrained
-from ..runs import differences, time_spent
+from ..runs import changes, differences, fixed, time_spent
 from ..training import train
-from .plan import Align, Run, Setup, common_settings, fixed
+from .plan import Align, Run, Setup, common_settings
 
 if TYPE_CHECKING:
     from ..models import FewShotNetwork
@@ -169,11 +169,11 @@ class Store:
         file, record = folder / FILE_NAME, folder / "config.json"
         if run.key in self.given or is_file(file):
             before = load_checkpoint(folder)
-            config, data, step = before.config.to_dict(), before.data, before.step
+            config, data, step = before.config, before.data, before.step
         elif is_file(record):
             try:
                 content = json.loads(record.read_text("utf-8"))
-                config = Config.from_dict(content["config"]).to_dict()
+                config = Config.from_dict(content["config"])
                 data, step = dict(content["data"]), 0
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(
@@ -181,7 +181,7 @@ class Store:
                 ) from error
         else:
             return False
-        changed = differences(config, run.config.to_dict())
+        changed = changes(config, run.config)
         wanted = {"cases": run.subjects.train}
         if run.hold_out:  # where no label is read, it makes no difference what was held out
             wanted["hold_out"] = run.hold_out
@@ -358,7 +358,7 @@ def _agree(file: Path, settings: dict[str, Any]) -> None:
             line
             for name, now in settings.items()
             if name in before
-            for line in _changes(before[name], now)
+            for line in differences(before[name], now)
         ]
         if changed:
             differing = "; ".join(dict.fromkeys(changed))
@@ -369,30 +369,6 @@ def _agree(file: Path, settings: dict[str, Any]) -> None:
     if any(name not in before for name in settings):
         content = {"settings": {**before, **settings}, "versions": versions(), "commit": commit()}
         write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def _changes(before: Any, now: Any, name: str = "") -> list[str]:
-    """The places in which two nests of dicts and lists differ, in words."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for key in [*before, *(k for k in now if k not in before)]:
-            if before.get(key) != now.get(key):
-                inner = key if name in ("", "model", "train") else f"{name} {key}"
-                found += _changes(before.get(key), now.get(key), inner)
-        return found
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = [(a, b) for a, b in zip(before, now, strict=True) if a != b]
-        if all(isinstance(a, dict) and isinstance(b, dict) for a, b in pairs):
-            return [line for a, b in pairs for line in _changes(a, b, name)]
-    return [f"{name} was {before!r}, now {now!r}"]
-
-
-def duration(seconds: float) -> str:
-    """2 h 10 min, 12 min or 40 s."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 # --- pictures -------------------------------------------------------------------------------
