@@ -23,16 +23,15 @@ published one was chosen on the test volumes; ours is the last one in both prese
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from .errors import InputError, meant
+from .errors import InputError
+from .rules import Rule, at_least, check, coerce, hints, known, require
 
 # The choices of more than one module, and of the command line, which takes them from here.
 Method = Literal["lslpn", "panet", "senet", "alpnet"]
@@ -43,60 +42,12 @@ StrideOn = Literal["1x1", "3x3"]
 BatchNormMode = Literal["live", "frozen"]
 
 
-class _Rule(NamedTuple):
-    """What a value must be besides its type: `Annotated[int, _Rule(...)]` beside the field."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-def _at_least(low: int, what: str = "{} or more") -> _Rule:
-    return _Rule(what.format(low), lambda value: value >= low)
-
-
-_Count = Annotated[int, _at_least(1)]
-_Share = Annotated[float, _Rule("in (0, 1]", lambda value: 0 < value <= 1)]
-_Probability = Annotated[float, _Rule("in [0, 1]", lambda value: 0 <= value <= 1)]
-_BelowOne = Annotated[float, _Rule("in [0, 1)", lambda value: 0 <= value < 1)]
-_Positive = Annotated[float, _Rule("a positive number", lambda value: 0 < value < math.inf)]
-_NotNegative = Annotated[float, _at_least(0)]
-
-
-def _require(ok: bool, name: str, expected: str, given: object) -> None:
-    if not ok:
-        raise InputError(f"The option {name} must be {expected}; {given!r} was given.")
-
-
-def _words(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return " or ".join(repr(a) for a in args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("'none'" if a is type(None) else _words(a) for a in args)
-    if origin is tuple:
-        if args[-1] is Ellipsis:
-            return f"{_words(args[0])}, several with commas"
-        return f"{len(args)} values with a comma, each {_words(args[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    """Fields and their types, with their rules: `Annotated` where there is one."""
-    return typing.get_type_hints(kind, include_extras=True)
-
-
-def _check(config: ModelConfig | TrainConfig) -> None:
-    """Every field against its rule and, where it is a choice, against the choices."""
-    for name, kind in _hints(type(config)).items():
-        value = getattr(config, name)
-        rules = getattr(kind, "__metadata__", ())
-        if rules:
-            kind = kind.__origin__
-        if typing.get_origin(kind) is Literal:
-            _require(value in typing.get_args(kind), name, _words(kind), value)
-        for rule in rules:
-            optional = value is None and type(None) in typing.get_args(kind)
-            _require(optional or rule.holds(value), name, rule.expected, value)
+_Count = Annotated[int, at_least(1)]
+_Share = Annotated[float, Rule("in (0, 1]", lambda value: 0 < value <= 1)]
+_Probability = Annotated[float, Rule("in [0, 1]", lambda value: 0 <= value <= 1)]
+_BelowOne = Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)]
+_Positive = Annotated[float, Rule("a positive number", lambda value: 0 < value < math.inf)]
+_NotNegative = Annotated[float, at_least(0)]
 
 
 @dataclass(frozen=True)
@@ -106,13 +57,13 @@ class ModelConfig:
     method: Method = "lslpn"
     """The network: "lslpn", or one that the paper compares with; see `lslpn.models`. What is said
     below of windows, logits and prototypes is LSLPN's; the other methods have their own."""
-    size: Annotated[int, _at_least(32, "at least {} pixels")] = 512
+    size: Annotated[int, at_least(32, "at least {} pixels")] = 512
     """Pixels along the side of the square that slices are resized to."""
     normalise: Literal["slice", "volume", "window"] = "slice"
     """How grey values come to [0, 1]: min-max of each slice, of the volume, or the window."""
     window: Annotated[
         Literal["auto"] | tuple[float, float] | None,
-        _Rule(
+        Rule(
             "'auto', 'none' or two grey values, the lower first",
             lambda value: value == "auto" or (not isinstance(value, str) and value[0] < value[1]),
         ),
@@ -131,7 +82,7 @@ class ModelConfig:
     """How the cosines of the windows over a pixel become one score."""
     logit_scale: _Positive = 20.0
     """Factor on the cosine."""
-    min_pixels: Annotated[int, _at_least(0)] = 10
+    min_pixels: Annotated[int, at_least(0)] = 10
     """A window with no more mask pixels than this gives a zero prototype."""
     channels: _Count = 256
     """Features per location."""
@@ -145,8 +96,8 @@ class ModelConfig:
     """What the trunk starts from: "imagenet" (shipped), "random", or a state dict file."""
 
     def __post_init__(self) -> None:
-        _check(self)
-        _require(
+        check(self)
+        require(
             self.normalise != "window" or self.window is not None,
             "window",
             "given when normalise is 'window'",
@@ -166,7 +117,7 @@ class TrainConfig:
     """Learning rate at the start."""
     milestones: Annotated[
         tuple[int, ...],
-        _Rule(
+        Rule(
             "steps in rising order",
             lambda value: list(value) == sorted(set(value)) and all(m >= 1 for m in value),
         ),
@@ -178,7 +129,7 @@ class TrainConfig:
     momentum: _BelowOne = 0.9
     weight_decay: _NotNegative = 5e-4
     seed: Annotated[
-        int, _Rule("a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+        int, Rule("a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
     ] = 1234
     """Of the slices, the episodes, the augmentation, dropout and the reduction layer."""
     ways: _Count = 1
@@ -191,15 +142,15 @@ class TrainConfig:
     """Where an episode's classes come from: the data set's organs, or, as ALPNet was published,
     regions of alike grey values in single slices, without any label; see `superpixels`."""
     organs: Annotated[
-        tuple[str, ...] | None, _Rule("None or some names", lambda value: len(value) > 0)
+        tuple[str, ...] | None, Rule("None or some names", lambda value: len(value) > 0)
     ] = None
     """Organs to train on; None: every organ of the data set that is not held out."""
     drop_test_slices: bool = False
     """Setting II: leave out every slice that shows ANY held-out organ. False is Setting I."""
-    min_organ_pixels: Annotated[int, _at_least(0)] = 150
+    min_organ_pixels: Annotated[int, at_least(0)] = 150
     """A slice qualifies for an organ with more than this many pixels, counted at 512 x 512
     (scaled by area at other sizes)."""
-    slices_per_organ: Annotated[int | None, _at_least(1, "None or {} or more")] = 5
+    slices_per_organ: Annotated[int | None, at_least(1, "None or {} or more")] = 5
     """How many random ones to keep of an organ's slices in a scan; None keeps all ..."""
     subsample_above: _Count = 20
     """... and only when more than this many qualify."""
@@ -230,26 +181,26 @@ class TrainConfig:
     """Steps between checkpoints; the last step always writes one."""
 
     def __post_init__(self) -> None:
-        _check(self)
-        _require(
+        check(self)
+        require(
             self.batch % self.accumulate == 0,
             "accumulate",
             f"a divisor of batch ({self.batch})",
             self.accumulate,
         )
-        _require(
+        require(
             self.supervision == "labels" or self.ways == 1,
             "ways",
             "1 with superpixels, one of which is an episode's class",
             self.ways,
         )
-        _require(
+        require(
             0 < self.augment_low <= self.augment_high,
             "augment_low",
             f"positive and at most augment_high ({self.augment_high})",
             self.augment_low,
         )
-        _require(
+        require(
             not 0 <= self.ignore_index <= self.ways,
             "ignore_index",
             f"another value than the labels of the classes, 0 to {self.ways}",
@@ -268,7 +219,7 @@ class Config:
 
     def __post_init__(self) -> None:
         one_shot = self.train.ways == self.train.shots == 1
-        _require(
+        require(
             one_shot or self.model.method != "senet",
             "method",
             f"another than 'senet', which is for 1 way and 1 shot, with {self.train.ways} ways and "
@@ -293,7 +244,7 @@ class Config:
         """
         if not isinstance(given, Mapping):
             raise InputError(f"The configuration must be a table of names; {given!r} was given.")
-        _known(given, {"preset", "model", "train"}, "configuration")
+        known(given, {"preset", "model", "train"}, "configuration")
         model, train = (_table(given, name) for name in ("model", "train"))
         if "align" in train:  # where earlier versions had it
             model.setdefault("align", train.pop("align"))
@@ -330,7 +281,7 @@ def preset(name: str, **values: Any) -> Config:
     Raises:
         InputError: there is none; and as `with_overrides`.
     """
-    _known({name: None}, set(PRESETS), "preset")
+    known({name: None}, set(PRESETS), "preset")
     return with_overrides(PRESETS[name], **values) if values else PRESETS[name]
 
 
@@ -349,11 +300,11 @@ def with_overrides(config: Config, **values: Any) -> Config:
     """
     groups: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}
     owner = {f.name: g for g, kind in groups.items() for f in dataclasses.fields(kind)}
-    _known(values, set(owner), "option")
+    known(values, set(owner), "option")
     changes: dict[str, dict[str, Any]] = {g: {} for g in groups}
     for name, value in values.items():
-        kind = _hints(groups[owner[name]])[name]
-        changes[owner[name]][name] = _coerce(name, value, kind)
+        kind = hints(groups[owner[name]])[name]
+        changes[owner[name]][name] = coerce(name, value, kind)
     train = changes["train"]
     if "steps" in train and "milestones" not in train and train["steps"] != config.train.steps:
         share = train["steps"] / config.train.steps
@@ -383,66 +334,7 @@ def _table(given: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _from_plain(kind: type[_T], given: Mapping[str, Any]) -> _T:
-    hints = _hints(kind)
-    _known(given, set(hints), "option")
-    values: dict[str, Any] = {k: _coerce(k, v, hints[k]) for k, v in given.items()}
+    kinds = hints(kind)
+    known(given, set(kinds), "option")
+    values: dict[str, Any] = {k: coerce(k, v, kinds[k]) for k, v in given.items()}
     return kind(**values)
-
-
-def _known(given: Mapping[str, Any], names: set[str], what: str) -> None:
-    for name in given:
-        if name not in names:
-            raise InputError(
-                f"There is no {what} {name!r}{meant(str(name), names)}; known are: "
-                f"{', '.join(sorted(names))}."
-            )
-
-
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value`, perhaps a string of the command line, as the type that the field is declared to."""
-    if typing.get_origin(kind) is Annotated:
-        kind = kind.__origin__
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    wrong = InputError(f"The option {name} cannot be {value!r}; expected {_words(kind)}.")
-    if origin in (typing.Union, types.UnionType):
-        if type(None) in args and (value is None or str(value).lower() == "none"):
-            return None
-        for inner in args:
-            if inner is not type(None):
-                with contextlib.suppress(InputError):
-                    return _coerce(name, value, inner)
-        raise wrong
-    if origin is Literal:
-        if value not in args:
-            raise wrong
-        return value
-    if origin is tuple:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if not isinstance(value, (list, tuple)):
-            raise wrong
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise wrong
-        return tuple(_coerce(name, part, args[0]) for part in value)
-    if kind is str:
-        return str(value)
-    if kind is bool:
-        words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in words:
-            return words[value.lower()]
-        raise wrong
-    if isinstance(value, bool):
-        raise wrong
-    try:
-        if isinstance(value, str):
-            numerator, _, denominator = value.partition("/")
-            number = float(numerator) / float(denominator or 1)
-            value = int(value) if kind is int else number
-        number = kind(value)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise wrong from error
-    if not math.isfinite(number) or (kind is int and number != value):
-        raise wrong
-    return number

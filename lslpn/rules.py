@@ -1,0 +1,121 @@
+"""What a setting must be: rules beside the fields of a dataclass, and values read from text."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from .errors import InputError, meant
+
+
+class Rule(NamedTuple):
+    """What a value must be besides its type: `Annotated[int, Rule(...)]` beside the field."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: int, what: str = "{} or more") -> Rule:
+    """A rule; `what` says it in words."""
+    return Rule(what.format(low), lambda value: value >= low)
+
+
+def require(ok: bool, name: str, expected: str, given: object) -> None:
+    """Raise InputError unless `ok`."""
+    if not ok:
+        raise InputError(f"The option {name} must be {expected}; {given!r} was given.")
+
+
+def _words(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("'none'" if a is type(None) else _words(a) for a in args)
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return f"{_words(args[0])}, several with commas"
+        return f"{len(args)} values with a comma, each {_words(args[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+
+
+def hints(kind: type) -> dict[str, Any]:
+    """Fields and their types, with their rules: `Annotated` where there is one."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def check(config: Any) -> None:
+    """Every field against its rule and, where it is a choice, against the choices."""
+    for name, kind in hints(type(config)).items():
+        value = getattr(config, name)
+        rules = getattr(kind, "__metadata__", ())
+        if rules:
+            kind = kind.__origin__
+        if typing.get_origin(kind) is Literal:
+            require(value in typing.get_args(kind), name, _words(kind), value)
+        for rule in rules:
+            optional = value is None and type(None) in typing.get_args(kind)
+            require(optional or rule.holds(value), name, rule.expected, value)
+
+
+def known(given: Mapping[str, Any], names: set[str], what: str) -> None:
+    for name in given:
+        if name not in names:
+            raise InputError(
+                f"There is no {what} {name!r}{meant(str(name), names)}; known are: "
+                f"{', '.join(sorted(names))}."
+            )
+
+
+def coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value`, perhaps a string of the command line, as the type that the field is declared to."""
+    if typing.get_origin(kind) is Annotated:
+        kind = kind.__origin__
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    wrong = InputError(f"The option {name} cannot be {value!r}; expected {_words(kind)}.")
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in args and (value is None or str(value).lower() == "none"):
+            return None
+        for inner in args:
+            if inner is not type(None):
+                with contextlib.suppress(InputError):
+                    return coerce(name, value, inner)
+        raise wrong
+    if origin is Literal:
+        if value not in args:
+            raise wrong
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)):
+            raise wrong
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise wrong
+        return tuple(coerce(name, part, args[0]) for part in value)
+    if kind is str:
+        return str(value)
+    if kind is bool:
+        words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        raise wrong
+    if isinstance(value, bool):
+        raise wrong
+    try:
+        if isinstance(value, str):
+            numerator, _, denominator = value.partition("/")
+            number = float(numerator) / float(denominator or 1)
+            value = int(value) if kind is int else number
+        number = kind(value)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise wrong from error
+    if not math.isfinite(number) or (kind is int and number != value):
+        raise wrong
+    return number
