@@ -127,7 +127,7 @@ def test_no_call_of_the_binding_reads_or_writes_out_of_bounds() -> None:
 PLANS = """
 import random, sys
 from pathlib import Path
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/kernels")
 import torch
 from ptx import cuda, hooks
 from lslpn_kernels import GridSpec
