@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from ..errors import InputError
 from ..files import is_file
@@ -19,9 +19,6 @@ from .options import (
     torch_device,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def train(
     data: DataOption,
@@ -36,6 +33,14 @@ def train(
     ] = None,
     method: MethodOption = None,
     preset: PresetOption = "published",
+    weights: Annotated[
+        str | None,
+        option(
+            "--weights NAME",
+            "Go on from a trained network: ct (the one that ships) or a file of "
+            "lslpn.save_weights. Method and network are then those of the weights.",
+        ),
+    ] = None,
     case: Annotated[
         list[str] | None,
         option(
@@ -66,6 +71,9 @@ def train(
 
     [bold]lslpn train --data DIR --hold-out liver --preset published --out RUN[/bold]
     """
+    from dataclasses import replace
+
+    from ..checkpoint import load_model, pretrained
     from ..config import PRESETS, with_overrides
     from ..data.dataset import Dataset, UnlabelledScans
     from ..distributed import joined, world
@@ -76,7 +84,16 @@ def train(
         changes = settings_of(setting)
         if method is not None:
             changes["method"] = method
-        config = with_overrides(PRESETS[preset], **changes)
+        config, model = PRESETS[preset], None
+        if weights is not None:
+            model = pretrained() if weights == "ct" else load_model(weights)
+            config = replace(config, model=model.config)
+        config = with_overrides(config, **changes)
+        if model is not None and config.model != model.config:
+            raise InputError(
+                f"--weights {weights}: the network is that of the weights, so its settings cannot "
+                "be changed; leave out --method and every --set that describes the network"
+            )
         plain = config.train.supervision == "superpixels" and not is_file(data / "dataset.json")
         dataset = UnlabelledScans.open(data) if plain else Dataset.open(data)
         held_out = split(hold_out, dataset.organs)
@@ -98,6 +115,7 @@ def train(
             resume=resume,
             device=torch_device(own),
             progress=not quiet,
+            model=model,
         )
         if world().first:
             spent = time_spent(out)

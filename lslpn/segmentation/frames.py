@@ -129,6 +129,12 @@ def frames_of(
     return frames[:-1], frames[-1]
 
 
+def values_of(supports: Sequence[Frame]) -> list[int]:
+    """All labels that are drawn in any of the supports, from the lowest to the highest."""
+    drawn = [np.unique(frame.labels) for frame in supports if frame.labels is not None]
+    return [int(value) for value in np.unique(np.concatenate(drawn)) if value]
+
+
 def _frame(
     config: ModelConfig,
     image: Volume,

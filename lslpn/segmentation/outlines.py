@@ -17,9 +17,18 @@ histograms, taken anew in each of a few rounds. A voxel goes to the organ of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import ndimage
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..data.volumes import Volume
+from .frames import Frame, frames_of, restored, restored_probabilities, values_of
+from .registration import centres
 
 _DISTANCE_MM = 8.0  # what counts as much as grey values that are e times as likely
 _REACH_MM = 25.0  # how far off its outline an organ may lie
@@ -31,6 +40,68 @@ _FLOOR = 0.003  # added to every bin: grey values that were never seen are not i
 _MOST_EVIDENCE = 3.0  # what one voxel's grey value adds to the odds or takes off at most
 _ROUNDS = 3
 OUTSIDE = -_REACH_MM / _DISTANCE_MM - _MOST_EVIDENCE  # the lowest odds
+
+
+def redrawn(
+    config: ModelConfig,
+    supports: Sequence[tuple[Volume, Volume]],
+    query: Volume,
+    labels: np.ndarray,
+    *,
+    probabilities: bool,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Labels that were found slice by slice, once their outlines have moved.
+
+    Args:
+        config: of the model.
+        supports: pairs of an image and its labels.
+        query: the scan.
+        labels: [Z, Y, X] in the frame of its data, with values of the supports' labels.
+        probabilities: work them out as well.
+
+    Returns:
+        labels as they were given; and probabilities, see `restored_probabilities`, or None.
+    """
+    frames, target = frames_of(config, supports, query)
+    values = values_of(frames)
+    places = centres(_grey(target)[0].shape, target.size)
+    at = replace(target, labels=labels).labels_at(places)
+    found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
+    # What supports show is left out: of labels found slice by slice it takes off too much.
+    leads = redrawn_leads(target, (), found, values)
+    shares = restored_probabilities(target, leads) if probabilities else None
+    return restored(target, leads, values), shares
+
+
+def redrawn_leads(
+    query: Frame, supports: Sequence[Frame], found: Tensor, values: Sequence[int]
+) -> Tensor:
+    """Leads [Z, N, h, w] once outlines have moved to where the query's grey values change.
+
+    Args:
+        query: the scan.
+        supports: the labelled ones.
+        found: int [Z, h, w] at half the resolution, 0 or n for the n-th of the values.
+        values: the N labels.
+    """
+    shown: dict[int, list[np.ndarray]] = {}
+    if query.treatment.intensities.hu:  # only in CT an organ is as bright in one scan as in another
+        for support in supports:
+            grey, cell = _grey(support)
+            drawn = support.labels_at(centres(grey.shape, support.size)).numpy()
+            for number, value in enumerate(values, 1):
+                if (drawn == value).any():
+                    histogram = grey_histogram(grey, drawn == value, cell)
+                    shown.setdefault(number, []).append(histogram)
+    known = {number: np.mean(each, 0) for number, each in shown.items()}
+    return torch.from_numpy(moved_outlines(*_grey(query), found.numpy(), len(values), known))
+
+
+def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
+    """Grey values [Z, h, w] at half the resolution, and mm (z, y, x) of a voxel."""
+    size = [(side + 1) // 2 for side in frame.slices.shape[1:]]
+    grey = F.interpolate(frame.slices[:, None], size=size, mode="area")[:, 0].numpy()
+    return grey, [mm / n for mm, n in zip(frame.size, grey.shape, strict=True)]
 
 
 def grey_histogram(grey: np.ndarray, where: np.ndarray, cell: Sequence[float]) -> np.ndarray:

@@ -25,9 +25,10 @@ from ..data.slices import Prepared, prepare_for, shared_window, warn_not_cropped
 from ..data.volumes import Volume, as_volume
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
+from .outlines import redrawn
 from .registration import Scan
 from .slice_matching import BEYOND, match_slices, slice_similarity
-from .volumetric import DEPTH_MM, Segmentation, outlined, segment_registered
+from .volumetric import DEPTH_MM, Segmentation, segment_registered
 from .why import Recorder
 
 Supports = Sequence[tuple[Volume | nib.Nifti1Image, Volume | nib.Nifti1Image]]
@@ -225,7 +226,7 @@ def segment_matched(
             f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=2
         )
     why = None if recorder is None else recorder.result()
-    labels, shares = outlined(model.config, supports, query, labels, probabilities=probabilities)
+    labels, shares = redrawn(model.config, supports, query, labels, probabilities=probabilities)
     beyond = (matches == BEYOND).all(0)  # no organ is looked for there, none spreads to there
     labels[beyond] = 0
     if shares is not None:

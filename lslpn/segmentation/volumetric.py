@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,14 +19,14 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import ModelConfig
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
 from .correspondence import begin, describe, matched_line, trunk_to_trunk
-from .frames import Frame, frames_of, restored, restored_probabilities
-from .outlines import grey_histogram, moved_outlines
+from .frames import Frame, frames_of, restored, restored_probabilities, values_of
+from .outlines import redrawn_leads
+from .registered_why import heights_of, record, recorder_of
 from .registration import Alignment, Field, Registration, Scan, centres, fitted
-from .why import Recorder, Why
+from .why import Why
 
 Align = Literal["affine", "deformable"]
 Used = Literal["none", "body", "affine", "deformable"]
@@ -230,16 +230,16 @@ def _segment(
     explain: bool,
     probabilities: bool,
 ) -> Segmentation:
-    values = _values(supports)
+    values = values_of(supports)
     matches, used, weights = [], [], []
     by_features: Tensor | None = None
     recorder = None
     if explain and isinstance(model, LSLPN) and model.config.reduce == "max":
-        recorder = _recorder(model, supports, query)
+        recorder = recorder_of(model, supports, query)
     with tqdm(total=len(supports), desc="Segmenting", unit="support", disable=not progress) as bar:
         for support, seen in zip(supports, others, strict=True):
             found, how = _aligned(support, query, seen, own, align)
-            matches.append(_heights(found, support, query, query.source.data.shape[0]))
+            matches.append(heights_of(found, support, query, query.source.data.shape[0]))
             used.append(how)
             brought, masks = _brought(support, query, seen.features, own.features, found, values)
             reach = round(depth / 2 / (query.size[0] / len(query.slices)))
@@ -248,7 +248,7 @@ def _segment(
             )
             if recorder is not None and isinstance(model, LSLPN):
                 shown = [n for n, there in enumerate(drawn.tolist()) if there]
-                _record(
+                record(
                     recorder, model, len(matches) - 1, found, support, query, own.features, brought,
                     masks[:, shown], [values[n] for n in shown], reach,
                 )  # fmt: skip
@@ -268,7 +268,7 @@ def _segment(
     final = by_features + _PRIOR_WEIGHT * by_labels
     if not keep_islands:
         _take_islands_off(final)
-    final = _outlined(query, supports, _winners(final), values)
+    final = redrawn_leads(query, supports, _winners(final), values)
     if not keep_islands:
         _take_islands_off(final)
     labels = restored(query, final, values)
@@ -317,7 +317,7 @@ def _leads(
     """
     device = next(model.parameters()).device
     count, height, width = query.slices.shape
-    present = np.unique(_labels(support))
+    present = values_of([support])
     drawn = torch.tensor([value in present for value in values])
     size = ((height + 1) // 2, (width + 1) // 2)
     logits = model.match_volume(
@@ -338,146 +338,10 @@ def _leads(
     return leads, carried, drawn
 
 
-def outlined(
-    config: ModelConfig,
-    supports: Sequence[tuple[Volume, Volume]],
-    query: Volume,
-    labels: np.ndarray,
-    *,
-    probabilities: bool,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Labels that were found slice by slice, once their outlines have moved.
-
-    Args:
-        config: of the model.
-        supports: pairs of an image and its labels.
-        query: the scan.
-        labels: [Z, Y, X] in the frame of its data, with values of the supports' labels.
-        probabilities: work them out as well.
-
-    Returns:
-        labels as they were given; and probabilities, see `restored_probabilities`, or None.
-    """
-    frames, target = frames_of(config, supports, query)
-    values = _values(frames)
-    places = centres(_grey(target)[0].shape, target.size)
-    at = replace(target, labels=labels).labels_at(places)
-    found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
-    # What supports show is left out: of labels found slice by slice it takes off too much.
-    leads = _outlined(target, (), found, values)
-    shares = restored_probabilities(target, leads) if probabilities else None
-    return restored(target, leads, values), shares
-
-
-def _outlined(
-    query: Frame, supports: Sequence[Frame], found: Tensor, values: Sequence[int]
-) -> Tensor:
-    """Leads [Z, N, h, w] once outlines have moved to where the query's grey values change.
-
-    Args:
-        query: the scan.
-        supports: the labelled ones.
-        found: int [Z, h, w] at half the resolution, 0 or n for the n-th of the values.
-        values: the N labels.
-    """
-    shown: dict[int, list[np.ndarray]] = {}
-    if query.treatment.intensities.hu:  # only in CT an organ is as bright in one scan as in another
-        for support in supports:
-            grey, cell = _grey(support)
-            drawn = support.labels_at(centres(grey.shape, support.size)).numpy()
-            for number, value in enumerate(values, 1):
-                if (drawn == value).any():
-                    histogram = grey_histogram(grey, drawn == value, cell)
-                    shown.setdefault(number, []).append(histogram)
-    known = {number: np.mean(each, 0) for number, each in shown.items()}
-    return torch.from_numpy(moved_outlines(*_grey(query), found.numpy(), len(values), known))
-
-
 def _winners(leads: Tensor) -> Tensor:
     """[Z, h, w]: 0, or n where the n-th lead is the greatest and above 0."""
     lead, winner = leads.max(1)
     return torch.where(lead > 0, winner + 1, 0)
-
-
-def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
-    """Grey values [Z, h, w] at half the resolution, and mm (z, y, x) of a voxel."""
-    size = [(side + 1) // 2 for side in frame.slices.shape[1:]]
-    grey = F.interpolate(frame.slices[:, None], size=size, mode="area")[:, 0].numpy()
-    return grey, [mm / n for mm, n in zip(frame.size, grey.shape, strict=True)]
-
-
-def _recorder(model: LSLPN, supports: Sequence[Frame], query: Frame) -> Recorder:
-    count = query.source.data.shape[0]
-    high, wide = (round(mm / s) for mm, s in zip(query.size[1:], query.spacing[1:], strict=True))
-    y0, x0 = query.corner
-    boxes = np.tile(np.array([y0, y0 + high, x0, x0 + wide]), (count, 1))
-    others = [np.zeros((support.source.data.shape[0], 4), np.int64) for support in supports]
-    _, height, width = query.slices.shape
-    return Recorder(count, model.head.grid, (height, width), boxes, others)
-
-
-def _record(
-    recorder: Recorder,
-    model: LSLPN,
-    number: int,
-    found: Alignment,
-    support: Frame,
-    query: Frame,
-    own: Field,
-    brought: Tensor,
-    masks: Tensor,
-    values: Sequence[int],
-    reach: int,
-) -> None:
-    """Which windows of support `number` decide, slice by slice of the query."""
-    device = next(model.parameters()).device
-    depth = len(query.slices)
-    count = query.source.data.shape[0]
-    near = ((np.arange(count) + 0.5) * depth / count).astype(int)
-    heights = _heights(found, support, query, depth)
-    where = centres((depth, 16, 16), query.size)
-    there = found.map.at(where).movedim(0, -1)
-    features = own.values.transpose(0, 1)
-    for slices, prototypes in model.volume_prototypes(brought.to(device), masks.to(device), reach):
-        for z, own_prototypes in zip(slices, prototypes, strict=True):
-            sources = np.flatnonzero(near == z).tolist()
-            span = heights[max(0, z - reach) : z + reach + 1]
-            span = span[span >= 0]
-            if not sources or not len(span):
-                continue
-            centre = int(heights[z]) if heights[z] >= 0 else int(span[len(span) // 2])
-            # In a slice of the support, the query's frame is drawn as the nearest rectangle.
-            recorder.support_boxes[number][centre] = _rectangle(where[z], there[z], support, query)
-            recorder.add(
-                sources,
-                [0, *values],
-                features[z].to(device).expand(len(sources), -1, -1, -1),
-                own_prototypes[None],
-                [[(number, int(s)) for s in span]],
-                [(number, centre)],
-            )
-
-
-def _heights(found: Alignment, support: Frame, query: Frame, count: int) -> np.ndarray:
-    """The support's slice over the middle of each of `count` slices of the query, or -1."""
-    z = (torch.arange(count) + 0.5) * (query.size[0] / count)
-    y, x = (mm / 2 for mm in query.size[1:])
-    place = torch.stack((z, torch.full_like(z, y), torch.full_like(z, x)), -1)
-    return support.slice_of(found.map.at(place[None, None])[0, 0, 0]).numpy()
-
-
-def _rectangle(here: Tensor, there: Tensor, support: Frame, query: Frame) -> list[int]:
-    """Voxels y0, y1, x0, x1 of the support that the query's frame lies over: least squares."""
-    out = []
-    for axis, corner in ((1, support.corner[0]), (2, support.corner[1])):
-        a, b = here[..., axis].flatten().double(), there[..., axis].flatten().double()
-        slope = ((a - a.mean()) * (b - b.mean())).sum() / (a - a.mean()).square().sum()
-        ends = b.mean() + slope * (torch.tensor([0.0, query.size[axis]]) - a.mean())
-        limit = support.source.data.shape[axis]
-        out += [
-            min(max(round(float(end) / support.spacing[axis]) + corner, 0), limit) for end in ends
-        ]
-    return out
 
 
 def _smoothed(planes: Tensor, cell: Sequence[float], sigmas: tuple[float, float]) -> Tensor:
@@ -516,13 +380,3 @@ def _agreement(
         shown = total and bool((last == number).any())
         out[value] = round(2 * int((a & b).sum()) / total, 3) if shown else 0.0
     return out
-
-
-def _labels(frame: Frame) -> np.ndarray:
-    assert frame.labels is not None
-    return frame.labels
-
-
-def _values(supports: Sequence[Frame]) -> list[int]:
-    """All labels that are drawn in any of the supports, from the lowest to the highest."""
-    return sorted({int(v) for frame in supports for v in np.unique(_labels(frame)) if v})

@@ -356,6 +356,9 @@ def test_distributed(backend: str, tmp_path: Path) -> None:
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(network)
         parallel(images, masks).square().mean().backward()
+        # Were it the last to hold the group, it would wait for gloo's threads, which may wait for
+        # Python's lock, which it holds.
+        del parallel
     finally:
         torch.distributed.destroy_process_group()
     for a, b in zip(network.parameters(), twin.parameters(), strict=True):

@@ -632,6 +632,7 @@ def test_distributed_data_parallel(any_backend: str, tmp_path: Any) -> None:
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=[0] if GPU else None)
         parallel(images, masks).square().mean().backward()
         torch.testing.assert_close(model.encoder.weight.grad, alone)
+        del parallel  # before the group: see test_distributed in test_backends.py
     finally:
         torch.distributed.destroy_process_group()
 

@@ -29,6 +29,7 @@ from lslpn.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from lslpn.cli import main
 from lslpn.config import Config, preset, with_overrides
 from lslpn.data.dataset import Dataset
 from lslpn.data.episodes import Episodes
@@ -143,6 +144,24 @@ def test_exported_weights_are_a_network_again(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, file, {"model": "{}"})
     with pytest.raises(InputError, match="another architecture"):
         load_model(file)
+
+
+def test_training_goes_on_from_exported_weights(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(steps=1, lr=1e-9, size=64)
+    model, file = untrained(config.model, seed=3), tmp_path / "weights.safetensors"
+    save_weights(file, model)
+    words = ["train", "--data", str(dataset.root), "--out", str(tmp_path / "run"), "--quiet"]
+    words += ["--weights", str(file), "--set", "steps=1", "--set", "lr=1e-9", "--set", "batch=1"]
+    assert main([*words, "--set", "channels=9"]) == 2
+    assert "the network is that of the weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(words) == 0
+    trained = load_checkpoint(tmp_path / "run")
+    assert trained.config.model == model.config
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(trained.model[name], value.detach(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
