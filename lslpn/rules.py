@@ -71,6 +71,15 @@ def known(given: Mapping[str, Any], names: set[str], what: str) -> None:
             )
 
 
+def number(text: str) -> float:
+    """A number, or a fraction such as 1/16; ValueError or ZeroDivisionError where it is none.
+
+    Not `fractions.Fraction`, which computes for hours on 1e999999999.
+    """
+    numerator, slash, denominator = text.partition("/")
+    return float(numerator) / (float(denominator) if slash else 1)
+
+
 def coerce(name: str, value: Any, kind: Any) -> Any:
     """`value`, perhaps a string of the command line, as the type that the field is declared to."""
     if typing.get_origin(kind) is Annotated:
@@ -110,12 +119,10 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         raise wrong
     try:
         if isinstance(value, str):
-            numerator, _, denominator = value.partition("/")
-            number = float(numerator) / float(denominator or 1)
-            value = int(value) if kind is int else number
-        number = kind(value)
+            value = int(value) if kind is int else number(value)
+        found = kind(value)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise wrong from error
-    if not math.isfinite(number) or (kind is int and number != value):
+    if not math.isfinite(found) or (kind is int and found != value):
         raise wrong
-    return number
+    return found

@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from ..config import Method
 from ..errors import InputError
 from ..files import check_writable, is_folder, look_up
+from ..rules import number
 
 if TYPE_CHECKING:
     import torch
@@ -246,10 +247,8 @@ def settings_of(values: Sequence[str] | None) -> dict[str, str]:
 
 def fraction(text: str, option: str) -> float:
     """1/8, 0.125 or 1 as a number in (0, 1]."""
-    from fractions import Fraction
-
     try:
-        value = float(Fraction(text.strip()))
+        value = number(text)
     except (ValueError, ZeroDivisionError):
         value = 0.0
     if not 0 < value <= 1:

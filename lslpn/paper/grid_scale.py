@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from ..evaluation.overlay import colour
 from ..evaluation.results import fraction
 from . import report
 from .plan import Classes, Setup, in_words, plan_runs
-from .stats import Spread, spread
+from .stats import Spread, scores
 from .store import Done, Store, Task
 
 if TYPE_CHECKING:
@@ -100,29 +99,16 @@ def summarise(
     setup: Setup, grids: Sequence[GridSpec], done: Sequence[Done]
 ) -> list[dict[str, Any]]:
     """A line per grid: Dice per organ and mean over the organs, mean and deviation over seeds."""
-    average = statistics.median if setup.rule.average == "median" else statistics.fmean
+    average = setup.rule.average
     lines = []
     for g, grid in enumerate(grids):
-        # organ -> seed -> Dice of all cases of all folds
-        found: dict[str, dict[int, list[float]]] = {organ: {} for organ in setup.organs}
-        for one in done:
-            for row in one.evaluations[g].rows:
-                found[row.organ].setdefault(one.task.run.seed, []).append(row.dice)
-        seeds = dict.fromkeys(one.task.run.seed for one in done)
-        by_seed = {
-            organ: [average(scores[s]) if s in scores else math.nan for s in seeds]
-            for organ, scores in found.items()
-        }
-        overall = []
-        for values in zip(*by_seed.values(), strict=True):
-            kept = [v for v in values if not math.isnan(v)]
-            overall.append(statistics.fmean(kept) if kept else math.nan)
+        [found] = scores(done, g)  # of one network, LSLPN
         lines.append(
             {
                 "scale": grid.scale,
                 "spacing": grid.spacing,
-                "organs": {o: dataclasses.asdict(spread(v)) for o, v in by_seed.items()},
-                "mean": dataclasses.asdict(spread(overall)),
+                "organs": {o: dataclasses.asdict(found.organ(average, o)) for o in setup.organs},
+                "mean": dataclasses.asdict(found.overall(average, [(o,) for o in setup.organs])),
             }
         )
     return lines

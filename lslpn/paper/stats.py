@@ -6,9 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .store import Done
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,57 @@ def spread(values: Sequence[float]) -> Spread:
         deviation=statistics.stdev(kept) if len(kept) > 1 else None,
         count=len(kept),
     )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every Dice of a method: by seed, organ and case."""
+
+    label: str
+    dice: Mapping[int, Mapping[tuple[str, str], float]]
+
+    def over_cases(self, average: str, organ: str, seed: int) -> float:
+        """The average of an organ over its test cases, for one seed; NaN without a score."""
+        found = [v for (name, _), v in self.dice[seed].items() if name == organ]
+        if not found:
+            return math.nan
+        return statistics.median(found) if average == "median" else statistics.fmean(found)
+
+    def organ(self, average: str, organ: str) -> Spread:
+        """Mean and deviation over the seeds of an organ's average."""
+        return spread([self.over_cases(average, organ, seed) for seed in self.dice])
+
+    def overall(self, average: str, groups: Sequence[Sequence[str]]) -> Spread:
+        """Mean over the groups of the mean over a group's organs; deviation over the seeds."""
+        return spread(
+            [
+                _mean([_mean([self.over_cases(average, o, s) for o in group]) for group in groups])
+                for s in self.dice
+            ]
+        )
+
+    def pairs(self) -> dict[tuple[str, str], float]:
+        """Per organ and case, the mean over the seeds: what is compared in pairs."""
+        keys = dict.fromkeys(key for scores in self.dice.values() for key in scores)
+        return {
+            key: statistics.fmean(s[key] for s in self.dice.values() if key in s) for key in keys
+        }
+
+
+def scores(done: Sequence[Done], grid: int = 0) -> list[Scores]:
+    """Dice by method and classes, with one of the grids; folds are put together."""
+    found: dict[str, dict[int, dict[tuple[str, str], float]]] = {}
+    for one in done:
+        run = one.task.run
+        into = found.setdefault(run.label, {}).setdefault(run.seed, {})
+        for row in one.evaluations[grid].rows:
+            into[row.organ, row.case] = row.dice
+    return [Scores(label, by_seed) for label, by_seed in found.items()]
+
+
+def _mean(values: Sequence[float]) -> float:
+    kept = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(kept) if kept else math.nan
 
 
 @dataclass(frozen=True)

@@ -4,58 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.overlay import colour
 from . import report
 from .plan import Classes, Setup, plan_runs
-from .stats import Spread, compare, holm, spread
-from .store import Done, Store, Task
+from .stats import Scores, Spread, compare, holm, scores
+from .store import Store, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "table1"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Every Dice of one line of the table: by seed, organ and case."""
-
-    label: str
-    dice: Mapping[int, Mapping[tuple[str, str], float]]
-
-    def over_cases(self, average: str, organ: str, seed: int) -> float:
-        """The average of an organ over its test cases, for one seed; NaN without a score."""
-        found = [v for (name, _), v in self.dice[seed].items() if name == organ]
-        if not found:
-            return math.nan
-        return statistics.median(found) if average == "median" else statistics.fmean(found)
-
-    def organ(self, average: str, organ: str) -> Spread:
-        """Mean and deviation over the seeds."""
-        return spread([self.over_cases(average, organ, seed) for seed in self.dice])
-
-    def overall(self, average: str, groups: Sequence[Sequence[str]]) -> Spread:
-        """Mean over the groups of the mean over a group's organs; deviation over the seeds."""
-        return spread(
-            [
-                _mean([_mean([self.over_cases(average, o, s) for o in group]) for group in groups])
-                for s in self.dice
-            ]
-        )
-
-    def pairs(self) -> dict[tuple[str, str], float]:
-        """Per organ and case, the mean over the seeds: what is compared in pairs."""
-        keys = dict.fromkeys(key for scores in self.dice.values() for key in scores)
-        return {
-            key: statistics.fmean(s[key] for s in self.dice.values() if key in s) for key in keys
-        }
 
 
 def run(
@@ -98,17 +60,6 @@ def run(
     )
 
 
-def scores(done: Sequence[Done]) -> list[Scores]:
-    """The lines of the table: Dice by method and classes; folds are put together."""
-    found: dict[str, dict[int, dict[tuple[str, str], float]]] = {}
-    for one in done:
-        run = one.task.run
-        into = found.setdefault(run.label, {}).setdefault(run.seed, {})
-        for row in one.evaluations[0].rows:
-            into[row.organ, row.case] = row.dice
-    return [Scores(label, by_seed) for label, by_seed in found.items()]
-
-
 def summarise(setup: Setup, lines: Sequence[Scores]) -> dict[str, Any]:
     """The table and the comparisons, ready for JSON."""
     average = setup.rule.average
@@ -134,11 +85,6 @@ def summarise(setup: Setup, lines: Sequence[Scores]) -> dict[str, Any]:
             for i, test in enumerate(tests)
         ],
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    kept = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(kept) if kept else math.nan
 
 
 def _table(content: Mapping[str, Any]) -> str:

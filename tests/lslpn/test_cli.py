@@ -385,6 +385,7 @@ def test_a_data_set_without_its_json(run: Run, tmp_path: Path) -> None:
         (["--untrained", "--organ=liver", "--query=syn_09"], "case 'syn_09'"),
         (["--untrained", "--organ=liver", "--query=syn_00"], "syn_00 is the support"),
         (["--untrained", "--organ=liver", "--scale=8"], "--scale: expected a fraction"),
+        (["--untrained", "--organ=liver", "--scale=1e-999999999"], "--scale: expected a fraction"),
         (["--untrained", "--organ=liver", "--spacing=1/0"], "--spacing: expected a fraction"),
         (["--untrained", "--organ=liver", "--scale=1/8:x"], "--scale: expected a fraction"),
         (["--untrained", "--organ=liver", "--device=tpu"], "--device: expected auto"),
