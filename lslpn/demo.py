@@ -20,7 +20,7 @@ from .checkpoint import pretrained
 from .data.slices import ABDOMEN_WINDOW, body_boxes
 from .data.volumes import Volume, read_image, read_labels, write_labels
 from .evaluation.overlay import Panel, overlay
-from .evaluation.scoring import dice
+from .evaluation.results import dice
 from .files import check_writable, write_text
 from .info import versions
 from .segmentation.segment import segment_matched

@@ -20,6 +20,18 @@ from ..info import versions
 from .overlay import Panel, overlay
 
 
+def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """2 |P n T| / (|P| + |T|) of two boolean arrays of one shape; 1.0 where both are empty."""
+    if prediction.shape != truth.shape:
+        raise ValueError(
+            f"prediction: expected the shape of truth {truth.shape}, got {prediction.shape}"
+        )
+    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
+    if total == 0:
+        return 1.0
+    return 2.0 * int(np.count_nonzero(prediction & truth)) / total
+
+
 @dataclass(frozen=True)
 class Row:
     """One organ in one query case.

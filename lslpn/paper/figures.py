@@ -13,8 +13,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..evaluation.overlay import Panel, overlay
-from ..evaluation.results import Example
-from ..evaluation.scoring import dice
+from ..evaluation.results import Example, dice
 from . import report
 from .plan import Classes, Run, plan_runs
 from .store import Done, Store, Task

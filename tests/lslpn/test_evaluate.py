@@ -20,8 +20,8 @@ from lslpn.config import ModelConfig
 from lslpn.data.dataset import Dataset
 from lslpn.errors import InputError
 from lslpn.evaluation.protocols import PROTOCOLS, Pair, areas, protocol_of
-from lslpn.evaluation.results import Evaluation, Row, Skipped, fraction, save, summary
-from lslpn.evaluation.scoring import dice, evaluate, evaluate_grids
+from lslpn.evaluation.results import Evaluation, Row, Skipped, dice, fraction, save, summary
+from lslpn.evaluation.scoring import evaluate, evaluate_grids
 from lslpn.models import LSLPN, untrained
 from lslpn_kernels import GridSpec, LocalPrototypeHead
 
