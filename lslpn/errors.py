@@ -8,7 +8,7 @@ class InputError(ValueError):
     """Something the user gave cannot be used.
 
     The message is one clear sentence or two: which file or argument, what was expected,
-    what was found, and how to mend it. `lslpn` prints it to stderr and exits with code 2.
+    what was found, and how to correct it. `lslpn` prints it to stderr and exits with code 2.
     """
 
 

@@ -135,10 +135,10 @@ def _prepare(name: str, given: _Given, **options: Any) -> None:
         if not count:
             raise InputError(f"{src}: no case shows any of the organs; choose others with --organ")
         kept = (
-            f"{done} good case{'s are' if done != 1 else ' is'} in {dst}, not yet a data set; mend "
-            "the files and --resume, or take the good cases alone with --resume --skip-bad"
+            f"{done} good case{'s are' if done != 1 else ' is'} in {dst}, not yet a data set; "
+            "correct the files and --resume, or take the good cases alone with --resume --skip-bad"
             if done
-            else "no case can be used; mend the files and --resume"
+            else "no case can be used; correct the files and --resume"
         )
         raise InputError(f"{src}: {count} problem{'s' * (count != 1)}, listed above; {kept}")
     print(f"written: {dst}, {len(outcome.done)} cases; prepared.json there says from what")

@@ -29,7 +29,7 @@ class Problem:
     """One thing that is wrong with a corpus.
 
     Attributes:
-        what: a sentence that begins with the file or folder, and says how to mend it.
+        what: a sentence that begins with the file or folder, and says how to correct it.
         case: the case that cannot be used because of it; None if it belongs to no case.
         file: the file or folder, relative to the corpus where it lies inside.
     """

@@ -220,7 +220,7 @@ def _load_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     # JSONDecodeError and UnicodeDecodeError; and brackets in brackets without end.
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not valid JSON ({error}); mend it there") from error
+        raise InputError(f"{path}: is not valid JSON ({error}); correct it there") from error
     if not isinstance(meta, dict):
         raise InputError(f"{path}: expected a JSON object with labels, got {type(meta).__name__}")
     return meta
@@ -271,7 +271,7 @@ def _labels(path: Path, meta: dict[str, Any]) -> tuple[dict[str, int], int | Non
         if not 0 <= label <= 2**31 - 1:
             raise InputError(
                 f"{path}: label {name!r} has the value {number!r}, expected a whole number from "
-                f"0 to {2**31 - 1}; mend it there"
+                f"0 to {2**31 - 1}; correct it there"
             )
         if name in labels or label in labels.values():
             raise InputError(

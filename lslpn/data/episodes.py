@@ -213,7 +213,7 @@ class Episodes(TrainingScans):
                 continue
             ranges[organ] = (int(z[0]), int(z[-1]))
             if train.slices_per_organ is not None and len(z) > train.subsample_above:
-                # By the case's name, so that the choice does not hang on which others are there.
+                # By the case's name, so that the choice does not depend on which others are there.
                 rng = np.random.default_rng(
                     [train.seed, _SUBSAMPLE, zlib.crc32(case.encode()), label]
                 )

@@ -255,7 +255,7 @@ def _label_dtype(high: float) -> type[np.integer[Any]]:
 def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume) -> None:
     """Write labels into the grid, affine and header of the file that `like` was read from.
 
-    The header's data type, intensity slope and display range are set anew; all else in it stays,
+    The header's data type, intensity slope and display range are replaced; all else in it stays,
     the sform and qform with their codes among it. The same labels give the same bytes.
 
     Args:

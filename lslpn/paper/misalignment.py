@@ -1,4 +1,4 @@
-"""Fig. 3, right: how well an organ is found, against how well support and query lie alike.
+"""Fig. 3, right: how well an organ is found, against how well support and query are aligned.
 
 Both sides of a point are Dice. The alignment Dice is that of the organ's masks in support and
 query, brought to the network's square and laid over each other slice by slice, as the protocol

@@ -51,7 +51,7 @@ class Task:
     Attributes:
         run: of which network.
         name: the file's name.
-        align: how the scans are brought to lie alike.
+        align: how the scans are aligned.
         grids: windows in the place of the model's own; empty: those.
         organs, queries: what is asked for; None: the run's own organs and test cases.
         pictures: keep the pictures of the middle slices as well.
@@ -225,7 +225,7 @@ class Store:
         return self.folder / "evaluations" / task.run.path / f"{task.name}.json"
 
     def _key(self, task: Task) -> dict[str, Any]:
-        """Everything that an evaluation hangs on, but the weights, as JSON has it."""
+        """Everything that an evaluation depends on, except the weights, as JSON has it."""
         run, setup = task.run, self.setup
         key = {
             "run": run.key,
@@ -274,7 +274,7 @@ class Store:
                 evaluations = _with_pictures(evaluations, file.with_suffix(".npz"))
             return Done(task, tuple(evaluations), content["training_seconds"], content["commit"])
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
-            self.say(f"note: {file} cannot be read ({error}) and is made anew")
+            self.say(f"note: {file} cannot be read ({error}) and is made again")
             return None
 
     def _evaluate(self, task: Task) -> Done:

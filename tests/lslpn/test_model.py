@@ -123,7 +123,7 @@ def test_untrained_is_the_same_for_a_seed_and_leaves_torchs_generator_alone() ->
     expected = torch.rand(1)
     torch.manual_seed(7)
     first = untrained(seed=1).encoder.reduction.weight
-    # Building the convolutions draws from torch's generator; the result must not hang on it.
+    # Building the convolutions draws from torch's generator; the result must not depend on it.
     torch.manual_seed(8)
     assert torch.equal(first, untrained(seed=1).encoder.reduction.weight)
     assert not torch.equal(first, untrained(seed=2).encoder.reduction.weight)
