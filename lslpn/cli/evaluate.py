@@ -222,7 +222,7 @@ def _grids(
     if not isinstance(model, LSLPN):
         if scales or spacing is not None:
             given = "--scale" if scales else "--spacing"
-            raise InputError(f"{given}: {model.name} has no grid of windows; leave it away")
+            raise InputError(f"{given}: {model.name} has no grid of windows; leave it out")
         return None
     own = model.head.grid
     common = own.spacing if spacing is None else fraction(spacing, "--spacing")
