@@ -87,7 +87,7 @@ class ModelConfig:
     channels: _Count = 256
     """Features per location."""
     dropout: _BelowOne = 0.5
-    """Probability of Dropout2d behind the reduction layer, in training."""
+    """Probability of Dropout2d after the reduction layer, in training."""
     batch_norm: BatchNormMode = "live"
     """"live": statistics of the batch in training; "frozen": always the stored ones."""
     stride_on: StrideOn = "1x1"
@@ -140,7 +140,7 @@ class TrainConfig:
     """Query slices per episode."""
     supervision: Literal["labels", "superpixels"] = "labels"
     """Where an episode's classes come from: the data set's organs, or, as ALPNet was published,
-    regions of alike grey values in single slices, without any label; see `superpixels`."""
+    regions of similar grey values in single slices, without any label; see `superpixels`."""
     organs: Annotated[
         tuple[str, ...] | None, Rule("None or some names", lambda value: len(value) > 0)
     ] = None

@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit that this package runs from, with "-dirty" behind it where tracked files were
+    """The git commit that this package runs from, with "-dirty" after it where tracked files were
     changed since; None where it is installed, or where git cannot tell."""
     here = Path(__file__).resolve().parent
 

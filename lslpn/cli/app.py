@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: the words behind `lslpn`; default: those of the process.
+        argv: the words after `lslpn`; default: those of the process.
 
     Returns:
         the exit code: 0, 1, 2 or 130 as the module's docstring has them.

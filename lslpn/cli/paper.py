@@ -83,7 +83,7 @@ class _Given:
         int | None,
         option(
             "--folds K",
-            "Cut the cases into K parts: test on each, train on the others; the case behind a part "
+            "Cut the cases into K parts: test on each, train on the others; the case after a part "
             "is its support.",
             min=2,
         ),
@@ -242,7 +242,7 @@ def misalignment(
     untrained: _OnlyUntrained = False,
     classes: _OneClasses = "all",
 ) -> list[Path]:
-    """Fig. 3, right: how well organs are found, against how alike support and query lie.
+    """Fig. 3, right: how well organs are found, against how well support and query are aligned.
 
     Every network is evaluated twice, with the scans as they lie and cropped to the body; --align
     says how it is trained.

@@ -64,7 +64,7 @@ class Faults(list[Problem]):
 
     @contextmanager
     def of(self, path: Path, case: str) -> Iterator[None]:
-        """Enter an InputError, whose message names `path`, and go on behind the `with`."""
+        """Enter an InputError, whose message names `path`, and go on after the `with`."""
         try:
             yield
         except InputError as error:

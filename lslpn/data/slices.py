@@ -1,6 +1,6 @@
 """From a volume to the network's square slices, and from its labels back to the volume.
 
-The method assumes that the organs of support and query lie at alike places in the image. Scans
+The method assumes that the organs of support and query lie at similar places in the image. Scans
 of another field of view do not, so `align="body"` cuts both to the box of the patient's trunk
 before they are resized to the square, slice by slice.
 """

@@ -48,7 +48,7 @@ class LSLPN(EncoderNetwork):
     Args and errors: those of `EncoderNetwork`.
 
     Attributes:
-        head: the part behind the encoder; `encode` and `head` are the two halves, for whoever
+        head: the part after the encoder; `encode` and `head` are the two halves, for whoever
             wants to encode a scan once and match it often.
     """
 

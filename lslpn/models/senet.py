@@ -31,7 +31,7 @@ class SENet(FewShotNetwork):
 
     Both arms are encoder and decoder of four levels with blocks of a 5 x 5 convolution, PReLU and
     batch norm, 2 x 2 max-pooling and unpooling to where the maxima were. The conditioner reads
-    the support image and its mask; behind each of its nine blocks a 1 x 1 convolution and a
+    the support image and its mask; after each of its nine blocks a 1 x 1 convolution and a
     sigmoid make a spatial gate for the same place of the segmenter, which reads the query. The
     segmenter's deepest level has a skip connection, and no other has: with them the support's
     mask would be copied.

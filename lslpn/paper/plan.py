@@ -297,7 +297,7 @@ def subject_folds(
     Args:
         dataset: the cases.
         parts: cut the sorted cases into so many equal parts, test on one, train on the others;
-            the case behind a part (behind the last: the first) is its support, as ALPNet's folds
+            the case after a part (after the last: the first) is its support, as ALPNet's folds
             have it.
         train: cases to train on, names or patterns such as "silver_*"; default: all that are
             neither tested nor the support.

@@ -33,7 +33,7 @@ def document(title: str, body: str, *, scripts: tuple[str, ...] = (), data: str 
     Args:
         title: plain text.
         body: HTML; whoever makes it escapes it.
-        scripts: names of assets, run in this order behind the body.
+        scripts: names of assets, run in this order after the body.
         data: HTML in front of the scripts; elements that hold data.
     """
     style = _asset("page.css")

@@ -268,7 +268,7 @@ def _grey(image: Volume) -> dict[str, Any]:
 
 
 def _pack_why(why: Why, values: np.ndarray) -> tuple[dict[str, Any], str]:
-    """Three arrays [Z', R, h, w], one behind the other: labels, windows, cosines x 10000."""
+    """Three arrays [Z', R, h, w], one after the other: labels, windows, cosines x 10000."""
     slices = [z for z, sources in enumerate(why.sources) if sources]
     labels = why.labels[slices]
     ranks = np.where(labels < 0, 255, _ranks(labels, values)).astype(np.uint8)
