@@ -231,18 +231,24 @@ def split(values: Sequence[str] | None, known: Collection[str] = ()) -> list[str
     return list(dict.fromkeys(name for name in found if name))
 
 
+def pairs(option: str, values: Sequence[str] | None, expected: str) -> dict[str, str]:
+    """NAME=VALUE pairs, each name once; `expected` is for the message."""
+    found: dict[str, str] = {}
+    for value in values or ():
+        name, equals, rest = (part.strip() for part in value.partition("="))
+        if not equals or not name:
+            raise InputError(f"{option}: expected {expected}, got {value!r}")
+        if name in found:
+            raise InputError(f"{option} {name}: expected one value, got {rest} as well; give one")
+        found[name] = rest
+    return found
+
+
 def settings_of(values: Sequence[str] | None) -> dict[str, str]:
     """The NAME=VALUE pairs of --set."""
-    settings: dict[str, str] = {}
-    for value in values or ():
-        name, equals, rest = value.partition("=")
-        if not equals or not name.strip():
-            raise InputError(f"--set: expected NAME=VALUE such as steps=400, got {value!r}")
-        name = name.strip().replace("-", "_")
-        if name in settings:
-            raise InputError(f"--set {name}: expected one value, got {value!r} as well; give one")
-        settings[name] = rest.strip()
-    return settings
+    parts = (value.partition("=") for value in values or ())
+    texts = [name.replace("-", "_") + equals + rest for name, equals, rest in parts]
+    return pairs("--set", texts, "NAME=VALUE such as steps=400")
 
 
 def fraction(text: str, option: str) -> float:

@@ -22,6 +22,7 @@ from .options import (
     grid_of,
     group,
     option,
+    pairs,
     say,
     settings_of,
     sharing,
@@ -168,8 +169,7 @@ def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
 
     @functools.wraps(made)
     def run(**values: Any) -> None:
-        files = made(**values)
-        for file in files:
+        for file in (files := made(**values)):
             if file.suffix == ".md":
                 print(file.read_text("utf-8"))
         print("written: " + ", ".join(map(str, files)))
@@ -397,15 +397,9 @@ def _classes(given: list[str] | None) -> list[Any]:
 
 def _given_runs(given: list[str] | None) -> dict[str, Path]:
     """METHOD:FOLD:SEED=RUN."""
-    found = {}
-    for text in given or ():
-        key, equals, path = text.partition("=")
-        if not equals or not path or key.count(":") != 2:
-            raise InputError(
-                f"--run: expected METHOD:FOLD:SEED=RUN such as lslpn:liver:1234=DIR, got {text!r}"
-            )
-        key = key.strip()
-        if key in found:
-            raise InputError(f"--run {key}: expected one folder, got {path} as well; give one")
-        found[key] = Path(path)
-    return found
+    expected = "METHOD:FOLD:SEED=RUN such as lslpn:liver:1234=DIR"
+    found = pairs("--run", given, expected)
+    for key, path in found.items():
+        if not path or key.count(":") != 2:
+            raise InputError(f"--run: expected {expected}, got '{key}={path}'")
+    return {key: Path(path) for key, path in found.items()}
