@@ -57,7 +57,7 @@ constexpr double kWorthThreads = 2e5;
 // Adds up what memory is needed (while `base` is null), then deals it out.
 //
 // AddressSanitizer knows only the whole. So that it sees a step from one piece into the next, each
-// of them has a fence behind it where the kernels are compiled for it (tests/sanitizers).
+// of them has a fence behind it where the kernels are compiled for it (tests/kernels/sanitizers).
 struct Arena {
   char* base = nullptr;
   std::int64_t used = 0;
