@@ -4,7 +4,8 @@ The search is discrete. At each point of a coarse lattice over the query, the su
 at every displacement of a small cube; of all the displacements those are taken that are alike and
 vary smoothly (coupled convex optimisation). An affine map is fitted to them first, by trimmed
 least squares, then finer lattices bend it, from several beginnings where it is not sure how high
-the scans lie, and gradient descent ends it. Nothing is learnt and no label is seen.
+the scans lie; organs that were left off are found again (see `templates`), and gradient descent
+ends it. Nothing is learnt.
 
 What is compared are descriptors of each place: features of the network, reduced to their principal
 components, tell organs apart; MIND-SSC, the self-similarity of a small patch, finds their edges in
@@ -22,13 +23,15 @@ frame holds a position in the support for each of its places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .templates import organs_found_again
 
 SPACING = 6.0  # mm, of the lattice that maps and descriptors live on
 _MIND_SPACING = 3.0
@@ -151,14 +154,28 @@ class Registration:
             matrix = _trimmed_affine(source, target)
         return matrix
 
-    def deformable(self, starts: Sequence[Tensor]) -> Alignment:
+    def deformable(
+        self, starts: Sequence[Tensor], labels: Callable[[Tensor], Tensor] | None = None
+    ) -> Alignment:
         """Bend an affine map until the descriptors agree.
 
         Args:
             starts: [4, 3] each; the one is taken that leads to the most alike features.
+            labels: gives the support's labels at positions [..., 3]; its organs are looked for
+                on their own then.
         """
         coarse = [self._bent(self.places @ m[:3] + m[3], _COARSE_STAGES) for m in starts]
         best = max(coarse, key=lambda map_: self.aligned(map_).likeness)
+        if labels is not None:
+            best = organs_found_again(
+                best,
+                fitted(self.places, best),
+                self.places,
+                labels,
+                torch.cat([pair.query for pair in self._pairs]),
+                lambda places: torch.cat([pair.support.at(places) for pair in self._pairs]),
+                self._cell.flatten(),
+            )
         map_ = self._bent(best, _FINE_STAGES)
         return self.aligned(map_ + _descend(self._pairs, map_))
 

@@ -203,7 +203,7 @@ def _aligned(
     if line := matched_line(*described, *heights):
         stretch, shift = line
         starts += [fitted(places, trunks(stretch, shift + off)) for off in _OFF_MM]
-    bent = registration.deformable(starts)
+    bent = registration.deformable(starts, support.labels_at)
     if bent.folding > _MOST_FOLDING:
         warnings.warn(
             f"{names}: the deformation folds over itself in {bent.folding:.0%} of the body, so "
