@@ -314,6 +314,13 @@ def untrained_only(checkpoint: Path | None, preset: Preset | None, seed: int | N
             raise InputError(f"{name}: a checkpoint has its own; give it without --checkpoint only")
 
 
+def trained_network(weights: str) -> FewShotNetwork:
+    """The network of --weights: `ct`, which ships, or that of a file."""
+    from ..checkpoint import load_model, pretrained
+
+    return pretrained() if weights == "ct" else load_model(weights)
+
+
 def model_of(
     trained: Checkpoint | None,
     checkpoint: Path | None,
@@ -334,9 +341,7 @@ def model_of(
 
         model = restored(trained, checkpoint)
     elif weights not in (None, "imagenet"):
-        from ..checkpoint import load_model, pretrained
-
-        model = pretrained() if weights == "ct" else load_model(weights)
+        model = trained_network(weights)
     else:
         from ..config import PRESETS, with_overrides
         from ..models import untrained

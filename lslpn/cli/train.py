@@ -17,6 +17,7 @@ from .options import (
     settings_of,
     split,
     torch_device,
+    trained_network,
 )
 
 
@@ -73,7 +74,6 @@ def train(
     """
     from dataclasses import replace
 
-    from ..checkpoint import load_model, pretrained
     from ..config import PRESETS, with_overrides
     from ..data.dataset import Dataset, UnlabelledScans
     from ..distributed import joined, world
@@ -86,7 +86,7 @@ def train(
             changes["method"] = method
         config, model = PRESETS[preset], None
         if weights is not None:
-            model = pretrained() if weights == "ct" else load_model(weights)
+            model = trained_network(weights)
             config = replace(config, model=model.config)
         config = with_overrides(config, **changes)
         if model is not None and config.model != model.config:
