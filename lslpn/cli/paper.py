@@ -169,7 +169,8 @@ def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
 
     @functools.wraps(made)
     def run(**values: Any) -> None:
-        for file in (files := made(**values)):
+        files = made(**values)
+        for file in files:
             if file.suffix == ".md":
                 print(file.read_text("utf-8"))
         print("written: " + ", ".join(map(str, files)))
@@ -370,11 +371,15 @@ def _folds_of(given: list[str] | None, organs: Sequence[str]) -> list[str]:
 
 def _own_settings(given: dict[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Settings of all methods, and those of METHOD.NAME=VALUE by method."""
+    common: dict[str, str] = {}
     own: dict[str, dict[str, str]] = {}
-    for name in [name for name in given if "." in name]:
-        method, _, rest = name.partition(".")
-        own.setdefault(method, {})[rest] = given.pop(name)
-    return given, own
+    for name, value in given.items():
+        method, dot, rest = name.partition(".")
+        if dot:
+            own.setdefault(method, {})[rest] = value
+        else:
+            common[name] = value
+    return common, own
 
 
 def _seeds(given: list[str] | None) -> list[int]:
