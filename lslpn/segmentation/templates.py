@@ -56,18 +56,23 @@ def organs_found_again(
     """
     straight = places @ affine[:3] + affine[3]
     descriptors, drawn, bent = support(straight), labels(straight), labels(map_)
-    change, weights = torch.zeros_like(map_), torch.zeros(map_.shape[:3])
+    placed: list[tuple[Tensor, Tensor | None, float]] = []  # where, moved by, how far around it
     for value in drawn.unique().tolist():
         own, lies = drawn == value, bent == value
         if value == 0 or int(own.sum()) < _LEAST_CELLS or not lies.any():
             continue
         before = _middle(lies) - _middle(own)
         move = _better_place(own, descriptors, query, before, cell)
-        fall = _FALL_MM
-        if move is not None:
+        if move is None:
+            placed.append((lies, None, _FALL_MM))
+        else:
             # Where it was before is changed as well, or it would be in two places.
-            lies = lies | _displaced(own, move)
-            fall = max(fall, float(((move - before) * cell).norm()))
+            fall = max(_FALL_MM, float(((move - before) * cell).norm()))
+            placed.append((lies | _displaced(own, move), move, fall))
+    if all(move is None for _, move, _ in placed):
+        return map_
+    change, weights = torch.zeros_like(map_), torch.zeros(map_.shape[:3])
+    for lies, move, fall in placed:
         distance = ndimage.distance_transform_edt(~lies.numpy(), sampling=cell.tolist())
         weight = (-(torch.from_numpy(distance).float() / fall).square()).exp()
         weights += weight
