@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic import CHECKOUT, write_synthetic_dataset
+from synthetic import CHECKOUT, synthetic_scan, write_synthetic_dataset
+
+from lslpn.data.volumes import Volume
 
 
 def _shared_path(name: str) -> Path:
@@ -26,3 +28,15 @@ def shared_path() -> Callable[[str], Path]:
 def synthetic_dataset(tmp_path: Path) -> Path:
     """The folder of a small data set: 4 cases syn_00..syn_03 with liver, spleen and kidney."""
     return write_synthetic_dataset(tmp_path / "Dataset001_synthetic")
+
+
+@pytest.fixture
+def support(tmp_path: Path) -> tuple[Volume, Volume]:
+    """A drawn scan and its labels."""
+    return synthetic_scan(tmp_path, 0)
+
+
+@pytest.fixture
+def query(tmp_path: Path) -> tuple[Volume, Volume]:
+    """Another patient's, shifted, in another orientation."""
+    return synthetic_scan(tmp_path, 1, shift=0.04, axes="LPI")

@@ -42,16 +42,6 @@ def model() -> LSLPN:
     return _model()
 
 
-@pytest.fixture
-def support(tmp_path: Path) -> tuple[Volume, Volume]:
-    return synthetic_scan(tmp_path, 0)
-
-
-@pytest.fixture
-def query(tmp_path: Path) -> tuple[Volume, Volume]:
-    return synthetic_scan(tmp_path, 1, shift=0.04, axes="LPI")
-
-
 # --- registration --------------------------------------------------------------------------------
 
 

@@ -43,16 +43,6 @@ def model() -> LSLPN:
     return untrained(config)
 
 
-@pytest.fixture
-def support(tmp_path: Path) -> tuple[Volume, Volume]:
-    return synthetic_scan(tmp_path, 0)
-
-
-@pytest.fixture
-def query(tmp_path: Path) -> tuple[Volume, Volume]:
-    return synthetic_scan(tmp_path, 1, shift=0.04, axes="LPI")
-
-
 def _part(volume: Volume, start: int, stop: int) -> Volume:
     grid = dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], stop - start))
     return dataclasses.replace(volume, data=volume.data[start:stop], grid=grid)
