@@ -20,6 +20,14 @@ struct Operand {
 using OperandA = Operand<4>;
 using OperandB = Operand<2>;
 
+// From high parts and low parts.
+LSLPN_DEVICE void set(OperandB& operand, const uint4& parts) {
+  operand.high[0] = parts.x;
+  operand.high[1] = parts.y;
+  operand.low[0] = parts.z;
+  operand.low[1] = parts.w;
+}
+
 // d = a b over kSteps of k, the small products first. kHalves: the numbers of `a`, or those of
 // both, are of half precision.
 template <int kHalves, int kSteps>
@@ -52,8 +60,12 @@ LSLPN_DEVICE void set_feature(Operand<kCount>& operand, int i, T value) {
 
 // An element at so many bytes: what is far apart is addressed so, with offsets worked out once.
 template <class T>
+LSLPN_DEVICE T* at_byte(T* from, std::int64_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(from) + bytes);
+}
+template <class T>
 LSLPN_DEVICE T read(const T* from, std::int64_t bytes) {
-  return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + bytes);
+  return *at_byte(from, bytes);
 }
 
 }  // namespace lslpn::cuda
