@@ -6,6 +6,8 @@
 // float32.
 #pragma once
 
+#include <type_traits>
+
 #include "common.h"
 
 namespace lslpn::cuda {
@@ -61,7 +63,8 @@ LSLPN_DEVICE void set_feature(Operand<kCount>& operand, int i, T value) {
 // An element at so many bytes: what is far apart is addressed so, with offsets worked out once.
 template <class T>
 LSLPN_DEVICE T* at_byte(T* from, std::int64_t bytes) {
-  return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(from) + bytes);
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(from) + bytes);
 }
 template <class T>
 LSLPN_DEVICE T read(const T* from, std::int64_t bytes) {
