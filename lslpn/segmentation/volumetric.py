@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
-from .correspondence import begin, describe, matched_line, trunk_to_trunk
+from .correspondence import SHORT_MM, begin, describe, matched_line, trunk_to_trunk
 from .frames import Frame, frames_of, restored, restored_probabilities, values_of
 from .outlines import redrawn_leads
 from .registered_why import heights_of, record, recorder_of
@@ -43,7 +43,7 @@ _ISLAND = 0.2  # pieces smaller than this share of an organ's largest are taken 
 _UNLIKE = 0.105
 _LEAST_OVERLAP = 0.25
 _OFF_MM = (0.0, 40.0, -40.0)  # a second search begins where slices match, and so far off
-_LEAST_MM, _LEAST_SLICES = 100.0, 8  # of a scan that can be aligned
+_LEAST_MM, _LEAST_SLICES = 39.5, 8  # of a scan that can be aligned: 7 points of the lattice
 _MOST_FOLDING = 0.25
 _CERTAIN = 6.0  # likeness of supports is sharpened by this before they are weighed
 
@@ -90,7 +90,8 @@ def segment_registered(
     """As `segment.segment_matched`, which checks the arguments; model in evaluation mode.
 
     Returns:
-        None where a scan is too small to be aligned, with a warning.
+        None where slices are to be matched one by one, with a warning: a scan is too small to be
+        aligned, or nothing was found in a short one.
     """
     frames, target = frames_of(model.config, supports, query)
     for frame in (target, *frames):
@@ -229,7 +230,7 @@ def _segment(
     progress: bool,
     explain: bool,
     probabilities: bool,
-) -> Segmentation:
+) -> Segmentation | None:
     values = values_of(supports)
     matches, used, weights = [], [], []
     by_features: Tensor | None = None
@@ -274,6 +275,13 @@ def _segment(
     labels = restored(query, final, values)
     confidence = _agreement(final, by_features, by_labels, values)
     if not labels.any():
+        if min(frame.size[0] for frame in (query, *supports)) < SHORT_MM:
+            warnings.warn(
+                f"{query.source.path.name}: nothing was found where the supports were laid on it; "
+                "its slices are matched one by one instead",
+                stacklevel=4,
+            )
+            return None
         warnings.warn(
             f"{query.source.path.name}: nothing was found, every voxel is 0: everywhere the "
             "background is more alike than an organ; the scans may show different parts of the "
