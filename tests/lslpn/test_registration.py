@@ -416,6 +416,21 @@ def test_scans_that_show_different_things_are_told(
         _found(model, [support], dataclasses.replace(query[0], data=body))
 
 
+def test_a_second_support_that_shows_nothing_alike_takes_nothing_away(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    noise = np.random.default_rng(0).normal(40, 60, support[0].data.shape).astype(np.float32)
+    body = np.where(support[0].data > -300, noise, -1000).astype(np.float32)
+    poor = dataclasses.replace(support[0], data=body), support[1]
+    image, truth = query
+    with pytest.warns(UserWarning, match="hardly alike"):
+        both = segment_matched(model, [support, poor], image, align="affine")
+    alone = segment_matched(model, [support], image, align="affine")
+    for organ in (1, 2, 3):
+        least = dice_of(alone.labels, truth.data, organ) - 0.01
+        assert dice_of(both.labels, truth.data, organ) > least
+
+
 def test_options_are_checked(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
