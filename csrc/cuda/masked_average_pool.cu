@@ -159,7 +159,7 @@ pool(LSLPN_PARAMETERS PoolKernel<const T> p) {
 }
 
 template <class T>
-LSLPN_KERNEL(kExchangeThreads, 3)
+LSLPN_KERNEL(kExchangeThreads, 2)
 pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
   const Images<const T> none{nullptr, 0, 0, 0, 0, 0};
   scatter<T, true>(p.exchange, none, p.features, block_index());
