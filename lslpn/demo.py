@@ -69,10 +69,7 @@ def run_demo(
     query, truth = read_image(demo_image("b")), read_labels(demo_labels("b"))
 
     model = pretrained().to(device)
-    # Scan B is too low, 40 mm, to be registered.
-    found = segment_matched(
-        model, [(image, labels)], query, align="body", progress=progress, explain=True
-    )
+    found = segment_matched(model, [(image, labels)], query, progress=progress, explain=True)
     match = found.matches[0]
 
     write_labels(folder / names[0], found.labels, query)
@@ -82,6 +79,7 @@ def run_demo(
         found.labels,
         truth=truth,
         names={v: o.replace("_", " ") for o, v in organs.items()},
+        confidence=found.confidence,
         supports=[Support(image, labels.data, match, "A")],
         why=found.why,
         title="CT B, segmented by the labels of CT A",
@@ -105,7 +103,7 @@ def run_demo(
         "settings": {
             "weights": "ct",
             "size": model.config.size,
-            "align": "body",
+            "align": found.alignments[0],
             "support": image.path.name,
             "query": query.path.name,
         },

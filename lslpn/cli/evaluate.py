@@ -21,6 +21,7 @@ from .options import (
     UntrainedPresetOption,
     UntrainedSeedOption,
     check_new,
+    check_weights,
     fraction,
     grid_of,
     model_of,
@@ -45,9 +46,16 @@ def evaluate(
     data: DataOption,
     support: Annotated[str, option("--support CASE", "The case whose labels are given.")],
     checkpoint: CheckpointOption = None,
+    weights: Annotated[
+        str | None,
+        option(
+            "--weights NAME",
+            "Weights alone: ct (those that ship) or a file of lslpn.save_weights.",
+        ),
+    ] = None,
     untrained: Annotated[
         bool,
-        option("--untrained", "No checkpoint: ImageNet features and a random reduction layer."),
+        option("--untrained", "No training: ImageNet features and a random reduction layer."),
     ] = False,
     method: MethodOption = None,
     query: Annotated[
@@ -131,12 +139,17 @@ def evaluate(
 
     [bold]lslpn evaluate --data DIR --checkpoint RUN --support CASE[/bold]
     """
-    if (checkpoint is None) != untrained:
-        given = "both" if untrained else "neither"
-        raise InputError(f"expected one of --checkpoint RUN and --untrained, got {given}")
-    if checkpoint is not None and method is not None:
-        raise InputError("--method: a checkpoint has its own; give it with --untrained only")
+    networks = {"--checkpoint": checkpoint, "--weights": weights, "--untrained": untrained or None}
+    given = [name for name, value in networks.items() if value is not None]
+    if len(given) != 1:
+        raise InputError(
+            "expected one of --checkpoint RUN, --weights NAME and --untrained, got "
+            + (" and ".join(given) or "none of them")
+        )
+    if not untrained and method is not None:
+        raise InputError("--method: a trained network has its own; give it with --untrained only")
     untrained_only(checkpoint, preset, seed)
+    check_weights(weights, preset, seed)
     result = out / "evaluation.json"
     check_new(result, force)
 
@@ -155,7 +168,7 @@ def evaluate(
     from ..evaluation.scoring import evaluate_grids
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
-    model = model_of(trained, checkpoint, preset, size, seed, device, method)
+    model = model_of(trained, checkpoint, preset, size, seed, device, method, weights=weights)
     grids = _grids(scale, spacing, model)
     organs, queries, notes = _choices(trained, dataset, support, wanted, asked)
     for note in notes:
@@ -173,7 +186,7 @@ def evaluate(
         chunks=chunks,
         batch=batch,
         progress=not quiet,
-        name=_name(preset, seed, method) if untrained else str(checkpoint),
+        name=_name(checkpoint, weights, preset, seed, method),
         observe=None if views is None else views.write,
     )
     written = save(results, out)
@@ -230,8 +243,18 @@ def _grids(
     return grids or [GridSpec(own.scale, common)]
 
 
-def _name(preset: Preset | None, seed: int | None, method: Method | None) -> str:
-    """What the untrained model is called in results."""
+def _name(
+    checkpoint: Path | None,
+    weights: str | None,
+    preset: Preset | None,
+    seed: int | None,
+    method: Method | None,
+) -> str:
+    """What the model is called in results."""
+    if checkpoint is not None:
+        return str(checkpoint)
+    if weights is not None:
+        return f"weights {weights}"
     which = "" if method is None else f"{method}, "
     settings = preset or "published"
     return f"untrained ({which}{settings}, seed {DEFAULT_SEED if seed is None else seed})"

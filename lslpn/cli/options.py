@@ -314,6 +314,19 @@ def untrained_only(checkpoint: Path | None, preset: Preset | None, seed: int | N
             raise InputError(f"{name}: a checkpoint has its own; give it without --checkpoint only")
 
 
+def check_weights(weights: str | None, preset: Preset | None, seed: int | None) -> None:
+    """Refuse --weights that name no network, and beside them what describes an untrained one."""
+    if weights not in (None, "imagenet") and (preset is not None or seed is not None):
+        raise InputError(
+            f"--weights {weights}: --preset and --seed describe an untrained network; leave them "
+            "out, or give --weights imagenet"
+        )
+    if weights not in (None, "ct", "imagenet") and not str(weights).endswith(".safetensors"):
+        raise InputError(
+            f"--weights: expected ct, imagenet or a file that ends in .safetensors, got {weights}"
+        )
+
+
 def trained_network(weights: str) -> FewShotNetwork:
     """The network of --weights: `ct`, which ships, or that of a file."""
     from ..checkpoint import load_model, pretrained

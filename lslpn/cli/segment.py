@@ -20,6 +20,7 @@ from .options import (
     UntrainedSeedOption,
     check_html,
     check_new,
+    check_weights,
     model_of,
     option,
     torch_device,
@@ -158,15 +159,7 @@ def segment(
     untrained_only(checkpoint, preset, seed)
     if weights is not None and checkpoint is not None:
         raise InputError("--weights: a checkpoint has its own; leave out --weights or --checkpoint")
-    if weights not in (None, "imagenet") and (preset is not None or seed is not None):
-        raise InputError(
-            f"--weights {weights}: --preset and --seed describe an untrained network; leave them "
-            "out, or give --weights imagenet"
-        )
-    if weights not in (None, "ct", "imagenet") and not str(weights).endswith(".safetensors"):
-        raise InputError(
-            f"--weights: expected ct, imagenet or a file that ends in .safetensors, got {weights}"
-        )
+    check_weights(weights, preset, seed)
     if weights is None and (checkpoint, preset, seed) == (None, None, None):
         weights = "ct"
     results = {"--out": out, "--probabilities": probabilities or [], "--html": html or []}

@@ -23,6 +23,8 @@ _STRETCH_COST = 0.2  # cosine that a stretch by the factor e costs
 # Scans must overlap by so much of the shorter, or so many mm if that is less. Least is best: with
 # it, the best of 30 ordered pairs of six scans lies 20 mm off in the median, 84 at most.
 _LEAST_SHARE, _LEAST_MM = 0.6, 150.0
+SHORT_MM = 150.0  # along z: a scan that shows part of the abdomen
+_MIRRORED = 0.1  # a mirrored scan has to be so much more alike
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,16 @@ def begin(query: Tensor, support: Tensor, query_mm: float, support_mm: float) ->
     return Beginning(stretch, shift, likeness, tuple(mirrored))
 
 
-_MIRRORED = 0.1
-
-
 def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float, float]:
-    # What all slices of a scan have in common says nothing of where they lie.
-    a, b = (F.normalize((scan - scan.mean(0)).flatten(1), dim=1) for scan in (a, b))
+    # What all slices of a scan have in common says nothing of where they lie, but for those of a
+    # short scan, in which it is most of what there is.
+    means = [a.mean(0), b.mean(0)]
+    if min(a_mm, b_mm) < SHORT_MM:
+        means = [means[0] if a_mm > b_mm else means[1]] * 2
+    a, b = (
+        F.normalize((scan - mean).flatten(1), dim=1)
+        for scan, mean in zip((a, b), means, strict=True)
+    )
     cosine = a @ b.T
     heights = (torch.arange(len(a)) + 0.5) * (a_mm / len(a))
     least = min(_LEAST_SHARE * min(a_mm, b_mm), _LEAST_MM)

@@ -104,7 +104,8 @@ class Alignment:
         map: [3, Z, Y, X] positions in the support, over the lattice of the query's frame.
         likeness: how alike features are where the scans lie on each other: their mean cosine,
             less what all places have in common.
-        overlap: share of the query's body for which the support has a place.
+        overlap: share of the query's body for which the support has a place; of as much of it as
+            the support's height can cover.
         folding: share of the query's body where the map turns space inside out.
     """
 
@@ -203,10 +204,11 @@ class Registration:
         rows = [positions.diff(dim=axis)[:z, :y, :x] / cell[axis] for axis in range(3)]
         folded = torch.linalg.det(torch.stack(rows, -1)) <= 0
         told = both[:z, :y, :x]
+        heights = self.support.image.size[0] / self.query.image.size[0]
         return Alignment(
             Field(positions.movedim(-1, 0).contiguous(), self.query.image.size),
             self._likeness(positions, both),
-            float(both.sum() / count) if count else 0.0,
+            min(1.0, float(both.sum()) / (count * min(1.0, heights))) if count else 0.0,
             float((folded & told).sum() / told.sum().clamp_min(1)),
         )
 

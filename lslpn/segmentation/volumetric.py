@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
-from .correspondence import begin, describe, matched_line, trunk_to_trunk
+from .correspondence import SHORT_MM, begin, describe, matched_line, trunk_to_trunk
 from .frames import Frame, frames_of, restored, restored_probabilities, values_of
 from .outlines import redrawn_leads
 from .registered_why import heights_of, record, recorder_of
@@ -43,9 +43,9 @@ _ISLAND = 0.2  # pieces smaller than this share of an organ's largest are taken 
 _UNLIKE = 0.105
 _LEAST_OVERLAP = 0.25
 _OFF_MM = (0.0, 40.0, -40.0)  # a second search begins where slices match, and so far off
-_LEAST_MM, _LEAST_SLICES = 100.0, 8  # of a scan that can be aligned
+_LEAST_MM, _LEAST_SLICES = 39.5, 8  # of a scan that can be aligned: 7 points of the lattice
 _MOST_FOLDING = 0.25
-_CERTAIN = 6.0  # likeness of supports is sharpened by this before they are weighed
+_CERTAIN = 10.0  # agreement of a support's features and labels is sharpened by this
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def segment_registered(
     """As `segment.segment_matched`, which checks the arguments; model in evaluation mode.
 
     Returns:
-        None where a scan is too small to be aligned, with a warning.
+        None where slices are to be matched one by one, with a warning: a scan is too small to be
+        aligned, or nothing was found in a short one.
     """
     frames, target = frames_of(model.config, supports, query)
     for frame in (target, *frames):
@@ -229,7 +230,7 @@ def _segment(
     progress: bool,
     explain: bool,
     probabilities: bool,
-) -> Segmentation:
+) -> Segmentation | None:
     values = values_of(supports)
     matches, used, weights = [], [], []
     by_features: Tensor | None = None
@@ -252,8 +253,9 @@ def _segment(
                     recorder, model, len(matches) - 1, found, support, query, own.features, brought,
                     masks[:, shown], [values[n] for n in shown], reach,
                 )  # fmt: skip
-            weight = torch.where(drawn, torch.tensor(found.likeness * _CERTAIN).exp(), 0.0)
-            weight = weight[None, :, None, None]
+            # Where features and labels of a support say the same of an organ, both are right.
+            certain = (_CERTAIN * _agreement(leads, carried)).exp()
+            weight = torch.where(drawn, certain, 0.0)[None, :, None, None]
             if by_features is None:
                 by_features, by_labels = leads * weight, carried * weight
             else:
@@ -272,8 +274,20 @@ def _segment(
     if not keep_islands:
         _take_islands_off(final)
     labels = restored(query, final, values)
-    confidence = _agreement(final, by_features, by_labels, values)
+    agreement = _agreement(by_features, by_labels).tolist()
+    there = np.isin(values, labels)
+    confidence = {
+        value: round(share, 3) if found else 0.0
+        for value, share, found in zip(values, agreement, there, strict=True)
+    }
     if not labels.any():
+        if min(frame.size[0] for frame in (query, *supports)) < SHORT_MM:
+            warnings.warn(
+                f"{query.source.path.name}: nothing was found where the supports were laid on it; "
+                "its slices are matched one by one instead",
+                stacklevel=4,
+            )
+            return None
         warnings.warn(
             f"{query.source.path.name}: nothing was found, every voxel is 0: everywhere the "
             "background is more alike than an organ; the scans may show different parts of the "
@@ -368,15 +382,9 @@ def _take_islands_off(leads: Tensor) -> None:
         part[torch.from_numpy(small[pieces])] = -1.0
 
 
-def _agreement(
-    final: Tensor, by_features: Tensor, by_labels: Tensor, values: Sequence[int]
-) -> dict[int, float]:
-    """Dice of what features alone and labels alone say, for each organ that was found."""
-    one, other, last = map(_winners, (by_features, by_labels, final))
-    out = {}
-    for number, value in enumerate(values, 1):
-        a, b = one == number, other == number
-        total = int(a.sum() + b.sum())
-        shown = total and bool((last == number).any())
-        out[value] = round(2 * int((a & b).sum()) / total, 3) if shown else 0.0
-    return out
+def _agreement(one: Tensor, other: Tensor) -> Tensor:
+    """Dice of what two leads [Z, N, h, w] say of each organ, [N]; 0 of one that neither shows."""
+    count = one.shape[1] + 1
+    a, b = _winners(one), _winners(other)
+    sizes = [w.flatten().bincount(minlength=count)[1:] for w in (a, b, torch.where(a == b, a, 0))]
+    return 2 * sizes[2] / (sizes[0] + sizes[1]).clamp_min(1)

@@ -391,8 +391,13 @@ def test_a_data_set_without_its_json(run: Run, tmp_path: Path) -> None:
         (["--untrained", "--organ=liver", "--device=tpu"], "--device: expected auto"),
         (["--untrained", "--organ=liver", "--device=cuda:99"], "cuda:99 is not there"),
         (["--untrained", "--organ=liver", "--chunks=3", "--protocol=adnet"], "one support slice"),
-        (["--untrained", "--checkpoint=x"], "got both"),
-        (["--organ=liver"], "got neither"),
+        (["--untrained", "--checkpoint=x"], "got --checkpoint and --untrained"),
+        (["--weights=ct", "--checkpoint=x"], "got --checkpoint and --weights"),
+        (["--weights=ct", "--method=panet"], "--method: a trained network"),
+        (["--weights=ct", "--seed=1"], "--weights ct: --preset and --seed"),
+        (["--weights=vit"], "--weights: expected ct"),
+        (["--weights=ct"], "--organ: expected at least one"),
+        (["--organ=liver"], "got none of them"),
         (["--checkpoint=nowhere"], "nowhere"),
         (["--untrained", "--protocol=alp"], "--protocol"),
         (["--untrained", "--chunks=two"], "--chunks"),
@@ -585,6 +590,23 @@ def test_scans_are_aligned_as_the_checkpoint_was_trained(
         assert code == 0, err
         read = json.loads((tmp_path / align / "evaluation.json").read_text())["evaluations"][0]
         assert read["align"] == align
+
+
+def test_evaluate_takes_weights_as_it_takes_a_checkpoint(
+    synthetic_dataset: Path, run: Run, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.safetensors"
+    save_weights(own, pretrained())
+    words = ["evaluate", f"--data={synthetic_dataset}", "--support=syn_00", "--query=syn_01"]
+    words += ["--organ=liver", "--size=64", "-q"]
+    read = []
+    for number, given in enumerate(("--weights=ct", f"--weights={own}", "--untrained")):
+        out = tmp_path / str(number)
+        code, _, err = run(*words, given, f"--out={out}")
+        assert code == 0, err
+        read.append(json.loads((out / "evaluation.json").read_text())["evaluations"][0])
+    assert read[0]["rows"] == read[1]["rows"] != read[2]["rows"]
+    assert [one["model"] for one in read[:2]] == ["weights ct", f"weights {own}"]
 
 
 def test_segment_takes_the_network_that_ships_or_another(scans: Scans, run: Run) -> None:

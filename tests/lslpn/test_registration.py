@@ -110,6 +110,11 @@ def test_folds_and_missing_overlap_are_measured() -> None:
     assert registration.aligned(places).folding == 0
     away = places + places.new_tensor([_SIZE[0] * 0.75, 0, 0])
     assert registration.aligned(away).overlap < 0.3
+    # A low support can cover no more of the query than it is high.
+    part = Field(scan.image.values[:, :20], (60.0, *_SIZE[1:]))
+    low = Registration(scan, Scan(part, scan.features))
+    assert low.aligned(places).overlap > 0.5  # its part of the body is the thin end
+    assert low.aligned(away).overlap == 0
     torch.testing.assert_close(
         fitted(places, places * 2 + 5),
         torch.cat([torch.eye(3) * 2, torch.full((1, 3), 5.0)]),
@@ -136,6 +141,16 @@ def test_a_part_of_a_scan_is_found_in_the_whole() -> None:
     assert not found.mirrored
     back = begin(scan, scan[30:70], 80 * 5.0, 40 * 5.0)
     assert abs(back.shift + 150) <= 5
+
+
+def test_a_few_slices_that_differ_little_are_found_in_the_whole() -> None:
+    """What they have in common tells where they lie, and not what sets them apart."""
+    scan, noise = _slices(80), torch.randn(8, 6, 8, 8, generator=torch.Generator().manual_seed(5))
+    few = scan[40:48].mean(0) + 0.3 * noise
+    for query, support, sign in ((few, scan, 1), (scan, few, -1)):
+        found = begin(query, support, len(query) * 5.0, len(support) * 5.0)
+        assert abs(found.shift - sign * 200) <= 15
+        assert found.likeness > 0.4
 
 
 @pytest.mark.parametrize(("name", "axis"), [("x", 3), ("y", 2), ("z", 0)])
@@ -330,14 +345,7 @@ def test_a_scan_too_small_to_be_aligned_is_matched_slice_by_slice(
     model: LSLPN, support: tuple[Volume, Volume], small: str
 ) -> None:
     if small == "one slice":
-        image, labels = (
-            dataclasses.replace(
-                volume,
-                data=volume.data[7:8],
-                grid=dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], 1)),
-            )
-            for volume in support
-        )
+        image, labels = (_part(volume, 7, 8) for volume in support)
     else:  # 14 slices of 1 mm in a patient who is 192 mm wide
         image, labels = (dataclasses.replace(v, spacing=(1.0, 3.0, 3.0)) for v in support)
     with pytest.warns(UserWarning, match="too small to be aligned in three dimensions"):
@@ -346,6 +354,37 @@ def test_a_scan_too_small_to_be_aligned_is_matched_slice_by_slice(
     assert np.array_equal(result.labels, body.labels)
     assert result.alignments == ()
     assert dice_of(result.labels, labels.data, 1) > 0.7
+
+
+def _part(volume: Volume, first: int, last: int) -> Volume:
+    """Some of its slices."""
+    shape = (*volume.data.shape[:0:-1], last - first)
+    grid = dataclasses.replace(volume.grid, shape=shape)
+    return dataclasses.replace(volume, data=volume.data[first:last], grid=grid)
+
+
+def test_a_few_slices_are_aligned_with_a_whole_scan(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    image, truth = (_part(volume, 3, 12) for volume in query)
+    found = segment_matched(model, [support], image)
+    assert found.alignments == ("deformable",)
+    assert min(dice_of(found.labels, truth.data, organ) for organ in (1, 2)) > 0.9
+
+
+def test_where_nothing_is_found_in_a_few_slices_they_are_matched_one_by_one(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    labels = np.zeros_like(support[1].data)
+    labels[12:, 20:30, 20:30] = 1  # beyond the query's slices
+    drawn = dataclasses.replace(support[1], data=labels)
+    with (
+        pytest.warns(UserWarning, match="matched one by one instead"),
+        pytest.warns(UserWarning, match="nothing was found, every voxel is 0"),
+    ):
+        found = segment_matched(model, [(support[0], drawn)], _part(query[0], 3, 12))
+    assert found.alignments == ()
+    assert not found.labels.any()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -375,6 +414,21 @@ def test_scans_that_show_different_things_are_told(
     body = np.where(query[0].data > -300, noise, -1000).astype(np.float32)
     with pytest.warns(UserWarning, match="hardly alike"):
         _found(model, [support], dataclasses.replace(query[0], data=body))
+
+
+def test_a_second_support_that_shows_nothing_alike_takes_nothing_away(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    noise = np.random.default_rng(0).normal(40, 60, support[0].data.shape).astype(np.float32)
+    body = np.where(support[0].data > -300, noise, -1000).astype(np.float32)
+    poor = dataclasses.replace(support[0], data=body), support[1]
+    image, truth = query
+    with pytest.warns(UserWarning, match="hardly alike"):
+        both = segment_matched(model, [support, poor], image, align="affine")
+    alone = segment_matched(model, [support], image, align="affine")
+    for organ in (1, 2, 3):
+        least = dice_of(alone.labels, truth.data, organ) - 0.01
+        assert dice_of(both.labels, truth.data, organ) > least
 
 
 def test_options_are_checked(
