@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,12 @@ def write(
     write_text(files[2], "\n\n".join([f"# {title}", *links, *text]) + "\n")
     if draw is not None:
         pictures = [*pictures, _plot(folder / f"{name}.png", content, draw, size)]
-    named = [(_name(one, evaluation), evaluation) for one in done for evaluation in one.evaluations]
+    # Without pictures of cases, which an evaluation that is read back does not have.
+    named = [
+        (_name(one, evaluation), replace(evaluation, examples=()))
+        for one in done
+        for evaluation in one.evaluations
+    ]
     page = write_experiment(folder / f"{name}.html", title, "\n\n".join(text), pictures, named)
     return [*files, page, *pictures]
 

@@ -191,7 +191,7 @@ def _worst(evaluation: Evaluation, views: Mapping[str, str]) -> str:
     examples = {(x.organ, x.case): x for x in evaluation.examples}
     label = {organ: i for i, organ in enumerate(evaluation.organs, 1)}
     parts = ["<h2>Cases, the worst first</h2>"]
-    if len(rows) > _WORST:
+    if examples and len(rows) > _WORST:
         parts.append(
             f"<p class=quiet>Of {len(rows)} pairs of organ and case the {_WORST} worst have "
             "pictures; the others follow as a list.</p>"

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock  # which torch needs as well
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -63,8 +65,10 @@ def build(
             shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    # Built aside and renamed: another process may want the same.
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
+    # Another process may want the same; and what is killed leaves nothing that looks whole.
+    with FileLock(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as aside:
+        if made.exists():
+            return made
 
         def compile_one(unit: Unit) -> str:
             output = f"{unit.source.stem}{unit.name}-{_digest(unit, unit.source)}.o"

@@ -147,7 +147,7 @@ def test_the_page_has_the_tables_the_plot_and_every_evaluation(finished: Path) -
     assert "<h2>Paired comparisons</h2>" in page
     plot = base64.b64encode((finished / "table1.png").read_bytes()).decode()
     assert page.count("<img ") == page.count(f'src="data:image/png;base64,{plot}"') == 1
-    assert page.count("<details>") == page.count("<svg ") == len(content["runs"]) == 10
+    assert page.count("<details>") == page.count("<svg ") == len(content["runs"])
     assert "<summary>panet, all classes; liver held out, seed 2, align none</summary>" in page
     # The page's own policy would not let these be.
     assert 'style="' not in page
