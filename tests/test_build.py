@@ -175,6 +175,48 @@ def test_packages_tell_their_version_and_carry_their_types() -> None:
         assert Path(package.__file__).with_name("py.typed").is_file()
 
 
+def test_the_head_needs_torch_alone() -> None:
+    """Not what `lslpn` depends on, nor NumPy: it installs with `pip install --no-deps` on torch."""
+    tomllib = pytest.importorskip("tomllib", reason="comes with Python 3.11")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    others = {normalised(r) for r in settings["project"]["dependencies"]}
+    others -= {"torch", "filelock"}  # torch's own
+    modules = {
+        module
+        for module, names in packages_distributions().items()
+        if others & {normalised(name) for name in names}
+    }
+    assert {"numpy", "nibabel", "scipy", "typer", "PIL"} <= modules
+    program = """
+import sys
+others = set(sys.argv[1].split(","))
+finders = sys.meta_path[:]
+class Torch:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] not in others:
+            return next(filter(None, (f.find_spec(name, path, target) for f in finders)), None)
+sys.meta_path[:] = [Torch]
+import torch
+from lslpn_kernels import GridSpec, LocalPrototypeHead, backends
+labels = torch.zeros(1, 1, 12, 9, dtype=torch.long)
+labels[..., 4:8, 3:6] = 1
+for name in ("reference", "torch", "cpu"):
+    if backends()[name].usable:
+        support, query = torch.randn(2, 1, 1, 6, 4, 3, requires_grad=True)
+        head = LocalPrototypeHead(GridSpec(1 / 2), backend=name)
+        head.loss(support, labels, query, labels).backward()
+        print(name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, ",".join({*modules, "lslpn"})],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["reference", "torch"]
+
+
 def imported(*folders: str) -> set[str]:
     """The distributions, by normalised name, that the code of these files and folders imports."""
     sources = [

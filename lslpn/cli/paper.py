@@ -200,12 +200,9 @@ def table1(
     from ..paper import table1 as experiment
 
     with _opened(given) as store:
+        methods = split(method) or ["lslpn"]
         return experiment.run(
-            store,
-            split(method) or ["lslpn"],
-            _seeds(given.seeds),
-            classes=_classes(classes),
-            untrained=untrained,
+            store, methods, _seeds(given.seeds), classes=_classes(classes), untrained=untrained
         )
 
 
@@ -283,14 +280,10 @@ def figures(
     from ..paper import figures as experiment
 
     with _opened(given) as store:
+        methods, cases = split(method) or ["lslpn"], split(case, store.setup.dataset.cases)
+        shown = {"cases": cases, "organs": split(organ, store.setup.dataset.organs)}
         return experiment.run(
-            store,
-            split(method) or ["lslpn"],
-            _seeds(given.seeds)[0],
-            cases=split(case, store.setup.dataset.cases),
-            organs=split(organ, store.setup.dataset.organs),
-            classes=classes,
-            untrained=untrained,
+            store, methods, _seeds(given.seeds)[0], classes=classes, untrained=untrained, **shown
         )
 
 
@@ -314,12 +307,8 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
         )
     dataset = Dataset.open(given.data)
     changes, own = _own_settings(settings_of(given.sets))
-    for name, its in (
-        ("method", "--method"),
-        ("seed", "--seeds"),
-        ("organs", "--fold and --classes"),
-        ("drop_test_slices", "--setting"),
-    ):
+    set_by = {"method": "--method", "seed": "--seeds", "organs": "--fold and --classes"}
+    for name, its in {**set_by, "drop_test_slices": "--setting"}.items():
         if any(name in some for some in (changes, *own.values())):
             raise InputError(f"--set {name}: is set by {its}; use that")
     if "supervision" in changes:

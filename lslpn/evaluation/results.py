@@ -309,6 +309,6 @@ def render_table(
         table.add_row(*line)
     # Wide enough for any table: a file or a pipe has no width to keep to.
     out = io.StringIO()
-    Console(file=out, width=400, color_system=None).print(table)
+    Console(file=out, width=400, color_system=None, markup=False, emoji=False).print(table)
     body = "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
     return f"{title}\n\n{body}\n" if markdown else f"{title}\n{body}"

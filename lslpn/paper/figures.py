@@ -44,8 +44,8 @@ def run(
         untrained: a column for the first method's network before training.
 
     Returns:
-        figures.json, figures.csv and figures.md in the folder; fig2.png with the first method's
-        results, and fig4.png with those of all, where there are several.
+        figures.json, .csv, .md and .html in the folder; fig2.png with the first method's results,
+        and fig4.png with those of all, where there are several.
 
     Raises:
         InputError: a case that is not tested, an organ that no fold holds out; and as `plan_runs`
@@ -80,15 +80,16 @@ def run(
     if len(columns) > 1:
         pictures.append(_draw(store.folder / "fig4.png", done, columns, content))
     runs = {(one.task.run.label, one.task.run.subjects.name): one.task.run for one in done}
-    files = report.write(
+    return report.write(
         store.folder,
         NAME,
         content,
+        done,
         title=f"Pictures of {setup.dataset.name}",
-        sections=[*(f"![{file.stem}]({file.name})" for file in pictures), _table(content)],
+        sections=[_table(content)],
+        pictures=pictures,
         rows=[{**row, **_origin(content, runs[row["label"], row["subject_fold"]])} for row in rows],
     )
-    return [*files, *pictures]
 
 
 def _rows(done: Sequence[Done]) -> Iterable[dict[str, Any]]:

@@ -60,8 +60,8 @@ def run(
         untrained: the network before training, in the place of the trained one.
 
     Returns:
-        grid-scale.json, grid-scale.csv, grid-scale.md and grid-scale.png in the folder; their
-        names end in -untrained, -tested or -none for these networks.
+        grid-scale.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
+        -tested or -none for these networks.
 
     Raises:
         InputError: as `plan_runs` and `Store.results`.
@@ -87,6 +87,7 @@ def run(
         store.folder,
         label,
         content,
+        done,
         title=f"Size of the windows on {setup.dataset.name}",
         sections=[_table(content)],
         rows=report.score_rows(done, content),

@@ -55,8 +55,8 @@ def run(
         untrained: the network before training, in the place of the trained one.
 
     Returns:
-        misalignment.json, misalignment.csv, misalignment.md and misalignment.png in the folder;
-        their names end in -untrained, -tested or -none for these networks.
+        misalignment.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
+        -tested or -none for these networks.
 
     Raises:
         InputError: as `plan_runs` and `Store.results`.
@@ -95,6 +95,7 @@ def run(
         store.folder,
         label,
         content,
+        done,
         title=f"Misalignment on {setup.dataset.name}",
         sections=[_table(content)],
         rows=_rows(found, supports, content),

@@ -1,7 +1,8 @@
-"""The files an experiment leaves: NAME.json, NAME.csv, NAME.md and pictures.
+"""The files an experiment leaves: NAME.json, NAME.csv, NAME.md, NAME.html and pictures.
 
-Markdown and pictures are made from the same record as the JSON, so they cannot say other things.
-All of them say what they were made from: folds, support, preset, settings, commit and versions.
+Markdown, page and pictures are made from the same record as the JSON, so they cannot say other
+things. All of them say what they were made from: folds, support, preset, settings, commit and
+versions.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Classes, preset
-from ..evaluation.results import Row, fraction, render_table
+from ..evaluation.results import Evaluation, Row, fraction, render_table
 from ..files import replacing, write_text
 from ..info import commit, versions
+from ..viewer.evaluation import write_experiment
 from .plan import Setup, common_settings
 from .store import Done
 
@@ -72,22 +75,26 @@ def write(
     folder: Path,
     name: str,
     content: Mapping[str, Any],
+    done: Sequence[Done],
     *,
     title: str,
     sections: Sequence[str],
     rows: Iterable[Mapping[str, Any]],
+    pictures: Sequence[Path] = (),
     draw: Callable[[Axes, Mapping[str, Any]], None] | None = None,
     size: tuple[float, float] = (8, 4),
 ) -> list[Path]:
-    """Write NAME.json, NAME.csv, NAME.md and, with `draw`, NAME.png.
+    """Write NAME.json, NAME.csv, NAME.md, NAME.html and, with `draw`, NAME.png.
 
     Args:
         folder: where.
         name: of the experiment.
         content: what `record` made.
+        done: the evaluations that it was made of; the page has a section for each.
         title: of the Markdown.
         sections: its text, before what it was made from.
         rows: of the CSV; all with the same names.
+        pictures: PNG files in the folder, which are drawn already.
         draw: makes a plot of `content` on the axes that it is given.
         size: of the plot, width and height in inches.
 
@@ -97,11 +104,27 @@ def write(
     files = [folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
     write_text(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_text(files[1], _csv(rows))
-    parts = [f"# {title}", *filter(None, sections), circumstances(content)]
-    write_text(files[2], "\n\n".join(part.strip() for part in parts) + "\n")
+    links = [f"![{picture.stem}]({picture.name})" for picture in pictures]
+    text = [part.strip() for part in (*sections, circumstances(content)) if part]
+    write_text(files[2], "\n\n".join([f"# {title}", *links, *text]) + "\n")
     if draw is not None:
-        files.append(_plot(folder / f"{name}.png", content, draw, size))
-    return files
+        pictures = [*pictures, _plot(folder / f"{name}.png", content, draw, size)]
+    # Without pictures of cases, which an evaluation that is read back does not have.
+    named = [
+        (_name(one, evaluation), replace(evaluation, examples=()))
+        for one in done
+        for evaluation in one.evaluations
+    ]
+    page = write_experiment(folder / f"{name}.html", title, "\n\n".join(text), pictures, named)
+    return [*files, page, *pictures]
+
+
+def _name(done: Done, evaluation: Evaluation) -> str:
+    """Of one evaluation, for people."""
+    grid = ""
+    if done.task.grids:
+        grid = f", windows of {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
+    return f"{done.task.run.in_full}, align {evaluation.align}{grid}"
 
 
 def suffix(classes: Classes, untrained: bool) -> str:

@@ -38,7 +38,7 @@ def run(
         untrained: a line for the first method's network before training.
 
     Returns:
-        table1.json, table1.csv, table1.md and table1.png in the folder.
+        table1.json, .csv, .md, .html and .png in the folder.
 
     Raises:
         InputError: as `plan_runs` and `Store.results`.
@@ -53,6 +53,7 @@ def run(
         store.folder,
         NAME,
         content,
+        done,
         title=f"Table 1 on {setup.dataset.name}",
         sections=[_table(content), _comparisons(content)],
         rows=report.score_rows(done, content),

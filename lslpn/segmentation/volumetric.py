@@ -32,7 +32,8 @@ Align = Literal["affine", "deformable"]
 Used = Literal["none", "body", "affine", "deformable"]
 
 DEPTH_MM = 60.0
-_PRIOR_WEIGHT = 1.0
+# What the aligned labels count for beside the features, by how the support was aligned in the end.
+_LABELS_COUNT: dict[Used, float] = {"none": 1.0, "body": 1.0, "affine": 1.0, "deformable": 4.0}
 _PRIOR_MM = 4.0  # labels are taken to lie this much off
 _PRIOR_LEAST = 0.02  # what a label's share is at least, where it was not carried to
 _SMOOTH_MM = (6.0, 2.0)  # along z, and in the slice
@@ -256,6 +257,7 @@ def _segment(
             # Where features and labels of a support say the same of an organ, both are right.
             certain = (_CERTAIN * _agreement(leads, carried)).exp()
             weight = torch.where(drawn, certain, 0.0)[None, :, None, None]
+            carried = carried * _LABELS_COUNT[how]
             if by_features is None:
                 by_features, by_labels = leads * weight, carried * weight
             else:
@@ -267,7 +269,7 @@ def _segment(
     total = torch.stack(weights).sum(0)
     by_features /= total
     by_labels /= total
-    final = by_features + _PRIOR_WEIGHT * by_labels
+    final = by_features + by_labels
     if not keep_islands:
         _take_islands_off(final)
     final = redrawn_leads(query, supports, _winners(final), values)

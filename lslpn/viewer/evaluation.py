@@ -6,7 +6,7 @@ import base64
 import io
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -48,6 +48,47 @@ def write_evaluation(
         body.append(_section(evaluation, views or {}, len(evaluations) > 1))
     body.append("</main>")
     write_text(path, document(f"{first.dataset}: evaluation", "\n".join(body)))
+    return Path(path)
+
+
+def write_experiment(
+    path: str | os.PathLike[str],
+    title: str,
+    text: str,
+    pictures: Sequence[Path],
+    evaluations: Iterable[tuple[str, Evaluation]],
+) -> Path:
+    """Write the tables and figures of an experiment as one HTML page, like `write_evaluation`.
+
+    Args:
+        path: the file; replaced whole or not at all.
+        title: plain text.
+        text: Markdown below it; links and HTML in it are shown as text.
+        pictures: PNG files, which the page holds after the text.
+        evaluations: what the tables were made from, each with its name; folded up.
+
+    Returns:
+        the path written.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    from markdown_it import MarkdownIt
+
+    written = MarkdownIt("js-default").disable(["link", "image"]).render(text)
+    body = [f"<header><h1>{escape(title)}</h1></header>", "<main class=report>"]
+    # The page's policy forbids styles at elements; numbers stand on the right by its own.
+    body.append("<section>" + written.replace(' style="text-align:right"', ""))
+    for picture in pictures:
+        coded = base64.b64encode(picture.read_bytes()).decode("ascii")
+        alt = f"{picture.stem}: the numbers are in the tables"
+        body.append(f'<p><img alt="{escape(alt)}" src="data:image/png;base64,{coded}"></p>')
+    body.append("</section>")
+    for name, evaluation in evaluations:
+        section = _section(evaluation, {}, False)
+        body.append(f"<details><summary>{escape(name)}</summary>{section}</details>")
+    body.append("</main>")
+    write_text(path, document(title, "\n".join(body)))
     return Path(path)
 
 
@@ -150,7 +191,7 @@ def _worst(evaluation: Evaluation, views: Mapping[str, str]) -> str:
     examples = {(x.organ, x.case): x for x in evaluation.examples}
     label = {organ: i for i, organ in enumerate(evaluation.organs, 1)}
     parts = ["<h2>Cases, the worst first</h2>"]
-    if len(rows) > _WORST:
+    if examples and len(rows) > _WORST:
         parts.append(
             f"<p class=quiet>Of {len(rows)} pairs of organ and case the {_WORST} worst have "
             "pictures; the others follow as a list.</p>"

@@ -96,6 +96,10 @@ def contents(
     for name, one in counts.items():
         if not one.voxels[1:].any():
             notes.append(f"{name.capitalize()}: nothing is labelled, every voxel is 0.")
+    if supports and not confidence:
+        notes.append(
+            "No confidence is given: it is worked out where supports are registered to the scan."
+        )
     if max(step) > 1:
         notes.append(
             f"The scan is large: of its voxels every {_ordinal(step[2])} along x and y and every "

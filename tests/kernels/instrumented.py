@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock  # which torch needs as well
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,7 +38,8 @@ class Unit:
 def build(
     name: str, target: str, units: Sequence[Unit], link: Sequence[str], headers: Iterable[Path]
 ) -> Path:
-    """Compiles two units at a time and links them.
+    """Compiles two units at a time and links them. Targets of one name and the same headers share
+    the units that they are compiled from alike.
 
     Args:
         name: of the folder under build/.
@@ -51,34 +54,47 @@ def build(
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler was found")
-    files = {path for folder in headers for path in folder.iterdir() if path.is_file()}
-    files |= {unit.source for unit in units}
-    seen = hashlib.sha256(repr((cxx, units, link)).encode())
-    for path in sorted(files):
-        seen.update(path.read_bytes())
-    folder = ROOT / "build" / f"{name}-{seen.hexdigest()[:16]}"
-    if (folder / target).exists():
-        return folder / target
+    included = sorted({path for folder in headers for path in folder.iterdir() if path.is_file()})
+    folder = ROOT / "build" / f"{name}-{_digest(cxx, *included)}"
+    sources = [unit.source for unit in units]
+    made = folder / _digest(units, link, *sources) / target
+    if made.exists():
+        return made
     for old in folder.parent.glob(f"{name}-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    folder.parent.mkdir(exist_ok=True)
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
-    # Built aside and renamed: another process may want the same.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+    # Another process may want the same; and what is killed leaves nothing that looks whole.
+    with FileLock(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as aside:
+        if made.exists():
+            return made
 
         def compile_one(unit: Unit) -> str:
-            output = str(Path(aside) / f"{unit.source.stem}{unit.name}.o")
-            command = [unit.compiler] if unit.compiler else [cxx, "-x", "c++"]
-            _run([*command, *unit.flags, "-c", str(unit.source), "-o", output])
-            return output
+            output = f"{unit.source.stem}{unit.name}-{_digest(unit, unit.source)}.o"
+            if not (folder / output).exists():
+                command = [unit.compiler] if unit.compiler else [cxx, "-x", "c++"]
+                _run([*command, *unit.flags, "-c", str(unit.source), "-o", f"{aside}/{output}"])
+                Path(aside, output).replace(folder / output)
+            return str(folder / output)
 
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, units))
-        folder.mkdir(exist_ok=True)
         partial = Path(aside) / target
         _run([cxx, *objects, *link, "-o", str(partial)])
-        partial.replace(folder / target)
-    return folder / target
+        made.parent.mkdir(exist_ok=True)
+        partial.replace(made)
+    return made
+
+
+def _digest(*parts: object) -> str:
+    """Of what parts say, and of the bytes of those that are files."""
+    seen = hashlib.sha256()
+    for part in parts:
+        seen.update(repr(part).encode())
+        if isinstance(part, Path):
+            seen.update(part.read_bytes())
+    return seen.hexdigest()[:16]
 
 
 @functools.cache

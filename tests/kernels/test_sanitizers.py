@@ -109,6 +109,8 @@ module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from lslpn_kernels._backends import native
 assert native.module()[0] is module
+# Not all that intrinsics read and write is instrumented.
+module.cpu_use_instruction_set("plain")
 sys.exit(pytest.main(["-v", "tests/kernels/test_ops.py", "-k", "fuzz or capsules"]))
 """
 

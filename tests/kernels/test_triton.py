@@ -74,8 +74,8 @@ def test_interpreted() -> None:
     """The kernels' own tests, and what every backend can do (docs/backends.md), side by side."""
 
     def run(file: str) -> str:
-        command = ("-m", "pytest", "-p", "no:cacheprovider", str(TESTS / file))
-        return _python(*command, TRITON_INTERPRET="1")
+        command = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "interpret_quickly")
+        return _python(*command, str(TESTS / file), TRITON_INTERPRET="1")
 
     with ThreadPoolExecutor(2) as pool:
         for out in pool.map(run, ("triton_interpreter.py", "test_backends.py")):

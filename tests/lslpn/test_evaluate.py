@@ -20,7 +20,16 @@ from lslpn.config import ModelConfig
 from lslpn.data.dataset import Dataset
 from lslpn.errors import InputError
 from lslpn.evaluation.protocols import PROTOCOLS, Pair, areas, protocol_of
-from lslpn.evaluation.results import Evaluation, Row, Skipped, dice, fraction, save, summary
+from lslpn.evaluation.results import (
+    Evaluation,
+    Row,
+    Skipped,
+    dice,
+    fraction,
+    render_table,
+    save,
+    summary,
+)
 from lslpn.evaluation.scoring import evaluate, evaluate_grids
 from lslpn.models import LSLPN, untrained
 from lslpn_kernels import GridSpec, LocalPrototypeHead
@@ -601,6 +610,8 @@ def test_json_is_json_and_the_tables_hold_every_score() -> None:
     marked = found.table(markdown=True)
     assert "| liver  | 0.500 | 0.600 | 1.000 | 0.700 |  0.600 |" in marked
     assert "| 1/8   |" in summary([found], markdown=True)
+    named = render_table("", [""], [["[bold]a :smile: [/none]"]], False)
+    assert "[bold]a :smile: [/none]" in named
 
 
 def test_fractions_read_as_people_write_them() -> None:

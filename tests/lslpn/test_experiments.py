@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import itertools
 import json
@@ -135,6 +136,22 @@ def test_the_markdown_is_what_the_json_says(finished: Path) -> None:
             " +", " ", comparisons
         )
     assert len(content["comparisons"]) == 3
+
+
+def test_the_page_has_the_tables_the_plot_and_every_evaluation(finished: Path) -> None:
+    content, page = loaded(finished, "table1"), (finished / "table1.html").read_text("utf-8")
+    for line in content["table"]:
+        cells = [f"{v['mean']:.3f} ± {v['deviation']:.3f}" for v in line["organs"].values()]
+        values = "\n".join(f"<td>{cell}</td>" for cell in cells)
+        assert f"<td>{line['label']}</td>\n{values}" in page
+    assert "<h2>Paired comparisons</h2>" in page
+    plot = base64.b64encode((finished / "table1.png").read_bytes()).decode()
+    assert page.count("<img ") == page.count(f'src="data:image/png;base64,{plot}"') == 1
+    assert page.count("<details>") == page.count("<svg ") == len(content["runs"])
+    assert "<summary>panet, all classes; liver held out, seed 2, align none</summary>" in page
+    # The page's own policy would not let these be.
+    assert 'style="' not in page
+    assert str(finished) not in page
 
 
 def test_every_output_says_what_it_was_made_from(finished: Path) -> None:
@@ -433,6 +450,7 @@ def test_misalignment_and_figures(data: Path, copy: Path, monkeypatch: pytest.Mo
     no_work(monkeypatch)
     assert main([*command, "--case", "syn_03"]) == 0
     assert pictures == {name: (copy / name).read_bytes() for name in pictures}
+    assert (copy / "figures.html").read_text("utf-8").count('src="data:image/png') == 2
 
 
 # --- plan -----------------------------------------------------------------------------------

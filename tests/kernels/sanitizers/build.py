@@ -12,17 +12,16 @@ import ast
 import platform
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from instrumented import ROOT, Unit, build, launcher
 
 HERE = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
-# -O1 and not -O3: what is out of bounds is so at any level, and half the time goes into compiling.
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
-FLAGS += ["-I", str(ROOT / "csrc"), "-I", str(HERE)]
+FLAGS += ["-I", str(ROOT / "csrc"), "-I", str(HERE), "-fopenmp", "-fPIC", "-fvisibility=hidden"]
+HEADERS = (CPU, ROOT / "csrc" / "core", ROOT / "csrc", HERE)
 
 
 def _setup_constants() -> tuple[dict[str, list[str]], tuple[str, ...]]:
@@ -46,29 +45,21 @@ def build_driver(sanitizer: str) -> Path:
     Raises:
         RuntimeError: there is no compiler, or it refuses the sources.
     """
-    variants: dict[str, list[str]] = {"plain": []}
-    flags = [*FLAGS, "-fopenmp"]
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        variants |= INSTRUCTION_SETS
-        flags.append("-DLSLPN_X86")
-    instrument = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    link = [*instrument, "-fopenmp", "-pthread"]
-    helpers = [HERE / "driver.cpp"]
-    driver_flags = [*flags, *instrument]
+    instrument = _instrument(sanitizer)
+    link, flags = [*instrument, "-pthread"], [*_flags(), *instrument]
+    units = _kernels(sanitizer)
     if sanitizer == "thread":
-        helpers.append(HERE / "threads.cpp")
-        link.remove("-fopenmp")
         # The driver starts no threads of its own but to call kernels, and is quicker like this.
-        driver_flags = [*flags, "-DLSLPN_OWN_THREADS"]
-    units = list(_units(variants, [*flags, *instrument], leave_out="bindings.cpp"))
-    units.sort(key=lambda unit: -unit.source.stat().st_size)  # the longest first
-    units += [Unit(source, tuple(driver_flags)) for source in helpers]
-    headers = [CPU, ROOT / "csrc" / "core", HERE]
-    return build(f"sanitizers-{sanitizer.partition(',')[0]}", "driver", units, link, headers)
+        flags = [*_flags(), "-DLSLPN_OWN_THREADS"]
+        units.append(Unit(HERE / "threads.cpp", tuple(flags)))
+    else:
+        link.append("-fopenmp")
+    units.append(Unit(HERE / "driver.cpp", tuple(flags)))
+    return build(f"sanitizers-{sanitizer.partition(',')[0]}", "driver", units, link, HEADERS)
 
 
 def build_module() -> Path:
-    """The package's compiled module under "address,undefined", with the plain kernels alone.
+    """The package's compiled module under "address,undefined", with the kernels of the driver.
 
     Raises:
         RuntimeError: there is no compiler, or it refuses the sources.
@@ -76,28 +67,43 @@ def build_module() -> Path:
     """
     import pybind11
 
-    includes = ["-I", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
-    instrument = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags = [*FLAGS, *includes, "-fopenmp", "-fPIC", "-fvisibility=hidden"]
+    instrument = _instrument("address,undefined")
+    python = ("-I", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"])
     units = [
-        *_units({"plain": []}, [*flags, *instrument]),
-        Unit(ROOT / "csrc" / "module.cpp", tuple(flags)),
+        *_kernels("address,undefined"),
+        Unit(CPU / "bindings.cpp", (*_flags(), *instrument, *python)),
+        Unit(ROOT / "csrc" / "module.cpp", (*_flags(), *python)),
     ]
-    headers = [CPU, ROOT / "csrc" / "core", ROOT / "csrc"]
     name = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
-    return build("fuzzed", name, units, ["-shared", *instrument, "-fopenmp"], headers)
+    link = ["-shared", *instrument, "-fopenmp"]
+    return build("sanitizers-address", name, units, link, HEADERS)
 
 
-def _units(
-    variants: Mapping[str, Sequence[str]], flags: Sequence[str], leave_out: str = ""
-) -> Iterator[Unit]:
-    """The sources of csrc/cpu; the kernels once for each instruction set and its flags."""
-    for source in sorted(CPU.glob("*.cpp")):
+def _x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, "-DLSLPN_X86"] if _x86() else FLAGS
+
+
+def _instrument(sanitizer: str) -> list[str]:
+    return [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+
+
+def _kernels(sanitizer: str) -> list[Unit]:
+    """The sources of csrc/cpu without the bindings, the longest first; the kernels once for each
+    instruction set and its flags."""
+    flags = [*_flags(), *_instrument(sanitizer)]
+    variants = {"plain": [], **(INSTRUCTION_SETS if _x86() else {})}
+    units = []
+    for source in sorted(CPU.glob("*.cpp"), key=lambda path: -path.stat().st_size):
         if source.name in KERNELS:
             for isa, extra in variants.items():
-                yield Unit(source, (*flags, *extra, f"-DLSLPN_ISA={isa}"), f"_{isa}")
-        elif source.name != leave_out:
-            yield Unit(source, tuple(flags))
+                units.append(Unit(source, (*flags, *extra, f"-DLSLPN_ISA={isa}"), f"_{isa}"))
+        elif source.name != "bindings.cpp":
+            units.append(Unit(source, tuple(flags)))
+    return units
 
 
 if __name__ == "__main__":
