@@ -25,7 +25,7 @@ struct MatchBackwardKernel {
 
 // First the blocks for the prototypes, then those for the features.
 template <class T>
-LSLPN_KERNEL(kExchangeThreads, 3)
+LSLPN_KERNEL(kExchangeThreads, 2)
 match_backward(LSLPN_PARAMETERS MatchBackwardKernel<T> p) {
   if (block_index() < p.gathers) {
     gather<T, false>(p.exchange, p.features, block_index());

@@ -79,6 +79,9 @@ LSLPN_DEVICE float quotient(float a, float b) {
 LSLPN_DEVICE bool either_is_nan(float a, float b) {
   return a != a || b != b;
 }
+LSLPN_DEVICE bool is_finite(float value) {
+  return isfinite(value);
+}
 // The larger of two numbers; NaN if either is.
 LSLPN_DEVICE float max_or_nan(float a, float b) {
   float result;
@@ -117,17 +120,18 @@ LSLPN_DEVICE void split_tf32(float value, std::uint32_t& high, std::uint32_t& lo
 LSLPN_DEVICE std::uint32_t bits_of(float value) {
   return __float_as_uint(value);
 }
-// sum[0] and sum[2] += part if `even`, sum[1] and sum[3] if `odd`.
-LSLPN_DEVICE void add_if(unsigned even, unsigned odd, float (&sum)[4], const float (&part)[4]) {
-  asm("{.reg .pred even, odd;\n"
-      "setp.ne.u32 even, %8, 0;\n"
-      "setp.ne.u32 odd, %9, 0;\n"
-      "@even add.f32 %0, %0, %4;\n"
-      "@odd add.f32 %1, %1, %5;\n"
-      "@even add.f32 %2, %2, %6;\n"
-      "@odd add.f32 %3, %3, %7;}"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "f"(part[0]), "f"(part[1]), "f"(part[2]), "f"(part[3]), "r"(even), "r"(odd));
+LSLPN_DEVICE float float_of(std::uint32_t bits) {
+  return __uint_as_float(bits);
+}
+// first += low * value and second += high * value if `mine` is `of`.
+LSLPN_DEVICE void add_if_equal(int mine, int of, float low, float high, float value, float& first,
+                               float& second) {
+  asm("{.reg .pred equal;\n"
+      "setp.eq.s32 equal, %2, %3;\n"
+      "@equal fma.rn.f32 %0, %4, %6, %0;\n"
+      "@equal fma.rn.f32 %1, %5, %6, %1;}"
+      : "+f"(first), "+f"(second)
+      : "r"(mine), "r"(of), "f"(low), "f"(high), "f"(value));
 }
 
 // d [16 x 8] = a [16 x 8] b [8 x 8], plus d unless it `begins`, by a whole warp, products of TF32
@@ -152,15 +156,13 @@ LSLPN_DEVICE void matrix_multiply(float (&d)[4], const std::uint32_t (&a)[4],
 
 // What the launches need to know of the current device.
 struct Device {
-  int multiprocessors;
   int shared_memory;       // bytes that a block can have
   std::int64_t workspace;  // bytes that are worth no thought
 };
 inline Device this_device() {
   int index = 0;
-  Device device{1, 48 * 1024, 16 << 20};
+  Device device{48 * 1024, 16 << 20};
   if (cudaGetDevice(&index) != cudaSuccess) return device;
-  cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   return device;
 }

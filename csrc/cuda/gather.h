@@ -1,4 +1,8 @@
 // From feature locations to windows: sums over locations of weight times features.
+//
+// A block has a few columns of the product, classes of neighbouring windows, and visits all
+// locations under them. What the tiles of a window give to a location is added up first, and lies
+// in shared memory as the tensor cores take it.
 #pragma once
 
 #include "exchange.h"
@@ -34,176 +38,236 @@ struct Gatherer {
   const Images<const T>& features;
   std::int64_t b;  // the episode
   Range wy, wx, classes;
-  float* sums;  // [ring][windows of a row][classes], p.pitch() floats each
+  Range ty, tx;  // the tiles under the windows
+  GatherMemory& memory;
+  float* sums;                        // [columns][p.pitch()]
+  Part *y, *x;                        // the tiles'
+  unsigned short *first_y, *first_x;  // the first tile of each row and column of locations
+  int height, width;                  // of the locations
 
-  LSLPN_DEVICE int window(int y, int x) const { return y * p.grid.x.windows + x; }
-  LSLPN_DEVICE float* sum(int y, int x, int c) const {
-    const int row = y % p.ring * (wx.end - wx.begin) + x - wx.begin;
-    return sums + (row * (classes.end - classes.begin) + c) * p.pitch();
+  // A column's class and window.
+  struct Column {
+    int c, y, x;
+  };
+  LSLPN_DEVICE int columns() const {
+    return (classes.end - classes.begin) * (wy.end - wy.begin) * (wx.end - wx.begin);
+  }
+  LSLPN_DEVICE Column column(int e) const {
+    const int across = wx.end - wx.begin, down = wy.end - wy.begin, row = e / across;
+    return {classes.begin + row / down, wy.begin + row % down, wx.begin + e % across};
+  }
+  LSLPN_DEVICE std::int64_t window(std::int64_t image, const Column& at) const {
+    return (image * p.C + at.c) * p.grid.windows() + at.y * p.grid.x.windows + at.x;
   }
 
-  // Where the product's column goes to, null for nowhere; and with what factor.
-  LSLPN_DEVICE float* target(int column, const Stretch& y, const Stretch& x, std::int64_t image,
-                             float& factor) const {
-    const int windows = y.windows * x.windows;
-    const int c = column / windows, w = column - c * windows, row = w / x.windows;
-    const int i = y.window + row, j = x.window + w - row * x.windows;
-    factor = 1;
-    if (classes.begin + c >= classes.end) return nullptr;
-    if (i < wy.begin || i >= wy.end || j < wx.begin || j >= wx.end) return nullptr;
-    if (kPool) {
-      factor = p.scale[(image * p.C + classes.begin + c) * p.grid.windows() + window(i, j)];
-      // Where too few pixels are in a window, NaN under others must not show.
-      if (factor == 0) return nullptr;
+  LSLPN_DEVICE Part part(const Axis& axis, const Tiles& tiles, int i, bool down) const {
+    const Stretch s = stretch(axis, tiles, i);
+    Part part{s.cell, static_cast<short>(s.cell + s.cells), s.window, 0};
+    for (int e = 0; e < columns(); ++e) {
+      const int w = (down ? column(e).y : column(e).x) - s.window;
+      if (w >= 0 && w < s.windows) part.columns |= 1u << e;
     }
-    return sum(i, j, c);
+    return part;
   }
 
-  // One tile. A lane has pairs of neighbouring locations: k of the product.
-  LSLPN_DEVICE void add(const Stretch& y, const Stretch& x, const float* maps, const T* image,
-                        std::int64_t n, const std::int64_t (&offset)[5], int step) const {
-    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-    const int g = lane / 4, q = lane % 4;
-    const int windows = y.windows * x.windows, columns = (classes.end - classes.begin) * windows;
-    const T* corner = image + (y.cell * features.h + x.cell * features.w);
-    LSLPN_NO_UNROLL
-    for (int first = 0; first < columns; first += 8) {
-      const int mine = minimum(first + g, columns - 1), c = mine / windows;
-      const float* map = maps + p.slot(classes.begin + c, mine - c * windows, x.windows) * kMap;
-      OperandB weights[5];
-      LSLPN_UNROLL
-      for (int k = 0; k < 5; ++k) {
-        const int at = q < 3 ? kTileSide * k + 2 * q : 30 + 2 * k;
-        const int column = q < 3 ? 2 * q : 2 * k;
-        float2 w = *reinterpret_cast<const float2*>(map + at);
-        // A last column by itself is the second of a pair.
-        if (column + 1 == x.cells && column > 0) w = make_float2(0, w.x);
-        weights[k].set(0, w.x);
-        weights[k].set(1, w.y);
-      }
-      float factor[2];
-      float* to[2];
-      LSLPN_UNROLL
-      for (int e = 0; e < 2; ++e) to[e] = target(first + 2 * q + e, y, x, n, factor[e]);
+  LSLPN_DEVICE void find_parts() {
+    const int rows = ty.end - ty.begin, across = tx.end - tx.begin;
+    for (int e = thread_index(); e < rows + across; e += kExchangeThreads) {
+      (e < rows ? y[e] : x[e - rows]) =
+          e < rows ? part(p.grid.y, p.grid.tiles_y, ty.begin + e, true)
+                   : part(p.grid.x, p.grid.tiles_x, tx.begin + e - rows, false);
+    }
+    if (thread_index() < kColumns) {
+      const Column at = column(minimum(thread_index(), columns() - 1));
+      memory.slots[thread_index()] = kMap * p.slot(at.c, at.y, at.x);
+    }
+    for (int e = thread_index(); e < p.columns * p.pitch(); e += kExchangeThreads) sums[e] = 0;
+    block_barrier();
+    height = y[rows - 1].end - y[0].cell;
+    width = x[across - 1].end - x[0].cell;
+    for (int e = thread_index(); e < height + width; e += kExchangeThreads) {
+      const Part* of = e < height ? y : x;
+      const int cell = of[0].cell + (e < height ? e : e - height);
+      int tile = 0;
+      while (of[tile].end <= cell) ++tile;
+      (e < height ? first_y[e] : first_x[e - height]) = static_cast<unsigned short>(tile);
+    }
+    block_barrier();
+  }
+
+  // The weights of some locations from the first-th on.
+  LSLPN_DEVICE void find_weights(const float* maps, int first, int count) const {
+    for (int l = thread_index(); l < (count + 7) / 8 * 8; l += kExchangeThreads) {
+      float sum[kColumns] = {};
+      unsigned covered = 0;
+      // Those that fill up repeat the last location, and have no weight.
+      const int at = minimum(first + l, height * width - 1), row = at / width;
+      const int i = y[0].cell + row, j = x[0].cell + at - row * width;
       LSLPN_NO_UNROLL
-      for (int d = 16 * warp + g; d - g < p.D; d += 16 * kExchangeWarps) {
-        const T* low = corner + static_cast<std::int64_t>(minimum(d, p.D - 1)) * features.d;
-        const T* high = corner + static_cast<std::int64_t>(minimum(d + 8, p.D - 1)) * features.d;
-        T raw[5][4];
-        LSLPN_UNROLL
-        for (int k = 0; k < 5; ++k) {
-          raw[k][0] = read(low, offset[k]);
-          raw[k][1] = read(high, offset[k]);
-          raw[k][2] = read(low + step, offset[k]);
-          raw[k][3] = read(high + step, offset[k]);
-        }
-        OperandA f[5];
-        LSLPN_UNROLL
-        for (int k = 0; k < 5; ++k) {
+      for (int r = first_y[row]; l < count && r < ty.end - ty.begin && y[r].cell <= i; ++r) {
+        LSLPN_NO_UNROLL
+        for (int c = first_x[at - row * width]; c < tx.end - tx.begin && x[c].cell <= j; ++c) {
+          const Part here_y = y[r], here_x = x[c];
+          const int tile = (ty.begin + r) * p.grid.tiles_x.count + tx.begin + c;
+          const int place = p.slot(0, here_y.window, here_x.window);
+          const float* map = maps + ((std::int64_t{tile} * p.slots - place) * kMap +
+                                     kTileSide * (i - here_y.cell) + j - here_x.cell);
+          const unsigned columns = here_y.columns & here_x.columns;
+          covered |= columns;
           LSLPN_UNROLL
-          for (int e = 0; e < 4; ++e) set_feature(f[k], e, raw[k][e]);
-        }
-        float sum[4];
-        multiply<kHalf<T>>(sum, f, weights);
-        LSLPN_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          if (!to[e]) continue;
-          to[e][d] += factor[e] * sum[e];
-          to[e][d + 8] += factor[e] * sum[2 + e];
+          for (int e = 0; e < kColumns; ++e) {
+            if (columns >> e & 1) sum[e] += map[memory.slots[e]];
+          }
         }
       }
-      warp_barrier();  // other lanes add to these sums next
+      memory.columns[l] = static_cast<unsigned char>(covered);
+      reinterpret_cast<std::int64_t*>(&memory.offsets[l / 8][l % 4])[l / 4 % 2] =
+          std::int64_t{i * features.h + j * features.w} * int{sizeof(T)};
+      LSLPN_UNROLL
+      for (int e = 0; e < kColumns; ++e) {
+        std::uint32_t* to = &memory.weights[l / 8][4 * e + l % 4].x + l / 4 % 2;
+        split_tf32(sum[e], to[0], to[2]);
+      }
     }
   }
 
-  // Writes a row of windows, and clears its sums. dp = (dq - <q, dq> q) / |p|, q = p / |p|.
-  LSLPN_DEVICE void finish(int y) const {
+  // Adds 16 channels of kSteps times 8 locations from the step-th on.
+  template <int kSteps>
+  LSLPN_DEVICE void add(float (&sum)[4], const T* low, const T* high, int step) const {
+    const int lane = thread_index() % kWarp;
+    T raw[kSteps][4];
+    LSLPN_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      const longlong2 at = memory.offsets[step + k][lane % 4];
+      raw[k][0] = read(low, at.x);
+      raw[k][1] = read(high, at.x);
+      raw[k][2] = read(low, at.y);
+      raw[k][3] = read(high, at.y);
+    }
+    OperandA f[kSteps];
+    OperandB w[kSteps];
+    LSLPN_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) set_feature(f[k], e, raw[k][e]);
+      set(w[k], memory.weights[step + k][lane]);
+    }
+    float part[4];
+    multiply<kHalf<T>>(part, f, w);
+    LSLPN_UNROLL
+    for (int e = 0; e < 4; ++e) sum[e] += part[e];
+  }
+
+  // One channel of one column, of the locations under its window alone: others have a weight of 0,
+  // which does not keep a NaN away.
+  LSLPN_DEVICE float sum_alone(const T* channel, int column, int count) const {
+    float sum = 0;
+    LSLPN_NO_UNROLL
+    for (int l = 0; l < count; ++l) {
+      if (!(memory.columns[l] >> column & 1)) continue;
+      const std::uint32_t* weight = &memory.weights[l / 8][4 * column + l % 4].x + l / 4 % 2;
+      const std::int64_t* offset =
+          reinterpret_cast<const std::int64_t*>(&memory.offsets[l / 8][l % 4]) + l / 4 % 2;
+      sum += (float_of(weight[0]) + float_of(weight[2])) * to_float(read(channel, *offset));
+    }
+    return sum;
+  }
+
+  // All channels of some locations.
+  LSLPN_DEVICE void add_locations(std::int64_t n, int count) const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-    const int width = wx.end - wx.begin, count = width * (classes.end - classes.begin);
-    for (int e = warp; e < count; e += kExchangeWarps) {
-      const int x = wx.begin + e % width, c = e / width;
-      const std::int64_t at = (b * p.C + classes.begin + c) * p.grid.windows() + window(y, x);
-      float* from = sum(y, x, c);
-      float* to = p.out + at * p.D;
+    const int g = lane / 4, q = lane % 4, steps = (count + 7) / 8;
+    const T* image = features.image(b, n);
+    float factor[2];
+    LSLPN_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int mine = minimum(2 * q + e, columns() - 1);
+      factor[e] = kPool ? p.scale[window(b * p.N + n, column(mine))] : 1;
+      if (2 * q + e >= columns()) factor[e] = 0;
+    }
+    LSLPN_NO_UNROLL
+    for (int d = 16 * warp + g; d - g < p.D; d += 16 * kExchangeWarps) {
+      const T* low = image + static_cast<std::int64_t>(minimum(d, p.D - 1)) * features.d;
+      const T* high = image + static_cast<std::int64_t>(minimum(d + 8, p.D - 1)) * features.d;
+      float sum[4] = {};
+      int step = 0;
+      LSLPN_NO_UNROLL
+      for (; step + 4 <= steps; step += 4) add<4>(sum, low, high, step);
+      LSLPN_NO_UNROLL
+      for (; step < steps; ++step) add<1>(sum, low, high, step);
+      if (!is_finite(sum[0] + sum[1] + sum[2] + sum[3])) {
+        for (int e = 0; e < 4; ++e) {
+          sum[e] = sum_alone(e < 2 ? low : high, 2 * q + e % 2, count);
+        }
+      }
+      LSLPN_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        // Where too few pixels are in a window, NaN under it must not show.
+        if (factor[e] == 0) continue;
+        float* to = sums + (2 * q + e) * p.pitch() + d;
+        to[0] += factor[e] * sum[e];
+        to[8] += factor[e] * sum[2 + e];
+      }
+    }
+  }
+
+  // Writes the columns. dp = (dq - <q, dq> q) / |p|, q = p / |p|.
+  LSLPN_DEVICE void finish() const {
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+    for (int e = warp; e < columns(); e += kExchangeWarps) {
+      const std::int64_t at = window(b, column(e));
+      const float* from = sums + e * p.pitch();
+      const float* prototype = p.vectors + at * p.D;
       float inverse = 1, along = 0;
       if (!kPool) {
-        const float* prototype = p.vectors + at * p.D;
         inverse = p.scale[at];
         for (int d = lane; d < p.D; d += kWarp) along += from[d] * prototype[d];
         for (int s = 16; s > 0; s /= 2) along += shuffle_xor(along, s);
         along *= inverse * inverse;
-        for (int d = lane; d < p.D; d += kWarp)
-          from[d] = (from[d] - along * prototype[d]) * inverse;
       }
       for (int d = lane; d < p.D; d += kWarp) {
-        to[d] = from[d];
-        from[d] = 0;
+        p.out[at * p.D + d] = kPool ? from[d] : (from[d] - along * prototype[d]) * inverse;
       }
     }
   }
 };
 
-// One block: a part of the windows and classes of an episode.
+// One block: some classes of some windows of an episode.
 template <class T, bool kPool>
 LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, std::int64_t block) {
-  const int lane = thread_index() % kWarp, q = lane % 4;
   const int part_x = static_cast<int>(block % p.parts_x);
   const int part_y = static_cast<int>(block / p.parts_x % p.parts_y);
   const int part_c = static_cast<int>(block / p.parts_x / p.parts_y % p.parts_c);
   const std::int64_t episode = block / p.parts_x / p.parts_y / p.parts_c;
   const Range wy = block_of(p.grid.y.windows, p.parts_y, part_y);
   const Range wx = block_of(p.grid.x.windows, p.parts_x, part_x);
+  const Range classes = block_of(p.C, p.parts_c, part_c);
   const Range ty = stretches_of_windows(p.grid.y, p.grid.tiles_y, wy.begin, wy.end - 1);
   const Range tx = stretches_of_windows(p.grid.x, p.grid.tiles_x, wx.begin, wx.end - 1);
-  const int rows = ty.end - ty.begin, columns = tx.end - tx.begin;
-  Stretch* y = reinterpret_cast<Stretch*>(shared_memory());
-  Stretch* x = y + rows;
-  float* sums = reinterpret_cast<float*>(shared_memory()) + (rows + columns) * 3;
-  const Gatherer<T, kPool> gatherer{
-      p, features, p.chunk.first + episode, wy, wx, block_of(p.C, p.parts_c, part_c), sums};
-  const Range& classes = gatherer.classes;
+  GatherMemory& memory = *reinterpret_cast<GatherMemory*>(shared_memory());
+  float* sums = reinterpret_cast<float*>(&memory + 1);
+  Part* y = reinterpret_cast<Part*>(sums + p.columns * p.pitch());
+  Part* x = y + (ty.end - ty.begin);
+  unsigned short* first_y = reinterpret_cast<unsigned short*>(x + (tx.end - tx.begin));
+  Gatherer<T, kPool> gatherer{
+      p, features, p.chunk.first + episode,  wy, wx, classes, ty, tx, memory, sums, y,
+      x, first_y,  first_y + p.grid.y.cells, 0,  0};
   if (kPool) find_factors(p, episode, wy, wx, classes);
-  for (int e = thread_index(); e < rows + columns; e += kExchangeThreads) {
-    y[e] = e < rows ? stretch(p.grid.y, p.grid.tiles_y, ty.begin + e)
-                    : stretch(p.grid.x, p.grid.tiles_x, tx.begin + e - rows);
-  }
-  const int floats = p.ring * (wx.end - wx.begin) * (classes.end - classes.begin) * p.pitch();
-  for (int e = thread_index(); e < floats; e += kExchangeThreads) sums[e] = 0;
-  block_barrier();
-
-  std::int64_t offset[5] = {};  // of a lane's pairs of locations, in bytes
-  int step = 0, cells = 0;
+  gatherer.find_parts();
+  const int locations = gatherer.height * gatherer.width;
   LSLPN_NO_UNROLL
-  for (int i = 0; i < rows; ++i) {
+  for (int n = 0; n < p.N; ++n) {
+    const float* maps = p.maps + (episode * p.N + n) * p.grid.tiles() * p.slots * kMap;
     LSLPN_NO_UNROLL
-    for (int n = 0; n < p.N; ++n) {
-      const std::int64_t image = gatherer.b * p.N + n;
-      const T* from = features.image(gatherer.b, n);
-      const float* maps = p.maps + ((episode * p.N + n) * p.grid.tiles() +
-                                    (ty.begin + i) * p.grid.tiles_x.count + tx.begin) *
-                                       p.slots * kMap;
-      LSLPN_NO_UNROLL
-      for (int j = 0; j < columns; ++j) {
-        if (cells != (y[i].cells << 8 | x[j].cells)) {
-          cells = y[i].cells << 8 | x[j].cells;
-          step = x[j].cells > 1 ? features.w : 0;
-          LSLPN_UNROLL
-          for (int k = 0; k < 5; ++k) {
-            const int row = minimum(q < 3 ? k : 5, y[i].cells - 1);
-            const int column = minimum(q < 3 ? 2 * q : 2 * k, maximum(x[j].cells - 2, 0));
-            offset[k] = std::int64_t{row * features.h + column * features.w} * int{sizeof(T)};
-          }
-        }
-        gatherer.add(y[i], x[j], maps + static_cast<std::int64_t>(j) * p.slots * kMap, from, image,
-                     offset, step);
-      }
+    for (int first = 0; first < locations; first += kLocations) {
+      const int count = minimum(locations - first, kLocations);
+      gatherer.find_weights(maps, first, count);
+      block_barrier();
+      gatherer.add_locations(n, count);
+      block_barrier();
     }
-    const int next = i + 1 < rows ? y[i + 1].window : wy.end;
-    if (next <= maximum(y[i].window, wy.begin)) continue;
-    block_barrier();
-    for (int w = maximum(y[i].window, wy.begin); w < minimum(next, wy.end); ++w) gatherer.finish(w);
-    block_barrier();
   }
+  gatherer.finish();
 }
 
 }  // namespace lslpn::cuda

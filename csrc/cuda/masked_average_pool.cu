@@ -31,25 +31,39 @@ struct MaskMemory {
   float board[kTileSide][kClasses][kTilePixels + 1];
 };
 
-// How much of a pixel belongs to classes c and c + 1; of an image's masks, as core/masks.h has it.
-template <class M, MaskKind kKind>
-LSLPN_DEVICE void read_masks(const M* masks, int plane, int C, int c, float (&value)[kClasses]) {
+// How much of some pixels, each below the other, belongs to classes c and c + 1; of an image's
+// masks, as core/masks.h has it.
+template <class M, MaskKind kKind, int kRows>
+LSLPN_DEVICE void read_masks(const M* masks, std::int64_t down, int plane, int C, int c,
+                             float (&value)[kRows][kClasses]) {
   if constexpr (kKind == MaskKind::labels) {
-    value[0] = masks[0] == static_cast<M>(c) ? 1 : 0;
-    value[1] = masks[0] == static_cast<M>(c + 1) ? 1 : 0;
-  } else if constexpr (kKind == MaskKind::classes) {
-    value[0] = static_cast<float>(masks[static_cast<std::int64_t>(c) * plane]);
-    value[1] = c + 1 < C ? static_cast<float>(masks[static_cast<std::int64_t>(c + 1) * plane]) : 0;
+    LSLPN_UNROLL
+    for (int k = 0; k < kRows; ++k) {
+      const M label = masks[k * down];
+      value[k][0] = label == static_cast<M>(c) ? 1 : 0;
+      value[k][1] = label == static_cast<M>(c + 1) ? 1 : 0;
+    }
   } else {
-    value[1] = c + 1 < C ? static_cast<float>(masks[static_cast<std::int64_t>(c) * plane]) : 0;
-    if (c > 0) {
-      value[0] = static_cast<float>(masks[static_cast<std::int64_t>(c - 1) * plane]);
+    // The plane of a class that there is not is that of the last: it is not looked at.
+    const int first = kKind == MaskKind::classes ? 0 : 1;
+    const M* planes = masks + static_cast<std::int64_t>(minimum(c + 1, C - 1) - first) * plane;
+    LSLPN_UNROLL
+    for (int k = 0; k < kRows; ++k) value[k][1] = static_cast<float>(planes[k * down]);
+    if (c >= first) {
+      planes = masks + static_cast<std::int64_t>(c - first) * plane;
+      LSLPN_UNROLL
+      for (int k = 0; k < kRows; ++k) value[k][0] = static_cast<float>(planes[k * down]);
     } else {
-      float held = value[1];
-      for (int k = 1; k < C - 1; ++k) {
-        held += static_cast<float>(masks[static_cast<std::int64_t>(k) * plane]);
+      LSLPN_UNROLL
+      for (int k = 0; k < kRows; ++k) value[k][0] = value[k][1];
+      LSLPN_NO_UNROLL
+      for (int other = 1; other < C - 1; ++other) {
+        planes += plane;
+        LSLPN_UNROLL
+        for (int k = 0; k < kRows; ++k) value[k][0] += static_cast<float>(planes[k * down]);
       }
-      value[0] = held > 1 ? 0 : 1 - held;  // NaN stays NaN
+      LSLPN_UNROLL
+      for (int k = 0; k < kRows; ++k) value[k][0] = max_or_nan(0, 1 - value[k][0]);
     }
   }
 }
@@ -66,6 +80,7 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
   const ColumnSums columns(tile, lane, memory.weights);
   const int plane = p.grid.y.pixels * p.grid.x.pixels;
+  const std::int64_t down = kept(p.grid.x.pixels);
   const int stored = kKind == MaskKind::labels ? 1 : kKind == MaskKind::foreground ? p.C - 1 : p.C;
   const M* masks = static_cast<const M*>(p.masks) + (p.first_image + image) * stored * plane +
                    tile.pixel(p.grid, lane);
@@ -83,21 +98,18 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
         next[e] = 0;
       }
       const int end = y + tile.rows_at(row);
-      by_rows<kRowsAtATime>(y, end, [&](const auto& rows) {
-        float m[kRowsAtATime][kClasses];
+      by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        float m[kRows][kClasses];
+        read_masks<M, kKind>(masks + begin * p.grid.x.pixels, down, plane, p.C, c, m);
         LSLPN_UNROLL
-        for (int k = 0; k < kRowsAtATime; ++k) {
-          read_masks<M, kKind>(masks + rows[k] * p.grid.x.pixels, plane, p.C, c, m[k]);
-        }
-        LSLPN_UNROLL
-        for (int k = 0; k < kRowsAtATime; ++k) {
-          const float upper = memory.rows[rows[k]].upper;
+        for (int k = 0; k < kRows; ++k) {
+          const float upper = memory.rows[begin + k].upper, lower = 1 - upper;
           LSLPN_UNROLL
           for (int e = 0; e < kClasses; ++e) {
-            const float value = rows.lacks(k) ? 0 : m[k][e], high = upper * value;
-            here[e] += value - high;
-            next[e] += high;
-            count[e] += value;
+            here[e] += lower * m[k][e];
+            next[e] += upper * m[k][e];
+            count[e] += m[k][e];
           }
         }
       });
@@ -147,7 +159,7 @@ pool(LSLPN_PARAMETERS PoolKernel<const T> p) {
 }
 
 template <class T>
-LSLPN_KERNEL(kExchangeThreads, 3)
+LSLPN_KERNEL(kExchangeThreads, 2)
 pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
   const Images<const T> none{nullptr, 0, 0, 0, 0, 0};
   scatter<T, true>(p.exchange, none, p.features, block_index());
@@ -178,6 +190,8 @@ bool make_plan(const Pool& call, PoolPlan& plan) {
 bool plan_pool(const Pool& call, PoolPlan& plan) {
   thread_local Plans<PoolPlan> plans;
   const Features& f = call.features;
+  // Without foreground there are no masks to be read.
+  if (call.masks.kind == MaskKind::foreground && call.masks.C == 1) return false;
   return small_images(f) && plans.find(plan_key(f, call.y, call.x, call.masks.C), plan,
                                        [&](PoolPlan& made) { return make_plan(call, made); });
 }

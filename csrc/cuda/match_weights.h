@@ -67,7 +67,7 @@ struct TileGradients {
     Norm norm;
     const float* grad = p.grad + pixel(image * p.C);
     const float* scores = kLoss ? p.loss.radial + pixel(image) : p.scores + pixel(image * p.C);
-    const std::int64_t plane = this->plane();
+    const std::int64_t plane = this->plane(), down = kept(p.grid.x.pixels);
     float carried = 0;
     int y = 0;
     LSLPN_NO_UNROLL
@@ -81,25 +81,27 @@ struct TileGradients {
         norm.between = here.y;
         norm.next = at(minimum(row + 1, kTileSide - 1)).x;
       }
-      by_rows<kRowsAtATime>(y, end, [&](const auto& rows) {
-        float product[kRowsAtATime] = {};
-        for (int c = 0; c < (kLoss ? 1 : p.C); ++c) {
+      by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        float product[kRows] = {};
+        std::int64_t here = begin * p.grid.x.pixels;
+        LSLPN_NO_UNROLL
+        for (int c = 0; c < (kLoss ? 1 : p.C); ++c, here += plane) {
           LSLPN_UNROLL
-          for (int k = 0; k < kRowsAtATime; ++k) {
-            const std::int64_t here = c * plane + rows[k] * p.grid.x.pixels;
-            product[k] += kLoss ? factor * scores[here] : grad[here] * scores[here];
+          for (int k = 0; k < kRows; ++k) {
+            const float score = (scores + here)[k * down];
+            product[k] += (kLoss ? factor : (grad + here)[k * down]) * score;
           }
         }
         LSLPN_UNROLL
-        for (int k = 0; k < kRowsAtATime; ++k) {
-          const int at_y = rows[k];
+        for (int k = 0; k < kRows; ++k) {
+          const int at_y = begin + k;
           const float upper = memory.rows[at_y].upper, lower = 1 - upper;
           const float square = norm.square(upper), scale = Norm::inverse_length(square);
           memory.inverse[at_y][lane] = scale * p.logit_scale * share;
           // Where there is no direction there is no gradient, whatever comes in.
-          const float gradient = square < eps_squared<float>() || rows.lacks(k)
-                                     ? 0
-                                     : -0.5f * product[k] * scale * scale;
+          const float gradient =
+              square < eps_squared<float>() ? 0 : -0.5f * product[k] * scale * scale;
           sum += gradient * lower * lower;
           carried += gradient * upper * upper;
           between += gradient * 2 * lower * upper;
@@ -141,6 +143,7 @@ struct TileGradients {
                               : p.grad + pixel(image * p.C + c);
     // The first class has minus the sum of the others.
     const float sign = kLoss && c == 0 ? -1.0f : 1.0f;
+    const std::int64_t down = kept(p.grid.x.pixels);
     const std::uint8_t* winners = kMean ? nullptr : p.winners + pixel(image * p.C + c);
     LSLPN_NO_UNROLL
     for (int w0 = 0; w0 < windows; w0 += kWindowsAtATime) {
@@ -159,33 +162,31 @@ struct TileGradients {
           next[e] = 0;
         }
         const int end = y + tile.rows_at(row);
-        by_rows<kRowsAtATime>(y, end, [&](const auto& rows) {
-          float gradient[kRowsAtATime];
-          int winner[kRowsAtATime];
+        by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
+          constexpr int kRows = decltype(rows)::value;
+          const std::int64_t at = begin * p.grid.x.pixels;
+          float gradient[kRows];
+          int winner[kRows];
           LSLPN_UNROLL
-          for (int k = 0; k < kRowsAtATime; ++k) {
-            const int at = rows[k] * p.grid.x.pixels;
-            gradient[k] = grad[at];
-            winner[k] = rows.lacks(k) ? -2 : kMean ? 0 : winners[at];
+          for (int k = 0; k < kRows; ++k) {
+            gradient[k] = (grad + at)[k * down];
+            winner[k] = kMean ? 0 : (winners + at)[k * down];
           }
           if (kLoss && c == 0) {
             for (int other = 1; other < p.C - 1; ++other) {
               LSLPN_UNROLL
-              for (int k = 0; k < kRowsAtATime; ++k) {
-                gradient[k] += grad[other * plane() + rows[k] * p.grid.x.pixels];
+              for (int k = 0; k < kRows; ++k) {
+                gradient[k] += (grad + (other * plane() + at))[k * down];
               }
             }
           }
           LSLPN_UNROLL
-          for (int k = 0; k < kRowsAtATime; ++k) {
-            const int at_y = rows[k];
-            const float upper = memory.rows[at_y].upper, lower = 1 - upper;
-            const float scaled = sign * gradient[k] * memory.inverse[at_y][lane];
+          for (int k = 0; k < kRows; ++k) {
+            const float upper = memory.rows[begin + k].upper, lower = 1 - upper;
+            const float scaled = sign * gradient[k] * memory.inverse[begin + k][lane];
             LSLPN_UNROLL
             for (int e = 0; e < kWindowsAtATime; ++e) {
-              const float value = winner[k] == place[e] ? scaled : 0;
-              here[e] += lower * value;
-              next[e] += upper * value;
+              add_if_equal(winner[k], place[e], lower, upper, scaled, here[e], next[e]);
             }
           }
         });

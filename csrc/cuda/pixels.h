@@ -2,6 +2,8 @@
 // pixels. Sums over rows are taken in registers on the way down, those over columns in the end.
 #pragma once
 
+#include <type_traits>
+
 #include "tiles.h"
 
 namespace lslpn::cuda {
@@ -70,24 +72,14 @@ struct PixelTile {
   }
 };
 
-// Some rows of pixels from `begin` on: kRows of them if they are kWhole, or fewer, the last of
-// which stands in for those that lack.
-template <bool kWhole>
-struct Rows {
-  int begin, end;
-
-  LSLPN_DEVICE int operator[](int k) const {
-    return kWhole ? begin + k : minimum(begin + k, end - 1);
-  }
-  LSLPN_DEVICE bool lacks(int k) const { return !kWhole && begin + k >= end; }
-};
-
-// Calls f with rows y .. end - 1, kRows at a time.
+// Calls f with rows y .. end - 1: the first of some and, as a constant, how many: kRows, or 1 in
+// the end.
 template <int kRows, class F>
 LSLPN_DEVICE void by_rows(int y, int end, F f) {
   LSLPN_NO_UNROLL
-  for (; y + kRows <= end; y += kRows) f(Rows<true>{y, y + kRows});
-  if (y < end) f(Rows<false>{y, end});
+  for (; y + kRows <= end; y += kRows) f(y, std::integral_constant<int, kRows>());
+  LSLPN_NO_UNROLL
+  for (; y < end; ++y) f(y, std::integral_constant<int, 1>());
 }
 
 // Sums over the columns of a tile: lane 8 e + j is for location column j of four numbers e.

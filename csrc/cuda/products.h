@@ -6,6 +6,8 @@
 // float32.
 #pragma once
 
+#include <type_traits>
+
 #include "common.h"
 
 namespace lslpn::cuda {
@@ -19,6 +21,14 @@ struct Operand {
 };
 using OperandA = Operand<4>;
 using OperandB = Operand<2>;
+
+// From high parts and low parts.
+LSLPN_DEVICE void set(OperandB& operand, const uint4& parts) {
+  operand.high[0] = parts.x;
+  operand.high[1] = parts.y;
+  operand.low[0] = parts.z;
+  operand.low[1] = parts.w;
+}
 
 // d = a b over kSteps of k, the small products first. kHalves: the numbers of `a`, or those of
 // both, are of half precision.
@@ -52,8 +62,13 @@ LSLPN_DEVICE void set_feature(Operand<kCount>& operand, int i, T value) {
 
 // An element at so many bytes: what is far apart is addressed so, with offsets worked out once.
 template <class T>
+LSLPN_DEVICE T* at_byte(T* from, std::int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(from) + bytes);
+}
+template <class T>
 LSLPN_DEVICE T read(const T* from, std::int64_t bytes) {
-  return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + bytes);
+  return *at_byte(from, bytes);
 }
 
 }  // namespace lslpn::cuda

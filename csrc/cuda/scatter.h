@@ -1,5 +1,8 @@
 // From windows to feature locations: sums over windows of weight times vectors, and for matching
 // the gradient of the Gram maps.
+//
+// What the tiles of a window give to a location is added up first, and lies in shared memory as the
+// tensor cores take it.
 #pragma once
 
 #include "exchange.h"
@@ -10,29 +13,28 @@ namespace lslpn::cuda {
 // row above and one column to the left of them.
 using GramBlock = float4[kBlock + 1][kBlock + 1];
 
-// Of a product with 8 windows of a tile: one of them, with the map's number at the block's first
-// location, and where this location is in the tile.
-struct Slot {
-  std::int64_t vector, weights;  // where they begin
+// Of a class and a window near the block, and by what it is multiplied.
+struct alignas(16) Vector {
+  const float* begin;
   float scale;
 };
-struct Place {
-  unsigned rows, columns;  // bits: those of the block that the tile has
-  int first;               // of the columns
-};
 
-constexpr int kProductsAtATime = 64;
+constexpr int kVectors = 64;  // at a time
 
 struct ScatterMemory {
+  uint4 weights[kVectors / 8][kBlock][kWarp];  // of a lane's two vectors: high parts, low parts
   GramBlock gram;
-  Slot slots[kProductsAtATime][8];
-  Place places[kProductsAtATime];
+  Vector vectors[kVectors];
+  int places[kVectors];  // of classes and windows: where their weights begin, in floats, or -1
+  int steps;             // 8s of vectors
   Stretch y[kNear], x[kNear];
 };
 
 template <class T, bool kPool>
 struct Scatterer {
-  static constexpr int kChannels = 2;  // 16s of channels that a warp has at a time
+  // A lane has four channels: rows g and g + 8 of the products of 16.
+  static constexpr int kProducts = 2;
+  using Sums = float[kProducts][kBlock][4];
 
   const Exchange& p;
   const Images<const T>& features;
@@ -41,178 +43,298 @@ struct Scatterer {
   const float* maps;  // its tiles'
   Range i, j;         // the locations
   Range ty, tx;       // the tiles near them
-  const Stretch *y, *x;
+  ScatterMemory& memory;
+  bool fours;  // four channels of a vector can be read at once
 
   LSLPN_DEVICE const float* map(int row, int column) const {
     const int tile = (ty.begin + row) * p.grid.tiles_x.count + tx.begin + column;
     return maps + static_cast<std::int64_t>(tile) * p.slots * kMap;
   }
 
-  // The Gram maps' derivatives, summed over the tiles.
-  LSLPN_DEVICE void find_gram(GramBlock& gram) const {
+  // The Gram maps' derivatives, summed over the tiles; twice the first, as the gradient has it.
+  LSLPN_DEVICE void find_gram() const {
     for (int e = thread_index(); e < (kBlock + 1) * (kBlock + 1) * 4; e += kExchangeThreads) {
       const int kind = e % 4, column = e / 4 % (kBlock + 1), row = e / 4 / (kBlock + 1);
       float sum = 0;
       for (int r = 0; r < ty.end - ty.begin; ++r) {
-        const int at_y = i.begin - 1 + row - y[r].cell;
-        if (at_y < 0 || at_y >= y[r].cells) continue;
+        const int at_y = i.begin - 1 + row - memory.y[r].cell;
+        if (at_y < 0 || at_y >= memory.y[r].cells) continue;
         for (int c = 0; c < tx.end - tx.begin; ++c) {
-          const int at_x = j.begin - 1 + column - x[c].cell;
-          if (at_x < 0 || at_x >= x[c].cells) continue;
+          const int at_x = j.begin - 1 + column - memory.x[c].cell;
+          if (at_x < 0 || at_x >= memory.x[c].cells) continue;
           sum += map(r, c)[(p.slots - 4 + kind) * kMap + kTileSide * at_y + at_x];
         }
       }
-      reinterpret_cast<float*>(&gram[row][column])[kind] = sum;
+      reinterpret_cast<float*>(&memory.gram[row][column])[kind] = kind == 0 ? 2 * sum : sum;
     }
   }
 
-  // Products of 8 windows that a tile takes.
-  LSLPN_DEVICE int products() const { return (p.C * p.grid.tile_windows() + 7) / 8; }
+  // A class of a window near the block: the e-th of them.
+  struct Window {
+    std::int64_t vector, scale;  // among all
+  };
+  LSLPN_DEVICE int down() const {
+    const Stretch last = memory.y[ty.end - ty.begin - 1];
+    return last.window + last.windows - memory.y[0].window;
+  }
+  LSLPN_DEVICE int across() const {
+    const Stretch last = memory.x[tx.end - tx.begin - 1];
+    return last.window + last.windows - memory.x[0].window;
+  }
+  LSLPN_DEVICE Window window(int e) const {
+    const int row = e / across(), c = row / down();
+    const int at = (memory.y[0].window + row - c * down()) * p.grid.x.windows + memory.x[0].window +
+                   e - row * across();
+    const auto place = [&](std::int64_t image) {
+      return (image * p.C + c) * p.grid.windows() + at;
+    };
+    return {place(b), place(kPool ? b * p.N + n : b)};
+  }
 
-  // Finds what the products from `first` on are of, as many as fit.
-  LSLPN_DEVICE void find_slots(int first, ScatterMemory& memory) const {
-    const int all = (ty.end - ty.begin) * (tx.end - tx.begin) * products();
-    for (int e = thread_index(); e < 8 * kProductsAtATime && first + e / 8 < all;
-         e += kExchangeThreads) {
-      const int tile = (first + e / 8) / products();
-      const int row = tile / (tx.end - tx.begin), column = tile - row * (tx.end - tx.begin);
-      const Stretch here_y = y[row], here_x = x[column];
-      const int windows = here_y.windows * here_x.windows, count = p.C * windows;
-      const int mine = 8 * ((first + e / 8) % products()) + e % 8;
-      // Those that fill up have any window, and no weight.
-      const int c = minimum(mine, count - 1) / windows, w = minimum(mine, count - 1) - c * windows;
-      const int wy = w / here_x.windows;
-      const int window =
-          (here_y.window + wy) * p.grid.x.windows + here_x.window + w - wy * here_x.windows;
-      const std::int64_t image = kPool ? b * p.N + n : b;
-      const int at_y = i.begin - here_y.cell, at_x = j.begin - here_x.cell;
-      Slot& slot = memory.slots[e / 8][e % 8];
-      slot.vector = ((b * p.C + c) * p.grid.windows() + window) * p.D;
-      slot.scale = mine < count ? p.scale[(image * p.C + c) * p.grid.windows() + window] : 0;
-      const int tile_at = (ty.begin + row) * p.grid.tiles_x.count + tx.begin + column;
-      slot.weights =
-          (static_cast<std::int64_t>(tile_at) * p.slots + p.slot(c, w, here_x.windows)) * kMap +
-          kTileSide * at_y + at_x;
-      if (e % 8 == 0) {
-        const auto bits = [](int at, int cells) {
-          const unsigned all = (1u << cells) - 1;
-          return at < 0 ? all << -at : all >> at;
-        };
-        memory.places[e / 8] = {bits(at_y, here_y.cells), bits(at_x, here_x.cells),
-                                maximum(0, -at_x)};
+  // Calls f(e, weight) with every weight that a location has of every step-th class.
+  template <class F>
+  LSLPN_DEVICE void each_weight(int row, int column, int first, int step, F f) const {
+    const int width = across(), size = down() * width;
+    LSLPN_NO_UNROLL
+    for (int r = 0; r < ty.end - ty.begin; ++r) {
+      const Stretch y = memory.y[r];
+      const int at_y = row - y.cell;
+      if (at_y < 0 || at_y >= y.cells) continue;
+      LSLPN_NO_UNROLL
+      for (int k = 0; k < tx.end - tx.begin; ++k) {
+        const Stretch x = memory.x[k];
+        const int at_x = column - x.cell;
+        if (at_x < 0 || at_x >= x.cells) continue;
+        const float* weights = map(r, k) + (kTileSide * at_y + at_x);
+        int e = (y.window - memory.y[0].window) * width + x.window - memory.x[0].window;
+        e += first * size;
+        LSLPN_NO_UNROLL
+        for (int c = first; c < p.C; c += step, e += step * size) {
+          LSLPN_NO_UNROLL
+          for (int w = 0; w < y.windows; ++w) {
+            const float* from = weights + p.slot(c, w, 0) * kMap;
+            LSLPN_NO_UNROLL
+            for (int v = 0; v < x.windows; ++v) {
+              f(e + w * width + v, *from);
+              if (p.places) from += kMap;
+            }
+          }
+        }
       }
     }
   }
 
-  // Adds what 8 windows of one tile give to the locations.
-  LSLPN_DEVICE void add(float (&sum)[kChannels][kBlock][4], const int (&channel)[kChannels][2],
-                        const Slot (&slots)[8], const Place& place) const {
-    const int lane = thread_index() % kWarp, g = lane / 4, q = lane % 4;
-    // Columns that the tile does not have repeat the first, and what comes of them is left out: a
-    // weight of 0 would not keep a NaN of the vectors from them.
-    const unsigned columns = place.columns >> 2 * q;
-    const int column = place.columns >> g & 1 ? g : place.first;
-    OperandA vectors[kChannels][1];
-    const float* weights[2];
+  // The classes and windows from the first-th on that have any weight, by one warp. Where too few
+  // pixels are in a window its gradient is nobody's business.
+  LSLPN_DEVICE void find_vectors(int first, int all) const {
+    const int lane = thread_index();
+    int count = 0;
+    LSLPN_NO_UNROLL
+    for (int e = lane; e < kVectors; e += kWarp) {
+      const Window at = window(minimum(first + e, all - 1));
+      const float scale = first + e < all ? p.scale[at.scale] : 0;
+      const unsigned there = ballot(scale != 0);
+      const int place = count + count_bits(there & ((1u << lane) - 1));
+      memory.places[e] =
+          scale != 0 ? place / 8 * kBlock * kWarp * 4 + place % 4 * 4 + place / 4 % 2 : -1;
+      if (scale != 0) memory.vectors[place] = {p.vectors + at.vector * p.D, scale};
+      count += count_bits(there);
+    }
+    warp_barrier();
+    // Those that fill up have no weight.
+    const int steps = maximum(1, (count + 7) / 8);
+    if (count + lane < 8 * steps) {
+      memory.vectors[count + lane] = {count > 0 ? memory.vectors[0].begin : p.vectors, 0};
+    }
+    if (lane == 0) memory.steps = steps;
+  }
+
+  // What the products of the classes and windows from the first-th on are of.
+  LSLPN_DEVICE void prepare(int first, int all) const {
+    block_barrier();
+    if (thread_index() < kWarp) find_vectors(first, all);
+    block_barrier();
+    uint4* weights = &memory.weights[0][0][0];
+    const int count = memory.steps * kBlock * kWarp;
+    for (int e = thread_index(); e < count; e += kExchangeThreads) weights[e] = uint4{};
+    block_barrier();
+    // A thread has a location, and every other class of it.
+    const int row = thread_index() / kBlock % kBlock, column = thread_index() % kBlock;
+    constexpr int kStep = kExchangeThreads / (kBlock * kBlock);
+    if (row < i.end - i.begin && column < j.end - j.begin) {
+      float* to = reinterpret_cast<float*>(&memory.weights[0][row][4 * column]);
+      each_weight(i.begin + row, j.begin + column, thread_index() / (kBlock * kBlock), kStep,
+                  [&](int e, const float& weight) {
+                    if (static_cast<unsigned>(e - first) >= kVectors) return;
+                    const int place = memory.places[e - first];
+                    if (place >= 0) to[place] += weight;
+                  });
+    }
+    block_barrier();
+    for (int e = thread_index(); e < count; e += kExchangeThreads) {
+      const uint4 sum = weights[e];
+      uint4 parts;
+      split_tf32(float_of(sum.x), parts.x, parts.z);
+      split_tf32(float_of(sum.y), parts.y, parts.w);
+      weights[e] = parts;
+    }
+    block_barrier();
+  }
+
+  // Adds what kSteps times 8 vectors give to the locations, for channels d .. d + 3; `poison` is
+  // no longer finite where one of them is not.
+  template <int kSteps, bool kBegins>
+  LSLPN_DEVICE void add(Sums& sum, float& poison, int d, int step) const {
+    const int lane = thread_index() % kWarp;
+    OperandA vectors[kProducts][kSteps];
     LSLPN_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const Slot slot = slots[q + 4 * e];
-      weights[e] = maps + (slot.weights + column);
+    for (int k = 0; k < kSteps; ++k) {
       LSLPN_UNROLL
-      for (int m = 0; m < kChannels; ++m) {
-        LSLPN_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          // Where too few pixels are in a window its gradient is nobody's business.
-          const float value = p.vectors[slot.vector + channel[m][h]] * slot.scale;
-          vectors[m][0].set(2 * e + h, slot.scale != 0 ? value : 0);
+      for (int e = 0; e < 2; ++e) {
+        const Vector vector = memory.vectors[8 * (step + k) + lane % 4 + 4 * e];
+        float4 value;
+        if (fours) {
+          value = *reinterpret_cast<const float4*>(vector.begin + d);
+        } else {
+          value = {vector.begin[d], vector.begin[minimum(d + 1, p.D - 1)],
+                   vector.begin[minimum(d + 2, p.D - 1)], vector.begin[minimum(d + 3, p.D - 1)]};
         }
+        value = {vector.scale * value.x, vector.scale * value.y, vector.scale * value.z,
+                 vector.scale * value.w};
+        vectors[0][k].set(2 * e, value.x);
+        vectors[0][k].set(2 * e + 1, value.y);
+        vectors[1][k].set(2 * e, value.z);
+        vectors[1][k].set(2 * e + 1, value.w);
+        poison += 0 * (value.x + value.y + (value.z + value.w));
       }
     }
     LSLPN_UNROLL
     for (int r = 0; r < kBlock; ++r) {
-      if (!(place.rows >> r & 1)) continue;
-      OperandB weight[1];
+      OperandB weights[kSteps];
       LSLPN_UNROLL
-      for (int e = 0; e < 2; ++e) weight[0].set(e, weights[e][kTileSide * r]);
+      for (int k = 0; k < kSteps; ++k) set(weights[k], memory.weights[step + k][r][lane]);
       LSLPN_UNROLL
-      for (int m = 0; m < kChannels; ++m) {
+      for (int m = 0; m < kProducts; ++m) {
         float part[4];
-        multiply<0>(part, vectors[m], weight);
-        add_if(columns & 1, columns & 2, sum[m][r], part);
+        multiply<0>(part, vectors[m], weights);
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) sum[m][r][e] = kBegins ? part[e] : sum[m][r][e] + part[e];
       }
     }
   }
 
-  // Adds the gradient of the Gram maps times the features around, for one channel of two locations
-  // a lane.
-  LSLPN_DEVICE void add_gram(float (&sum)[kBlock][4], int half, int d,
-                             const GramBlock& gram) const {
+  // Takes sums over vectors that are not finite anew, of the windows over each location alone:
+  // others have a weight of 0, which does not keep a NaN away.
+  LSLPN_DEVICE void mend(Sums& sum, int d) const {
+    LSLPN_NO_UNROLL
+    for (int e = 0; e < kProducts * kBlock * 4; ++e) {
+      const int row = e / 4 % kBlock, column = 2 * (thread_index() % 4) + e % 2;
+      const int channel = minimum(d + e / (4 * kBlock) * 2 + e / 2 % 2, p.D - 1);
+      float alone = 0;
+      each_weight(i.begin + row, j.begin + column, 0, 1, [&](int e, float weight) {
+        const Window of = window(e);
+        const float scale = p.scale[of.scale];
+        if (scale != 0) alone += weight * (scale * p.vectors[of.vector * p.D + channel]);
+      });
+      LSLPN_UNROLL
+      for (int k = 0; k < kProducts * kBlock * 4; ++k) {
+        if (k == e) (&sum[0][0][0])[k] = alone;
+      }
+    }
+  }
+
+  // Adds the gradient of the Gram maps times the features around, for two channels of two locations
+  // a lane. kBetween: there are pixels between rows and between columns.
+  template <bool kBetween>
+  LSLPN_DEVICE void add_gram(float (&sum)[kBlock][4], int d) const {
     const int q = thread_index() % 4, h = p.grid.y.cells, w = p.grid.x.cells;
-    const bool across = p.grid.tiles_x.between, down = p.grid.tiles_y.between;
-    const T* channel =
-        features.image(b, n) + static_cast<std::int64_t>(minimum(d, p.D - 1)) * features.d;
+    const bool across = kBetween || p.grid.tiles_x.between;
+    const bool down = kBetween || p.grid.tiles_y.between;
+    const T* image = features.image(b, n);
+    const T* const channel[2] = {
+        image + static_cast<std::int64_t>(minimum(d, p.D - 1)) * features.d,
+        image + static_cast<std::int64_t>(minimum(d + 1, p.D - 1)) * features.d};
     std::int64_t column[4];  // bytes
     LSLPN_UNROLL
     for (int k = 0; k < 4; ++k) {
       const int at = minimum(maximum(j.begin + 2 * q + k - 1, 0), w - 1) * features.w;
       column[k] = kept(std::int64_t{at} * int{sizeof(T)});
     }
-    float f[3][4];
-    const auto read_row = [&](float (&row)[4], int r) {
-      const T* at = channel + minimum(maximum(i.begin + r, 0), h - 1) * features.h;
+    float f[3][2][4];
+    const auto read_row = [&](float (&row)[2][4], int r) {
+      const int at = minimum(maximum(i.begin + r, 0), h - 1);
+      const std::int64_t bytes = std::int64_t{at} * (features.h * int{sizeof(T)});
       LSLPN_UNROLL
-      for (int k = 0; k < 4; ++k) row[k] = to_float(read(at, column[k]));
+      for (int e = 0; e < 2; ++e) {
+        LSLPN_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          row[e][k] = to_float(read(at_byte(channel[e], bytes), column[k]));
+        }
+      }
     };
     read_row(f[0], -1);
     read_row(f[1], 0);
     float4 above[3];
     LSLPN_UNROLL
-    for (int k = 0; k < 3; ++k) above[k] = gram[0][2 * q + k];
+    for (int k = 0; k < 3; ++k) above[k] = memory.gram[0][2 * q + k];
     LSLPN_UNROLL
     for (int r = 0; r < kBlock; ++r) {
       if (r >= i.end - i.begin) break;
       read_row(f[(r + 2) % 3], r + 1);
-      const float (&up)[4] = f[r % 3];
-      const float (&here)[4] = f[(r + 1) % 3];
-      const float (&low)[4] = f[(r + 2) % 3];
       float4 own[3];
       LSLPN_UNROLL
-      for (int k = 0; k < 3; ++k) own[k] = gram[r + 1][2 * q + k];
+      for (int k = 0; k < 3; ++k) own[k] = memory.gram[r + 1][2 * q + k];
       LSLPN_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        float value = sum[r][2 * half + e];
-        value += 2 * own[e + 1].x * here[e + 1];
+      for (int e = 0; e < 4; ++e) {
+        const int k = e % 2;
+        const float (&up)[4] = f[r % 3][e / 2];
+        const float (&here)[4] = f[(r + 1) % 3][e / 2];
+        const float (&low)[4] = f[(r + 2) % 3][e / 2];
+        float value = sum[r][e];
+        value += own[k + 1].x * here[k + 1];
         if (across) {
-          value += own[e].y * here[e];
-          value += own[e + 1].y * here[e + 2];
+          value += own[k].y * here[k];
+          value += own[k + 1].y * here[k + 2];
         }
         if (down) {
-          value += above[e + 1].z * up[e + 1];
-          value += own[e + 1].z * low[e + 1];
+          value += above[k + 1].z * up[k + 1];
+          value += own[k + 1].z * low[k + 1];
         }
         if (across && down) {
-          value += above[e].w * up[e];
-          value += above[e + 1].w * up[e + 2];
-          value += own[e].w * low[e];
-          value += own[e + 1].w * low[e + 2];
+          value += above[k].w * up[k];
+          value += above[k + 1].w * up[k + 2];
+          value += own[k].w * low[k];
+          value += own[k + 1].w * low[k + 2];
         }
-        sum[r][2 * half + e] = value;
+        sum[r][e] = value;
       }
       LSLPN_UNROLL
       for (int k = 0; k < 3; ++k) above[k] = own[k];
     }
   }
 
-  LSLPN_DEVICE void write(const float (&sum)[kBlock][4], int half, int d) const {
-    if (d >= p.D) return;
+  LSLPN_DEVICE void write(const Sums& sum, int d) const {
     const int q = thread_index() % 4, left = j.end - j.begin - 2 * q;  // columns
-    T* at = to.image(b, n) +
-            (static_cast<std::int64_t>(d) * to.d + i.begin * to.h + (j.begin + 2 * q) * to.w);
+    const std::int64_t down = kept(std::int64_t{to.h} * int{sizeof(T)});
+    T* at[4];
     LSLPN_UNROLL
-    for (int r = 0; r < kBlock; ++r, at += to.h) {
-      if (r >= i.end - i.begin) break;
-      if (left > 0) from_float(sum[r][2 * half], at[0]);
-      if (left > 1) from_float(sum[r][2 * half + 1], at[to.w]);
+    for (int e = 0; e < 4; ++e) {
+      at[e] = to.image(b, n) + (static_cast<std::int64_t>(minimum(d + e, p.D - 1)) * to.d +
+                                i.begin * to.h + (j.begin + 2 * q) * to.w);
+    }
+    LSLPN_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      if (k >= left) break;
+      LSLPN_UNROLL
+      for (int r = 0; r < kBlock; ++r) {
+        if (r >= i.end - i.begin) break;
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          from_float(sum[e / 2][r][e % 2 * 2 + k], *at_byte(at[e], r * down));
+        }
+      }
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) at[e] += to.w;
     }
   }
 };
@@ -229,67 +351,51 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
   const std::int64_t episode = image / p.N;
   const Range ty = stretches_near(p.grid.y, p.grid.tiles_y, i.begin, i.end - 1);
   const Range tx = stretches_near(p.grid.x, p.grid.tiles_x, j.begin, j.end - 1);
-  const Scatterer<T, kPool> s{p,
-                              features,
-                              to,
-                              p.chunk.first + episode,
-                              image - episode * p.N,
-                              p.maps + image * p.grid.tiles() * p.slots * kMap,
-                              i,
-                              j,
-                              ty,
-                              tx,
-                              memory.y,
-                              memory.x};
-  const int e = thread_index() % kNear;
-  if (thread_index() < kNear && e < ty.end - ty.begin) {
-    memory.y[e] = stretch(p.grid.y, p.grid.tiles_y, ty.begin + e);
-  } else if (thread_index() >= kWarp && thread_index() < kWarp + kNear &&
-             thread_index() - kWarp < tx.end - tx.begin) {
-    memory.x[thread_index() - kWarp] =
-        stretch(p.grid.x, p.grid.tiles_x, tx.begin + thread_index() - kWarp);
+  const bool fours = p.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.vectors) % 16 == 0;
+  const float* maps = p.maps + image * p.grid.tiles() * p.slots * kMap;
+  const Scatterer<T, kPool> s{
+      p,  features, to,   p.chunk.first + episode, image - episode * p.N, maps, i, j, ty,
+      tx, memory,   fours};
+  for (int e = thread_index(); e < ty.end - ty.begin + tx.end - tx.begin; e += kExchangeThreads) {
+    const int column = e - (ty.end - ty.begin);
+    (column < 0 ? memory.y[e] : memory.x[column]) =
+        column < 0 ? stretch(p.grid.y, p.grid.tiles_y, ty.begin + e)
+                   : stretch(p.grid.x, p.grid.tiles_x, tx.begin + column);
   }
   block_barrier();
-  s.find_slots(0, memory);
-  if (!kPool) s.find_gram(memory.gram);
-  block_barrier();
-  constexpr int kChannels = Scatterer<T, kPool>::kChannels;
+  if (!kPool) s.find_gram();
+  constexpr int kChannels = 16 * Scatterer<T, kPool>::kProducts;
   const int warp = thread_index() / kWarp, g = thread_index() % kWarp / 4;
-  bool again = false;
+  const int all = p.C * s.down() * s.across();
   LSLPN_NO_UNROLL
-  for (int d0 = 16 * kChannels * warp; d0 - 16 * kChannels * warp < p.D;
-       d0 += 16 * kChannels * kExchangeWarps) {
-    float sum[kChannels][kBlock][4] = {};
-    int channel[kChannels][2];
-    LSLPN_UNROLL
-    for (int m = 0; m < kChannels; ++m) {
-      LSLPN_UNROLL
-      for (int h = 0; h < 2; ++h) channel[m][h] = minimum(d0 + 16 * m + 8 * h + g, p.D - 1);
-    }
-    const int all = (ty.end - ty.begin) * (tx.end - tx.begin) * s.products();
+  for (int d0 = 0; d0 < p.D; d0 += kChannels * kExchangeWarps) {
+    // Channels that there are not repeat the last ones.
+    const int d = minimum(d0 + kChannels * warp + 4 * g, p.D - (fours ? 4 : 1));
+    typename Scatterer<T, kPool>::Sums sum;
+    float poison = 0;
     LSLPN_NO_UNROLL
-    for (int first = 0; first < all; first += kProductsAtATime) {
-      if (again || first > 0) {
-        block_barrier();
-        s.find_slots(first, memory);
-        block_barrier();
-      }
+    for (int first = 0; first < all; first += kVectors) {
+      if (d0 == 0 || all > kVectors) s.prepare(first, all);
+      int step = first == 0 ? minimum(2, memory.steps) : 0;
+      if (step == 2) s.template add<2, true>(sum, poison, d, 0);
+      if (step == 1) s.template add<1, true>(sum, poison, d, 0);
       LSLPN_NO_UNROLL
-      for (int k = 0; k < minimum(all - first, kProductsAtATime); ++k) {
-        s.add(sum, channel, memory.slots[k], memory.places[k]);
-      }
+      for (; step + 2 <= memory.steps; step += 2) s.template add<2, false>(sum, poison, d, step);
+      if (step < memory.steps) s.template add<1, false>(sum, poison, d, step);
     }
-    again = all > kProductsAtATime;
-    if (d0 >= p.D) continue;
+    if (d0 + kChannels * warp >= p.D) continue;
+    poison += shuffle_xor(poison, 1);
+    poison += shuffle_xor(poison, 2);
+    if (poison != 0) s.mend(sum, d);
     LSLPN_UNROLL
-    for (int m = 0; m < kChannels; ++m) {
-      LSLPN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int d = d0 + 16 * m + 8 * half + g;
-        if (!kPool) s.add_gram(sum[m], half, d, memory.gram);
-        s.write(sum[m], half, d);
+    for (int m = 0; m < Scatterer<T, kPool>::kProducts; ++m) {
+      if (!kPool && p.grid.tiles_x.between && p.grid.tiles_y.between) {
+        s.template add_gram<true>(sum[m], d + 2 * m);
+      } else if (!kPool) {
+        s.template add_gram<false>(sum[m], d + 2 * m);
       }
     }
+    s.write(sum, d);
   }
 }
 

@@ -286,8 +286,9 @@ struct Scorer {
 
   LSLPN_DEVICE void walk() const {
     const int windows = tile.y.windows * tile.x.windows, stride = p.grid.x.pixels;
-    const int reciprocal = (256 + tile.x.windows - 1) / tile.x.windows;  // w / windows_x, w < 16
-    const int further = p.overlap_x - tile.x.windows;
+    int place[kWindows];
+    LSLPN_UNROLL
+    for (int w = 0; w < kWindows; ++w) place[w] = p.place(w, tile.x.windows);
     Norm norm;
     Row here, next, slope;
     int row = -2, at = 0;
@@ -340,7 +341,7 @@ struct Scorer {
             LSLPN_UNROLL
             for (int w = 1; w < kWindows; ++w) {
               const float value = here[c][w] + t.upper * slope[c][w];
-              winner[c] = value > best[c] ? w : winner[c];
+              winner[c] = value > best[c] ? place[w] : winner[c];
               best[c] = max_or_nan(best[c], value);
             }
           }
@@ -352,17 +353,14 @@ struct Scorer {
             LSLPN_UNROLL
             for (int w = 0; w < kWindows; ++w) {
               const float value = here[c][w] + t.upper * slope[c][w];
-              if (either_is_nan(value, value) && w < windows) winner[c] = w;
+              if (either_is_nan(value, value) && w < windows) winner[c] = place[w];
             }
           }
         }
         LSLPN_UNROLL
         for (int c = 0; c < kClasses; ++c) {
           if (scores[c]) scores[c][at] = best[c] * scale;
-          if (winners[c]) {
-            const int place = winner[c] + (winner[c] * reciprocal >> 8) * further;
-            winners[c][at] = static_cast<std::uint8_t>(place);
-          }
+          if (winners[c]) winners[c][at] = static_cast<std::uint8_t>(winner[c]);
         }
         at += stride;
         if (++y == tile.y.pixels) break;

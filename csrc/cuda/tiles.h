@@ -165,7 +165,7 @@ inline bool make_grid(const Axis& y, const Axis& x, Grid& grid) {
 }
 
 // Plans follow from sizes alone and take longer than a launch: a thread keeps those it has made.
-using PlanKey = std::array<std::int64_t, 19>;
+using PlanKey = std::array<std::int64_t, 18>;
 
 inline PlanKey plan_key(const Features& f, const Axis& y, const Axis& x, std::int64_t C,
                         bool mean = false) {
@@ -187,7 +187,6 @@ inline PlanKey plan_key(const Features& f, const Axis& y, const Axis& x, std::in
           x.window,
           x.step,
           x.windows,
-          device.multiprocessors,
           device.shared_memory,
           device.workspace,
           mean};
