@@ -513,7 +513,10 @@ def test_the_command_line_trains_and_evaluates_a_method(
     capsys.readouterr()
     out = f"--out={tmp_path / 'c'}"
     for bad, said in (
-        ([f"--checkpoint={run_folder}", "--method=panet"], "--method: a checkpoint has its own"),
+        (
+            [f"--checkpoint={run_folder}", "--method=panet"],
+            "--method: a trained network has its own",
+        ),
         ([f"--checkpoint={run_folder}", "--scale=1/4"], "--scale: panet has no grid"),
         (["--untrained", "--method=protonet"], "protonet"),
     ):
