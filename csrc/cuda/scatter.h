@@ -377,17 +377,14 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
     LSLPN_NO_UNROLL
     for (int first = 0; first < all; first += kVectors) {
       if (d0 == 0 || all > kVectors) s.prepare(first, all);
-      int step = 0;
-      if (first == 0) {
-        step = minimum(kAtOnce, memory.steps);
-        if (step == kAtOnce) s.template add<kAtOnce, true>(sum, poison, d, 0);
-        if (step < kAtOnce) s.template add<1, true>(sum, poison, d, 0);
-      }
+      int step = first == 0 ? minimum(kAtOnce, memory.steps) : 0;
+      if (step == kAtOnce) s.template add<kAtOnce, true>(sum, poison, d, 0);
+      if (kAtOnce > 1 && step == 1) s.template add<1, true>(sum, poison, d, 0);
       LSLPN_NO_UNROLL
       for (; step + kAtOnce <= memory.steps; step += kAtOnce) {
         s.template add<kAtOnce, false>(sum, poison, d, step);
       }
-      if (step < memory.steps) s.template add<1, false>(sum, poison, d, step);
+      if (kAtOnce > 1 && step < memory.steps) s.template add<1, false>(sum, poison, d, step);
     }
     if (d0 + kChannels * warp >= p.D) continue;
     poison += shuffle_xor(poison, 1);
