@@ -124,8 +124,8 @@ struct Scatterer {
     }
   }
 
-  // The classes and windows from the first-th on that have any weight, by one warp. Where too few
-  // pixels are in a window its gradient is nobody's business.
+  // The classes and windows from the first-th on that have any weight, by one warp. Windows with
+  // too few pixels have no gradient, and none is passed on.
   LSLPN_DEVICE void find_vectors(int first, int all) const {
     const int lane = thread_index();
     int count = 0;
@@ -365,6 +365,7 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
   block_barrier();
   if (!kPool) s.find_gram();
   constexpr int kChannels = 16 * Scatterer<T, kPool>::kProducts;
+  constexpr int kAtOnce = kPool ? 2 : 1;  // two spill registers beside the Gram maps
   const int warp = thread_index() / kWarp, g = thread_index() % kWarp / 4;
   const int all = p.C * s.down() * s.across();
   LSLPN_NO_UNROLL
@@ -376,12 +377,14 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
     LSLPN_NO_UNROLL
     for (int first = 0; first < all; first += kVectors) {
       if (d0 == 0 || all > kVectors) s.prepare(first, all);
-      int step = first == 0 ? minimum(2, memory.steps) : 0;
-      if (step == 2) s.template add<2, true>(sum, poison, d, 0);
-      if (step == 1) s.template add<1, true>(sum, poison, d, 0);
+      int step = first == 0 ? minimum(kAtOnce, memory.steps) : 0;
+      if (step == kAtOnce) s.template add<kAtOnce, true>(sum, poison, d, 0);
+      if (kAtOnce > 1 && step == 1) s.template add<1, true>(sum, poison, d, 0);
       LSLPN_NO_UNROLL
-      for (; step + 2 <= memory.steps; step += 2) s.template add<2, false>(sum, poison, d, step);
-      if (step < memory.steps) s.template add<1, false>(sum, poison, d, step);
+      for (; step + kAtOnce <= memory.steps; step += kAtOnce) {
+        s.template add<kAtOnce, false>(sum, poison, d, step);
+      }
+      if (kAtOnce > 1 && step < memory.steps) s.template add<1, false>(sum, poison, d, step);
     }
     if (d0 + kChannels * warp >= p.D) continue;
     poison += shuffle_xor(poison, 1);
