@@ -45,8 +45,8 @@ ARCHS = (80, 90, 100)  # whose registers are told
 LOGIT_SCALE = 20.0
 # What has budgets: small, and a problem of test_ptx.py, so that Triton compiles it once for both.
 BUDGETED = replace(SIZES["paper"], name="budgeted", cells=9, pixels=64)
-# Of the large batch, so many episodes are executed, in the way in which all of them would be: the
-# CUDA kernels are told of a smaller GPU, and Triton's do not change from 32 episodes on.
+# Of the large batch, so many episodes are executed, in the way in which all of them would be: how
+# work is cut does not change from 4 episodes on in CUDA, and from 32 on in Triton.
 EXECUTED = {"cuda": 8, "triton": 32}
 
 
@@ -89,18 +89,15 @@ LIMITS[100] = LIMITS[90]
 
 
 @contextmanager
-def _hooked(
-    backend: str, arch: int, episodes: float = 1, archs: Sequence[int] = ARCHS
-) -> Iterator[None]:
-    """The backend launches in the machine, and cuts its work as for a GPU with `episodes` times
-    fewer multiprocessors. `archs` are those that the CUDA module is built for; all in one."""
+def _hooked(backend: str, arch: int, archs: Sequence[int] = ARCHS) -> Iterator[None]:
+    """The backend launches in the machine. `archs` are those that the CUDA module is built for; all
+    in one."""
     hooks = importlib.import_module("ptx.hooks")
     if backend == "triton":
         with hooks.triton(arch):
             yield
         return
     module = importlib.import_module("ptx.cuda").load(archs)
-    module.set_device(max(1, round(GPUS["H200"].multiprocessors / episodes)), 227 << 10)
     module.take(arch)
     with hooks.cuda(module):
         yield
@@ -151,14 +148,13 @@ def _loss_passes(backend: str, size: Size) -> Iterator[str]:
 def count(
     backend: str,
     size: Size,
-    episodes: float = 1,
     archs: Sequence[int] = ARCHS,
     passes: Callable[[str, Size], Iterator[str]] = _passes,
 ) -> list[dict[str, Any]]:
     """One entry for each launch of the head forward and backward; see `_hooked`."""
     ptx, program = importlib.import_module("ptx.machine"), importlib.import_module("ptx.program")
     found = []
-    with _hooked(backend, ARCH, episodes, archs), ptx.settings(checked=False, counts=True):
+    with _hooked(backend, ARCH, archs), ptx.settings(checked=False, counts=True):
         ptx.LAUNCHES.clear()
         for part in passes(backend, size):
             for launch in ptx.LAUNCHES:
@@ -284,7 +280,7 @@ def run(backend: str, size: Size) -> dict[str, Any]:
     """One entry of the record."""
     executed = min(size.B, EXECUTED[backend])
     times = size.B / executed
-    launches = count(backend, replace(size, B=executed), times)
+    launches = count(backend, replace(size, B=executed))
     total = dict.fromkeys(launches[0]["instructions"], 0)
     for entry in launches:
         for name, n in entry["instructions"].items():
@@ -302,7 +298,7 @@ def run(backend: str, size: Size) -> dict[str, Any]:
         **sums,
         "bounds": bounds(launches, times),
         "launches": launches,
-        "launches_of_loss": count(backend, replace(size, B=executed), times, passes=_loss_passes),
+        "launches_of_loss": count(backend, replace(size, B=executed), passes=_loss_passes),
     }
 
 
