@@ -32,8 +32,7 @@ Align = Literal["affine", "deformable"]
 Used = Literal["none", "body", "affine", "deformable"]
 
 DEPTH_MM = 60.0
-# What the aligned labels count for beside the features, by how the support was aligned in the end.
-_LABELS_COUNT: dict[Used, float] = {"none": 1.0, "body": 1.0, "affine": 1.0, "deformable": 4.0}
+_BENT_COUNT = 4.0  # what labels of a support that was bent count for beside its features
 _PRIOR_MM = 4.0  # labels are taken to lie this much off
 _PRIOR_LEAST = 0.02  # what a label's share is at least, where it was not carried to
 _SMOOTH_MM = (6.0, 2.0)  # along z, and in the slice
@@ -257,7 +256,8 @@ def _segment(
             # Where features and labels of a support say the same of an organ, both are right.
             certain = (_CERTAIN * _agreement(leads, carried)).exp()
             weight = torch.where(drawn, certain, 0.0)[None, :, None, None]
-            carried = carried * _LABELS_COUNT[how]
+            if how == "deformable":
+                carried *= _BENT_COUNT
             if by_features is None:
                 by_features, by_labels = leads * weight, carried * weight
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -141,6 +142,12 @@ def synthetic_scan(
         read_image(write_nifti(folder / f"{name}.nii.gz", image, axes=axes)),
         read_labels(write_nifti(folder / f"{name}_l.nii.gz", labels, axes=axes, dtype=np.uint8)),
     )
+
+
+def part(volume: Volume, first: int, last: int) -> Volume:
+    """Some of its slices."""
+    grid = dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], last - first))
+    return dataclasses.replace(volume, data=volume.data[first:last], grid=grid)
 
 
 def dice_of(a: np.ndarray, b: np.ndarray, label: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import dice_of, synthetic_scan
+from synthetic import dice_of, part, synthetic_scan
 from torch import Tensor
 
 from lslpn.config import preset
@@ -345,7 +345,7 @@ def test_a_scan_too_small_to_be_aligned_is_matched_slice_by_slice(
     model: LSLPN, support: tuple[Volume, Volume], small: str
 ) -> None:
     if small == "one slice":
-        image, labels = (_part(volume, 7, 8) for volume in support)
+        image, labels = (part(volume, 7, 8) for volume in support)
     else:  # 14 slices of 1 mm in a patient who is 192 mm wide
         image, labels = (dataclasses.replace(v, spacing=(1.0, 3.0, 3.0)) for v in support)
     with pytest.warns(UserWarning, match="too small to be aligned in three dimensions"):
@@ -356,17 +356,10 @@ def test_a_scan_too_small_to_be_aligned_is_matched_slice_by_slice(
     assert dice_of(result.labels, labels.data, 1) > 0.7
 
 
-def _part(volume: Volume, first: int, last: int) -> Volume:
-    """Some of its slices."""
-    shape = (*volume.data.shape[:0:-1], last - first)
-    grid = dataclasses.replace(volume.grid, shape=shape)
-    return dataclasses.replace(volume, data=volume.data[first:last], grid=grid)
-
-
 def test_a_few_slices_are_aligned_with_a_whole_scan(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
-    image, truth = (_part(volume, 3, 12) for volume in query)
+    image, truth = (part(volume, 3, 12) for volume in query)
     found = segment_matched(model, [support], image)
     assert found.alignments == ("deformable",)
     assert min(dice_of(found.labels, truth.data, organ) for organ in (1, 2)) > 0.9
@@ -382,7 +375,7 @@ def test_where_nothing_is_found_in_a_few_slices_they_are_matched_one_by_one(
         pytest.warns(UserWarning, match="matched one by one instead"),
         pytest.warns(UserWarning, match="nothing was found, every voxel is 0"),
     ):
-        found = segment_matched(model, [(support[0], drawn)], _part(query[0], 3, 12))
+        found = segment_matched(model, [(support[0], drawn)], part(query[0], 3, 12))
     assert found.alignments == ()
     assert not found.labels.any()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import dice_of, synthetic_ct, synthetic_scan, write_nifti
+from synthetic import dice_of, part, synthetic_ct, synthetic_scan, write_nifti
 
 import lslpn.segmentation.segment
 from lslpn.config import preset
@@ -41,11 +41,6 @@ segment_matched = functools.partial(lslpn.segmentation.segment.segment_matched, 
 def model() -> LSLPN:
     config = dataclasses.replace(preset("published").model, size=64, min_pixels=0, align="body")
     return untrained(config)
-
-
-def _part(volume: Volume, start: int, stop: int) -> Volume:
-    grid = dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], stop - start))
-    return dataclasses.replace(volume, data=volume.data[start:stop], grid=grid)
 
 
 # --- matching slices ---------------------------------------------------------------------------
@@ -265,7 +260,7 @@ def test_a_query_slice_beyond_the_support_is_empty(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     """The support ends in the middle of the liver; above, nothing is known, so nothing is said."""
-    image, labels = (_part(volume, 0, 9) for volume in support)
+    image, labels = (part(volume, 0, 9) for volume in support)
     assert labels.data[8].any()
     result = segment_matched(model, [(image, labels)], query[0])
     outside = result.matches[0] == BEYOND
@@ -282,7 +277,7 @@ def test_size_of_the_batch_does_not_matter(
 
 
 def test_single_slices(model: LSLPN, support: tuple[Volume, Volume]) -> None:
-    image, labels = (_part(volume, 7, 8) for volume in support)
+    image, labels = (part(volume, 7, 8) for volume in support)
     found = segment(model, [(image, labels)], image)
     assert found.shape == (1, 56, 64)
     assert dice_of(found, labels.data, 1) > 0.7
