@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork
 from .protocols import protocol_of
 from .results import Evaluation
-from .runner import Runner, View, plan_of
+from .runner import Runner, View, slices_of
 
 if TYPE_CHECKING:
     from ..data.dataset import Dataset
@@ -126,20 +126,20 @@ def evaluate_grids(
     labels = {organ: dataset.label_of(organ) for organ in organs}
 
     started = time.perf_counter()
-    runner = Runner(model, rule, align, views, max(1, batch))
+    runner = Runner(model, dataset, rule, align, views, labels, max(1, batch))
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            runner.load_support(dataset, support, labels)
+            runner.load_support(support)
             # All ground truths first: what is wrong with them shows before the long part begins,
             # and the bar knows its end.
-            plans = [plan_of(dataset, case, labels, rule, runner.support_areas) for case in queries]
-            total = sum(len(plan.slices) for plan in plans)
+            plans = {case: runner.plan(case) for case in queries}
+            total = sum(len(slices_of(plan)) for plan in plans.values())
             with tqdm(total=total, unit="slice", disable=not progress, dynamic_ncols=True) as bar:
-                for plan in plans:
-                    bar.set_description(plan.case)
-                    runner.run(dataset, plan, labels, bar, observe)
+                for case, plan in plans.items():
+                    bar.set_description(case)
+                    runner.run(case, plan, bar, observe)
         warn_unlike(runner.treatments)
     finally:
         model.train(was_training)
@@ -162,7 +162,7 @@ def evaluate_grids(
             spacing=None if view.grid is None else view.grid.spacing,
             seconds=round(seconds, 2),
             rows=tuple(view.rows),
-            skipped=(*(skip for plan in plans for skip in plan.skipped), *view.skipped),
+            skipped=(*runner.skipped, *view.skipped),
             examples=tuple(view.examples),
         )
         for view in views

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..evaluation.results import average_of
 
 if TYPE_CHECKING:
     from .store import Done
@@ -25,9 +28,8 @@ class Spread:
     def __str__(self) -> str:
         if self.mean is None:
             return "-"
-        if self.deviation is None:
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} ± {self.deviation:.3f}"
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.3f}"
+        return f"{self.mean:.3f}{deviation}"
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -47,25 +49,28 @@ class Scores:
     label: str
     dice: Mapping[int, Mapping[tuple[str, str], float]]
 
-    def over_cases(self, average: str, organ: str, seed: int) -> float:
-        """The average of an organ over its test cases, for one seed; NaN without a score."""
-        found = [v for (name, _), v in self.dice[seed].items() if name == organ]
-        if not found:
-            return math.nan
-        return statistics.median(found) if average == "median" else statistics.fmean(found)
+    def overall(self, average: str, groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """A `Spread` over the seeds, as a dict: of the mean over the groups of the mean over a
+        group's organs of an organ's average over its cases."""
 
-    def organ(self, average: str, organ: str) -> Spread:
-        """Mean and deviation over the seeds of an organ's average."""
-        return spread([self.over_cases(average, organ, seed) for seed in self.dice])
+        def of_organ(organ: str, dice: Mapping[tuple[str, str], float]) -> float:
+            return average_of([v for (name, _), v in dice.items() if name == organ], average)
 
-    def overall(self, average: str, groups: Sequence[Sequence[str]]) -> Spread:
-        """Mean over the groups of the mean over a group's organs; deviation over the seeds."""
-        return spread(
-            [
-                _mean([_mean([self.over_cases(average, o, s) for o in group]) for group in groups])
-                for s in self.dice
-            ]
+        return asdict(
+            spread(
+                [
+                    average_of(average_of(of_organ(organ, dice) for organ in g) for g in groups)
+                    for dice in self.dice.values()
+                ]
+            )
         )
+
+    def summary(self, average: str, organs: Sequence[str]) -> dict[str, Any]:
+        """`overall` of each organ, and of all of them, ready for JSON."""
+        return {
+            "organs": {organ: self.overall(average, [[organ]]) for organ in organs},
+            "mean": self.overall(average, [[organ] for organ in organs]),
+        }
 
     def pairs(self) -> dict[tuple[str, str], float]:
         """Per organ and case, the mean over the seeds: what is compared in pairs."""
@@ -84,11 +89,6 @@ def scores(done: Sequence[Done], grid: int = 0) -> list[Scores]:
         for row in one.evaluations[grid].rows:
             into[row.organ, row.case] = row.dice
     return [Scores(label, by_seed) for label, by_seed in found.items()]
-
-
-def _mean(values: Sequence[float]) -> float:
-    kept = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(kept) if kept else math.nan
 
 
 @dataclass(frozen=True)
@@ -116,24 +116,30 @@ def compare(first: str, second: str, a: Mapping[Any, float], b: Mapping[Any, flo
     # scipy.stats takes most of a second to import, which `lslpn --help` need not pay.
     from scipy.stats import wilcoxon
 
-    keys = [key for key in a if key in b]
-    differences = np.array([a[key] - b[key] for key in keys])
-    if not len(keys):
+    differences = np.array([a[key] - b[key] for key in a if key in b])
+    if not len(differences):
         return Comparison(first, second, 0, None, None)
     # The test has nothing to rank where all pairs are equal; then nothing speaks for either.
     p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
-    return Comparison(first, second, len(keys), float(differences.mean()), p)
+    return Comparison(first, second, len(differences), float(differences.mean()), p)
+
+
+def compare_all(lines: Sequence[Scores]) -> list[Comparison]:
+    """Every two of the methods, with Holm's correction for the number of comparisons."""
+    tests = [
+        compare(a.label, b.label, a.pairs(), b.pairs()) for a, b in itertools.combinations(lines, 2)
+    ]
+    corrected = iter(holm([test.p for test in tests if test.p is not None]))
+    return [test if test.p is None else replace(test, p_holm=next(corrected)) for test in tests]
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """Probabilities after Holm's correction (1979) for making len(p) tests at once."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    corrected = [0.0] * len(p)
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = largest
-    return corrected
+    order = np.argsort(p)
+    larger = np.sort(p) * np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(larger).clip(max=1.0)
+    return [float(value) for value in corrected]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.overlay import colour
-from ..evaluation.results import Evaluation, Example, format_score, fraction
+from ..evaluation.results import Evaluation, Example, format_score
 from ..files import write_text
 from .page import document
 
@@ -93,9 +93,7 @@ def write_experiment(
 
 
 def _section(evaluation: Evaluation, views: Mapping[str, str], several: bool) -> str:
-    grid = "none"
-    if evaluation.scale is not None:
-        grid = f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
+    grid = evaluation.windows or "none"
     facts = {
         "Model": evaluation.model,
         "Support": evaluation.support,
@@ -188,7 +186,7 @@ def _worst(evaluation: Evaluation, views: Mapping[str, str]) -> str:
     rows = sorted(evaluation.rows, key=lambda row: row.dice)
     if not rows:
         return ""
-    examples = {(x.organ, x.case): x for x in evaluation.examples}
+    examples = evaluation.shown
     label = {organ: i for i, organ in enumerate(evaluation.organs, 1)}
     parts = ["<h2>Cases, the worst first</h2>"]
     if examples and len(rows) > _WORST:
