@@ -19,7 +19,7 @@ import typer
 from ..errors import InputError
 from .corpora import prepare_app
 from .evaluate import evaluate
-from .options import InterruptedByUserError, command, group, option, say
+from .options import InterruptedByUserError, Network, command, group, option, say, sharing
 from .paper import experiment_app
 from .segment import demo, segment, view
 from .train import train
@@ -68,7 +68,7 @@ def info(as_json: Annotated[bool, option("--json", "Print JSON.")] = False) -> N
         print(report(facts))
 
 
-for _function in (demo, segment, view, train, evaluate, info):
+for _function in (demo, sharing(Network, segment), view, train, sharing(Network, evaluate), info):
     command(app)(_function)
 app.add_typer(prepare_app, name="prepare")
 app.add_typer(experiment_app, name="experiment")

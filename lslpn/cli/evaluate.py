@@ -6,29 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ..config import Align, Method, Protocol
+from ..config import Align, Protocol
 from ..errors import InputError
 from .options import (
-    DEFAULT_SEED,
-    CheckpointOption,
+    BatchOption,
+    ChunksOption,
     DataOption,
-    DeviceOption,
     ForceOption,
     MethodOption,
-    Preset,
+    Network,
     QuietOption,
-    SizeOption,
-    UntrainedPresetOption,
-    UntrainedSeedOption,
     check_new,
-    check_weights,
     fraction,
     grid_of,
-    model_of,
     option,
     say,
     split,
-    untrained_only,
 )
 
 if TYPE_CHECKING:
@@ -43,16 +36,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    given: Network,
+    *,
     data: DataOption,
     support: Annotated[str, option("--support CASE", "The case whose labels are given.")],
-    checkpoint: CheckpointOption = None,
-    weights: Annotated[
-        str | None,
-        option(
-            "--weights NAME",
-            "Weights alone: ct (those that ship) or a file of lslpn.save_weights.",
-        ),
-    ] = None,
     untrained: Annotated[
         bool,
         option("--untrained", "No training: ImageNet features and a random reduction layer."),
@@ -84,10 +71,7 @@ def evaluate(
             " query's range.",
         ),
     ] = "published",
-    chunks: Annotated[
-        int | None,
-        option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1),
-    ] = None,
+    chunks: ChunksOption = None,
     align: Annotated[
         Align | None,
         option(
@@ -115,10 +99,7 @@ def evaluate(
     out: Annotated[Path, option("--out DIR", "Where evaluation.json and the figures go.")] = Path(
         "evaluation"
     ),
-    preset: UntrainedPresetOption = None,
-    size: SizeOption = None,
-    seed: UntrainedSeedOption = None,
-    batch: Annotated[int, option("--batch N", "Query slices encoded at once.", min=1)] = 8,
+    batch: BatchOption = 8,
     markdown: Annotated[bool, option("--markdown", "Print the tables as Markdown.")] = False,
     html: Annotated[
         bool,
@@ -128,7 +109,6 @@ def evaluate(
             "page in views/ for each case.",
         ),
     ] = False,
-    device: DeviceOption = "auto",
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -139,17 +119,19 @@ def evaluate(
 
     [bold]lslpn evaluate --data DIR --checkpoint RUN --support CASE[/bold]
     """
-    networks = {"--checkpoint": checkpoint, "--weights": weights, "--untrained": untrained or None}
-    given = [name for name, value in networks.items() if value is not None]
-    if len(given) != 1:
+    networks = {
+        "--checkpoint": given.checkpoint is not None,
+        "--weights": given.weights is not None,
+        "--untrained": untrained,
+    }
+    if sum(networks.values()) != 1:
+        named = " and ".join(name for name, there in networks.items() if there)
         raise InputError(
             "expected one of --checkpoint RUN, --weights NAME and --untrained, got "
-            + (" and ".join(given) or "none of them")
+            + (named or "none of them")
         )
     if not untrained and method is not None:
         raise InputError("--method: a trained network has its own; give it with --untrained only")
-    untrained_only(checkpoint, preset, seed)
-    check_weights(weights, preset, seed)
     result = out / "evaluation.json"
     check_new(result, force)
 
@@ -163,12 +145,10 @@ def evaluate(
     for name in asked:
         dataset.check_case(name)
 
-    from ..checkpoint import load_checkpoint
     from ..evaluation.results import save, summary
     from ..evaluation.scoring import evaluate_grids
 
-    trained = None if checkpoint is None else load_checkpoint(checkpoint)
-    model = model_of(trained, checkpoint, preset, size, seed, device, method, weights=weights)
+    model, trained = given.load(untrained=untrained, method=method)
     grids = _grids(scale, spacing, model)
     organs, queries, notes = _choices(trained, dataset, support, wanted, asked)
     for note in notes:
@@ -186,7 +166,7 @@ def evaluate(
         chunks=chunks,
         batch=batch,
         progress=not quiet,
-        name=_name(checkpoint, weights, preset, seed, method),
+        name=given.name(method),
         observe=None if views is None else views.write,
     )
     written = save(results, out)
@@ -241,23 +221,6 @@ def _grids(
     common = own.spacing if spacing is None else fraction(spacing, "--spacing")
     grids = [grid_of(text, common) for text in split(scales)]
     return grids or [GridSpec(own.scale, common)]
-
-
-def _name(
-    checkpoint: Path | None,
-    weights: str | None,
-    preset: Preset | None,
-    seed: int | None,
-    method: Method | None,
-) -> str:
-    """What the model is called in results."""
-    if checkpoint is not None:
-        return str(checkpoint)
-    if weights is not None:
-        return f"weights {weights}"
-    which = "" if method is None else f"{method}, "
-    settings = preset or "published"
-    return f"untrained ({which}{settings}, seed {DEFAULT_SEED if seed is None else seed})"
 
 
 def _choices(

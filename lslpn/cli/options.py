@@ -7,6 +7,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -159,13 +160,6 @@ DataOption = Annotated[
     Path,
     option("--data DIR", "Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr."),
 ]
-CheckpointOption = Annotated[
-    Path | None,
-    option(
-        "--checkpoint RUN",
-        "A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
-    ),
-]
 DeviceOption = Annotated[
     str, option("--device NAME", "auto (a GPU if there is one), cpu, or cuda[:N].")
 ]
@@ -176,14 +170,6 @@ ChunksOption = Annotated[
     int | None,
     option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1),
 ]
-SizeOption = Annotated[
-    int | None,
-    option(
-        "--size PIXELS",
-        "Side of the square that slices are resized to; default: the model's own.",
-        min=32,
-    ),
-]
 NamesOption = Annotated[
     Path | None,
     option(
@@ -193,24 +179,12 @@ NamesOption = Annotated[
 ]
 _PRESET_HELP = "Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold]"
 PresetOption = Annotated[Preset, option("--preset", f"{_PRESET_HELP}.")]
-UntrainedPresetOption = Annotated[
-    Preset | None, option("--preset", f"{_PRESET_HELP}; of an untrained model, default: published.")
-]
 MethodOption = Annotated[
     Method | None,
     option(
         "--method NAME",
         "The network: [bold]lslpn[/bold] (default), or one that the paper compares it with, "
         "[bold]panet[/bold], [bold]senet[/bold] or [bold]alpnet[/bold].",
-    ),
-]
-UntrainedSeedOption = Annotated[
-    int | None,
-    option(
-        "--seed N",
-        "Seed of an untrained model's reduction layer, default: 1234.",
-        min=0,
-        max=2**63 - 1,
     ),
 ]
 
@@ -307,24 +281,108 @@ def check_html(path: Path, name: str) -> None:
         raise InputError(f"{name}: expected a name that ends in .html, got {path.name}")
 
 
-def untrained_only(checkpoint: Path | None, preset: Preset | None, seed: int | None) -> None:
-    """Refuse what a checkpoint settles."""
-    for name, value in (("--preset", preset), ("--seed", seed)):
-        if checkpoint is not None and value is not None:
-            raise InputError(f"{name}: a checkpoint has its own; give it without --checkpoint only")
+@dataclass(frozen=True)
+class Network:
+    """The options that say which network is used, for commands made by `sharing`."""
 
+    checkpoint: Annotated[
+        Path | None,
+        option(
+            "--checkpoint RUN",
+            "A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        option(
+            "--weights NAME",
+            "Weights without a checkpoint: ct (those that ship, trained on CT scans without "
+            "labels), imagenet (a network before training), or a file of lslpn.save_weights.",
+        ),
+    ] = None
+    preset: Annotated[
+        Preset | None,
+        option("--preset", f"{_PRESET_HELP}; of an untrained model, default: published."),
+    ] = None
+    size: Annotated[
+        int | None,
+        option(
+            "--size PIXELS",
+            "Side of the square that slices are resized to; default: the model's own.",
+            min=32,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        option(
+            "--seed N",
+            "Seed of an untrained model's reduction layer, default: 1234.",
+            min=0,
+            max=2**63 - 1,
+        ),
+    ] = None
+    device: DeviceOption = "auto"
 
-def check_weights(weights: str | None, preset: Preset | None, seed: int | None) -> None:
-    """Refuse --weights that name no network, and beside them what describes an untrained one."""
-    if weights not in (None, "imagenet") and (preset is not None or seed is not None):
-        raise InputError(
-            f"--weights {weights}: --preset and --seed describe an untrained network; leave them "
-            "out, or give --weights imagenet"
-        )
-    if weights not in (None, "ct", "imagenet") and not str(weights).endswith(".safetensors"):
-        raise InputError(
-            f"--weights: expected ct, imagenet or a file that ends in .safetensors, got {weights}"
-        )
+    def __post_init__(self) -> None:
+        """Refuse weights that name no network, and what a trained network settles beside it."""
+        describing = [
+            name
+            for name, value in (("--preset", self.preset), ("--seed", self.seed))
+            if value is not None
+        ]
+        if self.checkpoint is not None and describing:
+            raise InputError(
+                f"{describing[0]}: a checkpoint has its own; give it without --checkpoint only"
+            )
+        if self.weights not in (None, "imagenet") and describing:
+            raise InputError(
+                f"--weights {self.weights}: --preset and --seed describe an untrained network; "
+                "leave them out, or give --weights imagenet"
+            )
+        known = self.weights in (None, "ct", "imagenet")
+        if not known and not str(self.weights).endswith(".safetensors"):
+            raise InputError(
+                "--weights: expected ct, imagenet or a file that ends in .safetensors, got "
+                f"{self.weights}"
+            )
+
+    def load(
+        self, *, untrained: bool = False, method: Method | None = None
+    ) -> tuple[FewShotNetwork, Checkpoint | None]:
+        """The network, ready to run, and the checkpoint that it comes from.
+
+        Without any option it is the network that ships, unless `untrained`.
+        """
+        import dataclasses
+
+        from .. import models
+        from ..checkpoint import load_checkpoint, restored
+        from ..config import preset
+
+        where, trained = torch_device(self.device), None
+        untrained = untrained or self.weights == "imagenet"
+        if self.checkpoint is not None:
+            trained = load_checkpoint(self.checkpoint)
+            model = restored(trained, self.checkpoint)
+        elif untrained or self.preset is not None or self.seed is not None:
+            config = preset(self.preset or "published", method=method or "lslpn")
+            model = models.untrained(config, seed=DEFAULT_SEED if self.seed is None else self.seed)
+        else:
+            model = trained_network(self.weights or "ct")
+        if self.size is not None:
+            # The network takes any size: only what its input is resized to changes.
+            model.config = dataclasses.replace(model.config, size=self.size)
+        return model.to(where).eval(), trained
+
+    def name(self, method: Method | None) -> str:
+        """What it is called in results."""
+        if self.checkpoint is not None:
+            return str(self.checkpoint)
+        if self.weights is not None:
+            return f"weights {self.weights}"
+        which = "" if method is None else f"{method}, "
+        seed = DEFAULT_SEED if self.seed is None else self.seed
+        return f"untrained ({which}{self.preset or 'published'}, seed {seed})"
 
 
 def trained_network(weights: str) -> FewShotNetwork:
@@ -332,40 +390,6 @@ def trained_network(weights: str) -> FewShotNetwork:
     from ..checkpoint import load_model, pretrained
 
     return pretrained() if weights == "ct" else load_model(weights)
-
-
-def model_of(
-    trained: Checkpoint | None,
-    checkpoint: Path | None,
-    preset: Preset | None,
-    size: int | None,
-    seed: int | None,
-    device: str,
-    method: Method | None = None,
-    *,
-    weights: str | None = None,
-) -> FewShotNetwork:
-    """The model of a checkpoint or of `weights`, or an untrained one; ready to run."""
-    import dataclasses
-
-    where = torch_device(device)
-    if trained is not None and checkpoint is not None:
-        from ..checkpoint import restored
-
-        model = restored(trained, checkpoint)
-    elif weights not in (None, "imagenet"):
-        model = trained_network(weights)
-    else:
-        from ..config import PRESETS, with_overrides
-        from ..models import untrained
-
-        config = PRESETS[(preset or "published")]
-        config = with_overrides(config, method=(method or "lslpn"))
-        model = untrained(config, seed=DEFAULT_SEED if seed is None else seed)
-    if size is not None:
-        # The network takes any size: only what its input is resized to changes.
-        model.config = dataclasses.replace(model.config, size=size)
-    return model.to(where).eval()
 
 
 def say(line: str) -> None:

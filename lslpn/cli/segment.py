@@ -10,21 +10,15 @@ import typer
 from ..errors import InputError
 from ..files import check_writable
 from .options import (
-    CheckpointOption,
     DeviceOption,
     ForceOption,
     NamesOption,
+    Network,
     QuietOption,
-    SizeOption,
-    UntrainedPresetOption,
-    UntrainedSeedOption,
     check_html,
     check_new,
-    check_weights,
-    model_of,
     option,
     torch_device,
-    untrained_only,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +59,8 @@ def demo(
 
 
 def segment(
+    given: Network,
+    *,
     support_image: Annotated[
         list[Path], option("--support-image NIFTI", "A labelled scan; repeat for more of them.")
     ],
@@ -109,7 +105,6 @@ def segment(
         ),
     ] = None,
     names: NamesOption = None,
-    checkpoint: CheckpointOption = None,
     align: Annotated[
         Literal["none", "body", "affine", "deformable"],
         option(
@@ -133,19 +128,6 @@ def segment(
             "Keep small pieces of an organ apart from the rest, where scans are registered.",
         ),
     ] = False,
-    weights: Annotated[
-        str | None,
-        option(
-            "--weights NAME",
-            "Without --checkpoint: ct has been trained on CT scans without labels, imagenet is a "
-            "network before training, or a file of lslpn.save_weights; default: ct, and imagenet "
-            "with --preset or --seed.",
-        ),
-    ] = None,
-    preset: UntrainedPresetOption = None,
-    size: SizeOption = None,
-    seed: UntrainedSeedOption = None,
-    device: DeviceOption = "auto",
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -156,16 +138,12 @@ def segment(
     [bold]lslpn segment --support-image A.nii.gz --support-mask A_mask.nii.gz --query B.nii.gz
     --out B_mask.nii.gz[/bold]
     """
-    untrained_only(checkpoint, preset, seed)
-    if weights is not None and checkpoint is not None:
+    if given.weights is not None and given.checkpoint is not None:
         raise InputError("--weights: a checkpoint has its own; leave out --weights or --checkpoint")
-    check_weights(weights, preset, seed)
-    if weights is None and (checkpoint, preset, seed) == (None, None, None):
-        weights = "ct"
     results = {"--out": out, "--probabilities": probabilities or [], "--html": html or []}
-    pairs = [("--support-mask", support_mask, "--support-image", support_image)]
-    pairs += [(name, files, "--query", query) for name, files in results.items() if files]
-    for name, files, other, others in pairs:
+    matching = [("--support-mask", support_mask, "--support-image", support_image)]
+    matching += [(name, files, "--query", query) for name, files in results.items() if files]
+    for name, files, other, others in matching:
         if len(files) != len(others):
             raise InputError(
                 f"{name}: expected one per {other}, got {len(files)} for {len(others)}; give "
@@ -178,12 +156,13 @@ def segment(
                     f"{name}: expected a name that ends in .nii.gz or .nii, got {path.name}"
                 )
     written = [(name, path) for name, files in results.items() for path in files]
-    given = [("--support-image", support_image), ("--support-mask", support_mask)]
-    for number, (name, path) in enumerate(written):
-        earlier = [(other, [before]) for other, before in written[:number]]
-        for other, files in (*given, ("--query", query), *earlier):
-            if any(_same_file(path, each) for each in files):
+    pairs = [("--support-image", support_image), ("--support-mask", support_mask)]
+    taken = [(name, path) for name, files in (*pairs, ("--query", query)) for path in files]
+    for name, path in written:
+        for other, file in taken:
+            if _same_file(path, file):
                 raise InputError(f"{name}: {path} is also given as {other}; give it another name")
+        taken.append((name, path))
     registers = align in ("affine", "deformable")
     for name, unused in (("--depth", depth is not None), ("--keep-islands", keep_islands)):
         if unused and not registers:
@@ -210,12 +189,10 @@ def segment(
     volumes = [read_image(path) for path in query]
     named = {} if names is None else read_names(names)
 
-    from ..checkpoint import load_checkpoint
     from ..segmentation.segment import segment_matched as run
     from ..segmentation.volumetric import DEPTH_MM
 
-    trained = None if checkpoint is None else load_checkpoint(checkpoint)
-    model = model_of(trained, checkpoint, preset, size, seed, device, weights=weights)
+    model, _ = given.load()
     kept: dict[int, Scan] = {}
     for number, volume in enumerate(volumes):
         found = run(
