@@ -43,7 +43,7 @@ def load(dataset: Dataset, config: Config, **arguments: object) -> Episodes:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(("N", "K", "Q"), [(1, 1, 1), (2, 1, 1), (1, 3, 2), (3, 2, 4)])
