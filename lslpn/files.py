@@ -229,6 +229,23 @@ def load_tensors(path: str | os.PathLike[str], expected: str) -> Any:
         ) from error
 
 
+def load_safetensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its metadata; as `load_tensors`.
+
+    Raises:
+        InputError: the file is missing, damaged or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not is_file(path):
+        raise InputError(f"{path}: there is no such file, expected {expected}; check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected {expected}") from error
+
+
 def first_unusable(state: Mapping[str, Any]) -> str | None:
     """What is wrong with the first tensor of a state dict that no network can compute with.
 

@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +20,18 @@ from tqdm import tqdm
 from lslpn_kernels import GridSpec
 
 from ..config import Align
+from ..data.dataset import Dataset
 from ..data.slices import Prepared, Treatment, prepare_for
+from ..data.volumes import Volume
 from ..errors import InputError
 from ..models import FewShotNetwork
 from ..models.lslpn import LocalPrototypes
 from .protocols import Protocol, areas
 from .results import Example, Row, Skipped, dice, fraction
 
-if TYPE_CHECKING:
-    from ..data.dataset import Dataset
-    from ..data.volumes import Volume
-
-    # Called after each query case: its name, image and ground truth, and the labels found with
-    # each grid of windows. Organs are segmented one by one; where two overlap, the first stays.
-    Observer = Callable[[str, Volume, Volume, list[np.ndarray]], None]
+# Called after each query case: its name, image and ground truth, and the labels found with each
+# grid of windows. Organs are segmented one by one; where two overlap, the first stays.
+Observer = Callable[[str, Volume, Volume, list[np.ndarray]], None]
 
 Plan = dict[str, dict[int, int]]  # organ to query slice to the support slice that segments it
 

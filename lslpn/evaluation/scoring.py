@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,16 +17,13 @@ from tqdm import tqdm
 from lslpn_kernels import GridSpec
 
 from ..config import Align
+from ..data.dataset import Dataset
 from ..data.slices import warn_unlike
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork
 from .protocols import protocol_of
 from .results import Evaluation
-from .runner import Runner, View, slices_of
-
-if TYPE_CHECKING:
-    from ..data.dataset import Dataset
-    from .runner import Observer
+from .runner import Observer, Runner, View, slices_of
 
 
 def evaluate(

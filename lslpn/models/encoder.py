@@ -19,17 +19,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..assets import trunk_weights
 from ..config import BatchNormMode, StrideOn
 from ..errors import InputError
-from ..files import first_unusable, is_file, load_tensors
+from ..files import first_unusable, is_file, load_safetensors, load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -199,7 +197,7 @@ class Encoder(nn.Module):
             InputError: the file is missing, unreadable, damaged, or not a ResNet-50 state dict.
         """
         if isinstance(source, Mapping):
-            name, state = "the state dict", dict(source)
+            name, state = "the state dict", source
         else:
             name, state = str(source), _read_state_dict(Path(source))
         state = {k: v for k, v in state.items() if not k.startswith(_IGNORED_LAYERS)}
@@ -207,15 +205,15 @@ class Encoder(nn.Module):
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
         unknown = [k for k in state if k not in own]
         wrong = [k for k in state if k in own and state[k].shape != own[k].shape]
-        if missing or unknown or wrong:
-            faults = []
-            if missing:
-                faults.append(f"{len(missing)} tensors are missing (the first: {missing[0]})")
-            if unknown:
-                faults.append(f"{len(unknown)} are unknown (the first: {unknown[0]})")
-            if wrong:
-                k = wrong[0]
-                faults.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
+        faults = []
+        if missing:
+            faults.append(f"{len(missing)} tensors are missing (the first: {missing[0]})")
+        if unknown:
+            faults.append(f"{len(unknown)} are unknown (the first: {unknown[0]})")
+        if wrong:
+            k = wrong[0]
+            faults.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
+        if faults:
             raise InputError(
                 f"{name}: does not fit the ResNet-50 trunk: {'; '.join(faults)}; give a ResNet-50 "
                 "state dict with torchvision's names (conv1, bn1, layer1, layer2, layer3)"
@@ -227,20 +225,9 @@ class Encoder(nn.Module):
                 own[key].copy_(tensor)
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not is_file(path):
-        raise InputError(
-            f"{path}: there is no such weights file, expected a ResNet-50 state dict; "
-            "check the path"
-        )
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path}: cannot be read ({error}); it is damaged or something else, expected a "
-                "ResNet-50 state dict in the safetensors format"
-            ) from error
+def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors" or not is_file(path):
+        return load_safetensors(path, "a ResNet-50 state dict")[0]
     state = load_tensors(path, "a ResNet-50 state dict written by torch.save")
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
