@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,11 +306,19 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
             "`torchrun -m lslpn train` and give them with --run"
         )
     dataset = Dataset.open(given.data)
-    changes, own = _own_settings(settings_of(given.sets))
-    set_by = {"method": "--method", "seed": "--seeds", "organs": "--fold and --classes"}
-    for name, its in {**set_by, "drop_test_slices": "--setting"}.items():
-        if any(name in some for some in (changes, *own.values())):
-            raise InputError(f"--set {name}: is set by {its}; use that")
+    changes: dict[str, str] = {}  # of all methods, and of one: METHOD.NAME=VALUE
+    own_changes: dict[str, dict[str, str]] = {}
+    set_by = {
+        "method": "--method",
+        "seed": "--seeds",
+        "organs": "--fold and --classes",
+        "drop_test_slices": "--setting",
+    }
+    for key, value in settings_of(given.sets).items():
+        method, _, name = key.rpartition(".")
+        if name in set_by:
+            raise InputError(f"--set {name}: is set by {set_by[name]}; use that")
+        (own_changes.setdefault(method, {}) if method else changes)[name] = value
     if "supervision" in changes:
         raise InputError(
             "--set supervision: is set by --classes none; use that, or METHOD.supervision for one "
@@ -320,10 +328,15 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     changes = {"align": given.align, **changes}
     if given.setting == "II":
         changes["drop_test_slices"] = "true"
+    # Organs whose names hold commas are taken whole, joined ones too.
+    known = set(dataset.organs)
+    known |= {
+        text for text in given.fold or () if known.issuperset(map(str.strip, text.split("+")))
+    }
     setup = Setup(
         dataset=dataset,
         config=with_overrides(PRESETS[given.preset], **changes),
-        organ_folds=organ_folds(dataset, _folds_of(given.fold, dataset.organs)),
+        organ_folds=organ_folds(dataset, split(given.fold, known)),
         subject_folds=subject_folds(
             dataset,
             parts=given.folds,
@@ -335,9 +348,9 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
         chunks=protocol_of(given.protocol, given.chunks).chunks,
         align=given.align,
         batch=given.batch,
-        own=own,
+        own=own_changes,
     )
-    for method in own:
+    for method in own_changes:
         setup.config_of(method, 0)  # refuses what is not known
     store = Store(
         given.out,
@@ -350,25 +363,6 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     )
     with opened(store, own):
         yield store
-
-
-def _folds_of(given: list[str] | None, organs: Sequence[str]) -> list[str]:
-    """The values of --fold; organs whose names hold commas are taken whole, joined ones too."""
-    joined = [text for text in given or () if all(o.strip() in organs for o in text.split("+"))]
-    return split(given, {*joined, *organs})
-
-
-def _own_settings(given: dict[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Settings of all methods, and those of METHOD.NAME=VALUE by method."""
-    common: dict[str, str] = {}
-    own: dict[str, dict[str, str]] = {}
-    for name, value in given.items():
-        method, dot, rest = name.partition(".")
-        if dot:
-            own.setdefault(method, {})[rest] = value
-        else:
-            common[name] = value
-    return common, own
 
 
 def _seeds(given: list[str] | None) -> list[int]:

@@ -34,13 +34,11 @@ def run(
 ) -> list[Path]:
     """Train where needed, segment the chosen cases, and draw them.
 
+    Args and errors: those of `table1.run`, of one seed and one kind of classes.
+
     Args:
-        store: the experiment's folder.
-        methods: the networks, from left to right.
-        seed: of their runs.
         cases: test cases to show; default: the first two of each subject fold.
         organs: organs to show; default: all that are tested.
-        classes: which organs the networks are trained on.
         untrained: a column for the first method's network before training.
 
     Returns:
@@ -48,8 +46,7 @@ def run(
         and fig4.png with those of all, where there are several.
 
     Raises:
-        InputError: a case that is not tested, an organ that no fold holds out; and as `plan_runs`
-            and `Store.results`.
+        InputError: a case that is not tested, an organ that no fold holds out.
     """
     setup = store.setup
     tested = [case for fold in setup.subject_folds for case in fold.test]

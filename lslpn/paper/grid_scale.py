@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lslpn_kernels import GridSpec
 
@@ -19,9 +19,6 @@ from . import report
 from .plan import Classes, Setup, in_words, plan_runs
 from .stats import scores
 from .store import Done, Store, Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NAME = "grid-scale"
 OVERLAP = 1 / 2
@@ -51,19 +48,15 @@ def run(
 ) -> list[Path]:
     """Train LSLPN where it is not trained yet, evaluate every grid, and write the comparison.
 
+    Args and errors: those of `table1.run`, of one kind of classes.
+
     Args:
-        store: the experiment's folder.
-        seeds: of the runs.
         grids: windows to compare; default: those of `DEFAULT_GRIDS`.
-        classes: which organs the network is trained on.
         untrained: the network before training, in the place of the trained one.
 
     Returns:
         grid-scale.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
         -tested or -none for these networks.
-
-    Raises:
-        InputError: as `plan_runs` and `Store.results`.
     """
     setup, grids = store.setup, tuple(grids) or DEFAULT_GRIDS
     runs = plan_runs(setup, ["lslpn"], seeds, classes=[classes], untrained=untrained)
@@ -124,7 +117,7 @@ def _table(content: report.Content) -> str:
     )
 
 
-def _draw(axes: Axes, content: report.Content) -> None:
+def _draw(axes: report.Axes, content: report.Content) -> None:
     rows = sorted(content["table"], key=lambda row: float(row["scale"]))
     scales = sorted({row["scale"] for row in rows})
     # One window covers the image at scale 1: it belongs to both lines.

@@ -13,7 +13,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -28,9 +28,6 @@ from . import report
 from .plan import Align, Classes, SubjectFold, in_words, plan_runs
 from .stats import correlate, spread
 from .store import Done, Store, Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NAME = "misalignment"
 _ALIGNS: tuple[Align, ...] = get_args(Align)
@@ -48,19 +45,15 @@ def run(
 ) -> list[Path]:
     """Train where needed, evaluate with and without body boxes, and write points and plot.
 
+    Args and errors: those of `table1.run`, of one method and one kind of classes; a point's
+    segmentation Dice is the mean over the seeds.
+
     Args:
-        store: the experiment's folder.
-        methods: one network; the paper's is lslpn.
-        seeds: of its runs; a point's segmentation Dice is the mean over them.
-        classes: which organs the network is trained on.
         untrained: the network before training, in the place of the trained one.
 
     Returns:
         misalignment.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
         -tested or -none for these networks.
-
-    Raises:
-        InputError: as `plan_runs` and `Store.results`.
     """
     setup = store.setup
     runs = plan_runs(setup, methods, seeds, classes=[classes], untrained=untrained)
@@ -138,9 +131,7 @@ def points(
 ) -> list[dict[str, Any]]:
     """A point for each organ, query case and alignment; Dice is the mean over the seeds.
 
-    Args:
-        done: evaluations with and without body boxes.
-        alike: by subject fold and align, then by case and organ: alignment Dice.
+    `alike` has the alignment Dice: by subject fold and align, then by case and organ.
     """
     scores: dict[tuple[str, str, str, str], list[float]] = {}
     for one in done:
@@ -258,7 +249,7 @@ def _table(content: report.Content) -> str:
     )
 
 
-def _draw(axes: Axes, content: report.Content) -> None:
+def _draw(axes: report.Axes, content: report.Content) -> None:
     organs = report.organs(content)
     for align, marker, filled in (("none", "o", True), ("body", "^", False)):
         for i, organ in enumerate(organs, 1):

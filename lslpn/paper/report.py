@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Classes, preset
+from ..evaluation.overlay import write_figure
 from ..evaluation.results import Evaluation, fraction, render_table
-from ..files import replacing, write_text
+from ..files import write_text
 from ..info import commit, versions
 from ..viewer.evaluation import write_experiment
 from .plan import Run, common_settings
@@ -287,9 +288,7 @@ def _plot(
         fontsize=5.5,
         color="0.35",
     )
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
-    return path
+    return write_figure(path, figure)
 
 
 def small_print(content: Content) -> str:

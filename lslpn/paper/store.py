@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +33,10 @@ from ..evaluation.results import Evaluation, Example
 from ..evaluation.scoring import evaluate_grids
 from ..files import check_writable, is_file, locked, replacing, write_text
 from ..info import commit, versions
-from ..models import untrained
+from ..models import FewShotNetwork, untrained
 from ..runs import changes, differences, fixed, time_spent
 from ..training import train
 from .plan import Align, Run, Setup, common_settings
-
-if TYPE_CHECKING:
-    from ..models import FewShotNetwork
 
 SETTINGS = "experiment.json"
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..evaluation.overlay import colour
 from . import report
 from .plan import Classes, Setup, plan_runs
 from .stats import Scores, Spread, compare_all, scores
 from .store import Store, Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NAME = "table1"
 
@@ -118,7 +115,7 @@ def _comparisons(content: report.Content) -> str:
     )
 
 
-def _draw(axes: Axes, content: report.Content) -> None:
+def _draw(axes: report.Axes, content: report.Content) -> None:
     organs = report.organs(content)
     rows = content["table"]
     width = 0.8 / len(rows)
