@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from torch import Tensor
 
 from ..config import Align, ModelConfig
 from ..errors import InputError
@@ -181,15 +182,6 @@ def prepare_for(
     return prepare(image, labels, **{name: getattr(config, name) for name in names} | other)
 
 
-def resolve_window(image: Volume, window: Window) -> tuple[float, float] | None:
-    """The limits that `prepare` applies for `window`: (low, high), or None for no window.
-
-    Raises:
-        ValueError: low is not below high, or a word other than "auto".
-    """
-    return window_limits(interpret(image.data), window)
-
-
 def shared_window(window: Window, read: Sequence[Intensities]) -> Window:
     """`window` for scans that are used together: of "auto", what is left of it in all of them."""
     if window == "auto" and all(how.hu for how in read):
@@ -198,7 +190,11 @@ def shared_window(window: Window, read: Sequence[Intensities]) -> Window:
 
 
 def window_limits(how: Intensities, window: Window) -> tuple[float, float] | None:
-    """`resolve_window`, of a scan whose grey values were read already."""
+    """The limits that `prepare` applies for `window`: (low, high), or None for no window.
+
+    Raises:
+        ValueError: low is not below high, or a word other than "auto".
+    """
     if window is None:
         return None
     if window == "auto":
@@ -340,18 +336,22 @@ def _broad(plane: np.ndarray, spacing: tuple[float, float]) -> np.ndarray:
     return ndimage.distance_transform_edt(~core, sampling=spacing) <= radius
 
 
+def resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    """[N, C, h, w] to `size`, bilinear, averaging over the pixels that fall together."""
+    if images.shape[2:] == torch.Size(size):
+        return images
+    return F.interpolate(
+        images, size=tuple(size), mode="bilinear", align_corners=False, antialias=True
+    )
+
+
 def _resized(data: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
     """The boxes of [Z, Y, X], resized to float32 [Z, size, size]."""
     out = np.empty((len(data), size, size), np.float32)
     for z, (y0, y1, x0, x1) in enumerate(boxes.tolist()):
-        part = data[z, y0:y1, x0:x1]
-        if part.shape != (size, size):
-            # A crop is strided; torch wants a plain array.
-            pixels = torch.from_numpy(np.ascontiguousarray(part))[None, None]
-            part = F.interpolate(
-                pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True
-            )[0, 0].numpy()
-        out[z] = part
+        # A crop is strided; torch wants a plain array.
+        part = np.ascontiguousarray(data[z, y0:y1, x0:x1])
+        out[z] = resized(torch.from_numpy(part)[None, None], (size, size))[0, 0]
     return out
 
 

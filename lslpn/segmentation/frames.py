@@ -21,6 +21,7 @@ from ..config import ModelConfig
 from ..data.intensities import interpret
 from ..data.slices import (
     Treatment,
+    resized,
     shared_window,
     trunk_boxes,
     warn_not_cropped,
@@ -193,20 +194,12 @@ def _resized(data: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """[Z, Y, X] to `shape`, averaging over what falls together."""
     out = data.new_empty(len(data), *shape[1:])
     for z, plane in enumerate(data):
-        out[z] = _scaled(plane[None, None], shape[1:])[0, 0]
+        out[z] = resized(plane[None, None], shape[1:])[0, 0]
     if shape[0] == len(data):
         return out
     columns = out.flatten(1).T[None, None]
-    columns = _scaled(columns, (columns.shape[2], shape[0]))
+    columns = resized(columns, (columns.shape[2], shape[0]))
     return columns[0, 0].T.reshape(shape).contiguous()
-
-
-def _scaled(images: Tensor, size: Sequence[int]) -> Tensor:
-    if images.shape[2:] == torch.Size(size):
-        return images
-    return F.interpolate(
-        images, size=tuple(size), mode="bilinear", align_corners=False, antialias=True
-    )
 
 
 def restored(frame: Frame, leads: Tensor, values: Sequence[int]) -> np.ndarray:

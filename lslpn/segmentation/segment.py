@@ -21,7 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.intensities import interpret
-from ..data.slices import Prepared, prepare_for, shared_window, warn_not_cropped, warn_unlike
+from ..data.slices import (
+    Prepared,
+    prepare_for,
+    resized,
+    shared_window,
+    warn_not_cropped,
+    warn_unlike,
+)
 from ..data.volumes import Volume, as_volume
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork, check_features
@@ -282,10 +289,7 @@ def _describe(model: FewShotNetwork, slices: np.ndarray, batch: int, bar: tqdm) 
     for start in range(0, len(slices), batch):
         images = torch.from_numpy(slices[start : start + batch]).to(device)
         side = min(_MATCH_SIZE, images.shape[-1])
-        small = F.interpolate(
-            images[:, None], size=(side, side), mode="bilinear", align_corners=False, antialias=True
-        )
-        features = model.encode(small[:, 0])
+        features = model.encode(resized(images[:, None], (side, side))[:, 0])
         out.append(F.adaptive_avg_pool2d(features, _CELLS).float().cpu())
         bar.update(len(images))
     described = torch.cat(out)

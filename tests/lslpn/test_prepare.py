@@ -14,13 +14,14 @@ from synthetic import synthetic_ct, write_nifti
 
 from lslpn.assets import demo_image, demo_labels
 from lslpn.data.dataset import Dataset
+from lslpn.data.intensities import interpret
 from lslpn.data.slices import (
     ABDOMEN_WINDOW,
     Treatment,
     body_boxes,
     prepare,
-    resolve_window,
     warn_unlike,
+    window_limits,
 )
 from lslpn.data.volumes import Volume, read_image, read_labels
 from lslpn.errors import InputError
@@ -51,11 +52,13 @@ def _bounds(boxes: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def test_auto_window_is_for_ct_alone(ct: Volume) -> None:
-    assert resolve_window(ct, "auto") == ABDOMEN_WINDOW == (-125.0, 275.0)
+    of_ct = interpret(ct.data)
+    assert window_limits(of_ct, "auto") == ABDOMEN_WINDOW == (-125.0, 275.0)
     grey = _with(ct, (ct.data.clip(-160, 240) + 160) / 400 * 255)  # an 8-bit export
-    assert resolve_window(grey, "auto") is None
-    assert resolve_window(ct, None) is None
-    assert resolve_window(grey, (-10, 90)) == (-10.0, 90.0)
+    of_grey = interpret(grey.data)
+    assert window_limits(of_grey, "auto") is None
+    assert window_limits(of_ct, None) is None
+    assert window_limits(of_grey, (-10, 90)) == (-10.0, 90.0)
 
 
 def test_a_window_is_in_hu_whatever_offset_is_stored(ct: Volume) -> None:
