@@ -6,13 +6,13 @@ the disk, and renamed over the target. A kill at any moment leaves the previous 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def _refusal(path: Path, error: OSError | ValueError) -> InputError:
     )
 
 
-def _reason(error: OSError | ValueError) -> str:
+def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -66,7 +66,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path to write to; on a clean exit it takes the place of `path`.
 
@@ -117,16 +117,12 @@ def _beside(target: Path) -> Path:
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut, where the system can open folders at all."""
-    try:
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
@@ -172,7 +168,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise _refusal(target, error) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder for the time of the `with`; the folder must be there and writable.
 
@@ -194,7 +190,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
     except (OSError, NotImplementedError) as error:
         raise InputError(
-            f"{path}: cannot be locked ({getattr(error, 'strerror', None) or error}); give a "
+            f"{path}: cannot be locked ({_reason(error)}); give a "
             "folder on a disk that you may write to and that knows locks"
         ) from error
     try:

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.volumes import write_labels
-from ..errors import InputError, meant
+from ..errors import InputError, unknown
 from ..files import check_writable, write_bytes, write_text
 from .survey import Faults, FaultsError, LeftOutError, Loaded, Problem, Survey
 
@@ -155,11 +155,7 @@ def _wanted(survey: Survey, cases: Sequence[str]) -> list[str]:
     known = sorted({p.case for p in survey.problems if p.case is not None}.union(survey.cases))
     for case in cases:
         if case not in known:
-            shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            raise InputError(
-                f"case {case!r}: not in this corpus{meant(case, known)}; its {len(known)} cases: "
-                f"{shown}"
-            )
+            raise unknown("case", case, "this corpus", known, 8)
     return sorted(set(cases)) if cases else known
 
 

@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 
 from ..data.volumes import Volume, check_same_grid, read_image, read_labels
-from ..errors import InputError, meant
+from ..errors import InputError, unknown
 
 _T = TypeVar("_T")
 # What browsers, curl wrappers and download managers call a file that is not there whole yet.
@@ -200,10 +200,7 @@ def check_organs(organs: Sequence[str], known: Iterable[str]) -> None:
     names = sorted(known)
     for organ in organs:
         if organ not in names:
-            raise InputError(
-                f"organ {organ!r}: not in this corpus{meant(organ, names)}; it has: "
-                f"{', '.join(names)}"
-            )
+            raise unknown("organ", organ, "this corpus", names)
 
 
 def merge_case(
