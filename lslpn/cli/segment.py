@@ -30,7 +30,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..data.volumes import Volume
     from ..segmentation.registration import Scan
-    from ..segmentation.volumetric import Segmentation
+    from ..segmentation.result import Segmentation
 
 
 def demo(
@@ -105,7 +105,7 @@ def segment(
         option(
             "--html HTML",
             "Write a page as well that shows the result in any browser: slices and 3-D, the "
-            "support beside the query, and why a voxel took its label; one per --query.",
+            "support beside the query, and why a voxel got its label; one per --query.",
         ),
     ] = None,
     names: NamesOption = None,
@@ -115,14 +115,14 @@ def segment(
         option(
             "--align",
             "affine and deformable register the labelled scan to the query; body and none match "
-            "slice with slice, cut to the patient's body or whole.",
+            "slice with slice, cropped to the patient's body or whole.",
         ),
     ] = "deformable",
     depth: Annotated[
         float | None,
         option(
             "--depth MM",
-            "How far a window reaches along z, where scans are registered; default: 60.",
+            "Extent of a window along z, where scans are registered; default: 60.",
             min=0,
         ),
     ] = None,
@@ -130,16 +130,17 @@ def segment(
         bool,
         option(
             "--keep-islands",
-            "Keep small pieces of an organ apart from the rest, where scans are registered.",
+            "Keep small components of an organ that are apart from the rest, where scans are "
+            "registered.",
         ),
     ] = False,
     weights: Annotated[
         str | None,
         option(
             "--weights NAME",
-            "Without --checkpoint: ct has been trained on CT scans without labels, imagenet is a "
-            "network before training, or a file of lslpn.save_weights; default: ct, and imagenet "
-            "with --preset or --seed.",
+            "Without --checkpoint: ct (trained on CT scans without labels), imagenet (before "
+            "training), or a file of lslpn.save_weights; default: ct, but imagenet with --preset "
+            "or --seed.",
         ),
     ] = None,
     preset: UntrainedPresetOption = None,
@@ -211,12 +212,12 @@ def segment(
     named = {} if names is None else read_names(names)
 
     from ..checkpoint import load_checkpoint
+    from ..segmentation.registered import DEPTH_MM
     from ..segmentation.segment import segment_matched as run
-    from ..segmentation.volumetric import DEPTH_MM
 
     trained = None if checkpoint is None else load_checkpoint(checkpoint)
     model = model_of(trained, checkpoint, preset, size, seed, device, weights=weights)
-    kept: dict[int, Scan] = {}
+    cache: dict[int, Scan] = {}
     for number, volume in enumerate(volumes):
         found = run(
             model,
@@ -228,7 +229,7 @@ def segment(
             progress=not quiet,
             explain=bool(html),
             probabilities=bool(probabilities),
-            kept=kept,
+            cache=cache,
         )
         _write_segmentation(
             found, supports, volume, named, *(f[number] if f else None for f in results.values())
