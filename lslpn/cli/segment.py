@@ -24,7 +24,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..data.volumes import Volume
     from ..segmentation.registration import Scan
-    from ..segmentation.volumetric import Segmentation
+    from ..segmentation.result import Segmentation
 
 
 def demo(
@@ -101,7 +101,7 @@ def segment(
         option(
             "--html HTML",
             "Write a page as well that shows the result in any browser: slices and 3-D, the "
-            "support beside the query, and why a voxel took its label; one per --query.",
+            "support beside the query, and why a voxel got its label; one per --query.",
         ),
     ] = None,
     names: NamesOption = None,
@@ -110,14 +110,14 @@ def segment(
         option(
             "--align",
             "affine and deformable register the labelled scan to the query; body and none match "
-            "slice with slice, cut to the patient's body or whole.",
+            "slice with slice, cropped to the patient's body or whole.",
         ),
     ] = "deformable",
     depth: Annotated[
         float | None,
         option(
             "--depth MM",
-            "How far a window reaches along z, where scans are registered; default: 60.",
+            "Extent of a window along z, where scans are registered; default: 60.",
             min=0,
         ),
     ] = None,
@@ -125,7 +125,8 @@ def segment(
         bool,
         option(
             "--keep-islands",
-            "Keep small pieces of an organ apart from the rest, where scans are registered.",
+            "Keep small components of an organ that are apart from the rest, where scans are "
+            "registered.",
         ),
     ] = False,
     force: ForceOption = False,
@@ -189,11 +190,11 @@ def segment(
     volumes = [read_image(path) for path in query]
     named = {} if names is None else read_names(names)
 
+    from ..segmentation.registered import DEPTH_MM
     from ..segmentation.segment import segment_matched as run
-    from ..segmentation.volumetric import DEPTH_MM
 
     model, _ = given.load()
-    kept: dict[int, Scan] = {}
+    cache: dict[int, Scan] = {}
     for number, volume in enumerate(volumes):
         found = run(
             model,
@@ -205,7 +206,7 @@ def segment(
             progress=not quiet,
             explain=bool(html),
             probabilities=bool(probabilities),
-            kept=kept,
+            cache=cache,
         )
         _write_segmentation(
             found, supports, volume, named, *(f[number] if f else None for f in results.values())
