@@ -12,7 +12,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
 
 import typer
 
@@ -46,16 +45,16 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _global(
-    version: Annotated[
-        bool, option("--version", "Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-    debug: Annotated[bool, option("--debug", "Show the traceback of an error.")] = False,
+    version: bool = option(
+        "--version", "Print the version.", False, callback=_print_version, is_eager=True
+    ),
+    debug: bool = option("--debug", "Show the traceback of an error.", False),
 ) -> None:
     # `main` takes --debug off the line, wherever it stands; it is declared here for the help.
     pass
 
 
-def info(as_json: Annotated[bool, option("--json", "Print JSON.")] = False) -> None:
+def info(as_json: bool = option("--json", "Print JSON.", False)) -> None:
     """Show versions, processor, GPUs, and which backends of the head can run here and why not."""
     from ..info import collect, report
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -72,13 +72,10 @@ def in_options(message: str, function: Callable[..., None], values: Sequence[obj
     Those are a word before a colon at its start, and what stands in backquotes, alone or with a
     value: `resume=True`.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
     own = {
-        option
-        for hint in hints.values()
-        for info in getattr(hint, "__metadata__", ())
-        # In Annotated, typer has the first of the option's names as its default.
-        for option in (getattr(info, "default", None), *(getattr(info, "param_decls", None) or ()))
+        name
+        for parameter in signature(function).parameters.values()
+        for name in getattr(parameter.default, "param_decls", None) or ()
     }
 
     def option(match: re.Match[str]) -> str:
@@ -148,45 +145,33 @@ def sharing(shared: type, function: Callable[..., _T]) -> Callable[..., _T]:
     return run
 
 
-def option(declaration: str, help: str, **more: Any) -> Any:
-    """An option as it is written: "--out DIR", "--force" or "--quiet -q"."""
+def option(declaration: str, help: str, default: Any = None, **more: Any) -> Any:
+    """An option as it is written: "--out DIR", "--force" or "--quiet -q"; `...` is no default."""
     words = declaration.split()
     names = [word for word in words if word.startswith("-")]
     metavar = words[-1] if words[-1] not in names else None
-    return typer.Option(*names, metavar=metavar, help=help, **more)
+    return typer.Option(default, *names, metavar=metavar, help=help, **more)
 
 
-DataOption = Annotated[
-    Path,
-    option("--data DIR", "Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr."),
-]
-DeviceOption = Annotated[
-    str, option("--device NAME", "auto (a GPU if there is one), cpu, or cuda[:N].")
-]
-ForceOption = Annotated[bool, option("--force", "Replace results that are already there.")]
-QuietOption = Annotated[bool, option("--quiet -q", "No progress bars.")]
-BatchOption = Annotated[int, option("--batch N", "Query slices encoded at once.", min=1)]
-ChunksOption = Annotated[
-    int | None,
-    option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1),
-]
-NamesOption = Annotated[
-    Path | None,
-    option(
-        "--names JSON",
-        'Names of the organs for the page: a dataset.json, or any file with its "labels".',
-    ),
-]
+DATA = option(
+    "--data DIR", "Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr.", ...
+)
+DEVICE = option("--device NAME", "auto (a GPU if there is one), cpu, or cuda[:N].", "auto")
+FORCE = option("--force", "Replace results that are already there.", False)
+QUIET = option("--quiet -q", "No progress bars.", False)
+BATCH = option("--batch N", "Query slices encoded at once.", 8, min=1)
+CHUNKS = option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1)
+NAMES = option(
+    "--names JSON",
+    'Names of the organs for the page: a dataset.json, or any file with its "labels".',
+)
 _PRESET_HELP = "Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold]"
-PresetOption = Annotated[Preset, option("--preset", f"{_PRESET_HELP}.")]
-MethodOption = Annotated[
-    Method | None,
-    option(
-        "--method NAME",
-        "The network: [bold]lslpn[/bold] (default), or one that the paper compares it with, "
-        "[bold]panet[/bold], [bold]senet[/bold] or [bold]alpnet[/bold].",
-    ),
-]
+PRESET = option("--preset", f"{_PRESET_HELP}.", "published")
+METHOD = option(
+    "--method NAME",
+    "The network: [bold]lslpn[/bold] (default), or one that the paper compares it with, "
+    "[bold]panet[/bold], [bold]senet[/bold] or [bold]alpnet[/bold].",
+)
 
 
 def split(values: Sequence[str] | None, known: Collection[str] = ()) -> list[str]:
@@ -276,52 +261,42 @@ def check_new(path: Path, force: bool) -> None:
     check_writable(path)
 
 
-def check_html(path: Path, name: str) -> None:
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{name}: expected a name that ends in .html, got {path.name}")
+def check_ending(path: Path, name: str, *endings: str) -> None:
+    """Refuse a result whose name does not say what it is."""
+    if not path.name.lower().endswith(endings):
+        raise InputError(
+            f"{name}: expected a name that ends in {' or '.join(endings)}, got {path.name}"
+        )
 
 
 @dataclass(frozen=True)
 class Network:
     """The options that say which network is used, for commands made by `sharing`."""
 
-    checkpoint: Annotated[
-        Path | None,
-        option(
-            "--checkpoint RUN",
-            "A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
-        ),
-    ] = None
-    weights: Annotated[
-        str | None,
-        option(
-            "--weights NAME",
-            "Weights without a checkpoint: ct (those that ship, trained on CT scans without "
-            "labels), imagenet (a network before training), or a file of lslpn.save_weights.",
-        ),
-    ] = None
-    preset: Annotated[
-        Preset | None,
-        option("--preset", f"{_PRESET_HELP}; of an untrained model, default: published."),
-    ] = None
-    size: Annotated[
-        int | None,
-        option(
-            "--size PIXELS",
-            "Side of the square that slices are resized to; default: the model's own.",
-            min=32,
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        option(
-            "--seed N",
-            "Seed of an untrained model's reduction layer, default: 1234.",
-            min=0,
-            max=2**63 - 1,
-        ),
-    ] = None
-    device: DeviceOption = "auto"
+    checkpoint: Path | None = option(
+        "--checkpoint RUN",
+        "A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
+    )
+    weights: str | None = option(
+        "--weights NAME",
+        "Without a checkpoint: ct (trained on CT scans without labels; `lslpn segment` takes it by "
+        "default), imagenet (before training), or a file of lslpn.save_weights.",
+    )
+    preset: Preset | None = option(
+        "--preset", f"{_PRESET_HELP}; of an untrained model, default: published."
+    )
+    size: int | None = option(
+        "--size PIXELS",
+        "Side of the square that slices are resized to; default: the model's own.",
+        min=32,
+    )
+    seed: int | None = option(
+        "--seed N",
+        "Seed of an untrained model's reduction layer, default: 1234.",
+        min=0,
+        max=2**63 - 1,
+    )
+    device: str = DEVICE
 
     def __post_init__(self) -> None:
         """Refuse weights that name no network, and what a trained network settles beside it."""

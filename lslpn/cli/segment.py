@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from ..errors import InputError
-from ..files import check_writable
 from .options import (
-    DeviceOption,
-    ForceOption,
-    NamesOption,
+    DEVICE,
+    FORCE,
+    NAMES,
+    QUIET,
     Network,
-    QuietOption,
-    check_html,
+    check_ending,
     check_new,
     option,
     torch_device,
@@ -28,16 +27,14 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[
-        Path,
-        option(
-            "--out DIR",
-            "Where result.html, prediction.nii.gz, overlay.png and report.json go; those of an "
-            "earlier demo are replaced.",
-        ),
-    ] = Path("demo"),
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
+    out: Path = option(
+        "--out DIR",
+        "Where result.html, prediction.nii.gz, overlay.png and report.json go; those of an "
+        "earlier demo are replaced.",
+        Path("demo"),
+    ),
+    device: str = DEVICE,
+    quiet: bool = QUIET,
 ) -> None:
     """Segment one CT scan from another; both come with the package.
 
@@ -45,8 +42,6 @@ def demo(
     field of view. The labels of both are predictions of TotalSegmentator, not a human's. Runs
     offline, in minutes on two CPU cores.
     """
-    for name in ("prediction.nii.gz", "overlay.png", "report.json", "result.html"):
-        check_writable(out / name)
     from ..demo import run_demo
 
     report = run_demo(out, device=torch_device(device), progress=not quiet)
@@ -61,76 +56,54 @@ def demo(
 def segment(
     given: Network,
     *,
-    support_image: Annotated[
-        list[Path], option("--support-image NIFTI", "A labelled scan; repeat for more of them.")
-    ],
-    support_mask: Annotated[
-        list[Path],
-        option(
-            "--support-mask NIFTI",
-            "Its labels: 0 is background, each other number an organ; one per --support-image, in "
-            "the same order.",
-        ),
-    ],
-    query: Annotated[
-        list[Path],
-        option(
-            "--query NIFTI",
-            "The scan to segment; repeat for more of them, for which the labelled scans are read "
-            "once.",
-        ),
-    ],
-    out: Annotated[
-        list[Path],
-        option(
-            "--out NIFTI",
-            "The labels to write, in the query's own grid, affine and header; one per --query, in "
-            "the same order.",
-        ),
-    ],
-    probabilities: Annotated[
-        list[Path] | None,
-        option(
-            "--probabilities NIFTI",
-            "Write the probability of every label as well, in a fourth axis, from the lowest label "
-            "to the highest; one per --query.",
-        ),
-    ] = None,
-    html: Annotated[
-        list[Path] | None,
-        option(
-            "--html HTML",
-            "Write a page as well that shows the result in any browser: slices and 3-D, the "
-            "support beside the query, and why a voxel got its label; one per --query.",
-        ),
-    ] = None,
-    names: NamesOption = None,
-    align: Annotated[
-        Literal["none", "body", "affine", "deformable"],
-        option(
-            "--align",
-            "affine and deformable register the labelled scan to the query; body and none match "
-            "slice with slice, cropped to the patient's body or whole.",
-        ),
-    ] = "deformable",
-    depth: Annotated[
-        float | None,
-        option(
-            "--depth MM",
-            "Extent of a window along z, where scans are registered; default: 60.",
-            min=0,
-        ),
-    ] = None,
-    keep_islands: Annotated[
-        bool,
-        option(
-            "--keep-islands",
-            "Keep small components of an organ that are apart from the rest, where scans are "
-            "registered.",
-        ),
-    ] = False,
-    force: ForceOption = False,
-    quiet: QuietOption = False,
+    support_image: list[Path] = option(
+        "--support-image NIFTI", "A labelled scan; repeat for more of them.", ...
+    ),
+    support_mask: list[Path] = option(
+        "--support-mask NIFTI",
+        "Its labels: 0 is background, each other number an organ; one per --support-image, in "
+        "the same order.",
+        ...,
+    ),
+    query: list[Path] = option(
+        "--query NIFTI",
+        "The scan to segment; repeat for more of them, for which the labelled scans are read once.",
+        ...,
+    ),
+    out: list[Path] = option(
+        "--out NIFTI",
+        "The labels to write, in the query's own grid, affine and header; one per --query, in "
+        "the same order.",
+        ...,
+    ),
+    probabilities: list[Path] | None = option(
+        "--probabilities NIFTI",
+        "Write the probability of every label as well, in a fourth axis, from the lowest label "
+        "to the highest; one per --query.",
+    ),
+    html: list[Path] | None = option(
+        "--html HTML",
+        "Write a page as well that shows the result in any browser: slices and 3-D, the "
+        "support beside the query, and why a voxel got its label; one per --query.",
+    ),
+    names: Path | None = NAMES,
+    align: Literal["none", "body", "affine", "deformable"] = option(
+        "--align",
+        "affine and deformable register the labelled scan to the query; body and none match "
+        "slice with slice, cropped to the patient's body or whole.",
+        "deformable",
+    ),
+    depth: float | None = option(
+        "--depth MM", "Extent of a window along z, where scans are registered; default: 60.", min=0
+    ),
+    keep_islands: bool = option(
+        "--keep-islands",
+        "Keep small components of an organ that are apart from the rest, where scans are "
+        "registered.",
+        False,
+    ),
+    force: bool = FORCE,
+    quiet: bool = QUIET,
 ) -> None:
     """Find the organs of a labelled scan in another scan.
 
@@ -150,13 +123,9 @@ def segment(
                 f"{name}: expected one per {other}, got {len(files)} for {len(others)}; give "
                 "them in pairs, in the same order"
             )
-    for name in ("--out", "--probabilities"):
-        for path in results[name]:
-            if not path.name.lower().endswith((".nii.gz", ".nii")):
-                raise InputError(
-                    f"{name}: expected a name that ends in .nii.gz or .nii, got {path.name}"
-                )
     written = [(name, path) for name, files in results.items() for path in files]
+    for name, path in written:
+        check_ending(path, name, *((".html", ".htm") if name == "--html" else (".nii.gz", ".nii")))
     pairs = [("--support-image", support_image), ("--support-mask", support_mask)]
     taken = [(name, path) for name, files in (*pairs, ("--query", query)) for path in files]
     for name, path in written:
@@ -173,8 +142,6 @@ def segment(
             )
     if names is not None and not html:
         raise InputError("--names: expected --html as well, whose page shows them; give both")
-    for path in html or []:
-        check_html(path, "--html")
     for _, path in written:
         check_new(path, force)
 
@@ -257,30 +224,22 @@ def _write_segmentation(
 
 
 def view(
-    image: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="A scan, NIfTI.", show_default=False)
-    ],
-    labels: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[LABELS]...",
-            help="Labels of it; the first are shown on the left, the others beside them.",
-            show_default=False,
-        ),
-    ] = None,
-    truth: Annotated[
-        Path | None,
-        option(
-            "--truth NIFTI", "Ground truth, shown beside the labels, with the Dice of the first."
-        ),
-    ] = None,
-    names: NamesOption = None,
-    out: Annotated[
-        Path | None,
-        option("--out HTML", "The page; default: named after the scan, in the current folder."),
-    ] = None,
-    show: Annotated[bool, option("--open", "Open the page in the default browser.")] = False,
-    force: ForceOption = False,
+    image: Path = typer.Argument(..., metavar="IMAGE", help="A scan, NIfTI.", show_default=False),
+    labels: list[Path] | None = typer.Argument(
+        None,
+        metavar="[LABELS]...",
+        help="Labels of it; the first are shown on the left, the others beside them.",
+        show_default=False,
+    ),
+    truth: Path | None = option(
+        "--truth NIFTI", "Ground truth, shown beside the labels, with the Dice of the first."
+    ),
+    names: Path | None = NAMES,
+    out: Path | None = option(
+        "--out HTML", "The page; default: named after the scan, in the current folder."
+    ),
+    show: bool = option("--open", "Open the page in the default browser.", False),
+    force: bool = FORCE,
 ) -> None:
     """Write a page that shows a scan and its labels in any browser, offline.
 
@@ -294,7 +253,7 @@ def view(
     from ..viewer import view as shown_as
 
     if out is not None:
-        check_html(out, "--out")
+        check_ending(out, "--out", ".html", ".htm")
     named = {} if names is None else read_names(names)
     volume = read_image(image)
     path = Path(f"{file_stem(volume)}.html") if out is None else out
