@@ -6,7 +6,6 @@ covers a fifth of what the other does; the network has been trained without any 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from .data.slices import ABDOMEN_WINDOW, body_boxes
 from .data.volumes import Volume, read_image, read_labels, write_labels
 from .evaluation.overlay import Panel, overlay
 from .evaluation.results import dice
-from .files import check_writable, write_text
+from .files import check_writable, write_json
 from .info import versions
 from .segmentation.segment import segment_matched
 from .segmentation.slice_matching import BEYOND
@@ -111,7 +110,7 @@ def run_demo(
         "versions": versions(),
         "note": LABELS_NOTE,
     }
-    write_text(folder / names[2], json.dumps(report, indent=2) + "\n")
+    write_json(folder / names[2], report)
     return report
 
 

@@ -7,6 +7,7 @@ the disk, and renamed over the target. A kill at any moment leaves the previous 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import stat
@@ -138,6 +139,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all; raises as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write `content` as JSON to `path`, whole or not at all; raises as `write_bytes` does."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:

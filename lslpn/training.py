@@ -14,7 +14,6 @@ process's own images, as it does over each part of an accumulated batch.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -38,7 +37,7 @@ from .data.episodes import Batch, Episodes
 from .data.superpixels import SuperpixelEpisodes
 from .distributed import World, world
 from .errors import InputError
-from .files import is_file, write_text
+from .files import is_file, write_json
 from .info import versions
 from .models import FewShotNetwork, untrained
 from .runs import Log, check_same_data, held, load_optimizer
@@ -127,7 +126,7 @@ def train(
                 "processes": processes.size,
                 "versions": versions(),
             }
-            write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+            write_json(folder / "config.json", record)
 
         def make(step: int) -> Batch:
             batch = episodes.batch(step, processes.share(options.batch))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..files import write_text
+from ..files import write_json
 from ..info import versions
 from .overlay import Panel, overlay
 
@@ -269,7 +268,7 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
     root = Path(folder)
     content = {"versions": versions(), "evaluations": [e.to_dict() for e in evaluations]}
     written = [root / "evaluation.json"]
-    write_text(written[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_json(written[0], content)
     first = evaluations[0]
     for case in first.queries:
         rows = []

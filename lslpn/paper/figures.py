@@ -138,18 +138,8 @@ def _draw(
 
 
 def _table(content: report.Content) -> str:
-    lines = [
-        [
-            row["label"],
-            row["organ"],
-            row["case"],
-            str(row["support_slice"]),
-            str(row["query_slice"]),
-            f"{row['dice_of_slice']:.3f}",
-            f"{row['dice']:.3f}",
-        ]
-        for row in content["table"]
-    ]
+    names = ("label", "organ", "case", "support_slice", "query_slice", "dice_of_slice", "dice")
+    lines = [[row[name] for name in names] for row in content["table"]]
     return report.table(
         "The middle one of the slices that show the organ, not the best one. Dice of the slice is "
         "in the network's square, Dice that of the whole organ in the scan's own grid. Seed "

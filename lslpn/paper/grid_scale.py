@@ -17,7 +17,7 @@ from ..evaluation.overlay import colour
 from ..evaluation.results import fraction
 from . import report
 from .plan import Classes, Setup, in_words, plan_runs
-from .stats import scores
+from .stats import by_method, summary
 from .store import Done, Store, Task
 
 NAME = "grid-scale"
@@ -86,9 +86,8 @@ def summarise(
     """A line per grid: Dice per organ and mean over the organs, mean and deviation over seeds."""
     lines = []
     for g, grid in enumerate(grids):
-        [found] = scores(done, g)  # of one network, LSLPN
-        means = found.summary(setup.rule.average, setup.organs)
-        lines.append({"scale": grid.scale, "spacing": grid.spacing, **means})
+        [seeds] = by_method(done, setup.organs, g).values()  # of one network, LSLPN
+        lines.append({"scale": grid.scale, "spacing": grid.spacing, **summary(seeds)})
     return lines
 
 
@@ -97,7 +96,8 @@ def _table(content: report.Content) -> str:
         [
             fraction(row["scale"]),
             "one window" if row["scale"] == 1 else fraction(row["spacing"]),
-            *report.spreads(row),
+            *row["organs"].values(),
+            row["mean"],
         ]
         for row in content["table"]
     ]

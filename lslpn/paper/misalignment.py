@@ -210,16 +210,21 @@ def _labels(
     return labels.data, ready.labels
 
 
+_COLUMNS = {
+    "points": "points",
+    "alignment_dice": "alignment Dice",
+    "segmentation_dice": "segmentation Dice",
+    "pearson": "Pearson's r",
+    "spearman": "Spearman's rho",
+}
+
+
 def _table(content: report.Content) -> str:
     lines = [
         [
             row["organ"],
             row["align"],
-            str(row["points"]),
-            *(
-                "-" if row[name] is None else f"{row[name]:.3f}"
-                for name in ("alignment_dice", "segmentation_dice", "pearson", "spearman")
-            ),
+            *(row[name] for name in _COLUMNS),
             f"{row['of_these_well_found']} of {row['poorly_aligned']}",
         ]
         for row in content["summary"]
@@ -238,11 +243,7 @@ def _table(content: report.Content) -> str:
         [
             "organ",
             "align",
-            "points",
-            "alignment Dice",
-            "segmentation Dice",
-            "Pearson's r",
-            "Spearman's rho",
+            *_COLUMNS.values(),
             "well found",
         ],
         lines,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Classes, preset
 from ..evaluation.overlay import write_figure
 from ..evaluation.results import Evaluation, fraction, render_table
-from ..files import write_text
+from ..files import write_json, write_text
 from ..info import commit, versions
 from ..viewer.evaluation import write_experiment
 from .plan import Run, common_settings
@@ -67,7 +66,7 @@ def publish(
     """
     content = {**_circumstances(store, name, done), **results}
     files = [store.folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
-    write_text(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_json(files[0], content)
     write_text(files[1], _csv(list(rows(content))))
     drawn = [] if pictures is None else pictures(content)
     links = [f"![{picture.stem}]({picture.name})" for picture in drawn]
@@ -134,11 +133,6 @@ def _name(done: Done, evaluation: Evaluation) -> str:
 def organs(content: Content) -> list[str]:
     """All organs that are tested, in the order of the folds."""
     return [organ for fold in content["organ_folds"] for organ in fold]
-
-
-def spreads(row: Mapping[str, Any]) -> list[str]:
-    """The cells of a table for what `Scores.summary` made."""
-    return [str(Spread(**one)) for one in (*row["organs"].values(), row["mean"])]
 
 
 def suffix(classes: Classes, untrained: bool) -> str:
@@ -212,9 +206,19 @@ def _changes(content: Content) -> str:
 # --- Markdown -------------------------------------------------------------------------------
 
 
-def table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with a line above it."""
-    return render_table(title, header, lines, True).strip()
+def table(title: str, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table with a line above it; cells are text, numbers, or spreads as dicts."""
+    return render_table(
+        title, header, [[_cell(one) for one in line] for line in lines], True
+    ).strip()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return str(Spread(**value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _made_from(content: Content) -> str:

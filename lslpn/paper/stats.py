@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation.results import average_of
+from ..evaluation.results import Evaluation, Row, average_of
 
 if TYPE_CHECKING:
     from .store import Done
@@ -42,53 +42,42 @@ def spread(values: Sequence[float]) -> Spread:
     )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Every Dice of a method: by seed, organ and case."""
-
-    label: str
-    dice: Mapping[int, Mapping[tuple[str, str], float]]
-
-    def overall(self, average: str, groups: Sequence[Sequence[str]]) -> dict[str, Any]:
-        """A `Spread` over the seeds, as a dict: of the mean over the groups of the mean over a
-        group's organs of an organ's average over its cases."""
-
-        def of_organ(organ: str, dice: Mapping[tuple[str, str], float]) -> float:
-            return average_of([v for (name, _), v in dice.items() if name == organ], average)
-
-        return asdict(
-            spread(
-                [
-                    average_of(average_of(of_organ(organ, dice) for organ in g) for g in groups)
-                    for dice in self.dice.values()
-                ]
-            )
-        )
-
-    def summary(self, average: str, organs: Sequence[str]) -> dict[str, Any]:
-        """`overall` of each organ, and of all of them, ready for JSON."""
-        return {
-            "organs": {organ: self.overall(average, [[organ]]) for organ in organs},
-            "mean": self.overall(average, [[organ] for organ in organs]),
-        }
-
-    def pairs(self) -> dict[tuple[str, str], float]:
-        """Per organ and case, the mean over the seeds: what is compared in pairs."""
-        keys = dict.fromkeys(key for scores in self.dice.values() for key in scores)
-        return {
-            key: statistics.fmean(s[key] for s in self.dice.values() if key in s) for key in keys
-        }
-
-
-def scores(done: Sequence[Done], grid: int = 0) -> list[Scores]:
-    """Dice by method and classes, with one of the grids; folds are put together."""
-    found: dict[str, dict[int, dict[tuple[str, str], float]]] = {}
+def by_method(
+    done: Sequence[Done], organs: Sequence[str], grid: int = 0
+) -> dict[str, list[Evaluation]]:
+    """By method and classes an evaluation of all folds for each seed, with one of the grids."""
+    found: dict[str, dict[int, list[Row]]] = {}
     for one in done:
         run = one.task.run
-        into = found.setdefault(run.label, {}).setdefault(run.seed, {})
-        for row in one.evaluations[grid].rows:
-            into[row.organ, row.case] = row.dice
-    return [Scores(label, by_seed) for label, by_seed in found.items()]
+        rows = found.setdefault(run.label, {}).setdefault(run.seed, [])
+        rows += one.evaluations[grid].rows
+    whole = replace(done[0].evaluations[grid], organs=tuple(organs))
+    return {
+        label: [replace(whole, rows=tuple(rows)) for rows in seeds.values()]
+        for label, seeds in found.items()
+    }
+
+
+def summary(seeds: Sequence[Evaluation]) -> dict[str, Any]:
+    """The spread over the seeds of each organ's average, and of the mean over the organs, ready
+    for JSON."""
+
+    def over_seeds(organ: str | None) -> dict[str, Any]:
+        return asdict(spread([one.headline(organ) for one in seeds]))
+
+    return {
+        "organs": {organ: over_seeds(organ) for organ in seeds[0].organs},
+        "mean": over_seeds(None),
+    }
+
+
+def mean_of_folds(seeds: Sequence[Evaluation], folds: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """As "mean" of `summary`, where organs that are held out together count once."""
+    means = [
+        average_of(average_of(one.headline(organ) for organ in fold) for fold in folds)
+        for one in seeds
+    ]
+    return asdict(spread(means))
 
 
 @dataclass(frozen=True)
@@ -124,11 +113,17 @@ def compare(first: str, second: str, a: Mapping[Any, float], b: Mapping[Any, flo
     return Comparison(first, second, len(differences), float(differences.mean()), p)
 
 
-def compare_all(lines: Sequence[Scores]) -> list[Comparison]:
-    """Every two of the methods, with Holm's correction for the number of comparisons."""
-    tests = [
-        compare(a.label, b.label, a.pairs(), b.pairs()) for a, b in itertools.combinations(lines, 2)
-    ]
+def compare_all(lines: Mapping[str, Sequence[Evaluation]]) -> list[Comparison]:
+    """Every two of the methods, with Holm's correction for the number of comparisons.
+
+    Compared in pairs is the mean over the seeds, per organ and case.
+    """
+    means: dict[str, dict[tuple[str, str], float]] = {}
+    for label, seeds in lines.items():
+        dice = [one.dice for one in seeds]
+        keys = dict.fromkeys(key for scores in dice for key in scores)
+        means[label] = {key: average_of(s[key] for s in dice if key in s) for key in keys}
+    tests = [compare(a, b, means[a], means[b]) for a, b in itertools.combinations(means, 2)]
     corrected = iter(holm([test.p for test in tests if test.p is not None]))
     return [test if test.p is None else replace(test, p_holm=next(corrected)) for test in tests]
 

@@ -31,7 +31,7 @@ from ..errors import InputError
 from ..evaluation.protocols import areas
 from ..evaluation.results import Evaluation, Example
 from ..evaluation.scoring import evaluate_grids
-from ..files import check_writable, is_file, locked, replacing, write_text
+from ..files import check_writable, is_file, locked, replacing, write_json
 from ..info import commit, versions
 from ..models import FewShotNetwork, untrained
 from ..runs import changes, differences, fixed, time_spent
@@ -292,7 +292,7 @@ class Store:
             "versions": versions(),
             "evaluations": [one.to_dict() for one in found],
         }
-        write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_json(file, content)
         return done
 
     def _load(self, run: Run) -> FewShotNetwork:
@@ -351,7 +351,7 @@ def _agree(file: Path, settings: dict[str, Any]) -> None:
             )
     if any(name not in before for name in settings):
         content = {"settings": {**before, **settings}, "versions": versions(), "commit": commit()}
-        write_text(file, json.dumps(content, indent=2) + "\n")
+        write_json(file, content)
 
 
 # --- pictures -------------------------------------------------------------------------------

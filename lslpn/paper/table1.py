@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.overlay import colour
+from ..evaluation.results import Evaluation
 from . import report
 from .plan import Classes, Setup, plan_runs
-from .stats import Scores, Spread, compare_all, scores
+from .stats import by_method, compare_all, mean_of_folds, summary
 from .store import Store, Task
 
 NAME = "table1"
@@ -46,7 +47,7 @@ def run(
         store,
         NAME,
         done,
-        {"seeds": list(seeds), **summarise(setup, scores(done))},
+        {"seeds": list(seeds), **summarise(setup, by_method(done, setup.organs))},
         title=f"Table 1 on {setup.dataset.name}",
         sections=[_table, _comparisons],
         rows=lambda content: report.score_rows(done, content),
@@ -54,17 +55,16 @@ def run(
     )
 
 
-def summarise(setup: Setup, lines: Sequence[Scores]) -> dict[str, Any]:
+def summarise(setup: Setup, lines: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     """The table and the comparisons, ready for JSON."""
-    average = setup.rule.average
     return {
         "table": [
             {
-                "label": line.label,
-                **line.summary(average, setup.organs),
-                "mean_of_folds": line.overall(average, setup.organ_folds),
+                "label": label,
+                **summary(seeds),
+                "mean_of_folds": mean_of_folds(seeds, setup.organ_folds),
             }
-            for line in lines
+            for label, seeds in lines.items()
         ],
         "comparisons": [dataclasses.asdict(test) for test in compare_all(lines)],
     }
@@ -81,13 +81,15 @@ def _table(content: report.Content) -> str:
         "classes: on the organs of the other folds alone. No classes: on superpixels, without any "
         "label."
     )
-    header = ["", *organs, "mean"]
-    lines = [[row["label"], *report.spreads(row)] for row in content["table"]]
+    means = ["mean"]
     if folded:
         text += " Mean of folds counts organs that are held out together once, as the paper does."
-        header.append("mean of folds")
-        for line, row in zip(lines, content["table"], strict=True):
-            line.append(str(Spread(**row["mean_of_folds"])))
+        means.append("mean_of_folds")
+    header = ["", *organs, *(name.replace("_", " ") for name in means)]
+    lines = [
+        [row["label"], *row["organs"].values(), *(row[name] for name in means)]
+        for row in content["table"]
+    ]
     return report.table(text, header, lines)
 
 
@@ -98,7 +100,7 @@ def _comparisons(content: report.Content) -> str:
         [
             test["first"],
             test["second"],
-            str(test["pairs"]),
+            test["pairs"],
             *(
                 "-" if test[name] is None else format(test[name], form)
                 for name, form in (("difference", "+.3f"), ("p", ".2g"), ("p_holm", ".2g"))
