@@ -64,15 +64,11 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         InputError: the folder cannot be written.
     """
     content = {
+        **vars(checkpoint),
+        "config": checkpoint.config.to_dict(),
         "format": _FORMAT,
         "version": _VERSION,
         "method": checkpoint.config.model.method,
-        "config": checkpoint.config.to_dict(),
-        "step": checkpoint.step,
-        "model": checkpoint.model,
-        "optimizer": checkpoint.optimizer,
-        "data": checkpoint.data,
-        "versions": checkpoint.versions,
     }
     # Through memory: torch's own writer reports a full disk as an internal error.
     buffer = io.BytesIO()

@@ -114,7 +114,10 @@ def train(
         if options.compile:
             for module in model.convolutions():
                 module.compile()
-        parallel = _parallel(_Learner(model, options), device) if processes.size > 1 else None
+        parallel = None
+        if processes.size > 1:
+            learner = _Learner(model, options)
+            parallel = DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
         first = 0 if before is None else before.step
         log = None
@@ -219,10 +222,6 @@ class _Learner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.model.loss(batch, self.options)
-
-
-def _parallel(learner: _Learner, device: torch.device) -> DistributedDataParallel:
-    return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
 
 def _synchronised(model: FewShotNetwork, device: torch.device, processes: World) -> FewShotNetwork:

@@ -10,10 +10,11 @@ organ folds share theirs.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,7 @@ class Setup:
         return {
             "dataset": self.dataset.name,
             "labels": dict(self.dataset.labels),
-            "subject_folds": [
-                {k: list(v) if isinstance(v, tuple) else v for k, v in vars(fold).items()}
-                for fold in self.subject_folds
-            ],
+            "subject_folds": [asdict(fold) for fold in self.subject_folds],
             "protocol": self.protocol,
             "chunks": self.rule.chunks,
             "align": self.align,
@@ -223,23 +221,23 @@ def plan_runs(
             "all classes"
         )
     runs = []
-    for seed in dict.fromkeys(seeds):
-        for fold in setup.organ_folds:
-            others = tuple(organ for organ in setup.organs if organ not in fold)
-            for subjects in setup.subject_folds:
-                for m, method in enumerate(dict.fromkeys(methods)):
-                    config = setup.config_of(method, seed)
-                    unlabelled = config.train.supervision == "superpixels"
-                    kinds: Sequence[Classes] = ("none",) if unlabelled else classes
-                    for kind in dict.fromkeys(kinds):
-                        changed = with_overrides(
-                            config,
-                            organs=others if kind == "tested" else None,
-                            supervision="superpixels" if kind == "none" else "labels",
-                        )
-                        runs.append(Run(method, kind, fold, subjects, seed, changed))
-                    if untrained and m == 0:
-                        runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
+    crossed = itertools.product(
+        dict.fromkeys(seeds), setup.organ_folds, setup.subject_folds, dict.fromkeys(methods)
+    )
+    for seed, fold, subjects, method in crossed:
+        config = setup.config_of(method, seed)
+        others = tuple(organ for organ in setup.organs if organ not in fold)
+        unlabelled = config.train.supervision == "superpixels"
+        kinds: Sequence[Classes] = ("none",) if unlabelled else classes
+        for kind in dict.fromkeys(kinds):
+            changed = with_overrides(
+                config,
+                organs=others if kind == "tested" else None,
+                supervision="superpixels" if kind == "none" else "labels",
+            )
+            runs.append(Run(method, kind, fold, subjects, seed, changed))
+        if untrained and method == methods[0]:
+            runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
     return runs
 
 
