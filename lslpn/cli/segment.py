@@ -21,9 +21,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..data.volumes import Volume
     from ..segmentation.registration import Scan
-    from ..segmentation.result import Segmentation
 
 
 def demo(
@@ -145,8 +143,16 @@ def segment(
     for _, path in written:
         check_new(path, force)
 
+    import numpy as np
+
     from ..data.dataset import read_names
-    from ..data.volumes import check_same_grid, read_image, read_labels
+    from ..data.volumes import (
+        check_same_grid,
+        read_image,
+        read_labels,
+        write_labels,
+        write_probabilities,
+    )
 
     supports = []
     for image_path, mask_path in zip(support_image, support_mask, strict=True):
@@ -154,11 +160,14 @@ def segment(
         mask = read_labels(mask_path, require_foreground=True)
         check_same_grid(image, mask)
         supports.append((image, mask))
+    drawn = sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v})
     volumes = [read_image(path) for path in query]
     named = {} if names is None else read_names(names)
 
     from ..segmentation.registered import DEPTH_MM
     from ..segmentation.segment import segment_matched as run
+    from ..viewer import Support
+    from ..viewer import view as shown_as
 
     model, _ = given.load()
     cache: dict[int, Scan] = {}
@@ -175,52 +184,29 @@ def segment(
             probabilities=bool(probabilities),
             cache=cache,
         )
-        _write_segmentation(
-            found, supports, volume, named, *(f[number] if f else None for f in results.values())
-        )
-
-
-def _write_segmentation(
-    found: Segmentation,
-    supports: list[tuple[Volume, Volume]],
-    volume: Volume,
-    names: dict[int, str],
-    out: Path | None,
-    probabilities: Path | None,
-    html: Path | None,
-) -> None:
-    import numpy as np
-
-    from ..data.volumes import write_labels, write_probabilities
-
-    assert out is not None
-    write_labels(out, found.labels, volume)
-    print(f"written: {out}")
-    if probabilities is not None:
-        assert found.probabilities is not None
-        write_probabilities(probabilities, found.probabilities, volume)
-        print(f"written: {probabilities}")
-    if html is not None:
-        from ..viewer import Support
-        from ..viewer import view as shown_as
-
-        scans = [
-            Support(image, mask.data, match)
-            for (image, mask), match in zip(supports, found.matches, strict=True)
-        ]
-        shown_as(
-            volume,
-            {"prediction": found.labels},
-            names=names,
-            confidence=found.confidence,
-            supports=scans,
-            why=found.why,
-        ).save(html)
-        print(f"written: {html}")
-    for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
-        count = int((found.labels == label).sum())
-        sure = "" if found.confidence is None else f", confidence {found.confidence[label]:.2f}"
-        print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
+        write_labels(out[number], found.labels, volume)
+        if probabilities and found.probabilities is not None:
+            write_probabilities(probabilities[number], found.probabilities, volume)
+        if html:
+            scans = [
+                Support(image, mask.data, match)
+                for (image, mask), match in zip(supports, found.matches, strict=True)
+            ]
+            shown_as(
+                volume,
+                {"prediction": found.labels},
+                names=named,
+                confidence=found.confidence,
+                supports=scans,
+                why=found.why,
+            ).save(html[number])
+        for files in results.values():
+            if files:
+                print(f"written: {files[number]}")
+        for label in drawn:
+            count = int((found.labels == label).sum())
+            sure = "" if found.confidence is None else f", confidence {found.confidence[label]:.2f}"
+            print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
 
 
 def view(

@@ -1,6 +1,6 @@
 """Pictures of slices: support, query, ground truth and prediction side by side.
 
-Matplotlib is used through its object interface and the Agg canvas, so a figure needs no
+Matplotlib is used through its object interface, which writes PNG by Agg, so a figure needs no
 display, leaves no global state behind, and two can be drawn at once in two threads.
 """
 
@@ -103,7 +103,6 @@ def overlay(
         InputError: where the file cannot be written.
     """
     # Imported here: a second that `lslpn --help` need not pay.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -132,7 +131,6 @@ def overlay(
         dpi=dpi,
         layout="constrained",
     )
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
     shown: set[int] = set()
     for i, row in enumerate(rows):

@@ -140,6 +140,3 @@ def _draw(axes: report.Axes, content: report.Content) -> None:
     axes.set_xticks(range(len(scales)), [fraction(scale) for scale in scales])
     axes.set_xlabel("scale of the windows")
     axes.set_ylabel("mean Dice over the organs")
-    axes.set_ylim(0, 1)
-    axes.grid(axis="y", linewidth=0.3)
-    axes.legend(fontsize=8, frameon=False)

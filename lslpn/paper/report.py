@@ -280,13 +280,15 @@ def _plot(
     size: tuple[float, float],
 ) -> Path:
     """Write a plot as PNG, with what it was made from in small print below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Axes = figure.add_subplot()
     draw(axes, content)
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7, frameon=False, ncols=2)
     figure.supxlabel(
         "\n".join(textwrap.wrap(small_print(content), int(size[0] * 20))),
         fontsize=5.5,

@@ -135,7 +135,3 @@ def _draw(axes: report.Axes, content: report.Content) -> None:
     names = [*(organ.replace("_", " ") for organ in organs), "mean"]
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("Dice")
-    axes.set_ylim(0, 1)
-    axes.grid(axis="y", linewidth=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=7, frameon=False, ncols=2)
