@@ -79,7 +79,6 @@ def overlay(
     *,
     title: str = "",
     panel_size: float = 2.6,
-    dpi: int = 110,
 ) -> Path:
     """Draw rows of panels with their labels over them and write a PNG file.
 
@@ -92,8 +91,7 @@ def overlay(
         names: names of the labels, for the legend; labels that no panel shows are left out,
             and labels without a name are called ``label 3``.
         title: the line above the whole figure.
-        panel_size: the width of a panel in inches.
-        dpi: pixels per inch.
+        panel_size: the width of a panel in inches, of 110 pixels.
 
     Returns:
         the path written.
@@ -128,7 +126,7 @@ def overlay(
     margin = 0.45 + (0.3 if title else 0.0)
     figure = Figure(
         figsize=(panel_size * columns, panel_size * sum(heights) + margin),
-        dpi=dpi,
+        dpi=110,
         layout="constrained",
     )
     grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)

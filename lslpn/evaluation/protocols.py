@@ -38,7 +38,6 @@ class Protocol:
         name: what the command line calls it.
         average: how its authors average over the query cases.
         normalise: how its authors bring grey values to [0, 1], where it is not up to the model.
-        needs_query_range: whether the query's own ground truth says where the organ is.
     """
 
     chunks: int
@@ -46,7 +45,6 @@ class Protocol:
     name: ClassVar[str]
     average: ClassVar[Literal["mean", "median"]] = "mean"
     normalise: ClassVar[Literal["slice", "volume", "window"] | None] = None
-    needs_query_range: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.chunks < 1:
@@ -188,7 +186,6 @@ class ADNet(Protocol):
 
     chunks: int = 1
     name = "adnet"
-    needs_query_range = False
 
     def __post_init__(self) -> None:
         if self.chunks != 1:

@@ -212,15 +212,15 @@ class Evaluation:
         lines = [
             [
                 organ,
-                *(format_score(dice.get((organ, case), math.nan)) for case in cases),
-                format_score(self.mean(organ)),
-                format_score(self.median(organ)),
+                *(dice.get((organ, case)) for case in cases),
+                self.mean(organ),
+                self.median(organ),
             ]
             for organ in self.organs
         ]
         if len(self.organs) > 1:
             blank = [""] * len(cases)
-            lines.append(["all", *blank, format_score(self.mean()), format_score(self.median())])
+            lines.append(["all", *blank, self.mean(), self.median()])
         text = render_table(title, header, lines, markdown)
         for skip in self.skipped:
             text += f"\nskipped: {skip.organ} in {skip.case}: {skip.reason}"
@@ -243,8 +243,8 @@ def summary(evaluations: Sequence[Evaluation], *, markdown: bool = False) -> str
         [
             fraction(e.scale),
             fraction(e.spacing),
-            *(format_score(e.headline(o)) for o in first.organs),
-            format_score(e.headline()),
+            *(e.headline(o) for o in first.organs),
+            e.headline(),
         ]
         for e in evaluations
     ]
@@ -298,13 +298,15 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def format_score(value: float) -> str:
-    """A Dice with three decimals; "-" for NaN."""
-    return "-" if math.isnan(value) else f"{value:.3f}"
+def cell(value: Any) -> str:
+    """A value in a table: a number with three decimals, "-" for one that is missing."""
+    if value is None or value != value:  # NaN
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def render_table(
-    title: str, header: Sequence[str], lines: Iterable[Sequence[str]], markdown: bool
+    title: str, header: Sequence[str], lines: Iterable[Sequence[Any]], markdown: bool
 ) -> str:
     """A table with a title above it, the first column to the left; plain text or Markdown."""
     # rich comes with typer; imported here because nothing else in this module needs it.
@@ -316,7 +318,7 @@ def render_table(
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(cell, line))
     # Wide enough for any table: a file or a pipe has no width to keep to.
     out = io.StringIO()
     Console(file=out, width=400, color_system=None, markup=False, emoji=False).print(table)

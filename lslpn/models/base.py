@@ -12,7 +12,6 @@ A network works in three steps, so that a scan is encoded once and matched often
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -186,16 +185,7 @@ class EncoderNetwork(FewShotNetwork):
         super().__init__()
         self.config = config
         self.amp = False
-        own_file = config.weights not in ("imagenet", "random")
-        self.encoder = encoder or Encoder(
-            config.channels,
-            dropout=config.dropout,
-            pretrained=config.weights == "imagenet",
-            weights=Path(config.weights) if own_file else None,
-            stride_on=config.stride_on,
-            batch_norm=config.batch_norm,
-            generator=generator,
-        )
+        self.encoder = encoder or Encoder(config, generator=generator)
         # The same numbers in another order in memory; convolutions run up to twice as fast.
         self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Not in the state dict: the configuration decides, and two constants need no storing.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..assets import trunk_weights
-from ..config import BatchNormMode, StrideOn
+from ..config import ModelConfig, StrideOn
 from ..errors import InputError
 from ..files import first_unusable, is_file, load_safetensors, load_tensors
 
@@ -115,19 +115,8 @@ class Encoder(nn.Module):
     a ReLU), in the dtype of the parameters; h = feature_size(H), w = feature_size(W).
 
     Args:
-        channels: features per location, D.
-        dropout: probability with which Dropout2d zeroes a whole channel in training.
-        pretrained: fill the trunk with the shipped ImageNet weights. False leaves it random, for
-            a checkpoint that is about to be loaded.
-        weights: a state dict file of your own instead (.safetensors, .pt, .pth), with
-            torchvision's names; see `load_trunk`. Takes the place of the shipped weights.
-        stride_on: which convolution of a stage's first block has its stride. The shipped weights
-            and the authors' code want "1x1"; torchvision's own ResNet-50 weights were trained
-            with "3x3". The tensors have the same shapes either way, so the wrong choice loads
-            without complaint and merely works worse: set "3x3" with torchvision's weights.
-        batch_norm: "live" updates the running statistics in training and normalises by the
-            batch's (the authors' code); "frozen" always normalises by the stored ones. The affine
-            parameters are frozen in both.
+        config: its `channels`, `dropout`, `weights`, `stride_on` and `batch_norm` are used. The
+            affine parameters of batch norm are frozen in both modes.
         generator: for the random numbers of the reduction layer, N(0, 0.01); None uses torch's
             default one.
 
@@ -135,28 +124,19 @@ class Encoder(nn.Module):
         InputError: `weights` cannot be read or does not hold this trunk.
     """
 
-    def __init__(
-        self,
-        channels: int = 256,
-        *,
-        dropout: float = 0.5,
-        pretrained: bool = True,
-        weights: str | Path | None = None,
-        stride_on: StrideOn = "1x1",
-        batch_norm: BatchNormMode = "live",
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.batch_norm = batch_norm
+        self.batch_norm = config.batch_norm
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        stride_on = config.stride_on
         self.layer1 = _stage(64, 64, 3, stride=1, dilation=1, stride_on=stride_on)
         self.layer2 = _stage(256, 128, 4, stride=2, dilation=1, stride_on=stride_on)
         self.layer3 = _stage(512, 256, 6, stride=1, dilation=2, stride_on=stride_on)
-        self.reduction = nn.Conv2d(512 + 1024, channels, 3, padding=2, dilation=2)
-        self.dropout = nn.Dropout2d(dropout)
+        self.reduction = nn.Conv2d(512 + 1024, config.channels, 3, padding=2, dilation=2)
+        self.dropout = nn.Dropout2d(config.dropout)
 
         nn.init.normal_(self.reduction.weight, 0.0, 0.01, generator=generator)
         assert self.reduction.bias is not None
@@ -164,10 +144,9 @@ class Encoder(nn.Module):
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
-        if weights is not None:
-            self.load_trunk(weights)
-        elif pretrained:
-            self.load_trunk(trunk_weights())
+        if config.weights != "random":
+            own = config.weights != "imagenet"
+            self.load_trunk(config.weights if own else trunk_weights())
         self.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor:

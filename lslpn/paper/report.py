@@ -208,17 +208,10 @@ def _changes(content: Content) -> str:
 
 def table(title: str, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     """A Markdown table with a line above it; cells are text, numbers, or spreads as dicts."""
-    return render_table(
-        title, header, [[_cell(one) for one in line] for line in lines], True
-    ).strip()
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        return str(Spread(**value))
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    plain = [
+        [str(Spread(**one)) if isinstance(one, dict) else one for one in line] for line in lines
+    ]
+    return render_table(title, header, plain, True).strip()
 
 
 def _made_from(content: Content) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.overlay import Panel, colour
-from ..evaluation.results import Evaluation, Row, format_score
+from ..evaluation.results import Evaluation, Row, cell
 from ..files import write_text
 from .page import document
 
@@ -120,10 +120,10 @@ def _table(evaluation: Evaluation) -> str:
     for organ in evaluation.organs:
         scores = evaluation.scores(organ) or [float("nan")]
         cells = [str(len(evaluation.scores(organ)))]
-        cells += [format_score(f(scores)) for f in (statistics.fmean, statistics.median, min, max)]
+        cells += [cell(f(scores)) for f in (statistics.fmean, statistics.median, min, max)]
         rows.append((organ, cells))
     if len(evaluation.organs) > 1:
-        average = [format_score(evaluation.mean()), format_score(evaluation.median())]
+        average = [cell(evaluation.mean()), cell(evaluation.median())]
         rows.append(("all", ["", *average, "", ""]))
     return (
         "<table><caption>Dice over the query cases</caption><thead><tr>"

@@ -121,7 +121,6 @@ def test_alpnet_takes_a_sixth_a_half_and_five_sixths() -> None:
 def test_adnet_segments_the_whole_query_with_one_slice() -> None:
     pairs = PROTOCOLS["adnet"].pairs(organ_on(30, _10_20=1), organ_on(6, _2_3=5))
     assert pairs == [Pair(15, (0, 1, 2, 3, 4, 5))]
-    assert not PROTOCOLS["adnet"].needs_query_range
 
 
 def test_how_the_authors_average_and_normalise() -> None:
