@@ -92,8 +92,8 @@ class ModelConfig:
     """"live": statistics of the batch in training, and the running ones are updated; "frozen":
     always the stored ones."""
     stride_on: StrideOn = "1x1"
-    """Convolution with a stage's stride: "1x1" for the shipped weights, "3x3" for torchvision's. The
-    tensors have the same shapes, so the wrong choice loads, and merely works worse."""
+    """Convolution with a stage's stride: "1x1" for the shipped weights, "3x3" for torchvision's.
+    The tensors have the same shapes, so the wrong choice loads, and merely works worse."""
     weights: str = "imagenet"
     """What the trunk starts from: "imagenet" (shipped), "random", or a state dict file with
     torchvision's names (.safetensors, .pt, .pth)."""
