@@ -21,7 +21,7 @@ from typing import Any
 from ..config import Align, Classes, Config, with_overrides
 from ..data.dataset import Dataset
 from ..errors import InputError
-from ..evaluation.protocols import Protocol, protocol_of
+from ..evaluation.protocols import PROTOCOLS, Protocol
 from ..runs import fixed
 
 DEFAULT_SEEDS = (1234, 1235, 1236)
@@ -56,7 +56,8 @@ class Setup:
         config: the preset with its changes; a run replaces `method`, `seed` and `organs`.
         organ_folds: groups of organs, each held out and tested together.
         subject_folds: who is trained on, and who tested.
-        protocol, chunks, align: of the evaluation; `chunks` None is the protocol's own number.
+        rule: the protocol of the evaluation.
+        align: of the evaluation.
         batch: query slices encoded at once.
         own: changes of the configuration for one method alone, by the method's name.
     """
@@ -65,8 +66,7 @@ class Setup:
     config: Config
     organ_folds: tuple[tuple[str, ...], ...]
     subject_folds: tuple[SubjectFold, ...]
-    protocol: str = "published"
-    chunks: int | None = None
+    rule: Protocol = PROTOCOLS["published"]
     align: Align = "none"
     batch: int = 8
     own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -81,18 +81,13 @@ class Setup:
         """All organs that are tested, in the order of the folds."""
         return tuple(organ for fold in self.organ_folds for organ in fold)
 
-    @property
-    def rule(self) -> Protocol:
-        """The protocol itself."""
-        return protocol_of(self.protocol, self.chunks)
-
     def settings(self) -> dict[str, Any]:
         """What two calls for one folder must agree on, ready for JSON."""
         return {
             "dataset": self.dataset.name,
             "labels": dict(self.dataset.labels),
             "subject_folds": [asdict(fold) for fold in self.subject_folds],
-            "protocol": self.protocol,
+            "protocol": self.rule.name,
             "chunks": self.rule.chunks,
             "align": self.align,
             "setting": "II" if self.config.train.drop_test_slices else "I",

@@ -207,7 +207,7 @@ class Store:
     def name(self, task: Task) -> str:
         """What an evaluation is called."""
         kind = "grids-" if task.grids else "pictures-" if task.pictures else ""
-        return f"{kind}{self.setup.protocol}-{self.setup.rule.chunks}-{task.align}"
+        return f"{kind}{self.setup.rule.name}-{self.setup.rule.chunks}-{task.align}"
 
     def _file(self, task: Task) -> Path:
         return self.folder / "evaluations" / task.run.path / f"{self.name(task)}.json"
@@ -218,7 +218,7 @@ class Store:
             "support": task.run.subjects.support,
             "queries": task.queries or task.run.subjects.test,
             "organs": task.organs or task.run.organs,
-            "protocol": self.setup.protocol,
+            "protocol": self.setup.rule.name,
             "chunks": self.setup.rule.chunks,
             "align": task.align,
         }
