@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import unknown
 from ..evaluation.overlay import overlay
 from ..evaluation.results import Evaluation, Example, dice
 from . import report
@@ -51,15 +51,11 @@ def run(
     setup = store.setup
     tested = [case for fold in setup.subject_folds for case in fold.test]
     for case in cases:
-        setup.dataset.check_case(case)
         if case not in tested:
-            raise InputError(f"case {case!r}: is not tested; those are {', '.join(tested)}")
+            raise unknown("case", case, "those that are tested", tested)
     for organ in organs:
-        setup.dataset.label_of(organ)
         if organ not in setup.organs:
-            raise InputError(
-                f"organ {organ!r}: no fold holds it out; the folds have {', '.join(setup.organs)}"
-            )
+            raise unknown("organ", organ, "the folds that are held out", setup.organs)
     tasks = []
     for one in plan_runs(setup, methods, [seed], classes=[classes], untrained=untrained):
         shown = tuple(c for c in one.subjects.test if c in cases) or (

@@ -29,7 +29,7 @@ from ..data.slices import (
     whole_boxes,
     window_limits,
 )
-from ..data.volumes import Volume, check_same_grid
+from ..data.volumes import Volume, check_same_grid, label_dtype
 from ..errors import InputError
 
 _WIDE_MM = 300.0  # patients narrower than this are scaled up to it
@@ -211,7 +211,7 @@ def labels_in_source(frame: Frame, logits: Tensor, values: Sequence[int]) -> np.
             interpolated linearly.
         values: the N labels.
     """
-    kind = np.uint8 if max(values) < 256 else np.int16 if max(values) < 2**15 else np.int32
+    kind = label_dtype(max(values))
     out = np.zeros(frame.source.data.shape, kind)
     known = np.array([0, *values], kind)
     for place, plane in _planes(frame, logits):
