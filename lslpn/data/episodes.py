@@ -27,7 +27,7 @@ from ..config import Config, TrainConfig
 from ..errors import InputError
 from .augment import augment
 from .dataset import Dataset
-from .slices import Prepared, Treatment, prepare_for, warn_unlike
+from .slices import Prepared, Treatment, prepare, warn_unlike
 from .volumes import Volume
 
 _REFERENCE_SIDE = 512  # the side at which min_organ_pixels is counted
@@ -141,7 +141,7 @@ class TrainingScans(ABC):
 
     def _prepared(self, image: Volume, labels: Volume | None = None) -> Prepared:
         """The squares of a scan, whose treatment is kept, to warn of scans that are unlike."""
-        ready = prepare_for(self.config.model, image, labels)
+        ready = prepare(self.config.model, image, labels)
         self._treatments.append(ready.treatment)
         return ready
 

@@ -21,7 +21,7 @@ from lslpn_kernels import GridSpec
 
 from ..config import Align
 from ..data.dataset import Dataset
-from ..data.slices import Prepared, Treatment, prepare_for
+from ..data.slices import Prepared, Treatment, prepare
 from ..data.volumes import Volume
 from ..errors import InputError
 from ..models import FewShotNetwork
@@ -83,7 +83,7 @@ class Runner:
 
     def _prepare(self, image: Volume, truth: Volume) -> Prepared:
         other = {"normalise": self.rule.normalise} if self.rule.normalise else {}
-        ready = prepare_for(self.model.config, image, truth, align=self.align, **other)
+        ready = prepare(self.model.config, image, truth, align=self.align, **other)
         self.treatments.append(ready.treatment)
         return ready
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..data.dataset import Dataset
-from ..data.slices import prepare_for
+from ..data.slices import prepare
 from ..evaluation.overlay import colour
 from ..evaluation.protocols import Protocol, areas
 from ..evaluation.results import dice
@@ -205,7 +205,7 @@ def _labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels of a case in its own slices and in the network's square."""
     image, labels = dataset.load(case)
-    ready = prepare_for(config, image, labels, align=align)
+    ready = prepare(config, image, labels, align=align)
     assert ready.labels is not None
     return labels.data, ready.labels
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..data.intensities import interpret
 from ..data.slices import (
     Prepared,
-    prepare_for,
+    prepare,
     resized,
     shared_window,
     warn_not_cropped,
@@ -126,7 +126,7 @@ def _prepare(
     window = shared_window(model.config.window, [interpret(image.data) for image, _ in scans])
 
     def prepared(align: Literal["none", "body"]) -> list[Prepared]:
-        return [prepare_for(model.config, *scan, align=align, window=window) for scan in scans]
+        return [prepare(model.config, *scan, align=align, window=window) for scan in scans]
 
     out = prepared(align)
     without = [scan.treatment.name for scan in out if scan.treatment.body_found is False]

@@ -381,7 +381,7 @@ def by_forward(model: LSLPN, dataset: Dataset) -> float:
     sets = []
     for case in ("syn_00", "syn_01"):
         image, labels = dataset.load(case)
-        sets.append((prepare(image, labels, size=64, window=None), labels.data == 1))
+        sets.append((prepare(ModelConfig(size=64, window=None), image, labels), labels.data == 1))
     (support, support_truth), (query, query_truth) = sets
     assert support.labels is not None
     pairs = PROTOCOLS["alpnet"].pairs(support_truth.sum((1, 2)), query_truth.sum((1, 2)))

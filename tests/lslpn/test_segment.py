@@ -19,7 +19,7 @@ from synthetic import dice_of, part, synthetic_ct, synthetic_scan, write_nifti
 
 import lslpn.segmentation.segment
 import lslpn.segmentation.slicewise
-from lslpn.config import preset
+from lslpn.config import ModelConfig, preset
 from lslpn.data.slices import Prepared, prepare
 from lslpn.data.volumes import Volume, read_image, read_labels, write_labels
 from lslpn.errors import InputError
@@ -348,9 +348,9 @@ def test_two_scans_are_limited_to_what_both_still_hold(
     limited = _changed(query, query[0].data.clip(-60, 180))
     ready, target = _prepare(model, [support], limited[0], "none")
     (scan,) = ready
-    whole = prepare(support[0], size=64, window=(-60, 180)).slices
+    whole = prepare(ModelConfig(size=64, window=(-60, 180)), support[0]).slices
     np.testing.assert_array_equal(scan.slices, whole)
-    np.testing.assert_array_equal(target.slices, prepare(limited[0], size=64).slices)
+    np.testing.assert_array_equal(target.slices, prepare(ModelConfig(size=64), limited[0]).slices)
 
 
 def test_the_offset_is_told(
