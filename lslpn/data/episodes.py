@@ -340,14 +340,7 @@ class Episodes(TrainingScans):
         return int(rows[rng.integers(len(rows))])
 
     def _image(self, rng: np.random.Generator, scan: _Scan, row: int) -> np.ndarray:
-        train = self.config.train
-        return augment(
-            scan.images[row].astype(np.float32),
-            rng,
-            probability=train.augment_probability,
-            low=train.augment_low,
-            high=train.augment_high,
-        )
+        return augment(scan.images[row].astype(np.float32), rng, self.config.train)
 
 
 def _training_labels(
