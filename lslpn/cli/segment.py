@@ -248,6 +248,7 @@ def _write_segmentation(
     import numpy as np
 
     from ..data.volumes import write_labels, write_probabilities
+    from ..segmentation.result import LOW_CONFIDENCE
 
     assert out is not None
     write_labels(out, found.labels, volume)
@@ -275,7 +276,10 @@ def _write_segmentation(
         print(f"written: {html}")
     for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
         count = int((found.labels == label).sum())
-        sure = "" if found.confidence is None else f", confidence {found.confidence[label]:.2f}"
+        sure = ""
+        if found.confidence is not None:
+            sure = f", confidence {found.confidence[label]:.2f}"
+            sure += ", check it" if found.confidence[label] < LOW_CONFIDENCE else ""
         print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
 
 
