@@ -165,6 +165,7 @@ def segment(
     named = {} if names is None else read_names(names)
 
     from ..segmentation.registered import DEPTH_MM
+    from ..segmentation.result import LOW_CONFIDENCE
     from ..segmentation.segment import segment_matched as run
     from ..viewer import Support
     from ..viewer import view as shown_as
@@ -205,7 +206,10 @@ def segment(
                 print(f"written: {files[number]}")
         for label in drawn:
             count = int((found.labels == label).sum())
-            sure = "" if found.confidence is None else f", confidence {found.confidence[label]:.2f}"
+            sure = ""
+            if found.confidence is not None:
+                sure = f", confidence {found.confidence[label]:.2f}"
+                sure += ", check it" if found.confidence[label] < LOW_CONFIDENCE else ""
             print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
 
 

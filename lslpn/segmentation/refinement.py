@@ -39,6 +39,7 @@ _BINS = 48
 _FLOOR = 0.003  # added to every bin: grey values that were never seen are not impossible
 _LARGEST_RATIO = 3.0  # log-likelihood ratios of one voxel are clipped to this
 _ROUNDS = 3
+_NEAR_MM = 12.0  # an organ's contrast is that to voxels at most so far outside
 OUTSIDE = -_REACH_MM / _DISTANCE_MM - _LARGEST_RATIO  # the lowest log-odds
 
 
@@ -95,6 +96,34 @@ def refined_logits(
                     histograms.setdefault(number, []).append(histogram)
     known = {number: np.mean(each, 0) for number, each in histograms.items()}
     return torch.from_numpy(refined_log_odds(*_grey(query), found.numpy(), len(values), known))
+
+
+def contrast(query: Frame, found: Tensor, count: int) -> Tensor:
+    """Contrast of each organ to its surroundings, 0 to 1: float64 [count].
+
+    1 - exp(-KL), with the Kullback-Leibler divergence of the grey values near the organ from those
+    in it; 0 for an organ that was not found.
+
+    Args:
+        query: the scan.
+        found: int [Z, h, w] at half the resolution, 0 or the number of the organ, 1 to `count`.
+        count: organs.
+    """
+    grey, cell = _grey(query)
+    margin = [int(np.ceil(_NEAR_MM / mm)) + 1 for mm in cell]
+    out = torch.zeros(count, dtype=torch.float64)
+    for number in found.unique().tolist():
+        if not number:
+            continue
+        organ = (found == number).numpy()
+        box = _box(organ, margin)
+        mask, bins = organ[box], _bins(grey[box])
+        near = (_signed_distance(mask, cell) > -_NEAR_MM) & ~mask
+        if near.any():
+            outside = _histogram(bins, near)
+            ratio = _log_ratio(_histogram(bins, _core(mask, cell)), outside)
+            out[number - 1] = 1 - np.exp(min(0.0, float((outside * ratio).sum())))
+    return out
 
 
 def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
@@ -159,8 +188,7 @@ def refined_log_odds(
             if number in known:
                 inside = (inside + known[number]) / 2
             near = _histogram(grey_values, (distance > -_REACH_MM) & ~mask)
-            ratio = np.log((inside + _FLOOR) / (near + _FLOOR))
-            ratio = ratio.clip(-_LARGEST_RATIO, _LARGEST_RATIO).astype(np.float32)
+            ratio = _log_ratio(inside, near).astype(np.float32)
             prior = distance.clip(-_REACH_MM, _REACH_MM) / _DISTANCE_MM
             new = prior + ndimage.gaussian_filter(ratio[grey_values], sigma)
             new = new if (new > 0).any() else prior
@@ -194,6 +222,11 @@ def _core(mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
 
 def _bins(grey: np.ndarray) -> np.ndarray:
     return (grey * (_BINS - 1)).round().astype(np.int16).clip(0, _BINS - 1)
+
+
+def _log_ratio(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    ratio: np.ndarray = np.log((inside + _FLOOR) / (outside + _FLOOR))
+    return ratio.clip(-_LARGEST_RATIO, _LARGEST_RATIO)
 
 
 def _histogram(bins: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from .initial_alignment import (
     slice_descriptors,
     trunk_to_trunk,
 )
-from .refinement import refined_logits
+from .refinement import contrast, refined_logits
 from .registered_why import heights_of, record, recorder_of
 from .registration import Alignment, Field, Registration, Scan, centres, fitted
 from .result import Segmentation
@@ -269,18 +269,14 @@ def _segment(
             "body, or differ in modality, contrast agent or range of grey values",
             stacklevel=4,
         )
+    agreement = _agreement(by_features, by_labels)
+    confidence = ((agreement + contrast(query, _winners(final), len(values))) / 2).tolist()
     found = np.isin(values, labels)
-    confidence = {
-        value: round(dice, 3) if there else 0.0
-        for value, dice, there in zip(
-            values, _agreement(by_features, by_labels).tolist(), found, strict=True
-        )
-    }
     return Segmentation(
         labels,
         np.stack(matches),
         None if recorder is None else recorder.result(),
-        confidence,
+        {v: round(c, 3) if f else 0.0 for v, c, f in zip(values, confidence, found, strict=True)},
         tuple(used),
         probabilities_in_source(query, final) if probabilities else None,
     )

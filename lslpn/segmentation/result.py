@@ -9,6 +9,8 @@ import numpy as np
 
 from .why import Why
 
+LOW_CONFIDENCE = 0.5  # below, an organ was probably missed
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -20,8 +22,9 @@ class Segmentation:
             with, or -1.
         why: the windows that decided, where that was asked for and the method has windows. Where
             the supports were registered, their propagated labels count as well.
-        confidence: where they were, label to a number from 0 to 1: the Dice between an organ by
-            the propagated labels alone and by the features alone; 0 for one that was not found.
+        confidence: where they were, label to a number from 0 to 1, 0 for an organ that was not
+            found: the mean of two measures that predict its Dice, the Dice between the organ by
+            the propagated labels alone and by the features alone, and its `refinement.contrast`.
         alignments: where they were, the alignment that was used for each support.
         probabilities: where they were asked for, uint8 [N, Z, Y, X]: 255 times the probability of
             each of the supports' N labels, in ascending order.

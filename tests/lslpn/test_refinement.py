@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
+import torch
 
-from lslpn.segmentation.refinement import OUTSIDE, grey_histogram, refined_log_odds
+from lslpn.segmentation.frames import Frame
+from lslpn.segmentation.refinement import OUTSIDE, contrast, grey_histogram, refined_log_odds
 from lslpn.segmentation.slice_matching import BEYOND, line_through
 
 CELL = (5.0, 3.0, 3.0)
@@ -68,6 +73,22 @@ def test_histograms_of_the_supports_correct_an_organ_that_is_mostly_off() -> Non
         labels(refined_log_odds(grey, CELL, found.astype(int), 1, k)) for k in ({}, known)
     )
     assert dice(helped == 1, organ) > dice(alone == 1, organ) + 0.1
+
+
+def test_contrast_is_that_of_an_organ_to_its_surroundings() -> None:
+    organ, other = ball((60, 40, 60), 20), ball((60, 90, 60), 20)
+    grey = torch.from_numpy(scan((organ, 0.3), (other, 0.05)))
+    size = tuple(n * mm for n, mm in zip(SHAPE, CELL, strict=True))
+    doubled = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)  # `contrast` halves it
+    frame = cast(Frame, SimpleNamespace(slices=doubled, size=size))
+    found = torch.zeros(SHAPE, dtype=torch.int64)
+    found[torch.from_numpy(organ)], found[torch.from_numpy(other)] = 1, 2
+    found[20:22, 2:10, 2:10] = 4  # nothing but noise, as around it
+    clear, faint, absent, none = contrast(frame, found, 4).tolist()
+    assert 0.8 < clear < 1
+    assert 0.05 < faint < 0.7 * clear
+    assert absent == 0
+    assert none < 0.1
 
 
 @pytest.mark.parametrize("voxels", [0, 1])
