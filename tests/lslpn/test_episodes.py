@@ -334,13 +334,13 @@ def test_fingerprint_is_of_the_voxels_as_read(
 ) -> None:
     """Resizing differs in the last bit from one processor to another."""
     value = load(dataset, small()).fingerprint()
-    real = episodes_module.prepare_for
+    real = episodes_module.prepare
 
     def otherwise(*arguments: object, **options: object) -> Prepared:
         prepared = real(*arguments, **options)  # type: ignore[arg-type]
         return dataclasses.replace(prepared, slices=prepared.slices * np.float32(0.999))
 
-    monkeypatch.setattr(episodes_module, "prepare_for", otherwise)
+    monkeypatch.setattr(episodes_module, "prepare", otherwise)
     assert load(dataset, small()).fingerprint() == value
 
 
