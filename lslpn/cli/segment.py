@@ -248,7 +248,6 @@ def _write_segmentation(
     import numpy as np
 
     from ..data.volumes import write_labels, write_probabilities
-    from ..segmentation.result import LOW_CONFIDENCE
 
     assert out is not None
     write_labels(out, found.labels, volume)
@@ -272,15 +271,24 @@ def _write_segmentation(
             confidence=found.confidence,
             supports=scans,
             why=found.why,
+            notes=_notes(found, names),
         ).save(html)
         print(f"written: {html}")
     for label in sorted({int(v) for _, mask in supports for v in np.unique(mask.data) if v}):
         count = int((found.labels == label).sum())
+        if not count:
+            print(f"label {label}: not found")
+            continue
         sure = ""
         if found.confidence is not None:
             sure = f", confidence {found.confidence[label]:.2f}"
-            sure += ", check it" if found.confidence[label] < LOW_CONFIDENCE else ""
+            sure += ", check it" if label in found.doubtful else ""
         print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
+
+
+def _notes(found: Segmentation, names: dict[int, str]) -> list[str]:
+    doubtful = ", ".join(names.get(label, f"label {label}") for label in found.doubtful)
+    return [f"Low confidence, check these organs: {doubtful}."] if doubtful else []
 
 
 def view(
