@@ -22,6 +22,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..segmentation.registration import Scan
+    from ..segmentation.result import Segmentation
 
 
 def demo(
@@ -165,7 +166,6 @@ def segment(
     named = {} if names is None else read_names(names)
 
     from ..segmentation.registered import DEPTH_MM
-    from ..segmentation.result import LOW_CONFIDENCE
     from ..segmentation.segment import segment_matched as run
     from ..viewer import Support
     from ..viewer import view as shown_as
@@ -200,17 +200,26 @@ def segment(
                 confidence=found.confidence,
                 supports=scans,
                 why=found.why,
+                notes=_notes(found, named),
             ).save(html[number])
         for files in results.values():
             if files:
                 print(f"written: {files[number]}")
         for label in drawn:
             count = int((found.labels == label).sum())
+            if not count:
+                print(f"label {label}: not found")
+                continue
             sure = ""
             if found.confidence is not None:
                 sure = f", confidence {found.confidence[label]:.2f}"
-                sure += ", check it" if found.confidence[label] < LOW_CONFIDENCE else ""
+                sure += ", check it" if label in found.doubtful else ""
             print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
+
+
+def _notes(found: Segmentation, names: dict[int, str]) -> list[str]:
+    doubtful = ", ".join(names.get(label, f"label {label}") for label in found.doubtful)
+    return [f"Low confidence, check these organs: {doubtful}."] if doubtful else []
 
 
 def view(

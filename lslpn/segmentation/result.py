@@ -9,7 +9,7 @@ import numpy as np
 
 from .why import Why
 
-LOW_CONFIDENCE = 0.5  # below, an organ was probably missed
+_LOW_CONFIDENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,9 @@ class Segmentation:
     confidence: Mapping[int, float] | None = None
     alignments: tuple[str, ...] = ()
     probabilities: np.ndarray | None = None
+
+    @property
+    def doubtful(self) -> list[int]:
+        """Labels that were found with a confidence below 0.5: check these organs."""
+        confidence = self.confidence or {}
+        return [label for label, sure in confidence.items() if 0 < sure < _LOW_CONFIDENCE]

@@ -266,8 +266,15 @@ def test_organs_are_found_in_another_scan(
     assert result.confidence is not None
     for label in (1, 2, 3):
         assert dice_of(result.labels, query[1].data, label) > 0.75
-        assert 0.4 < result.confidence[label] <= 1
+        assert 0.5 < result.confidence[label] <= 1
     assert result.matches.shape == (1, 14)
+    assert not result.doubtful
+
+
+def test_organs_of_low_confidence_are_doubtful() -> None:
+    none = np.zeros((1, 2, 2), np.uint8)
+    assert Segmentation(none, none[0], confidence={1: 0.0, 4: 0.49, 7: 0.5}).doubtful == [4]
+    assert not Segmentation(none, none[0]).doubtful
 
 
 @pytest.mark.parametrize("align", ["body", "deformable"])
