@@ -425,7 +425,8 @@ def test_each_augmentation_happens_half_of_the_time_with_factors_over_the_range(
     image = np.full((4, 4), 0.25, dtype=np.float32)
     image[0, 0], image[0, 1] = 0.2, 0.3  # mean stays 0.25
     rng = np.random.default_rng(0)
-    results = [augment(image, rng, TrainConfig()) for _ in range(4000)]
+    options = TrainConfig()
+    results = [augment(image, rng, options) for _ in range(4000)]
     same = np.mean([np.array_equal(r, image) for r in results])
     assert same == pytest.approx(1 / 8, abs=0.02)
     middle = np.array([r[2, 2] for r in results])
