@@ -1,7 +1,7 @@
-"""Checkpoints: one file that holds the weights, the whole configuration and how far it got.
+"""Checkpoints: one file with the weights, the configuration and the progress of training.
 
-Files are written aside and renamed, so a kill at any moment leaves the previous one whole, and
-read with `weights_only`, so that opening a stranger's checkpoint runs none of his code.
+Files are written to a temporary name and renamed, so that a kill at any moment leaves the previous
+one intact, and read with `weights_only`, so that a checkpoint from elsewhere cannot run code.
 """
 
 from __future__ import annotations

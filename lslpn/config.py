@@ -1,8 +1,8 @@
-"""Every number of a run, in three frozen dataclasses, and the presets that bundle them.
+"""All settings of a run, in three frozen dataclasses, and the presets.
 
-`paper` follows the words of the paper, `published` the code its authors put out. They differ as
-follows; where the paper is silent its preset takes the published value, unless a comment beside
-the value says otherwise.
+`paper` follows the text of the paper, `published` the code of its authors. They differ as follows;
+where the text gives no value, `paper` has the published one, unless a comment beside it says
+otherwise.
 
 | | paper | published |
 |---|---|---|

@@ -1,7 +1,7 @@
-"""The demo: an organ found in one real CT scan from the labels of another.
+"""The demo: segments one real CT scan with the labels of another.
 
 Both scans ship with the package. They differ in orientation, spacing and field of view, and one
-covers a fifth of what the other does; the network has been trained without any label.
+covers a fifth of the other's height; the network has been trained without labels.
 """
 
 from __future__ import annotations

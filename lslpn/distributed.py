@@ -1,7 +1,7 @@
-"""Several processes that train one network: `torchrun --nproc_per_node=N -m lslpn train ...`.
+"""Training in several processes: `torchrun --nproc_per_node=N -m lslpn train ...`.
 
-`joined` brings the processes that torchrun started together, `world` says who one is among them.
-Without torchrun there is one process, and nothing here does anything.
+`joined` connects the processes that torchrun has started, `world` is the rank and number of them.
+Without torchrun there is one process, and both do nothing.
 """
 
 from __future__ import annotations

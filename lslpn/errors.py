@@ -1,14 +1,14 @@
-"""The one error that the command line turns into a plain sentence."""
+"""The error that the command line prints as a sentence."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """An argument or file of the user cannot be used.
 
-    The message is one clear sentence or two: which file or argument, what was expected,
-    what was found, and how to correct it. `lslpn` prints it to stderr and exits with code 2.
+    The message is one or two sentences: which file or argument, what was expected, what was found,
+    and how to correct it. `lslpn` prints it to stderr and exits with code 2.
     """
 
 

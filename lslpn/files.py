@@ -1,7 +1,7 @@
-"""Files that are either whole or not there, one writer in a folder, and foreign tensors.
+"""Atomic writes, a lock for a folder, and tensors from files of others.
 
-Everything this package writes goes through here: written aside in the same folder, flushed to
-the disk, and renamed over the target. A kill at any moment leaves the previous file whole.
+All files of this package are written here: to a temporary file in the same folder, flushed to
+disk, and renamed over the target. A kill at any moment leaves the previous file intact.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The folder of a training run, and what has to agree to go on in it.
+"""The folder of a training run, and the settings that must agree to resume it.
 
-config.json     every number of it, and the data it was trained on
-log.csv         step, loss, lr, seconds per step, and how many of them it waited for its batch
-checkpoint.pt   the latest state; also the result, once the last step is done
+config.json     its settings, and the data it is trained on
+log.csv         step, loss, lr, seconds per step, and how many of these waiting for the batch
+checkpoint.pt   the latest state, and after the last step the result
 """
 
 from __future__ import annotations

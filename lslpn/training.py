@@ -1,14 +1,13 @@
-"""The trainer: SGD over episodes, and nothing that looks at a test case.
+"""The trainer: SGD over episodes, without access to test cases.
 
-Every random number is a function of the seed and the step (see episodes.py; dropout is seeded
-anew each step), so that a run that was stopped and resumed ends with the same weights, bit for
-bit, as one that was not: on the same machine, with the same torch, kernels, threads and number of
-processes.
+All random numbers are functions of the seed and the step (see episodes.py; dropout is seeded in
+each step), so that a resumed run ends with bitwise the same weights as an uninterrupted one, on the
+same machine, with the same torch, kernels, and numbers of threads and processes.
 
-Several processes (see distributed.py) share the episodes of a batch, which is the same whatever
-their number; the weights that come out are the same to rounding where nothing else differs by
-process: dropout draws by process, and on the CPU live batch norm takes its statistics over the
-process's own images, as it does over each part of an accumulated batch.
+Several processes (see distributed.py) share the episodes of a batch, which is the same for any
+number of them. The resulting weights are equal up to rounding, except that dropout differs between
+processes, and that on the CPU live batch norm has the statistics of each process's own images, as
+it has those of each part of an accumulated batch.
 """
 
 from __future__ import annotations

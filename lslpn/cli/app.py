@@ -1,9 +1,9 @@
 """The command line: `lslpn demo`, `segment`, `view`, `train`, `evaluate` and more.
 
-Results go to stdout; progress, notes and errors go to stderr. Exit codes: 0 done; 1 a fault of
-ours or of the machine; 2 something given cannot be used, said in one line; 130 interrupted.
+Results go to stdout; progress, notes and errors go to stderr. Exit codes: 0 success; 1 an error
+of the program or the machine; 2 an unusable argument or file, in one line; 130 interrupted.
 
-torch takes seconds to import, so nothing here imports it before a command needs it.
+torch takes seconds to import, so it is imported only when a command needs it.
 """
 
 from __future__ import annotations

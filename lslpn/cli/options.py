@@ -1,4 +1,4 @@
-"""What the commands share: their common options, and how what is given is read."""
+"""Options that commands share, and how they are parsed."""
 
 from __future__ import annotations
 

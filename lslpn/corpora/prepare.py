@@ -1,8 +1,8 @@
-"""From a corpus to a data set: all its cases, read, checked, written, and resumed.
+"""Converts a corpus to a data set: reads, checks and writes its cases, and resumes.
 
-A case is read and checked whole before anything of it is written, its image is written before its
-labels, and it is entered into `prepared.json` after both; dataset.json comes last. So a folder
-without dataset.json is not finished, and whatever is entered is whole.
+A case is read and checked completely before it is written, its image is written before its labels,
+and it is entered into `prepared.json` after both; dataset.json is written last. So a folder without
+dataset.json is unfinished, and all entered cases are complete.
 """
 
 from __future__ import annotations

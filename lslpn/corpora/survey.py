@@ -1,7 +1,8 @@
-"""What recipes are written with: a survey of names, a list of faults, and reading a case.
+"""Shared by the corpora: a survey of file names, a list of problems, and reading a case.
 
-A recipe looks at names alone and returns a `Survey`: for each case a function that reads it, and
-what is wrong with the names. A case is read to the end, whatever is wrong with some of its files.
+A corpus is surveyed by its file names alone, which gives a `Survey`: for each case a function that
+reads it, and the problems with names. A case is read to the end, even if some of its files have
+problems.
 """
 
 from __future__ import annotations

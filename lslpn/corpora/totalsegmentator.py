@@ -4,8 +4,8 @@
     s0001/segmentations/liver.nii.gz
     meta.csv
 
-The organs keep the names of their files. A case that shows none of the chosen organs (a scan of
-a leg, say) is left out, which is no fault.
+Organs have the names of their files. A case that shows none of the chosen organs (a scan of a leg,
+say) is skipped, which is not a problem.
 """
 
 from __future__ import annotations

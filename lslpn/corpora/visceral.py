@@ -7,7 +7,7 @@
 
 The annotator may be empty (10000100_1_CTce_ThAb_480_.nii.gz), so the RadLex id is found by the
 pattern of the whole name and never counted from its end. Both folders hold other modalities and
-other volumes of the same patients, and landmarks, which are passed over.
+other volumes of the same patients, and landmarks, which are ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What training images are changed by: the paper's grey values, and ALPNet's change of shape."""
+"""Augmentation of training images: the paper's grey values, and ALPNet's deformation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where scans lie on disk: nnU-Net's raw data set layout, or a plain folder of scans.
+"""Data sets on disk: nnU-Net's raw layout, or a plain folder of scans.
 
     DIR/dataset.json
     DIR/imagesTr/CASE_0000.nii.gz
@@ -7,7 +7,7 @@
 Both styles of `labels` in dataset.json are read: {"background": 0, "liver": 1} of nnU-Net v2 and
 {"0": "background", "1": "liver"} of v1 and the Medical Segmentation Decathlon.
 
-What reads no labels takes a folder without them as well: DIR/CASE.nii.gz or DIR/CASE.nii.
+Where no labels are needed, a plain folder will do: DIR/CASE.nii.gz or DIR/CASE.nii.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Episodes: which slices train the network, and how support and query are drawn from them.
+"""Episodes: which slices the network is trained on, and how support and query are sampled.
 
 The paper samples episodes of n classes with k support slices each; it does not say how the
 support slice corresponds to the query slice. Testing pairs slices of equal relative position in
 the organ's range (12 chunks), so training does too: the support slice comes from another scan,
 shows the same organ, and lies within `max_position_gap` of the query's relative position.
 
-Sampling has no state. Batch number `step` is a function of the seed and the step, which is what
-makes a resumed run equal to one that was never stopped.
+Sampling has no state: a batch is a function of the seed and the step, so that a resumed run equals
+an uninterrupted one.
 """
 
 from __future__ import annotations

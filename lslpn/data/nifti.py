@@ -1,4 +1,4 @@
-"""NIfTI files: their bytes, voxels and geometry, with a message for every way to be broken."""
+"""NIfTI files: their bytes, voxels and geometry, with a message for every kind of damage."""
 
 from __future__ import annotations
 

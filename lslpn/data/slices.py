@@ -1,8 +1,8 @@
-"""From a volume to the network's square slices, and from its labels back to the volume.
+"""Converts a volume to the network's square slices, and their labels back to the volume.
 
-The method assumes that the organs of support and query lie at similar places in the image. Scans
-of another field of view do not, so `align="body"` cuts both to the box of the patient's trunk
-before they are resized to the square, slice by slice.
+The method assumes that organs have similar positions in the images of support and query. Where the
+field of view differs they have not, so `align="body"` crops both to the bounding box of the
+patient's trunk before they are resized to the square, slice by slice.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Episodes without labels: the class of an episode is a superpixel, as ALPNet is trained.
 
-A slice falls into regions of alike grey values. One of them is the episode's class, and two views
-of the slice, each deformed in its own way, are support and query: what the network learns is to
-find a region again. No organ's label is used, so none can leak into training.
+A slice is partitioned into regions of similar grey values. One of them is the episode's class, and
+two views of the slice, deformed independently, are support and query: the network learns to find a
+region again. Organ labels are not used, so they cannot leak into training.
 
-Ouyang et al., "Self-Supervision with Superpixels", ECCV 2020. Needs scikit-image, which
-`pip install "lslpn[superpixels]"` brings.
+Ouyang et al., "Self-Supervision with Superpixels", ECCV 2020. Needs scikit-image:
+`pip install "lslpn[superpixels]"`.
 """
 
 from __future__ import annotations

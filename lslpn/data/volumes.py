@@ -1,9 +1,9 @@
 """NIfTI volumes in and out.
 
-Every volume is brought into one display orientation by flips and permutations alone, never by
-resampling: the slices are axial, the patient's right is on the left of the image and the front
-is up, as radiologists look at them. Oblique volumes get the closest such order of their axes.
-Predictions go back through the inverse, into the grid, affine and header of their own file.
+Every volume is reoriented to one display orientation by flips and permutations, without resampling:
+axial slices with the patient's right on the left of the image and the front up, as in radiology.
+Oblique volumes get the closest such order of their axes. Predictions are mapped back by the inverse
+to the grid, affine and header of their own file.
 """
 
 from __future__ import annotations

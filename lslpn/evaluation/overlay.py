@@ -1,7 +1,7 @@
-"""Pictures of slices: support, query, ground truth and prediction side by side.
+"""Figures of slices: support, query, ground truth and prediction side by side.
 
-Matplotlib is used through its object interface, which writes PNG by Agg, so a figure needs no
-display, leaves no global state behind, and two can be drawn at once in two threads.
+Matplotlib's object interface is used, with Agg, so that a figure needs no display and no global
+state, and threads can draw at the same time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an evaluation found: Dice per organ and case, as tables, JSON and figures."""
+"""Results of an evaluation: Dice per organ and case, as tables, JSON and figures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One support and one query case at a time: described, segmented, and scored.
+"""Segments and scores one query case by one support case.
 
 Features of a slice do not depend on the organ, nor on LSLPN's grid of windows. So a query slice is
-encoded once, for all organs and all grids, in a stream: no more than a batch of features is held.
+encoded once, for all organs and all grids; only a batch of features is held at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Volumetric evaluation: 3-D Dice per organ and case, by the protocols of `protocols`.
 
-One support case, 1-way 1-shot per organ; predictions are brought back into the query's own grid
-and compared there with its labels.
+One support case, 1-way 1-shot per organ; predictions are mapped back to the query's own grid and
+compared with its labels there.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What trainer, evaluation and segmentation ask of a few-shot network, whatever its method.
+"""The interface of a few-shot network for trainer, evaluation and segmentation.
 
-A network works in three steps, so that a scan is encoded once and matched often:
+A network has three steps, so that a scan is encoded once and matched many times:
 
-    features = model.encode(images)                         # a slice, whatever is looked for in it
-    support = model.describe(support_features, masks)       # what the labelled slices say
-    logits = model.match(query_features, support, size)     # where that is in other slices
+    features = model.encode(images)                         # of a slice, independent of classes
+    support = model.describe(support_features, masks)       # prototypes, say
+    logits = model.match(query_features, support, size)     # of the query
 
-`forward` is the three of them over a batch of episodes, `loss` what training lowers.
+`forward` is all three for a batch of episodes, `loss` is minimised in training.
 """
 
 from __future__ import annotations

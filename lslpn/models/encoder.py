@@ -1,7 +1,6 @@
 """The encoder: ResNet-50 up to its third stage at output stride 8, then one reducing layer.
 
-The trunk is the one that CANet changed and LSLPN took over (the paper, section 4, "a customized
-version of ResNet-50"):
+The trunk is CANet's, which LSLPN uses (the paper, section 4, "a customized version of ResNet-50"):
 
     conv1     7x7, stride 2
     max-pool  3x3, stride 2, ceil_mode          (this is what makes 512 -> 65 and 257 -> 33)

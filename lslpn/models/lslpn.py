@@ -1,4 +1,4 @@
-"""LSLPN: local prototypes, matched where they were pooled. The paper's own method.
+"""LSLPN, the paper's method: local prototypes, matched in the windows that they are pooled from.
 
 Yu et al., "A Location-Sensitive Local Prototype Network for Few-Shot Medical Image Segmentation",
 ISBI 2021.

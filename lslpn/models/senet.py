@@ -1,7 +1,7 @@
-"""SENet: a network that reads the support, and gates one that segments the query.
+"""SENet: one network encodes the support and gates another, which segments the query.
 
 Roy et al., "'Squeeze & Excite' Guided Few-Shot Segmentation of Volumetric Images", Medical Image
-Analysis 2020. No prototypes and no pretrained weights: both arms learn from the first step.
+Analysis 2020. It has neither prototypes nor pretrained weights.
 """
 
 from __future__ import annotations

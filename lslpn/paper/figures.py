@@ -1,7 +1,7 @@
 """Fig. 2 and 4: support, query, ground truth and each method's result, side by side.
 
-The slice shown is the middle one of those that show the organ, the cases are the first of the
-test, unless others are named: nothing is chosen by how well it came out.
+The slice is the middle one of those that show the organ, and the cases are the first test cases,
+unless others are named: nothing is selected by its result.
 """
 
 from __future__ import annotations

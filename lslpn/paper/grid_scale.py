@@ -1,7 +1,7 @@
 """Fig. 3, left: the size of the windows, with and without overlap.
 
-The network is trained once, with its own windows; then every grid takes their place in turn, in
-one pass over the scans, since features do not depend on the grid.
+The network is trained once, with its own windows, and evaluated with every grid in one pass over
+the scans, since features do not depend on the grid.
 """
 
 from __future__ import annotations

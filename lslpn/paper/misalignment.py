@@ -1,10 +1,9 @@
 """Fig. 3, right: how well an organ is found, against how well support and query are aligned.
 
-Both sides of a point are Dice. The alignment Dice is that of the organ's masks in support and
-query, brought to the network's square and laid over each other slice by slice, as the protocol
-pairs slices; it is what the labels of the support would score if they were simply copied. The
-segmentation Dice is the network's. Every network is asked twice: with the scans as they lie, and
-with both cropped to the body's box.
+Both coordinates of a point are Dice. The alignment Dice is that between the organ's masks in
+support and query, resized to the network's square, on the slices that the protocol pairs: the score
+of copying the support's labels. The segmentation Dice is the network's. Both are measured without
+cropping, and with both scans cropped to the body's bounding box.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""The plan of an experiment: which network is trained on what, and what it is then asked.
+"""The plan of an experiment: which networks are trained on what, and how they are tested.
 
-Two kinds of folds cross. An *organ fold* is a group of organs that are held out of training and
-tested together (a left and a right kidney, say). A *subject fold* parts the cases into those to
-train on and those to test on. Every run, that is method x classes x organ fold x subject fold x
-seed, has one network. Where no label is trained on there is nothing to hold out: the runs of all
-organ folds share theirs.
+There are two kinds of folds. An *organ fold* is a group of organs that are held out of training and
+tested together (a left and a right kidney, say). A *subject fold* divides the cases into training
+and test cases. Every run, method x classes x organ fold x subject fold x seed, has one network.
+Without labels there is nothing to hold out, and the runs of all organ folds share one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The files an experiment leaves: NAME.json, NAME.csv, NAME.md, NAME.html and pictures.
+"""The files of an experiment: NAME.json, NAME.csv, NAME.md, NAME.html and pictures.
 
-Markdown, page and pictures are made from the same record as the JSON, so they cannot say other
-things. All of them say what they were made from: folds, support, preset, settings, commit and
-versions.
+Markdown, page and pictures are made from the same record as the JSON, so that they agree. All of
+them name folds, support, preset, settings, commit and versions.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""An experiment's folder: what is to be done in it, what is done already, and the doing of it.
+"""An experiment's folder: trains and evaluates what is not done yet.
 
-    OUT/experiment.json                           what all calls for this folder must agree on
+    OUT/experiment.json                           settings that all calls share
     OUT/runs/METHOD/FOLD/seedN/                    a training run, as `lslpn train` leaves it
-    OUT/evaluations/METHOD/FOLD/seedN/NAME.json    its evaluations, with what they were made from
+    OUT/evaluations/METHOD/FOLD/seedN/NAME.json    its evaluations, and their inputs
 
-A run is trained by `lslpn.train` and evaluated by `lslpn.evaluate`; here is only remembered that
-it was. Every file is whole or not there, so an experiment can be killed at any moment and started
-again: what is complete is taken as it is, a run that was begun goes on from its checkpoint.
+Runs are trained by `lslpn.train` and evaluated by `lslpn.evaluate`. Files are written atomically,
+so an experiment can be killed at any moment and started again: finished parts are reused, and an
+unfinished run continues from its checkpoint.
 """
 
 from __future__ import annotations
