@@ -120,7 +120,7 @@ std::string tiled_backward(const Match& call, MatchPlan& plan, Stream stream) {
     t.first_prototype = chunk.first * plan.prototypes();
     t.prototype_count = chunk.episodes * plan.prototypes();
     e.chunk = chunk;
-    const std::int64_t blocks = t.tile_blocks + divide_up(t.prototype_count, kPixelWarps);
+    const std::int64_t blocks = t.tile_blocks + divide_up(t.prototype_count, kMeasuredOfBlock);
     const auto kernel_of = [&](auto loss) {
       return t.mean ? match_weights<true, loss.value> : match_weights<false, loss.value>;
     };

@@ -69,6 +69,12 @@ struct Exchange {
   }
 };
 
+// The locations of the k-th block along an axis, scatter.
+LSLPN_HD Range cells_of(const Axis& axis, int k) {
+  const int end = kBlock * (k + 1);
+  return {kBlock * k, end < axis.cells ? end : axis.cells};
+}
+
 // ---- on the host ----
 
 // Bytes of shared memory of `gather`.
@@ -85,7 +91,7 @@ inline bool plan_exchange(Exchange& e, std::int64_t episodes) {
   const auto near = [](const Axis& axis, const Tiles& tiles, int blocks) {
     int most = 0;
     for (int k = 0; k < blocks; ++k) {
-      const Range cells = block_of(axis.cells, blocks, k);
+      const Range cells = cells_of(axis, k);
       const Range range = stretches_near(axis, tiles, cells.begin, cells.end - 1);
       most = std::max(most, range.end - range.begin);
     }
