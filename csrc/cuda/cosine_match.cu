@@ -27,10 +27,11 @@ struct MatchBackwardKernel {
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 2)
 match_backward(LSLPN_PARAMETERS MatchBackwardKernel<T> p) {
-  if (block_index() < p.gathers) {
-    gather<T, false>(p.exchange, p.features, block_index());
+  const int block = static_cast<int>(block_index());
+  if (block < p.gathers) {
+    gather<T, false>(p.exchange, p.features, block);
   } else {
-    scatter<T, false>(p.exchange, p.features, p.to, block_index() - p.gathers);
+    scatter<T, false>(p.exchange, p.features, p.to, block - static_cast<int>(p.gathers));
   }
 }
 

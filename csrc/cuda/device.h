@@ -124,8 +124,8 @@ LSLPN_DEVICE float float_of(std::uint32_t bits) {
   return __uint_as_float(bits);
 }
 // first += low * value and second += high * value if `mine` is `of`.
-LSLPN_DEVICE void add_if_equal(std::uint16_t mine, std::uint16_t of, float low, float high, float value, float& first,
-                               float& second) {
+LSLPN_DEVICE void add_if_equal(std::uint16_t mine, std::uint16_t of, float low, float high,
+                               float value, float& first, float& second) {
   asm("{.reg .pred equal;\n"
       "setp.eq.u16 equal, %2, %3;\n"
       "@equal fma.rn.f32 %0, %4, %6, %0;\n"

@@ -37,6 +37,7 @@ struct GatherMemory {
   longlong2 offsets[kLocations / 8][4];  // of these locations, in bytes
   unsigned char columns[kLocations];     // bits: those that the location lies under
   int slots[kColumns];                   // where the maps of a column begin
+  Range tiles[2];
 };
 
 struct Exchange {
@@ -73,6 +74,18 @@ struct Exchange {
 LSLPN_HD Range cells_of(const Axis& axis, int k) {
   const int end = kBlock * (k + 1);
   return {kBlock * k, end < axis.cells ? end : axis.cells};
+}
+
+// Along both axes the tiles that kFind gives to what begins and ends so: a thread for each axis.
+// Ends with a barrier.
+template <auto kFind>
+LSLPN_DEVICE void find_tiles(const Grid& grid, const Range& y, const Range& x, Range (&tiles)[2]) {
+  if (thread_index() < 2) {
+    const bool down = thread_index() == 0;
+    tiles[thread_index()] = kFind(down ? grid.y : grid.x, down ? grid.tiles_y : grid.tiles_x,
+                                  down ? y.begin : x.begin, (down ? y.end : x.end) - 1);
+  }
+  block_barrier();
 }
 
 // ---- on the host ----

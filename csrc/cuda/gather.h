@@ -217,8 +217,7 @@ struct Gatherer {
         for (int e = 0; e < 4; ++e) {
           // Where too few pixels are in a window, NaN under it must not show.
           if (factor[e % 2] == 0 || d - g + 16 * t >= p.D) continue;
-          sums[(2 * q + e % 2) * p.pitch() + d + 16 * t + 8 * (e / 2)] +=
-              factor[e % 2] * sum[t][e];
+          sums[(2 * q + e % 2) * p.pitch() + d + 16 * t + 8 * (e / 2)] += factor[e % 2] * sum[t][e];
         }
       }
     }
@@ -260,17 +259,16 @@ struct Gatherer {
 
 // One block: some classes of some windows of an episode.
 template <class T, bool kPool>
-LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, std::int64_t block) {
-  const int part_x = static_cast<int>(block % p.parts_x);
-  const int part_y = static_cast<int>(block / p.parts_x % p.parts_y);
-  const int part_c = static_cast<int>(block / p.parts_x / p.parts_y % p.parts_c);
+LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, int block) {
+  const int part_x = block % p.parts_x, part_y = block / p.parts_x % p.parts_y;
+  const int part_c = block / p.parts_x / p.parts_y % p.parts_c;
   const std::int64_t episode = block / p.parts_x / p.parts_y / p.parts_c;
   const Range wy = block_of(p.grid.y.windows, p.parts_y, part_y);
   const Range wx = block_of(p.grid.x.windows, p.parts_x, part_x);
   const Range classes = block_of(p.C, p.parts_c, part_c);
-  const Range ty = stretches_of_windows(p.grid.y, p.grid.tiles_y, wy.begin, wy.end - 1);
-  const Range tx = stretches_of_windows(p.grid.x, p.grid.tiles_x, wx.begin, wx.end - 1);
   GatherMemory& memory = *reinterpret_cast<GatherMemory*>(shared_memory());
+  find_tiles<stretches_of_windows>(p.grid, wy, wx, memory.tiles);
+  const Range ty = memory.tiles[0], tx = memory.tiles[1];
   float* sums = reinterpret_cast<float*>(&memory + 1);
   Part* y = reinterpret_cast<Part*>(sums + p.columns * p.pitch());
   Part* x = y + (ty.end - ty.begin);
@@ -290,7 +288,7 @@ LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, std
       gatherer.find_weights(maps, first, count);
       block_barrier();
       p.D > 16 * kExchangeWarps ? gatherer.template add_locations<2>(n, count)
-                               : gatherer.template add_locations<1>(n, count);
+                                : gatherer.template add_locations<1>(n, count);
       block_barrier();
     }
   }

@@ -145,14 +145,14 @@ struct PoolKernel {
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 3)
 pool(LSLPN_PARAMETERS PoolKernel<const T> p) {
-  gather<T, true>(p.exchange, p.features, block_index());
+  gather<T, true>(p.exchange, p.features, static_cast<int>(block_index()));
 }
 
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 2)
 pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
   const Images<const T> none{nullptr, 0, 0, 0, 0, 0};
-  scatter<T, true>(p.exchange, none, p.features, block_index());
+  scatter<T, true>(p.exchange, none, p.features, static_cast<int>(block_index()));
 }
 
 // ---- on the host ----
@@ -222,8 +222,11 @@ std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream) {
     e.chunk = chunk;
     w.first_image = chunk.first * f.N;
     w.images = chunk.episodes * f.N;
-    const std::string error = launch_mask_weights(call.masks, w, stream);
-    if (!error.empty()) return error;
+    // What was kept is of the last chunk.
+    if (!call.kept || chunk.episodes < f.B) {
+      const std::string error = launch_mask_weights(call.masks, w, stream);
+      if (!error.empty()) return error;
+    }
     if (call.backward) {
       return launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory),
                     stream, PoolKernel<T>{e, images_of<T>(f)});

@@ -10,7 +10,7 @@ namespace {
 constexpr int kPassClasses = 2;  // whose gradients are read at a time
 constexpr int kWindowsAtATime = 4;
 constexpr int kPassWindows = kPassClasses * kWindowsAtATime;  // rows of a product
-constexpr int kRowsAtATime = 4;  // rows of pixels on their way
+constexpr int kRowsAtATime = 4;                               // rows of pixels on their way
 
 // Shared memory of a warp.
 struct alignas(16) WeightMemory {
@@ -98,6 +98,7 @@ struct TileGradients {
     }
     float here[kPassClasses][kWindowsAtATime], next[kPassClasses][kWindowsAtATime] = {};
     float carried = 0;
+    float2 norms = norms_at(column, 0);
     int y = 0;
     LSLPN_NO_UNROLL
     for (int row = 0; row < kTileSide; ++row) {
@@ -110,8 +111,9 @@ struct TileGradients {
       float of_row = p.grid.tiles_y.between ? carried : 0, between = 0;
       carried = 0;
       const int end = y + tile.rows_at(row);
-      const float2 norms = norms_at(column, row);
-      const Norm norm{norms.x, norms_at(column, minimum(row + 1, kTileSide - 1)).x, norms.y};
+      const float2 next_norms = norms_at(column, minimum(row + 1, kTileSide - 1));
+      const Norm norm{norms.x, next_norms.x, norms.y};
+      norms = next_norms;
       by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
         constexpr int kRows = decltype(rows)::value;
         float gradient[kPassClasses][kRows], product[kRows] = {};
@@ -149,8 +151,7 @@ struct TileGradients {
           const RowTap t = memory.rows[begin + k];
           const float square = norm.square(t), scale = Norm::inverse_length(square);
           // Where there is no direction there is no gradient, whatever comes in.
-          const float radial =
-              square < eps_squared<float>() ? 0 : product[k] * (scale * scale);
+          const float radial = square < eps_squared<float>() ? 0 : product[k] * (scale * scale);
           of_row += radial * t.here;
           carried += radial * t.next;
           between += radial * t.between;
@@ -235,8 +236,7 @@ constexpr int kMeasuredOfBlock = kPixelThreads / kMeasuringLanes;
 
 // 1 / |p| of a prototype of the chunk; those that there are not repeat the last.
 LSLPN_DEVICE void measure_prototype(const MatchTiles& p, std::int64_t e) {
-  const std::int64_t at =
-      p.first_prototype + (e < p.prototype_count ? e : p.prototype_count - 1);
+  const std::int64_t at = p.first_prototype + (e < p.prototype_count ? e : p.prototype_count - 1);
   const float* from = p.prototypes + at * p.D;
   const int lane = thread_index() % kMeasuringLanes;
   float square = 0;

@@ -82,12 +82,10 @@ struct PixelTile {
     between = upper > 0;
     warp_barrier();
   }
-  // The number of rows of pixels that begin at a row of locations, and of those that lie on it: they
-  // come first. By a warp.
+  // The number of rows of pixels that begin at a row of locations, and of those that lie on it:
+  // they come first. By a warp.
   LSLPN_DEVICE int rows_at(int row) const { return count_bits(ballot(lower == row)); }
-  LSLPN_DEVICE int rows_on(int row) const {
-    return count_bits(ballot(lower == row && !between));
-  }
+  LSLPN_DEVICE int rows_on(int row) const { return count_bits(ballot(lower == row && !between)); }
   // The first pixel of this lane's column, in the image.
   LSLPN_DEVICE int pixel(const Grid& grid, int lane) const {
     return y.pixel * grid.x.pixels + x.pixel + minimum(lane, x.pixels - 1);

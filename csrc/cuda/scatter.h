@@ -18,8 +18,8 @@ struct alignas(16) Vector {
   const float* begin;
   float scale;
 };
-// Its window, where its map is, as seen from that of class 0 and window (0, 0), and where its weights
-// are put, in floats.
+// Its window, where its map is, as seen from that of class 0 and window (0, 0), and where its
+// weights are put, in floats.
 struct alignas(16) Place {
   int y, x, map, weights;
 };
@@ -90,10 +90,11 @@ struct Scatterer {
         for (int e = 0; e < 4; ++e) {
           const int i = e / 2, j = e % 2;
           const int tile = (ty.begin + r + i) * p.grid.tiles_x.count + tx.begin + k + j;
-          over.map[i][j] = maps + ((std::int64_t{tile} * p.slots -
-                                    p.slot(0, over.window[0][i], over.window[1][j])) *
-                                       kMap +
-                                   kTileSide * at[0][i] + at[1][j]);
+          over.map[i][j] =
+              maps +
+              ((std::int64_t{tile} * p.slots - p.slot(0, over.window[0][i], over.window[1][j])) *
+                   kMap +
+               kTileSide * at[0][i] + at[1][j]);
         }
         f(over);
       }
@@ -125,8 +126,8 @@ struct Scatterer {
       for (int e = 0; e < 4; ++e) {
         const int y = e / 2, x = e % 2;
         if (over.windows[0][y] == 0 || over.windows[1][x] == 0) continue;
-        const float* from = over.map[y][x] + (p.slots - 4 + p.slot(0, over.window[0][y],
-                                                                   over.window[1][x])) * kMap;
+        const float* from =
+            over.map[y][x] + (p.slots - 4 + p.slot(0, over.window[0][y], over.window[1][x])) * kMap;
         LSLPN_UNROLL
         for (int kind = 0; kind < 4; ++kind) sum[kind] += from[kind * kMap];
       }
@@ -205,6 +206,7 @@ struct Scatterer {
                   bool under = false;
                   float sum = weight(over, place, place.map, under);
                   std::uint32_t* to = weights + place.weights;
+                  if (!begins && sum == 0) continue;
                   if (!begins) sum += float_of(to[0]) + float_of(to[2]);
                   split_tf32(sum, to[0], to[2]);
                 }
@@ -288,10 +290,15 @@ struct Scatterer {
     const int q = thread_index() % 4, h = p.grid.y.cells, w = p.grid.x.cells;
     const bool across = kBetween || p.grid.tiles_x.between;
     const bool down = kBetween || p.grid.tiles_y.between;
-    const T* image = features.image(b, n) + (kUnit ? j.begin + 2 * q - 1 : 0);
-    const T* const channel[2] = {
-        image + static_cast<std::int64_t>(minimum(d, p.D - 1)) * features.d,
-        image + static_cast<std::int64_t>(minimum(d + 1, p.D - 1)) * features.d};
+    const T* from[2];  // in the row of locations that is next
+    LSLPN_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      from[e] = features.image(b, n) +
+                (static_cast<std::int64_t>(minimum(d + e, p.D - 1)) * features.d +
+                 maximum(i.begin - 1, 0) * features.h + (kUnit ? j.begin + 2 * q - 1 : 0));
+    }
+    const std::int64_t row_bytes = kept(std::int64_t{features.h} * int{sizeof(T)});
+    const float4* const gram = &memory.gram[0][2 * q];
     std::int64_t column[4];  // bytes
     LSLPN_UNROLL
     for (int k = 0; k < 4; ++k) {
@@ -300,27 +307,29 @@ struct Scatterer {
     }
     float f[3][2][4];
     const auto read_row = [&](float (&row)[2][4], int r) {
-      const int at = minimum(maximum(i.begin + r, 0), h - 1);
-      const std::int64_t bytes = std::int64_t{at} * (features.h * int{sizeof(T)});
+      // Rows that there are not repeat the first or the last.
+      const bool last = r < 0 ? i.begin == 0 : i.begin + r >= h - 1;
       LSLPN_UNROLL
       for (int e = 0; e < 2; ++e) {
-        const T* from = at_byte(channel[e], bytes);
         LSLPN_UNROLL
-        for (int k = 0; k < 4; ++k) row[e][k] = to_float(kUnit ? from[k] : read(from, column[k]));
+        for (int k = 0; k < 4; ++k) {
+          row[e][k] = to_float(kUnit ? from[e][k] : read(from[e], column[k]));
+        }
+        from[e] = at_byte(from[e], last ? 0 : row_bytes);
       }
     };
     read_row(f[0], -1);
     read_row(f[1], 0);
     float4 above[3];
     LSLPN_UNROLL
-    for (int k = 0; k < 3; ++k) above[k] = memory.gram[0][2 * q + k];
+    for (int k = 0; k < 3; ++k) above[k] = gram[k];
     LSLPN_UNROLL
     for (int r = 0; r < kBlock; ++r) {
       if (r >= i.end - i.begin) break;
       read_row(f[(r + 2) % 3], r + 1);
       float4 own[3];
       LSLPN_UNROLL
-      for (int k = 0; k < 3; ++k) own[k] = memory.gram[r + 1][2 * q + k];
+      for (int k = 0; k < 3; ++k) own[k] = gram[(r + 1) * (kBlock + 1) + k];
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int k = e % 2;
@@ -384,20 +393,13 @@ struct Scatterer {
 // One block: up to kBlock x kBlock locations of an image.
 template <class T, bool kPool>
 LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, const Images<T>& to,
-                          std::int64_t block) {
+                          int block) {
   ScatterMemory& memory = *reinterpret_cast<ScatterMemory*>(shared_memory());
-  const Range j = cells_of(p.grid.x, static_cast<int>(block % p.blocks_x));
-  const Range i = cells_of(p.grid.y, static_cast<int>(block / p.blocks_x % p.blocks_y));
+  const Range j = cells_of(p.grid.x, block % p.blocks_x);
+  const Range i = cells_of(p.grid.y, block / p.blocks_x % p.blocks_y);
   const std::int64_t image = block / p.blocks_x / p.blocks_y;
   const std::int64_t episode = image / p.N;
-  // A thread for each axis.
-  if (thread_index() < 2) {
-    const bool down = thread_index() == 0;
-    memory.tiles[thread_index()] =
-        stretches_near(down ? p.grid.y : p.grid.x, down ? p.grid.tiles_y : p.grid.tiles_x,
-                       down ? i.begin : j.begin, (down ? i.end : j.end) - 1);
-  }
-  block_barrier();
+  find_tiles<stretches_near>(p.grid, i, j, memory.tiles);
   const Range ty = memory.tiles[0], tx = memory.tiles[1];
   const bool fours = cuda::fours(p.vectors, p.D);
   const float* maps = p.maps + image * p.grid.tiles() * p.slots * kMap;

@@ -87,11 +87,12 @@ struct Dots {
   float dots[3][kProducts<kWindows>][4] = {};  // blocks 2t and 2t + 1 of locations
   float gram[kLocationBlocks][4] = {};         // blocks k and k + 1 with k
 
-  // Channels from where the pointers are on. kTail: `left` of a lane's four are there, and nothing is
-  // known of how prototypes are aligned.
+  // Channels from where the pointers are on. kTail: `left` of a lane's four are there, and nothing
+  // is known of how prototypes are aligned.
   template <bool kTail>
   LSLPN_DEVICE void add(const T* const (&features)[kLocationBlocks],
-                        const std::int64_t (&channels)[4], bool fours, const float* const (&prototypes)[kProducts<kWindows>],
+                        const std::int64_t (&channels)[4], bool fours,
+                        const float* const (&prototypes)[kProducts<kWindows>],
                         const float (&scale)[kProducts<kWindows>], int left, bool first) {
     Pack<T, 4> raw[kLocationBlocks];
     if (fours && !kTail) {
