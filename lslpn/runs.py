@@ -36,9 +36,18 @@ def held(folder: Path, config: Config, resume: bool) -> Iterator[Checkpoint | No
             `resume` is False, or none and `resume` is True, or one of another configuration.
     """
     _check_start(folder, resume)  # refuse before a folder is made
-    check_writable(folder / FILE_NAME)
+    file = folder / FILE_NAME
+    check_writable(file)
     with locked(folder):
-        yield _previous(folder, config, resume)
+        _check_start(folder, resume)
+        before = load_checkpoint(file) if is_file(file) else None
+        changed = [] if before is None else changes(before.config, config)
+        if changed:
+            raise InputError(
+                f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
+                "same options as at the start, or another folder"
+            )
+        yield before
 
 
 def _check_start(folder: Path, resume: bool) -> None:
@@ -52,22 +61,6 @@ def _check_start(folder: Path, resume: bool) -> None:
     # A run killed before its first checkpoint left a config.json; it starts over.
     if resume and not begun and not is_file(folder / "config.json"):
         raise InputError(f"{folder}: holds no run to resume; check the path, or start a run there")
-
-
-def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, None for a fresh start."""
-    _check_start(folder, resume)
-    file = folder / FILE_NAME
-    if look_up(file) is None:
-        return None
-    before = load_checkpoint(file)
-    changed = changes(before.config, config)
-    if changed:
-        raise InputError(
-            f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
-            "same options as at the start, or another folder"
-        )
-    return before
 
 
 def fixed(config: Config) -> dict[str, Any]:

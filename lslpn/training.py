@@ -14,7 +14,6 @@ process's own images, as it does over each part of an accumulated batch.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -38,7 +37,7 @@ from .data.episodes import Batch, Episodes
 from .data.superpixels import SuperpixelEpisodes
 from .distributed import World, world
 from .errors import InputError
-from .files import is_file, write_text
+from .files import is_file, write_json
 from .info import versions
 from .models import FewShotNetwork, untrained
 from .runs import Log, check_same_data, held, load_optimizer
@@ -115,7 +114,10 @@ def train(
         if options.compile:
             for module in model.convolutions():
                 module.compile()
-        parallel = _parallel(_Learner(model, options), device) if processes.size > 1 else None
+        parallel = None
+        if processes.size > 1:
+            learner = _Learner(model, options)
+            parallel = DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
         first = 0 if before is None else before.step
         log = None
@@ -127,7 +129,7 @@ def train(
                 "processes": processes.size,
                 "versions": versions(),
             }
-            write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+            write_json(folder / "config.json", record)
 
         def make(step: int) -> Batch:
             batch = episodes.batch(step, processes.share(options.batch))
@@ -220,10 +222,6 @@ class _Learner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.model.loss(batch, self.options)
-
-
-def _parallel(learner: _Learner, device: torch.device) -> DistributedDataParallel:
-    return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
 
 def _synchronised(model: FewShotNetwork, device: torch.device, processes: World) -> FewShotNetwork:

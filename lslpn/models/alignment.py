@@ -8,17 +8,15 @@ learned from twice.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..data.episodes import Batch
 from .base import EncoderNetwork, segmentation_loss
-
-if TYPE_CHECKING:
-    from ..data.episodes import Batch
 
 
 class AlignedNetwork(EncoderNetwork):
