@@ -110,7 +110,7 @@ def _passes(backend: str, size: Size) -> Iterator[str]:
     support, query = inputs.support.detach(), inputs.query.detach()
     shape = (size.pixels, size.pixels)
     masks, C = inputs.masks[:, :, 1:].contiguous(), size.C  # the background is derived
-    prototypes, factor = kernels.masked_average_pool(support, masks, C, size.grid, 0.0)
+    prototypes, factor, *kept = kernels.masked_average_pool(support, masks, C, size.grid, 0.0)
     yield "pool"
     scores, winners, *gram = kernels.cosine_match(
         query, prototypes, size.grid, shape, "max", True, LOGIT_SCALE
@@ -121,7 +121,9 @@ def _passes(backend: str, size: Size) -> Iterator[str]:
         logit_scale=LOGIT_SCALE,
     )  # fmt: skip
     yield "match backward"
-    kernels.masked_average_pool_backward(to_prototypes, masks, C, factor, support, size.grid)
+    kernels.masked_average_pool_backward(
+        *(to_prototypes, masks, C, factor, support, size.grid, *kept)
+    )
     yield "pool backward"
 
 

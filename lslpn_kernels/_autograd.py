@@ -86,7 +86,12 @@ def _outside_eager(operator: Any, transformed: type[torch.autograd.Function]) ->
     "masked_average_pool(Tensor features, Tensor masks, SymInt C, float scale, float spacing, "
     "float min_pixels, str backend) -> (Tensor prototypes, Tensor factor)"
 )
-def _pool(
+def _pool(*args: Any) -> tuple[Tensor, Tensor]:
+    prototypes, factor, *_ = _pool_and_keep(*args)
+    return prototypes, factor
+
+
+def _pool_and_keep(
     features: Tensor,
     masks: Tensor,
     C: int,
@@ -94,7 +99,9 @@ def _pool(
     spacing: float,
     min_pixels: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """What a kernel returns, with what it keeps for the backward pass of eager mode alone: of that
+    no graph could know the shape."""
     if features.numel() == 0:
         return _empty_pool(features, masks, C, scale, spacing, min_pixels, backend)
     kernels = kernels_of(backend, features.device)
@@ -136,12 +143,13 @@ def _pool_backward(
     scale: float,
     spacing: float,
     backend: str,
+    *kept: Tensor,
 ) -> Tensor:
     if features.numel() == 0:
         return torch.empty_like(features)
-    return kernels_of(backend, features.device).masked_average_pool_backward(
-        *(grad.contiguous(), masks.contiguous(), C, factor.contiguous(), features),
-        grid_of(scale, spacing),
+    kernels, grid = kernels_of(backend, features.device), grid_of(scale, spacing)
+    return kernels.masked_average_pool_backward(
+        grad.contiguous(), masks.contiguous(), C, factor.contiguous(), features, grid, *kept
     )
 
 
@@ -282,13 +290,13 @@ register_vmap("cosine_match_backward")
 # ---- autograd: for the operators and, around the kernels themselves, for eager mode --------------
 
 
-def _keep_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, masks, C, scale, spacing, _, backend = inputs
-    _, factor = output
+    _, factor, *kept = output
     ctx.mark_non_differentiable(factor)
     ctx.set_materialize_grads(False)
     # The pooling is linear in the features: only their shape and layout are of use.
-    ctx.save_for_backward(masks, factor, features)
+    ctx.save_for_backward(masks, factor, features, *kept)
     ctx.classes = C
     ctx.settings = (scale, spacing, backend)
 
@@ -296,11 +304,11 @@ def _keep_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _pool_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad is None or not ctx.needs_input_grad[0]:
         return (None,) * 7
-    masks, factor, features = ctx.saved_tensors
+    masks, factor, features, *kept = ctx.saved_tensors
     call = _pool_backward
     if not is_eager(grad, features):
-        call = torch.ops.lslpn_kernels.masked_average_pool_backward.default
-    grad_features = call(grad, masks, ctx.classes, factor, features, *ctx.settings)
+        call, kept = torch.ops.lslpn_kernels.masked_average_pool_backward.default, []
+    grad_features = call(grad, masks, ctx.classes, factor, features, *ctx.settings, *kept)
     if may_differentiate():
         grad_features, _ = Final.apply("masked_average_pool", grad_features, None, grad)
     return grad_features, *(None,) * 6
@@ -343,9 +351,9 @@ class _MaskedAveragePool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, masks: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         args = (features, masks.contiguous(), *args)  # the copy, if any, is kept
-        output = _pool(*args)
+        output = _pool_and_keep(*args)
         _keep_pool(ctx, args, output)
-        return output
+        return output[0], output[1]
 
     backward = staticmethod(_pool_gradients)
 

@@ -98,9 +98,10 @@ void start(Call& call, const TensorView& features, std::uintptr_t stream,
 void masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
                          py::handle prototypes, py::handle factor, const AxisNumbers& y,
                          const AxisNumbers& x, const std::optional<double>& min_pixels,
-                         std::uintptr_t stream, const py::function& allocate) {
+                         std::uintptr_t stream, const py::function& allocate, bool kept) {
   Pool call;
   call.backward = !min_pixels;
+  call.kept = kept;
   const TensorView v = device_view(call.backward ? "grad_features" : "features", features, 5);
   call.features = features_of(v);
   call.y = axis_of(y);

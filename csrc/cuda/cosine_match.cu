@@ -27,10 +27,11 @@ struct MatchBackwardKernel {
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 2)
 match_backward(LSLPN_PARAMETERS MatchBackwardKernel<T> p) {
-  if (block_index() < p.gathers) {
-    gather<T, false>(p.exchange, p.features, block_index());
+  const int block = static_cast<int>(block_index());
+  if (block < p.gathers) {
+    gather<T, false>(p.exchange, p.features, block);
   } else {
-    scatter<T, false>(p.exchange, p.features, p.to, block_index() - p.gathers);
+    scatter<T, false>(p.exchange, p.features, p.to, block - static_cast<int>(p.gathers));
   }
 }
 
@@ -120,7 +121,7 @@ std::string tiled_backward(const Match& call, MatchPlan& plan, Stream stream) {
     t.first_prototype = chunk.first * plan.prototypes();
     t.prototype_count = chunk.episodes * plan.prototypes();
     e.chunk = chunk;
-    const std::int64_t blocks = t.tile_blocks + divide_up(t.prototype_count, kPixelWarps);
+    const std::int64_t blocks = t.tile_blocks + divide_up(t.prototype_count, kMeasuredOfBlock);
     const auto kernel_of = [&](auto loss) {
       return t.mean ? match_weights<true, loss.value> : match_weights<false, loss.value>;
     };

@@ -124,14 +124,14 @@ LSLPN_DEVICE float float_of(std::uint32_t bits) {
   return __uint_as_float(bits);
 }
 // first += low * value and second += high * value if `mine` is `of`.
-LSLPN_DEVICE void add_if_equal(int mine, int of, float low, float high, float value, float& first,
-                               float& second) {
+LSLPN_DEVICE void add_if_equal(std::uint16_t mine, std::uint16_t of, float low, float high,
+                               float value, float& first, float& second) {
   asm("{.reg .pred equal;\n"
-      "setp.eq.s32 equal, %2, %3;\n"
+      "setp.eq.u16 equal, %2, %3;\n"
       "@equal fma.rn.f32 %0, %4, %6, %0;\n"
       "@equal fma.rn.f32 %1, %5, %6, %1;}"
       : "+f"(first), "+f"(second)
-      : "r"(mine), "r"(of), "f"(low), "f"(high), "f"(value));
+      : "h"(mine), "h"(of), "f"(low), "f"(high), "f"(value));
 }
 
 // d [16 x 8] = a [16 x 8] b [8 x 8], plus d unless it `begins`, by a whole warp, products of TF32

@@ -37,6 +37,7 @@ struct GatherMemory {
   longlong2 offsets[kLocations / 8][4];  // of these locations, in bytes
   unsigned char columns[kLocations];     // bits: those that the location lies under
   int slots[kColumns];                   // where the maps of a column begin
+  Range tiles[2];
 };
 
 struct Exchange {
@@ -69,6 +70,24 @@ struct Exchange {
   }
 };
 
+// The locations of the k-th block along an axis, scatter.
+LSLPN_HD Range cells_of(const Axis& axis, int k) {
+  const int end = kBlock * (k + 1);
+  return {kBlock * k, end < axis.cells ? end : axis.cells};
+}
+
+// Along both axes the tiles that kFind gives to what begins and ends so: a thread for each axis.
+// Ends with a barrier.
+template <auto kFind>
+LSLPN_DEVICE void find_tiles(const Grid& grid, const Range& y, const Range& x, Range (&tiles)[2]) {
+  if (thread_index() < 2) {
+    const bool down = thread_index() == 0;
+    tiles[thread_index()] = kFind(down ? grid.y : grid.x, down ? grid.tiles_y : grid.tiles_x,
+                                  down ? y.begin : x.begin, (down ? y.end : x.end) - 1);
+  }
+  block_barrier();
+}
+
 // ---- on the host ----
 
 // Bytes of shared memory of `gather`.
@@ -85,7 +104,7 @@ inline bool plan_exchange(Exchange& e, std::int64_t episodes) {
   const auto near = [](const Axis& axis, const Tiles& tiles, int blocks) {
     int most = 0;
     for (int k = 0; k < blocks; ++k) {
-      const Range cells = block_of(axis.cells, blocks, k);
+      const Range cells = cells_of(axis, k);
       const Range range = stretches_near(axis, tiles, cells.begin, cells.end - 1);
       most = std::max(most, range.end - range.begin);
     }

@@ -131,31 +131,37 @@ struct Gatherer {
     }
   }
 
-  // Adds 16 channels of kSteps times 8 locations from the step-th on.
-  template <int kSteps>
-  LSLPN_DEVICE void add(float (&sum)[4], const T* low, const T* high, int step) const {
+  // Adds kTiles times 16 channels of kSteps times 8 locations from the step-th on; `channels` are a
+  // lane's, low and high.
+  template <int kTiles, int kSteps>
+  LSLPN_DEVICE void add(float (&sum)[kTiles][4], const T* const (&channels)[kTiles][2],
+                        int step) const {
     const int lane = thread_index() % kWarp;
-    T raw[kSteps][4];
-    LSLPN_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      const longlong2 at = memory.offsets[step + k][lane % 4];
-      raw[k][0] = read(low, at.x);
-      raw[k][1] = read(high, at.x);
-      raw[k][2] = read(low, at.y);
-      raw[k][3] = read(high, at.y);
-    }
-    OperandA f[kSteps];
+    T raw[kTiles][kSteps][4];
     OperandB w[kSteps];
     LSLPN_UNROLL
     for (int k = 0; k < kSteps; ++k) {
+      const longlong2 at = memory.offsets[step + k][lane % 4];
       LSLPN_UNROLL
-      for (int e = 0; e < 4; ++e) set_feature(f[k], e, raw[k][e]);
+      for (int t = 0; t < kTiles; ++t) {
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) raw[t][k][e] = read(channels[t][e % 2], e < 2 ? at.x : at.y);
+      }
       set(w[k], memory.weights[step + k][lane]);
     }
-    float part[4];
-    multiply<kHalf<T>>(part, f, w);
     LSLPN_UNROLL
-    for (int e = 0; e < 4; ++e) sum[e] += part[e];
+    for (int t = 0; t < kTiles; ++t) {
+      OperandA f[kSteps];
+      LSLPN_UNROLL
+      for (int k = 0; k < kSteps; ++k) {
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) set_feature(f[k], e, raw[t][k][e]);
+      }
+      float part[4];
+      multiply<kHalf<T>>(part, f, w);
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) sum[t][e] += part[e];
+    }
   }
 
   // One channel of one column, of the locations under its window alone: others have a weight of 0,
@@ -173,7 +179,8 @@ struct Gatherer {
     return sum;
   }
 
-  // All channels of some locations.
+  // All channels of some locations, kTiles times 16 at a time a warp.
+  template <int kTiles>
   LSLPN_DEVICE void add_locations(std::int64_t n, int count) const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     const int g = lane / 4, q = lane % 4, steps = (count + 7) / 8;
@@ -186,32 +193,38 @@ struct Gatherer {
       if (2 * q + e >= columns()) factor[e] = 0;
     }
     LSLPN_NO_UNROLL
-    for (int d = 16 * warp + g; d - g < p.D; d += 16 * kExchangeWarps) {
-      const T* low = image + static_cast<std::int64_t>(minimum(d, p.D - 1)) * features.d;
-      const T* high = image + static_cast<std::int64_t>(minimum(d + 8, p.D - 1)) * features.d;
-      float sum[4] = {};
+    for (int d = 16 * kTiles * warp + g; d - g < p.D; d += 16 * kTiles * kExchangeWarps) {
+      const T* channels[kTiles][2];
+      LSLPN_UNROLL
+      for (int e = 0; e < 2 * kTiles; ++e) {
+        channels[e / 2][e % 2] =
+            image + static_cast<std::int64_t>(minimum(d + 8 * e, p.D - 1)) * features.d;
+      }
+      float sum[kTiles][4] = {};
       int step = 0;
       LSLPN_NO_UNROLL
-      for (; step + 4 <= steps; step += 4) add<4>(sum, low, high, step);
+      for (; step + 4 <= steps; step += 4) add<kTiles, 4>(sum, channels, step);
       LSLPN_NO_UNROLL
-      for (; step < steps; ++step) add<1>(sum, low, high, step);
-      if (!is_finite(sum[0] + sum[1] + sum[2] + sum[3])) {
-        for (int e = 0; e < 4; ++e) {
-          sum[e] = sum_alone(e < 2 ? low : high, 2 * q + e % 2, count);
-        }
-      }
+      for (; step < steps; ++step) add<kTiles, 1>(sum, channels, step);
       LSLPN_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        // Where too few pixels are in a window, NaN under it must not show.
-        if (factor[e] == 0) continue;
-        float* to = sums + (2 * q + e) * p.pitch() + d;
-        to[0] += factor[e] * sum[e];
-        to[8] += factor[e] * sum[2 + e];
+      for (int t = 0; t < kTiles; ++t) {
+        if (!is_finite(sum[t][0] + sum[t][1] + sum[t][2] + sum[t][3])) {
+          for (int e = 0; e < 4; ++e) {
+            sum[t][e] = sum_alone(channels[t][e / 2], 2 * q + e % 2, count);
+          }
+        }
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          // Where too few pixels are in a window, NaN under it must not show.
+          if (factor[e % 2] == 0 || d - g + 16 * t >= p.D) continue;
+          sums[(2 * q + e % 2) * p.pitch() + d + 16 * t + 8 * (e / 2)] += factor[e % 2] * sum[t][e];
+        }
       }
     }
   }
 
-  // Writes the columns. dp = (dq - <q, dq> q) / |p|, q = p / |p|.
+  // Writes the columns, kWidth channels at a time. dp = (dq - <q, dq> q) / |p|, q = p / |p|.
+  template <int kWidth>
   LSLPN_DEVICE void finish() const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     for (int e = warp; e < columns(); e += kExchangeWarps) {
@@ -221,12 +234,24 @@ struct Gatherer {
       float inverse = 1, along = 0;
       if (!kPool) {
         inverse = p.scale[at];
-        for (int d = lane; d < p.D; d += kWarp) along += from[d] * prototype[d];
+        for (int d = kWidth * lane; d < p.D; d += kWidth * kWarp) {
+          const auto sum = read_pack<kWidth>(from + d), q = read_pack<kWidth>(prototype + d);
+          LSLPN_UNROLL
+          for (int k = 0; k < kWidth; ++k) along += sum.value[k] * q.value[k];
+        }
         for (int s = 16; s > 0; s /= 2) along += shuffle_xor(along, s);
         along *= inverse * inverse;
       }
-      for (int d = lane; d < p.D; d += kWarp) {
-        p.out[at * p.D + d] = kPool ? from[d] : (from[d] - along * prototype[d]) * inverse;
+      for (int d = kWidth * lane; d < p.D; d += kWidth * kWarp) {
+        auto out = read_pack<kWidth>(from + d);
+        if (!kPool) {
+          const auto q = read_pack<kWidth>(prototype + d);
+          LSLPN_UNROLL
+          for (int k = 0; k < kWidth; ++k) {
+            out.value[k] = (out.value[k] - along * q.value[k]) * inverse;
+          }
+        }
+        *reinterpret_cast<Pack<float, kWidth>*>(p.out + at * p.D + d) = out;
       }
     }
   }
@@ -234,17 +259,16 @@ struct Gatherer {
 
 // One block: some classes of some windows of an episode.
 template <class T, bool kPool>
-LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, std::int64_t block) {
-  const int part_x = static_cast<int>(block % p.parts_x);
-  const int part_y = static_cast<int>(block / p.parts_x % p.parts_y);
-  const int part_c = static_cast<int>(block / p.parts_x / p.parts_y % p.parts_c);
+LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, int block) {
+  const int part_x = block % p.parts_x, part_y = block / p.parts_x % p.parts_y;
+  const int part_c = block / p.parts_x / p.parts_y % p.parts_c;
   const std::int64_t episode = block / p.parts_x / p.parts_y / p.parts_c;
   const Range wy = block_of(p.grid.y.windows, p.parts_y, part_y);
   const Range wx = block_of(p.grid.x.windows, p.parts_x, part_x);
   const Range classes = block_of(p.C, p.parts_c, part_c);
-  const Range ty = stretches_of_windows(p.grid.y, p.grid.tiles_y, wy.begin, wy.end - 1);
-  const Range tx = stretches_of_windows(p.grid.x, p.grid.tiles_x, wx.begin, wx.end - 1);
   GatherMemory& memory = *reinterpret_cast<GatherMemory*>(shared_memory());
+  find_tiles<stretches_of_windows>(p.grid, wy, wx, memory.tiles);
+  const Range ty = memory.tiles[0], tx = memory.tiles[1];
   float* sums = reinterpret_cast<float*>(&memory + 1);
   Part* y = reinterpret_cast<Part*>(sums + p.columns * p.pitch());
   Part* x = y + (ty.end - ty.begin);
@@ -263,11 +287,13 @@ LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, std
       const int count = minimum(locations - first, kLocations);
       gatherer.find_weights(maps, first, count);
       block_barrier();
-      gatherer.add_locations(n, count);
+      p.D > 16 * kExchangeWarps ? gatherer.template add_locations<2>(n, count)
+                                : gatherer.template add_locations<1>(n, count);
       block_barrier();
     }
   }
-  gatherer.finish();
+  fours(p.vectors, p.D) && fours(p.out, p.D) ? gatherer.template finish<4>()
+                                             : gatherer.template finish<1>();
 }
 
 }  // namespace lslpn::cuda

@@ -33,6 +33,7 @@ struct Pool {
   void* factor = nullptr;      // A [B, K, C, Gy, Gx]; backward: read only
   double min_pixels = 0;
   bool backward = false;
+  bool kept = false;  // the workspace is as a forward pass of the same sizes has left it
   void* workspace = nullptr;
 };
 

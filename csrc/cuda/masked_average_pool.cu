@@ -27,8 +27,8 @@ struct MaskWeights {
 
 struct MaskMemory {
   RowTaps rows;
-  ColumnWeights weights;
-  float board[kTileSide][kClasses][kTilePixels + 1];
+  ColumnTaps columns;
+  float board[kClasses][kTileSide][kPitch];
 };
 
 // How much of some pixels, each below the other, belongs to classes c and c + 1; of an image's
@@ -78,7 +78,8 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
   const std::int64_t image = index / p.grid.tiles();
   MaskMemory& memory = reinterpret_cast<MaskMemory*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
-  const ColumnSums columns(tile, lane, memory.weights);
+  put_columns(tile, lane, memory.columns);
+  const ColumnSums<Linear> columns(memory.columns, lane);
   const int plane = p.grid.y.pixels * p.grid.x.pixels;
   const std::int64_t down = kept(p.grid.x.pixels);
   const int stored = kKind == MaskKind::labels ? 1 : kKind == MaskKind::foreground ? p.C - 1 : p.C;
@@ -115,26 +116,15 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
       });
       y = end;
       LSLPN_UNROLL
-      for (int e = 0; e < kClasses; ++e) memory.board[row][e][lane] = here[e];
+      for (int e = 0; e < kClasses; ++e) memory.board[e][row][lane] = here[e];
     }
     warp_barrier();
-    const int e = lane / 8, j = lane % 8;  // a class and a row's parity, a column of locations
-    float sum[kTileSide / 2] = {};
-    LSLPN_NO_UNROLL
-    for (int x = columns.touching.begin; x < columns.touching.end; ++x) {
-      const float weight = columns.weight[x];
-      LSLPN_UNROLL
-      for (int r = 0; r < kTileSide / 2; ++r) {
-        sum[r] += weight * memory.board[2 * r + e / 2][e % 2][x];
-      }
-    }
-    if (c + e % 2 < p.C) {
-      float* map = p.maps + (index * p.C + c + e % 2) * kMap;
-      LSLPN_UNROLL
-      for (int r = 0; r < kTileSide / 2; ++r) {
-        if (j < kTileSide) map[kTileSide * (2 * r + e / 2) + j] = sum[r];
-      }
-      if (j < 4 && e < 2) map[kTileSide * kTileSide + j] = 0;
+    const int row = lane / 4, at = minimum(row, kTileSide - 1);
+    float2 sums[kClasses];
+    columns.add_up(memory.board[0][at], memory.board[1][at], sums);
+    LSLPN_UNROLL
+    for (int k = 0; k < kClasses; ++k) {
+      if (c + k < p.C) put_sums(p.maps + (index * p.C + c + k) * kMap, row, lane % 4, sums[k]);
     }
     LSLPN_UNROLL
     for (int k = 0; k < kClasses; ++k) {
@@ -155,14 +145,14 @@ struct PoolKernel {
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 3)
 pool(LSLPN_PARAMETERS PoolKernel<const T> p) {
-  gather<T, true>(p.exchange, p.features, block_index());
+  gather<T, true>(p.exchange, p.features, static_cast<int>(block_index()));
 }
 
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 2)
 pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
   const Images<const T> none{nullptr, 0, 0, 0, 0, 0};
-  scatter<T, true>(p.exchange, none, p.features, block_index());
+  scatter<T, true>(p.exchange, none, p.features, static_cast<int>(block_index()));
 }
 
 // ---- on the host ----
@@ -232,8 +222,11 @@ std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream) {
     e.chunk = chunk;
     w.first_image = chunk.first * f.N;
     w.images = chunk.episodes * f.N;
-    const std::string error = launch_mask_weights(call.masks, w, stream);
-    if (!error.empty()) return error;
+    // What was kept is of the last chunk.
+    if (!call.kept || chunk.episodes < f.B) {
+      const std::string error = launch_mask_weights(call.masks, w, stream);
+      if (!error.empty()) return error;
+    }
     if (call.backward) {
       return launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory),
                     stream, PoolKernel<T>{e, images_of<T>(f)});

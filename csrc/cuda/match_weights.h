@@ -7,16 +7,18 @@
 namespace lslpn::cuda {
 namespace {
 
+constexpr int kPassClasses = 2;  // whose gradients are read at a time
 constexpr int kWindowsAtATime = 4;
-constexpr int kRowsAtATime = 4;  // rows of pixels on their way
+constexpr int kPassWindows = kPassClasses * kWindowsAtATime;  // rows of a product
+constexpr int kRowsAtATime = 4;                               // rows of pixels on their way
 
 // Shared memory of a warp.
 struct alignas(16) WeightMemory {
   float4 gram[kTileSide * kTileSide];
-  float inverse[kTilePixels][kTilePixels];  // logit_scale / |u| of every pixel
-  float board[kTileSide][kWindowsAtATime][kTilePixels + 1];
   RowTaps rows;
-  ColumnWeights weights;
+  ColumnTaps columns;
+  float dots[kTileSide][kPassWindows][kPitch];  // by classes and windows of a pass
+  float norms[2][kTileSide][kPitch];            // of rows of locations, and between them
 };
 
 // Gradients of a tile's dots and Gram maps from those of its pixels. kLoss: these are made of what
@@ -26,7 +28,6 @@ struct TileGradients {
   const MatchTiles& p;
   WeightMemory& memory;
   const PixelTile& tile;
-  const ColumnSums& columns;
   const int lane;
   const std::int64_t image;
   float* const maps;
@@ -52,185 +53,213 @@ struct TileGradients {
     warp_barrier();
   }
 
-  // Norms: |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2; any scale is in the scores.
-  LSLPN_DEVICE void norms() const {
+  // |u|^2 of this lane's column at a row of locations, and between it and the next.
+  LSLPN_DEVICE float2 norms_at(const Column& column, int r) const {
+    const float p = column.p, q = column.q;
+    const float4 a = memory.gram[kTileSide * r + column.left];
+    const float4 b = memory.gram[kTileSide * r + column.right];
+    if (q == 0) return make_float2(a.x, a.z);  // as in Scorer
+    return make_float2(p * p * a.x + q * q * b.x + 2 * p * q * a.y,
+                       p * p * a.z + q * q * b.z + p * q * a.w);
+  }
+
+  // Sums down this lane's column over its pixels, for classes c0 and c0 + 1 and windows w0 .. of
+  // the tile. Dots get dS / |u| of the pixels whose winner the window is, or of all alike. Norms:
+  // |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2, from the first windows of all classes
+  // (and without the -1/2 here); any scale is in the scores.
+  LSLPN_DEVICE void sum_down(int c0, int w0, int windows) const {
+    const bool second = c0 + 1 < p.C, measures = w0 == 0 && (!kLoss || c0 == 0);
     const Column column(tile.taps);
-    const float pp = column.p * column.p, qq = column.q * column.q, pq = column.p * column.q;
-    const auto at = [&](int r) {
-      const float4 a = memory.gram[kTileSide * r + column.left];
-      const float4 b = memory.gram[kTileSide * r + column.right];
-      if (qq == 0) return make_float2(a.x, a.z);  // as in Scorer
-      return make_float2(pp * a.x + qq * b.x + 2 * pq * a.y, pp * a.z + qq * b.z + pq * a.w);
-    };
-    const float share =
-        kMean ? factor / static_cast<float>(tile.y.windows * tile.x.windows) : factor;
-    Norm norm;
-    const float* grad = p.grad + pixel(image * p.C);
-    const float* scores = kLoss ? p.loss.radial + pixel(image) : p.scores + pixel(image * p.C);
-    const std::int64_t plane = this->plane(), down = kept(p.grid.x.pixels);
+    const float share = factor * p.logit_scale /
+                        (kMean ? static_cast<float>(tile.y.windows * tile.x.windows) : 1.0f);
+    std::int64_t down[kRowsAtATime + 1], bytes[kRowsAtATime + 1];  // to rows of uint8 and of float
+    LSLPN_UNROLL
+    for (int k = 0; k <= kRowsAtATime; ++k) {
+      down[k] = kept(k * p.grid.x.pixels);
+      bytes[k] = kept(4 * down[k]);
+    }
+    // With a loss the first class has minus the sum of the others.
+    const float sign = kLoss && c0 == 0 ? -1.0f : 1.0f;
+    const float *grads[kPassClasses], *scores[kPassClasses];
+    const std::uint8_t* winners[kPassClasses];
+    LSLPN_UNROLL
+    for (int e = 0; e < kPassClasses; ++e) {
+      const int c = minimum(c0 + e, p.C - 1);
+      const std::int64_t at = pixel(image * p.C + c);
+      grads[e] = kLoss ? p.scores + pixel(image * (p.C - 1) + maximum(c - 1, 0)) : p.grad + at;
+      scores[e] = kLoss ? p.loss.radial + pixel(image) : p.scores + at;
+      winners[e] = kMean ? nullptr : p.winners + at;
+    }
+    std::uint16_t place[kWindowsAtATime];
+    LSLPN_UNROLL
+    for (int e = 0; e < kWindowsAtATime; ++e) {
+      place[e] =
+          static_cast<std::uint16_t>(w0 + e < windows ? p.place(w0 + e, tile.x.windows) : -1);
+    }
+    float here[kPassClasses][kWindowsAtATime], next[kPassClasses][kWindowsAtATime] = {};
     float carried = 0;
+    float2 norms = norms_at(column, 0);
     int y = 0;
     LSLPN_NO_UNROLL
     for (int row = 0; row < kTileSide; ++row) {
-      float sum = p.grid.tiles_y.between ? carried : 0, between = 0;
+      LSLPN_UNROLL
+      for (int e = 0; e < kPassWindows; ++e) {
+        float& from = next[e / kWindowsAtATime][e % kWindowsAtATime];
+        here[e / kWindowsAtATime][e % kWindowsAtATime] = p.grid.tiles_y.between ? from : 0;
+        from = 0;
+      }
+      float of_row = p.grid.tiles_y.between ? carried : 0, between = 0;
       carried = 0;
       const int end = y + tile.rows_at(row);
-      if (y < end) {
-        const float2 here = at(row);
-        norm.row = here.x;
-        norm.between = here.y;
-        norm.next = at(minimum(row + 1, kTileSide - 1)).x;
-      }
+      const float2 next_norms = norms_at(column, minimum(row + 1, kTileSide - 1));
+      const Norm norm{norms.x, next_norms.x, norms.y};
+      norms = next_norms;
       by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
         constexpr int kRows = decltype(rows)::value;
-        float product[kRows] = {};
-        std::int64_t here = begin * p.grid.x.pixels;
-        LSLPN_NO_UNROLL
-        for (int c = 0; c < (kLoss ? 1 : p.C); ++c, here += plane) {
+        float gradient[kPassClasses][kRows], product[kRows] = {};
+        std::uint16_t winner[kPassClasses][kRows];
+        LSLPN_UNROLL
+        for (int e = 0; e < kPassClasses; ++e) {
           LSLPN_UNROLL
           for (int k = 0; k < kRows; ++k) {
-            const float score = (scores + here)[k * down];
-            product[k] += (kLoss ? factor : (grad + here)[k * down]) * score;
+            gradient[e][k] = read(grads[e], bytes[k]);
+            winner[e][k] = kMean ? 0 : read(winners[e], down[k]);
+          }
+        }
+        if (kLoss && c0 == 0) {
+          for (int other = 1; other < p.C - 1; ++other) {
+            LSLPN_UNROLL
+            for (int k = 0; k < kRows; ++k) {
+              gradient[0][k] += read(grads[0] + other * plane(), bytes[k]);
+            }
+          }
+        }
+        if (measures) {
+          LSLPN_UNROLL
+          for (int k = 0; k < kRows; ++k) {
+            product[k] = (kLoss ? factor : gradient[0][k]) * read(scores[0], bytes[k]);
+          }
+          if (!kLoss && second) {
+            LSLPN_UNROLL
+            for (int k = 0; k < kRows; ++k) {
+              product[k] += gradient[1][k] * read(scores[1], bytes[k]);
+            }
           }
         }
         LSLPN_UNROLL
         for (int k = 0; k < kRows; ++k) {
-          const int at_y = begin + k;
-          const float upper = memory.rows[at_y].upper, lower = 1 - upper;
-          const float square = norm.square(upper), scale = Norm::inverse_length(square);
-          memory.inverse[at_y][lane] = scale * p.logit_scale * share;
+          const RowTap t = memory.rows[begin + k];
+          const float square = norm.square(t), scale = Norm::inverse_length(square);
           // Where there is no direction there is no gradient, whatever comes in.
-          const float gradient =
-              square < eps_squared<float>() ? 0 : -0.5f * product[k] * scale * scale;
-          sum += gradient * lower * lower;
-          carried += gradient * upper * upper;
-          between += gradient * 2 * lower * upper;
+          const float radial = square < eps_squared<float>() ? 0 : product[k] * (scale * scale);
+          of_row += radial * t.here;
+          carried += radial * t.next;
+          between += radial * t.between;
+          const float inverse = scale * share, lower = 1 - t.upper;
+          LSLPN_UNROLL
+          for (int e = 0; e < kPassWindows; ++e) {
+            const int c = e / kWindowsAtATime, w = e % kWindowsAtATime;
+            add_if_equal(winner[c][k], place[w], lower, t.upper,
+                         gradient[c][k] * (c == 0 ? sign * inverse : inverse), here[c][w],
+                         next[c][w]);
+          }
+        }
+        LSLPN_UNROLL
+        for (int e = 0; e < kPassClasses; ++e) {
+          grads[e] = at_byte(grads[e], bytes[kRows]);
+          scores[e] = at_byte(scores[e], bytes[kRows]);
+          winners[e] += down[kRows];
         }
       });
       y = end;
-      memory.board[row][0][lane] = sum;
-      memory.board[row][1][lane] = between;
-    }
-    warp_barrier();
-    // own and right from the rows' sums, below and the diagonals from those between them
-    const int e = lane / 8, j = lane % 8;
-    const float* other = columns.weight + (e % 2 ? kTilePixels + 1 : 0);
-    const Range range = e % 2 ? columns.between : columns.touching;
-    float sum[kTileSide] = {};
-    LSLPN_NO_UNROLL
-    for (int x = range.begin; x < range.end; ++x) {
-      const float weight = columns.weight[x] * other[x] * (e == 1 ? 2.0f : 1.0f);
       LSLPN_UNROLL
-      for (int r = 0; r < kTileSide; ++r) sum[r] += weight * memory.board[r][e / 2][x];
+      for (int e = 0; e < kPassWindows; ++e) {
+        memory.dots[row][e][lane] = here[e / kWindowsAtATime][e % kWindowsAtATime];
+      }
+      if (c0 + w0 > 0) {
+        of_row += memory.norms[0][row][lane];
+        between += memory.norms[1][row][lane];
+      }
+      memory.norms[0][row][lane] = of_row;
+      memory.norms[1][row][lane] = between;
     }
-    put(p.slots - 4 + e, j, sum);
     warp_barrier();
   }
 
-  LSLPN_DEVICE void put(int slot, int j, const float (&sum)[kTileSide]) const {
-    float* map = maps + slot * kMap + j;
-    LSLPN_UNROLL
-    for (int r = 0; r < kTileSide; ++r) {
-      if (j < kTileSide) map[kTileSide * r] = sum[r];
-    }
-    if (j < kMap - kTileSide * kTileSide) map[kTileSide * kTileSide] = 0;
-  }
-
-  // Dots of class c: dS / |u| of the pixels whose winner the window is, or of all alike.
-  LSLPN_DEVICE void dots(int c) const {
-    const int windows = kMean ? 1 : tile.y.windows * tile.x.windows;
-    const float* grad = kLoss ? p.scores + pixel(image * (p.C - 1) + maximum(c - 1, 0))
-                              : p.grad + pixel(image * p.C + c);
-    // The first class has minus the sum of the others.
-    const float sign = kLoss && c == 0 ? -1.0f : 1.0f;
-    const std::int64_t down = kept(p.grid.x.pixels);
-    const std::uint8_t* winners = kMean ? nullptr : p.winners + pixel(image * p.C + c);
+  LSLPN_DEVICE void run() const {
+    read_gram();
+    const int g = lane / 4, q = lane % 4, windows = kMean ? 1 : tile.y.windows * tile.x.windows;
+    const ColumnSums<Linear> columns(memory.columns, lane);
+    float2 sums[2];
     LSLPN_NO_UNROLL
-    for (int w0 = 0; w0 < windows; w0 += kWindowsAtATime) {
-      int place[kWindowsAtATime];
-      LSLPN_UNROLL
-      for (int e = 0; e < kWindowsAtATime; ++e) {
-        place[e] = w0 + e < windows ? p.place(w0 + e, tile.x.windows) : -1;
-      }
-      float here[kWindowsAtATime], next[kWindowsAtATime] = {};
-      int y = 0;
+    for (int c0 = 0; c0 < p.C; c0 += kPassClasses) {
       LSLPN_NO_UNROLL
-      for (int row = 0; row < kTileSide; ++row) {
-        LSLPN_UNROLL
-        for (int e = 0; e < kWindowsAtATime; ++e) {
-          here[e] = p.grid.tiles_y.between ? next[e] : 0;
-          next[e] = 0;
-        }
-        const int end = y + tile.rows_at(row);
-        by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
-          constexpr int kRows = decltype(rows)::value;
-          const std::int64_t at = begin * p.grid.x.pixels;
-          float gradient[kRows];
-          int winner[kRows];
-          LSLPN_UNROLL
-          for (int k = 0; k < kRows; ++k) {
-            gradient[k] = (grad + at)[k * down];
-            winner[k] = kMean ? 0 : (winners + at)[k * down];
-          }
-          if (kLoss && c == 0) {
-            for (int other = 1; other < p.C - 1; ++other) {
-              LSLPN_UNROLL
-              for (int k = 0; k < kRows; ++k) {
-                gradient[k] += (grad + (other * plane() + at))[k * down];
-              }
-            }
-          }
-          LSLPN_UNROLL
-          for (int k = 0; k < kRows; ++k) {
-            const float upper = memory.rows[begin + k].upper, lower = 1 - upper;
-            const float scaled = sign * gradient[k] * memory.inverse[begin + k][lane];
-            LSLPN_UNROLL
-            for (int e = 0; e < kWindowsAtATime; ++e) {
-              add_if_equal(winner[k], place[e], lower, upper, scaled, here[e], next[e]);
-            }
-          }
-        });
-        y = end;
-        LSLPN_UNROLL
-        for (int e = 0; e < kWindowsAtATime; ++e) memory.board[row][e][lane] = here[e];
-      }
-      warp_barrier();
-      const int e = lane / 8;
-      float sum[kTileSide] = {};
-      LSLPN_NO_UNROLL
-      for (int x = columns.touching.begin; x < columns.touching.end; ++x) {
-        const float weight = columns.weight[x];
-        LSLPN_UNROLL
-        for (int r = 0; r < kTileSide; ++r) sum[r] += weight * memory.board[r][e][x];
-      }
-      const int w = w0 + e, wx = tile.x.windows;
-      if (w < windows) {
+      for (int w0 = 0; w0 < windows; w0 += kWindowsAtATime) {
+        sum_down(c0, w0, windows);
+        const int c = c0 + g / kWindowsAtATime, w = w0 + g % kWindowsAtATime;
+        const int wx = tile.x.windows;
         const int slot =
             !kMean ? c * p.grid.tile_windows() + w / wx * p.grid.tiles_x.windows + w % wx : c;
-        put(slot, lane % 8, sum);
+        const bool there = c < p.C && w < windows;
+        LSLPN_UNROLL
+        for (int r = 0; r < kTileSide; r += 2) {
+          columns.add_up(memory.dots[r][g], memory.dots[r + 1][g], sums);
+          LSLPN_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            if (there) put_sums(maps + slot * kMap, r + e, q, sums[e]);
+          }
+        }
+        warp_barrier();
       }
-      warp_barrier();
     }
+    // own and right from the rows' sums, below and the diagonals from those between them
+    const int row = minimum(g, kTileSide - 1);
+    const auto put = [&](int map, float factor) {
+      LSLPN_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float scaled = e == 0 ? factor : -0.5f;
+        put_sums(maps + (p.slots - 4 + map + 2 * e) * kMap, g, q,
+                 make_float2(scaled * sums[e].x, scaled * sums[e].y));
+      }
+    };
+    ColumnSums<Squared>(memory.columns, lane)
+        .add_up(memory.norms[0][row], memory.norms[1][row], sums);
+    put(0, -0.5f);
+    ColumnSums<Crossed>(memory.columns, lane)
+        .add_up(memory.norms[0][row], memory.norms[1][row], sums);
+    put(1, -1.0f);
   }
 };
 
-// A warp for each tile; those after them measure a prototype each.
+constexpr int kMeasuringLanes = 8;  // for a prototype
+constexpr int kMeasuredOfBlock = kPixelThreads / kMeasuringLanes;
+
+// 1 / |p| of a prototype of the chunk; those that there are not repeat the last.
+LSLPN_DEVICE void measure_prototype(const MatchTiles& p, std::int64_t e) {
+  const std::int64_t at = p.first_prototype + (e < p.prototype_count ? e : p.prototype_count - 1);
+  const float* from = p.prototypes + at * p.D;
+  const int lane = thread_index() % kMeasuringLanes;
+  float square = 0;
+  if (fours(p.prototypes, p.D)) {
+    for (int d = 4 * lane; d < p.D; d += 4 * kMeasuringLanes) {
+      const float4 v = *reinterpret_cast<const float4*>(from + d);
+      square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+  } else {
+    for (int d = lane; d < p.D; d += kMeasuringLanes) square += from[d] * from[d];
+  }
+  for (int step = kMeasuringLanes / 2; step > 0; step /= 2) square += shuffle_xor(square, step);
+  if (lane == 0) p.inverse_lengths[at] = Norm::inverse_length(square);
+}
+
+// A warp for each tile; the blocks after them measure prototypes.
 template <bool kMean, bool kLoss>
-LSLPN_KERNEL(kPixelThreads, 4)
+LSLPN_KERNEL(kPixelThreads, 3)
 match_weights(LSLPN_PARAMETERS MatchTiles p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   if (block_index() >= p.tile_blocks) {
-    const std::int64_t e = (block_index() - p.tile_blocks) * kPixelWarps + warp;
-    if (e >= p.prototype_count) return;
-    const std::int64_t prototype = p.first_prototype + e;
-    float square = 0;
-    for (int d = lane; d < p.D; d += kWarp) {
-      const float value = p.prototypes[prototype * p.D + d];
-      square += value * value;
-    }
-    for (int step = 16; step > 0; step /= 2) square += shuffle_xor(square, step);
-    const float scale = square < eps_squared<float>() ? 0 : inverse_sqrt(square);
-    if (lane == 0) p.inverse_lengths[prototype] = scale;
+    const std::int64_t block = block_index() - p.tile_blocks;
+    measure_prototype(p, block * kMeasuredOfBlock + thread_index() / kMeasuringLanes);
     return;
   }
   const std::int64_t index = block_index() * kPixelWarps + warp;
@@ -238,16 +267,12 @@ match_weights(LSLPN_PARAMETERS MatchTiles p) {
   const std::int64_t image = index / p.grid.tiles();
   WeightMemory& memory = reinterpret_cast<WeightMemory*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
-  const ColumnSums columns(tile, lane, memory.weights);
+  put_columns(tile, lane, memory.columns);
   // Where no pixel counts there is no gradient.
   const float factor = !kLoss ? 1.0f : *p.loss.total == 0 ? 0.0f : *p.loss.grad / *p.loss.total;
-  const TileGradients<kMean, kLoss> gradients{
-      p,     memory, tile, columns, lane, p.first_image + image, p.maps + index * p.slots * kMap,
-      factor};
-  gradients.read_gram();
-  gradients.norms();
-  LSLPN_NO_UNROLL
-  for (int c = 0; c < p.C; ++c) gradients.dots(c);
+  TileGradients<kMean, kLoss>{
+      p, memory, tile, lane, p.first_image + image, p.maps + index * p.slots * kMap, factor}
+      .run();
 }
 
 }  // namespace

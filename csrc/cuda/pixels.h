@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "products.h"
 #include "tiles.h"
 
 namespace lslpn::cuda {
@@ -11,15 +12,29 @@ namespace lslpn::cuda {
 constexpr int kPixelWarps = 4;  // of a block
 constexpr int kPixelThreads = kWarp * kPixelWarps;
 
-// Taps of a tile's rows of pixels, from the tile's first location.
-struct alignas(8) RowTap {
-  int lower;
+// What a tile's rows of pixels weigh the row of locations below them with, and what |Up F|^2 weighs
+// its rows with, see Norm.
+struct alignas(16) RowTap {
   float upper;
+  float here, next, between;  // (1 - upper)^2, upper^2, 2 upper (1 - upper)
 };
 using RowTaps = RowTap[kTilePixels];
-// Weights of the columns of pixels at each column of locations, and at one beyond, where they are
-// 0.
-using ColumnWeights = float[kTileSide + 1][kTilePixels + 1];
+
+// |Up F|^2 down a column of pixels, see core/arithmetic.h.
+struct Norm {
+  float row, next, between;
+
+  // A row of weight 0 may hold a NaN that is none of this pixel's business. Negative where rounding
+  // makes it so.
+  LSLPN_DEVICE float square(const RowTap& t) const {
+    return t.here * row + (t.upper > 0 ? t.next * next + t.between * between : 0.0f);
+  }
+  // 1 / |u|, 0 where it has no direction.
+  LSLPN_DEVICE static float inverse_length(float square) {
+    const float inverse = inverse_sqrt(square);
+    return square < eps_squared<float>() ? 0.0f : inverse;
+  }
+};
 
 // A Stretch of plain ints, for registers.
 struct PixelStretch {
@@ -31,6 +46,7 @@ struct PixelTile {
   PixelStretch y, x;
   Taps<float> taps;  // of this lane's column; idle lanes repeat the last one
   int lower;         // row of locations that this lane's row of pixels begins at; idle lanes: none
+  bool between;      // whether it reaches the next
 
   // Ends with a barrier.
   LSLPN_DEVICE PixelTile(const Grid& grid, int tile, int lane, RowTaps& rows) {
@@ -60,12 +76,16 @@ struct PixelTile {
     taps = short_taps(grid.x, x.pixel + minimum(lane, x.pixels - 1));
     taps.lower -= x.cell;
     const Taps<float> of_row = short_taps(grid.y, y.pixel + minimum(lane, y.pixels - 1));
-    rows[lane] = {of_row.lower - y.cell, of_row.upper};
+    const float upper = of_row.upper, rest = 1 - upper;
+    rows[lane] = {upper, rest * rest, upper * upper, 2 * upper * rest};
     lower = lane < y.pixels ? of_row.lower - y.cell : -1;
+    between = upper > 0;
     warp_barrier();
   }
-  // The number of rows of pixels that begin at a row of locations. By a warp.
+  // The number of rows of pixels that begin at a row of locations, and of those that lie on it:
+  // they come first. By a warp.
   LSLPN_DEVICE int rows_at(int row) const { return count_bits(ballot(lower == row)); }
+  LSLPN_DEVICE int rows_on(int row) const { return count_bits(ballot(lower == row && !between)); }
   // The first pixel of this lane's column, in the image.
   LSLPN_DEVICE int pixel(const Grid& grid, int lane) const {
     return y.pixel * grid.x.pixels + x.pixel + minimum(lane, x.pixels - 1);
@@ -82,30 +102,97 @@ LSLPN_DEVICE void by_rows(int y, int end, F f) {
   for (; y < end; ++y) f(y, std::integral_constant<int, 1>());
 }
 
-// Sums over the columns of a tile: lane 8 e + j is for location column j of four numbers e.
-struct ColumnSums {
-  const float* weight;  // of the columns of pixels, and kTilePixels + 1 further at column j + 1
-  Range touching;       // the columns of pixels that touch location column j
-  Range between;        // those that touch column j + 1 as well
+// Sums over the columns of pixels that were left in shared memory, as one product.
+constexpr int kPitch = kTilePixels + 4;  // floats of a row: no bank twice
+struct alignas(8) ColumnTap {
+  int lower;  // from the tile's first location; of a column that there is not, none
+  float upper;
+};
+using ColumnTaps = ColumnTap[kTilePixels];
 
-  // Ends with a barrier.
-  LSLPN_DEVICE ColumnSums(const PixelTile& tile, int lane, ColumnWeights& weights) {
-    weight = weights[minimum(lane % 8, kTileSide - 1)];
-    touching = between = {0, 0};
-    const bool inside = lane < tile.x.pixels;
-    LSLPN_UNROLL
-    for (int j = 0; j <= kTileSide; ++j) {
-      const bool lower = tile.taps.lower == j;
-      const bool touches = inside && (lower || (tile.taps.lower + 1 == j && tile.taps.upper > 0));
-      const float value = lower ? 1 - tile.taps.upper : tile.taps.upper;
-      weights[j][lane] = touches ? value : 0;
-      const unsigned columns = ballot(touches);
-      const int before = count_bits((columns & (0u - columns)) - 1);
-      if (lane % 8 == j && columns) touching = {before, before + count_bits(columns)};
-      if (lane % 8 == j - 1) between = {maximum(touching.begin, before), touching.end};
-    }
-    warp_barrier();
+// Ends with a barrier.
+LSLPN_DEVICE void put_columns(const PixelTile& tile, int lane, ColumnTaps& taps) {
+  taps[lane] = {lane < tile.x.pixels ? tile.taps.lower : -kTilePixels, tile.taps.upper};
+  warp_barrier();
+}
+
+// What a column of pixels weighs the column of locations with that is `right` of its lower one.
+struct Linear {
+  LSLPN_DEVICE static float weight(int right, float upper) {
+    return right == 0 ? 1 - upper : right == 1 ? upper : 0;
   }
 };
+struct Squared {
+  LSLPN_DEVICE static float weight(int right, float upper) {
+    const float linear = Linear::weight(right, upper);
+    return linear * linear;
+  }
+};
+struct Crossed {  // a column and the next
+  LSLPN_DEVICE static float weight(int right, float upper) {
+    return right == 0 ? (1 - upper) * upper : 0;
+  }
+};
+
+template <class Weight>
+class ColumnSums {
+ public:
+  LSLPN_DEVICE ColumnSums(const ColumnTaps& taps, int lane) : taps_(taps), lane_(lane) {
+    LSLPN_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const ColumnTap tap = taps[lane % 4 * 8 + i];
+      weights_[i / 2].set(i % 2, Weight::weight(lane / 4 - tap.lower, tap.upper));
+    }
+  }
+
+  // With g = lane / 4 and q = lane % 4 a lane, which says where row g of 8 lies, and row g of 8
+  // others, has the sums of either at columns of locations 2q and 2q + 1.
+  LSLPN_DEVICE void add_up(const float* first, const float* second, float2 (&sums)[2]) const {
+    const int q = lane_ % 4;
+    OperandA values[4];
+    LSLPN_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const float4* row = reinterpret_cast<const float4*>(e == 0 ? first : second) + 2 * q;
+      const float4 low = row[0], high = row[1];
+      values[0].set(e, low.x);
+      values[0].set(2 + e, low.y);
+      values[1].set(e, low.z);
+      values[1].set(2 + e, low.w);
+      values[2].set(e, high.x);
+      values[2].set(2 + e, high.y);
+      values[3].set(e, high.z);
+      values[3].set(2 + e, high.w);
+    }
+    float sum[4];
+    multiply<0>(sum, values, weights_);
+    if (!is_finite(sum[0] + sum[1] + sum[2] + sum[3])) {
+      // A weight of 0 does not keep a NaN away.
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        sum[e] = 0;
+        LSLPN_NO_UNROLL
+        for (int x = 0; x < kTilePixels; ++x) {
+          const ColumnTap tap = taps_[x];
+          const float weight = Weight::weight(2 * q + e % 2 - tap.lower, tap.upper);
+          if (weight != 0) sum[e] += weight * (e < 2 ? first : second)[x];
+        }
+      }
+    }
+    sums[0] = make_float2(sum[0], sum[1]);
+    sums[1] = make_float2(sum[2], sum[3]);
+  }
+
+ private:
+  const ColumnTaps& taps_;
+  const int lane_;
+  OperandB weights_[4];
+};
+
+// Writes a lane's sums of a row of locations.
+LSLPN_DEVICE void put_sums(float* map, int row, int q, const float2& sums) {
+  if (row < kTileSide && 2 * q < kTileSide) {
+    *reinterpret_cast<float2*>(map + kTileSide * row + 2 * q) = sums;
+  }
+}
 
 }  // namespace lslpn::cuda

@@ -60,6 +60,20 @@ LSLPN_DEVICE void set_feature(Operand<kCount>& operand, int i, T value) {
   }
 }
 
+// Neighbouring channels, moved at once.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Pack {
+  T value[kCount];
+};
+template <int kCount, class T>
+LSLPN_DEVICE Pack<T, kCount> read_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, kCount>*>(from);
+}
+// Whether all vectors of D floats can be read four at a time.
+LSLPN_DEVICE bool fours(const float* vectors, int D) {
+  return D % 4 == 0 && reinterpret_cast<std::uintptr_t>(vectors) % 16 == 0;
+}
+
 // An element at so many bytes: what is far apart is addressed so, with offsets worked out once.
 template <class T>
 LSLPN_DEVICE T* at_byte(T* from, std::int64_t bytes) {

@@ -18,6 +18,11 @@ struct alignas(16) Vector {
   const float* begin;
   float scale;
 };
+// Its window, where its map is, as seen from that of class 0 and window (0, 0), and where its
+// weights are put, in floats.
+struct alignas(16) Place {
+  int y, x, map, weights;
+};
 
 constexpr int kVectors = 64;  // at a time
 
@@ -25,8 +30,9 @@ struct ScatterMemory {
   uint4 weights[kVectors / 8][kBlock][kWarp];  // of a lane's two vectors: high parts, low parts
   GramBlock gram;
   Vector vectors[kVectors];
-  int places[kVectors];  // of classes and windows: where their weights begin, in floats, or -1
-  int steps;             // 8s of vectors
+  Place places[kVectors];
+  int steps;  // 8s of vectors
+  Range tiles[2];
   Stretch y[kNear], x[kNear];
 };
 
@@ -46,33 +52,89 @@ struct Scatterer {
   ScatterMemory& memory;
   bool fours;  // four channels of a vector can be read at once
 
-  LSLPN_DEVICE const float* map(int row, int column) const {
-    const int tile = (ty.begin + row) * p.grid.tiles_x.count + tx.begin + column;
-    return maps + static_cast<std::int64_t>(tile) * p.slots * kMap;
+  // Two by two of the tiles over a location: its weights in their first maps, as if that were of
+  // window (0, 0), and the windows that they have maps for.
+  struct Over {
+    const float* map[2][2];
+    int window[2][2], windows[2][2];  // along y and x; none of a tile that there is not
+  };
+  // Calls f with all of them.
+  template <class F>
+  LSLPN_DEVICE void each_over(int row, int column, F f) const {
+    const auto first = [](const Stretch* tiles, int count, int cell) {
+      int k = 0;
+      while (k < count && tiles[k].cell + tiles[k].cells <= cell) ++k;
+      return k;
+    };
+    const int down = ty.end - ty.begin, across = tx.end - tx.begin;
+    const int first_x = first(memory.x, across, column);
+    LSLPN_NO_UNROLL
+    for (int r = first(memory.y, down, row); r < down && memory.y[r].cell <= row; r += 2) {
+      LSLPN_NO_UNROLL
+      for (int k = first_x; k < across && memory.x[k].cell <= column; k += 2) {
+        Over over;
+        const auto look = [](const Stretch& s, bool there, int cell, int& window, int& windows) {
+          window = s.window;
+          windows = there && s.cell <= cell ? s.windows : 0;
+          return cell - s.cell;
+        };
+        int at[2][2];
+        LSLPN_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          at[0][e] = look(memory.y[minimum(r + e, down - 1)], r + e < down, row, over.window[0][e],
+                          over.windows[0][e]);
+          at[1][e] = look(memory.x[minimum(k + e, across - 1)], k + e < across, column,
+                          over.window[1][e], over.windows[1][e]);
+        }
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int i = e / 2, j = e % 2;
+          const int tile = (ty.begin + r + i) * p.grid.tiles_x.count + tx.begin + k + j;
+          over.map[i][j] =
+              maps +
+              ((std::int64_t{tile} * p.slots - p.slot(0, over.window[0][i], over.window[1][j])) *
+                   kMap +
+               kTileSide * at[0][i] + at[1][j]);
+        }
+        f(over);
+      }
+    }
+  }
+  // The weight of a class and a window, and whether the location lies under it.
+  LSLPN_DEVICE static float weight(const Over& over, const Place& place, int map, bool& under) {
+    float sum = 0;
+    LSLPN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      LSLPN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        if (static_cast<unsigned>(place.y - over.window[0][i]) >= over.windows[0][i]) continue;
+        if (static_cast<unsigned>(place.x - over.window[1][j]) >= over.windows[1][j]) continue;
+        sum += over.map[i][j][map];
+        under = true;
+      }
+    }
+    return sum;
   }
 
   // The Gram maps' derivatives, summed over the tiles; twice the first, as the gradient has it.
   LSLPN_DEVICE void find_gram() const {
-    for (int e = thread_index(); e < (kBlock + 1) * (kBlock + 1) * 4; e += kExchangeThreads) {
-      const int kind = e % 4, column = e / 4 % (kBlock + 1), row = e / 4 / (kBlock + 1);
-      float sum = 0;
-      for (int r = 0; r < ty.end - ty.begin; ++r) {
-        const int at_y = i.begin - 1 + row - memory.y[r].cell;
-        if (at_y < 0 || at_y >= memory.y[r].cells) continue;
-        for (int c = 0; c < tx.end - tx.begin; ++c) {
-          const int at_x = j.begin - 1 + column - memory.x[c].cell;
-          if (at_x < 0 || at_x >= memory.x[c].cells) continue;
-          sum += map(r, c)[(p.slots - 4 + kind) * kMap + kTileSide * at_y + at_x];
-        }
+    const int e = thread_index(), row = e / (kBlock + 1), column = e % (kBlock + 1);
+    if (row > kBlock) return;
+    float sum[4] = {};
+    each_over(i.begin - 1 + row, j.begin - 1 + column, [&](const Over& over) {
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int y = e / 2, x = e % 2;
+        if (over.windows[0][y] == 0 || over.windows[1][x] == 0) continue;
+        const float* from =
+            over.map[y][x] + (p.slots - 4 + p.slot(0, over.window[0][y], over.window[1][x])) * kMap;
+        LSLPN_UNROLL
+        for (int kind = 0; kind < 4; ++kind) sum[kind] += from[kind * kMap];
       }
-      reinterpret_cast<float*>(&memory.gram[row][column])[kind] = kind == 0 ? 2 * sum : sum;
-    }
+    });
+    memory.gram[row][column] = make_float4(2 * sum[0], sum[1], sum[2], sum[3]);
   }
 
-  // A class of a window near the block: the e-th of them.
-  struct Window {
-    std::int64_t vector, scale;  // among all
-  };
   LSLPN_DEVICE int down() const {
     const Stretch last = memory.y[ty.end - ty.begin - 1];
     return last.window + last.windows - memory.y[0].window;
@@ -81,47 +143,20 @@ struct Scatterer {
     const Stretch last = memory.x[tx.end - tx.begin - 1];
     return last.window + last.windows - memory.x[0].window;
   }
-  LSLPN_DEVICE Window window(int e) const {
+  // The e-th class of a window near the block.
+  LSLPN_DEVICE Vector vector(int e, Place& place) const {
     const int row = e / across(), c = row / down();
-    const int at = (memory.y[0].window + row - c * down()) * p.grid.x.windows + memory.x[0].window +
-                   e - row * across();
-    const auto place = [&](std::int64_t image) {
-      return (image * p.C + c) * p.grid.windows() + at;
-    };
-    return {place(b), place(kPool ? b * p.N + n : b)};
+    place.y = memory.y[0].window + row - c * down();
+    place.x = memory.x[0].window + e - row * across();
+    place.map = kMap * p.slot(c, place.y, place.x);
+    const int at = place.y * p.grid.x.windows + place.x;
+    const auto of = [&](std::int64_t image) { return (image * p.C + c) * p.grid.windows() + at; };
+    return {p.vectors + of(b) * p.D, p.scale[of(kPool ? b * p.N + n : b)]};
   }
 
-  // Calls f(e, weight) with every weight that a location has of every step-th class.
-  template <class F>
-  LSLPN_DEVICE void each_weight(int row, int column, int first, int step, F f) const {
-    const int width = across(), size = down() * width;
-    LSLPN_NO_UNROLL
-    for (int r = 0; r < ty.end - ty.begin; ++r) {
-      const Stretch y = memory.y[r];
-      const int at_y = row - y.cell;
-      if (at_y < 0 || at_y >= y.cells) continue;
-      LSLPN_NO_UNROLL
-      for (int k = 0; k < tx.end - tx.begin; ++k) {
-        const Stretch x = memory.x[k];
-        const int at_x = column - x.cell;
-        if (at_x < 0 || at_x >= x.cells) continue;
-        const float* weights = map(r, k) + (kTileSide * at_y + at_x);
-        int e = (y.window - memory.y[0].window) * width + x.window - memory.x[0].window;
-        e += first * size;
-        LSLPN_NO_UNROLL
-        for (int c = first; c < p.C; c += step, e += step * size) {
-          LSLPN_NO_UNROLL
-          for (int w = 0; w < y.windows; ++w) {
-            const float* from = weights + p.slot(c, w, 0) * kMap;
-            LSLPN_NO_UNROLL
-            for (int v = 0; v < x.windows; ++v) {
-              f(e + w * width + v, *from);
-              if (p.places) from += kMap;
-            }
-          }
-        }
-      }
-    }
+  // Where the weights of the k-th vector begin.
+  LSLPN_DEVICE static int weights_at(int k) {
+    return k / 8 * kBlock * kWarp * 4 + k % 4 * 4 + k / 4 % 2;
   }
 
   // The classes and windows from the first-th on that have any weight, by one warp. Windows with
@@ -130,21 +165,25 @@ struct Scatterer {
     const int lane = thread_index();
     int count = 0;
     LSLPN_NO_UNROLL
-    for (int e = lane; e < kVectors; e += kWarp) {
-      const Window at = window(minimum(first + e, all - 1));
-      const float scale = first + e < all ? p.scale[at.scale] : 0;
-      const unsigned there = ballot(scale != 0);
-      const int place = count + count_bits(there & ((1u << lane) - 1));
-      memory.places[e] =
-          scale != 0 ? place / 8 * kBlock * kWarp * 4 + place % 4 * 4 + place / 4 % 2 : -1;
-      if (scale != 0) memory.vectors[place] = {p.vectors + at.vector * p.D, scale};
+    for (int e = first + lane; e - lane < minimum(all, first + kVectors); e += kWarp) {
+      Place place;
+      const Vector found = vector(minimum(e, all - 1), place);
+      const bool counts = e < all && found.scale != 0;
+      const unsigned there = ballot(counts);
+      const int at = count + count_bits(there & ((1u << lane) - 1));
+      if (counts) {
+        memory.vectors[at] = found;
+        place.weights = weights_at(at);
+        memory.places[at] = place;
+      }
       count += count_bits(there);
     }
     warp_barrier();
-    // Those that fill up have no weight.
+    // Those that fill up are under no tile, and have no weight.
     const int steps = maximum(1, (count + 7) / 8);
     if (count + lane < 8 * steps) {
       memory.vectors[count + lane] = {count > 0 ? memory.vectors[0].begin : p.vectors, 0};
+      memory.places[count + lane] = {-1, -1, 0, weights_at(count + lane)};
     }
     if (lane == 0) memory.steps = steps;
   }
@@ -154,30 +193,25 @@ struct Scatterer {
     block_barrier();
     if (thread_index() < kWarp) find_vectors(first, all);
     block_barrier();
-    uint4* weights = &memory.weights[0][0][0];
-    const int count = memory.steps * kBlock * kWarp;
-    for (int e = thread_index(); e < count; e += kExchangeThreads) weights[e] = uint4{};
-    block_barrier();
-    // A thread has a location, and every other class of it.
+    // A thread has a location, and every other class and window of it.
     const int row = thread_index() / kBlock % kBlock, column = thread_index() % kBlock;
     constexpr int kStep = kExchangeThreads / (kBlock * kBlock);
-    if (row < i.end - i.begin && column < j.end - j.begin) {
-      float* to = reinterpret_cast<float*>(&memory.weights[0][row][4 * column]);
-      each_weight(i.begin + row, j.begin + column, thread_index() / (kBlock * kBlock), kStep,
-                  [&](int e, const float& weight) {
-                    if (static_cast<unsigned>(e - first) >= kVectors) return;
-                    const int place = memory.places[e - first];
-                    if (place >= 0) to[place] += weight;
-                  });
-    }
-    block_barrier();
-    for (int e = thread_index(); e < count; e += kExchangeThreads) {
-      const uint4 sum = weights[e];
-      uint4 parts;
-      split_tf32(float_of(sum.x), parts.x, parts.z);
-      split_tf32(float_of(sum.y), parts.y, parts.w);
-      weights[e] = parts;
-    }
+    std::uint32_t* const weights = &memory.weights[0][row][4 * column].x;
+    bool begins = true;
+    each_over(minimum(i.begin + row, i.end - 1), minimum(j.begin + column, j.end - 1),
+              [&](const Over& over) {
+                LSLPN_NO_UNROLL
+                for (int e = thread_index() / (kBlock * kBlock); e < 8 * memory.steps; e += kStep) {
+                  const Place place = memory.places[e];
+                  bool under = false;
+                  float sum = weight(over, place, place.map, under);
+                  std::uint32_t* to = weights + place.weights;
+                  if (!begins && sum == 0) continue;
+                  if (!begins) sum += float_of(to[0]) + float_of(to[2]);
+                  split_tf32(sum, to[0], to[2]);
+                }
+                begins = false;
+              });
     block_barrier();
   }
 
@@ -231,10 +265,15 @@ struct Scatterer {
       const int row = e / 4 % kBlock, column = 2 * (thread_index() % 4) + e % 2;
       const int channel = minimum(d + e / (4 * kBlock) * 2 + e / 2 % 2, p.D - 1);
       float alone = 0;
-      each_weight(i.begin + row, j.begin + column, 0, 1, [&](int e, float weight) {
-        const Window of = window(e);
-        const float scale = p.scale[of.scale];
-        if (scale != 0) alone += weight * (scale * p.vectors[of.vector * p.D + channel]);
+      each_over(i.begin + row, j.begin + column, [&](const Over& over) {
+        LSLPN_NO_UNROLL
+        for (int e = 0; e < p.C * down() * across(); ++e) {
+          Place place;
+          const Vector of = vector(e, place);
+          bool under = false;
+          const float by = weight(over, place, place.map, under);
+          if (under && of.scale != 0) alone += by * (of.scale * of.begin[channel]);
+        }
       });
       LSLPN_UNROLL
       for (int k = 0; k < kProducts * kBlock * 4; ++k) {
@@ -244,16 +283,22 @@ struct Scatterer {
   }
 
   // Adds the gradient of the Gram maps times the features around, for two channels of two locations
-  // a lane. kBetween: there are pixels between rows and between columns.
-  template <bool kBetween>
+  // a lane. kBetween: there are pixels between rows and between columns. kUnit: neighbours along x
+  // are neighbours in memory, and the block is not at the end of a row.
+  template <bool kBetween, bool kUnit>
   LSLPN_DEVICE void add_gram(float (&sum)[kBlock][4], int d) const {
     const int q = thread_index() % 4, h = p.grid.y.cells, w = p.grid.x.cells;
     const bool across = kBetween || p.grid.tiles_x.between;
     const bool down = kBetween || p.grid.tiles_y.between;
-    const T* image = features.image(b, n);
-    const T* const channel[2] = {
-        image + static_cast<std::int64_t>(minimum(d, p.D - 1)) * features.d,
-        image + static_cast<std::int64_t>(minimum(d + 1, p.D - 1)) * features.d};
+    const T* from[2];  // in the row of locations that is next
+    LSLPN_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      from[e] = features.image(b, n) +
+                (static_cast<std::int64_t>(minimum(d + e, p.D - 1)) * features.d +
+                 maximum(i.begin - 1, 0) * features.h + (kUnit ? j.begin + 2 * q - 1 : 0));
+    }
+    const std::int64_t row_bytes = kept(std::int64_t{features.h} * int{sizeof(T)});
+    const float4* const gram = &memory.gram[0][2 * q];
     std::int64_t column[4];  // bytes
     LSLPN_UNROLL
     for (int k = 0; k < 4; ++k) {
@@ -262,28 +307,29 @@ struct Scatterer {
     }
     float f[3][2][4];
     const auto read_row = [&](float (&row)[2][4], int r) {
-      const int at = minimum(maximum(i.begin + r, 0), h - 1);
-      const std::int64_t bytes = std::int64_t{at} * (features.h * int{sizeof(T)});
+      // Rows that there are not repeat the first or the last.
+      const bool last = r < 0 ? i.begin == 0 : i.begin + r >= h - 1;
       LSLPN_UNROLL
       for (int e = 0; e < 2; ++e) {
         LSLPN_UNROLL
         for (int k = 0; k < 4; ++k) {
-          row[e][k] = to_float(read(at_byte(channel[e], bytes), column[k]));
+          row[e][k] = to_float(kUnit ? from[e][k] : read(from[e], column[k]));
         }
+        from[e] = at_byte(from[e], last ? 0 : row_bytes);
       }
     };
     read_row(f[0], -1);
     read_row(f[1], 0);
     float4 above[3];
     LSLPN_UNROLL
-    for (int k = 0; k < 3; ++k) above[k] = memory.gram[0][2 * q + k];
+    for (int k = 0; k < 3; ++k) above[k] = gram[k];
     LSLPN_UNROLL
     for (int r = 0; r < kBlock; ++r) {
       if (r >= i.end - i.begin) break;
       read_row(f[(r + 2) % 3], r + 1);
       float4 own[3];
       LSLPN_UNROLL
-      for (int k = 0; k < 3; ++k) own[k] = memory.gram[r + 1][2 * q + k];
+      for (int k = 0; k < 3; ++k) own[k] = gram[(r + 1) * (kBlock + 1) + k];
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int k = e % 2;
@@ -313,8 +359,11 @@ struct Scatterer {
     }
   }
 
+  // kUnit: neighbours along x are neighbours in memory.
+  template <bool kUnit>
   LSLPN_DEVICE void write(const Sums& sum, int d) const {
     const int q = thread_index() % 4, left = j.end - j.begin - 2 * q;  // columns
+    const int across = kUnit ? 1 : to.w;
     const std::int64_t down = kept(std::int64_t{to.h} * int{sizeof(T)});
     T* at[4];
     LSLPN_UNROLL
@@ -322,36 +371,37 @@ struct Scatterer {
       at[e] = to.image(b, n) + (static_cast<std::int64_t>(minimum(d + e, p.D - 1)) * to.d +
                                 i.begin * to.h + (j.begin + 2 * q) * to.w);
     }
-    LSLPN_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      if (k >= left) break;
+    const auto rows = [&](auto columns) {
       LSLPN_UNROLL
       for (int r = 0; r < kBlock; ++r) {
         if (r >= i.end - i.begin) break;
         LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) {
-          from_float(sum[e / 2][r][e % 2 * 2 + k], *at_byte(at[e], r * down));
+          LSLPN_UNROLL
+          for (int k = 0; k < columns.value; ++k) {
+            from_float(sum[e / 2][r][e % 2 * 2 + k], at[e][k * across]);
+          }
+          at[e] = at_byte(at[e], down);
         }
       }
-      LSLPN_UNROLL
-      for (int e = 0; e < 4; ++e) at[e] += to.w;
-    }
+    };
+    if (left > 1) rows(std::integral_constant<int, 2>());
+    if (left == 1) rows(std::integral_constant<int, 1>());
   }
 };
 
 // One block: up to kBlock x kBlock locations of an image.
 template <class T, bool kPool>
 LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, const Images<T>& to,
-                          std::int64_t block) {
+                          int block) {
   ScatterMemory& memory = *reinterpret_cast<ScatterMemory*>(shared_memory());
-  const Range j = block_of(p.grid.x.cells, p.blocks_x, static_cast<int>(block % p.blocks_x));
-  const Range i =
-      block_of(p.grid.y.cells, p.blocks_y, static_cast<int>(block / p.blocks_x % p.blocks_y));
+  const Range j = cells_of(p.grid.x, block % p.blocks_x);
+  const Range i = cells_of(p.grid.y, block / p.blocks_x % p.blocks_y);
   const std::int64_t image = block / p.blocks_x / p.blocks_y;
   const std::int64_t episode = image / p.N;
-  const Range ty = stretches_near(p.grid.y, p.grid.tiles_y, i.begin, i.end - 1);
-  const Range tx = stretches_near(p.grid.x, p.grid.tiles_x, j.begin, j.end - 1);
-  const bool fours = p.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.vectors) % 16 == 0;
+  find_tiles<stretches_near>(p.grid, i, j, memory.tiles);
+  const Range ty = memory.tiles[0], tx = memory.tiles[1];
+  const bool fours = cuda::fours(p.vectors, p.D);
   const float* maps = p.maps + image * p.grid.tiles() * p.slots * kMap;
   const Scatterer<T, kPool> s{
       p,  features, to,   p.chunk.first + episode, image - episode * p.N, maps, i, j, ty,
@@ -392,13 +442,16 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
     if (poison != 0) s.mend(sum, d);
     LSLPN_UNROLL
     for (int m = 0; m < Scatterer<T, kPool>::kProducts; ++m) {
-      if (!kPool && p.grid.tiles_x.between && p.grid.tiles_y.between) {
-        s.template add_gram<true>(sum[m], d + 2 * m);
-      } else if (!kPool) {
-        s.template add_gram<false>(sum[m], d + 2 * m);
+      if (kPool) continue;
+      if (!(p.grid.tiles_x.between && p.grid.tiles_y.between)) {
+        s.template add_gram<false, false>(sum[m], d + 2 * m);
+      } else if (features.w == 1 && j.begin > 0 && j.begin + kBlock < p.grid.x.cells) {
+        s.template add_gram<true, true>(sum[m], d + 2 * m);
+      } else {
+        s.template add_gram<true, false>(sum[m], d + 2 * m);
       }
     }
-    s.write(sum, d);
+    to.w == 1 ? s.template write<true>(sum, d) : s.template write<false>(sum, d);
   }
 }
 

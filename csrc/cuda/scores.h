@@ -8,7 +8,8 @@
 namespace lslpn::cuda {
 namespace {
 
-constexpr int kLocationBlocks = kMap / 8;  // blocks of 8 locations of a tile
+constexpr int kLocationBlocks = (kMap + 7) / 8;  // blocks of 8 locations of a tile
+constexpr int kLocationsOfBlocks = 8 * kLocationBlocks;
 
 struct LossOfTiles {
   const void* labels;  // null: there are scores, and no loss
@@ -56,29 +57,18 @@ struct Column {
       : left(t.lower), right(t.upper > 0 ? t.lower + 1 : t.lower), p(1 - t.upper), q(t.upper) {}
 };
 
-// |Up F|^2 down a column of pixels.
-struct Norm {
-  float row = 0, next = 0, between = 0;  // see core/arithmetic.h
-
-  LSLPN_DEVICE float square(float upper) const { return squared_length(row, next, between, upper); }
-  // 1 / |u|, 0 where it has no direction.
-  LSLPN_DEVICE static float inverse_length(float square) {
-    return square < eps_squared<float>() ? 0.0f : inverse_sqrt(square);
-  }
-};
-
 // kWindows of a tile at most; classes and columns of products of one pass over the channels.
 template <int kWindows>
-constexpr int kPassClasses = kWindows == 4 ? 2 : 1;
+constexpr int kClassesAtATime = kWindows == 4 ? 2 : 1;
 template <int kWindows>
-constexpr int kProducts = kPassClasses<kWindows> * kWindows / 8;
+constexpr int kProducts = kClassesAtATime<kWindows> * kWindows / 8;
 
 enum GramKind { kOwn, kRight, kBelow, kDiagonal, kOther, kGramKinds };
 
 template <int kWindows>
 struct alignas(16) ScoreMemory {
-  float dots[kMap][8 * kProducts<kWindows> + 4];
-  float gram[kGramKinds][kMap];
+  float dots[kLocationsOfBlocks][8 * kProducts<kWindows> + 4];
+  float gram[kGramKinds][kLocationsOfBlocks];
   RowTaps rows;
 };
 
@@ -89,12 +79,6 @@ struct ScoreKernel {
   bool fours;  // four channels of a location can be read at once
 };
 
-// Four neighbouring channels.
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T value[4];
-};
-
 // Inner products of a tile over all channels, 16 at a time: of its locations with the prototypes
 // of a pass and among themselves. A lane has channels 4q .. 4q + 3 of location g of each block of
 // 8, and of prototype g of each product.
@@ -103,36 +87,36 @@ struct Dots {
   float dots[3][kProducts<kWindows>][4] = {};  // blocks 2t and 2t + 1 of locations
   float gram[kLocationBlocks][4] = {};         // blocks k and k + 1 with k
 
+  // Channels from where the pointers are on. kTail: `left` of a lane's four are there, and nothing
+  // is known of how prototypes are aligned.
   template <bool kTail>
-  LSLPN_DEVICE void add(const T* features, const std::int64_t (&offset)[kLocationBlocks],
-                        int stride, bool fours,
+  LSLPN_DEVICE void add(const T* const (&features)[kLocationBlocks],
+                        const std::int64_t (&channels)[4], bool fours,
                         const float* const (&prototypes)[kProducts<kWindows>],
-                        const float (&scale)[kProducts<kWindows>], bool four_prototypes, int left,
-                        bool first) {
-    Four<T> raw[kLocationBlocks];
+                        const float (&scale)[kProducts<kWindows>], int left, bool first) {
+    Pack<T, 4> raw[kLocationBlocks];
     if (fours && !kTail) {
       LSLPN_UNROLL
       for (int k = 0; k < kLocationBlocks; ++k) {
-        raw[k] = read(reinterpret_cast<const Four<T>*>(features), offset[k]);
+        raw[k] = read_pack<4>(features[k]);
       }
     } else {
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
         LSLPN_UNROLL
         for (int k = 0; k < kLocationBlocks; ++k) {
-          raw[k].value[e] = kTail && e >= left ? T{} : read(features, offset[k]);
+          raw[k].value[e] = kTail && e >= left ? T{} : read(features[k], channels[e]);
         }
-        features += stride;
       }
     }
-    Four<float> p[kProducts<kWindows>];
+    Pack<float, 4> p[kProducts<kWindows>];
     LSLPN_UNROLL
     for (int j = 0; j < kProducts<kWindows>; ++j) {
-      if (four_prototypes && !kTail) {
-        p[j] = *reinterpret_cast<const Four<float>*>(prototypes[j]);
+      if (!kTail) {
+        p[j] = read_pack<4>(prototypes[j]);
       } else {
         LSLPN_UNROLL
-        for (int e = 0; e < 4; ++e) p[j].value[e] = kTail && e >= left ? 0 : prototypes[j][e];
+        for (int e = 0; e < 4; ++e) p[j].value[e] = e >= left ? 0 : prototypes[j][e];
       }
     }
     Operand<4> f[kLocationBlocks];
@@ -244,15 +228,15 @@ LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const Me
 // Scores and winners of the classes of a pass for the pixels of a tile.
 template <int kWindows>
 struct Scorer {
-  static constexpr int kClasses = kPassClasses<kWindows>;
+  static constexpr int kClasses = kClassesAtATime<kWindows>;
   using Row = float[kClasses][kWindows];  // dots in a lane's column, at a row of locations
 
   const MatchTiles& p;
   const PixelTile& tile;
   const ScoreMemory<kWindows>& memory;
   const Column column;
-  float* scores[kClasses];  // of the first pixel; null where nothing is to be written
-  std::uint8_t* winners[kClasses];
+  float* scores[kClasses];          // of the next pixel
+  std::uint8_t* winners[kClasses];  // or null
 
   LSLPN_DEVICE float gram(int kind, int row, int column) const {
     return memory.gram[kind][kTileSide * row + column];
@@ -273,6 +257,7 @@ struct Scorer {
   LSLPN_DEVICE void enter(Row& row, int r) const {
     const float* left = memory.dots[kTileSide * r + column.left];
     const float* right = memory.dots[kTileSide * r + column.right];
+    const int windows = tile.y.windows * tile.x.windows;
     LSLPN_UNROLL
     for (int k = 0; k < kClasses * kWindows; k += 4) {
       const float4 a = *reinterpret_cast<const float4*>(left + k);
@@ -282,68 +267,41 @@ struct Scorer {
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) row[(k + e) / kWindows][(k + e) % kWindows] = value[e];
     }
+    if (!p.mean) return;
+    // The mean of the windows is interpolated as they are.
+    LSLPN_UNROLL
+    for (int c = 0; c < kClasses; ++c) {
+      float sum = 0;
+      LSLPN_UNROLL
+      for (int w = 0; w < kWindows; ++w) sum += w < windows ? row[c][w] : 0;
+      LSLPN_UNROLL
+      for (int w = 0; w < kWindows; ++w) row[c][w] = sum / static_cast<float>(windows);
+    }
   }
 
-  LSLPN_DEVICE void walk() const {
-    const int windows = tile.y.windows * tile.x.windows, stride = p.grid.x.pixels;
-    int place[kWindows];
-    LSLPN_UNROLL
-    for (int w = 0; w < kWindows; ++w) place[w] = p.place(w, tile.x.windows);
-    Norm norm;
-    Row here, next, slope;
-    int row = -2, at = 0;
-    bool known = false;  // whether `next` is the row after `row`
-    int y = 0;
-    LSLPN_NO_UNROLL
-    while (y < tile.y.pixels) {
-      // Pixels between the same two rows of locations; or one that lies on a row: the next may
-      // hold a NaN that is none of its business.
-      RowTap t = memory.rows[y];
-      const bool between = t.upper > 0;
-      if (known && t.lower == row + 1) {
-        norm.row = norm.next;
-        LSLPN_UNROLL
-        for (int c = 0; c < kClasses; ++c) {
-          LSLPN_UNROLL
-          for (int w = 0; w < kWindows; ++w) here[c][w] = next[c][w];
-        }
-      } else {
-        norm.row = norm_row(t.lower);
-        enter(here, t.lower);
-      }
-      row = t.lower;
-      known = between;
-      if (between) {
-        norm.next = norm_row(row + 1);
-        norm.between = norm_between(row);
-        enter(next, row + 1);
-      }
+  // The pixels of this lane's column that begin at a row of locations, in rows y .. end - 1.
+  LSLPN_DEVICE void pixels(const Row& here, const Row& slope, const Norm& norm,
+                           const int (&place)[kWindows], int y, int end) {
+    const std::int64_t down = kept(p.grid.x.pixels), bytes = kept(4 * down);
+    const bool keeps = p.winners;
+    const float logit_scale = p.logit_scale;
+    by_rows<4>(y, end, [&](int begin, auto rows) {
       LSLPN_UNROLL
-      for (int c = 0; c < kClasses; ++c) {
-        LSLPN_UNROLL
-        for (int w = 0; w < kWindows; ++w) slope[c][w] = between ? next[c][w] - here[c][w] : 0;
-      }
-      do {
-        const float scale = Norm::inverse_length(norm.square(t.upper)) * p.logit_scale;
+      for (int k = 0; k < decltype(rows)::value; ++k) {
+        const RowTap t = memory.rows[begin + k];
+        const float square = t.here * norm.row + t.next * norm.next + t.between * norm.between;
+        const float scale = Norm::inverse_length(square) * logit_scale;
         float best[kClasses];
         int winner[kClasses] = {};
         LSLPN_UNROLL
         for (int c = 0; c < kClasses; ++c) {
           best[c] = here[c][0] + t.upper * slope[c][0];
-          if (p.mean) {
-            LSLPN_UNROLL
-            for (int w = 1; w < kWindows; ++w) {
-              if (w < windows) best[c] += here[c][w] + t.upper * slope[c][w];
-            }
-            best[c] /= static_cast<float>(windows);
-          } else {
-            // Of equal windows the first stays. NaN stays NaN.
-            LSLPN_UNROLL
-            for (int w = 1; w < kWindows; ++w) {
-              const float value = here[c][w] + t.upper * slope[c][w];
-              winner[c] = value > best[c] ? place[w] : winner[c];
-              best[c] = max_or_nan(best[c], value);
-            }
+          // Of equal windows the first stays. NaN stays NaN.
+          LSLPN_UNROLL
+          for (int w = 1; w < kWindows; ++w) {
+            const float value = here[c][w] + t.upper * slope[c][w];
+            winner[c] = value > best[c] ? place[w] : winner[c];
+            best[c] = max_or_nan(best[c], value);
           }
         }
         if (either_is_nan(best[0], best[kClasses - 1])) {
@@ -353,19 +311,68 @@ struct Scorer {
             LSLPN_UNROLL
             for (int w = 0; w < kWindows; ++w) {
               const float value = here[c][w] + t.upper * slope[c][w];
-              if (either_is_nan(value, value) && w < windows) winner[c] = place[w];
+              if (value != value && place[w] >= 0) winner[c] = place[w];
             }
           }
         }
         LSLPN_UNROLL
         for (int c = 0; c < kClasses; ++c) {
-          if (scores[c]) scores[c][at] = best[c] * scale;
-          if (winners[c]) winners[c][at] = static_cast<std::uint8_t>(winner[c]);
+          *scores[c] = best[c] * scale;
+          scores[c] = at_byte(scores[c], bytes);
         }
-        at += stride;
-        if (++y == tile.y.pixels) break;
-        t = memory.rows[y];
-      } while (between && t.lower == row);
+        if (keeps) {
+          LSLPN_UNROLL
+          for (int c = 0; c < kClasses; ++c) {
+            *winners[c] = static_cast<std::uint8_t>(winner[c]);
+            winners[c] += down;
+          }
+        }
+      }
+    });
+  }
+
+  LSLPN_DEVICE void walk() {
+    const int windows = tile.y.windows * tile.x.windows;
+    int place[kWindows];
+    LSLPN_UNROLL
+    for (int w = 0; w < kWindows; ++w) {
+      place[w] = w < windows ? p.place(w, tile.x.windows) : -1;
+    }
+    Norm norm{};
+    Row here, next, slope;
+    int y = 0;
+    bool known = false;  // whether `next` is the next row
+    LSLPN_NO_UNROLL
+    for (int row = 0; row < tile.y.cells; ++row) {
+      const int on = tile.rows_on(row), all = tile.rows_at(row);
+      norm.row = known ? norm.next : norm_row(row);
+      if (!known) enter(next, row);
+      LSLPN_UNROLL
+      for (int c = 0; c < kClasses; ++c) {
+        LSLPN_UNROLL
+        for (int w = 0; w < kWindows; ++w) here[c][w] = next[c][w];
+      }
+      // First those that lie on the row: the next may hold a NaN that is none of their business.
+      LSLPN_NO_UNROLL
+      for (int between = 0; between < 2; ++between) {
+        const int count = between ? all - on : on;
+        known = between && count > 0;
+        if (count == 0) continue;
+        if (between) {
+          norm.next = norm_row(row + 1);
+          norm.between = norm_between(row);
+          enter(next, row + 1);
+        } else {
+          norm.next = norm.between = 0;
+        }
+        LSLPN_UNROLL
+        for (int c = 0; c < kClasses; ++c) {
+          LSLPN_UNROLL
+          for (int w = 0; w < kWindows; ++w) slope[c][w] = between ? next[c][w] - here[c][w] : 0;
+        }
+        pixels(here, slope, norm, place, y, y + count);
+        y += count;
+      }
     }
   }
 };
@@ -428,7 +435,7 @@ LSLPN_KERNEL(kPixelThreads, kWindows == 4 ? 3 : 2)
 scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   const MatchTiles& p = kernel.match;
   const Images<const T>& features = kernel.features;
-  constexpr int kClasses = kPassClasses<kWindows>;
+  constexpr int kClasses = kClassesAtATime<kWindows>;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int g = lane / 4, q = lane % 4;
   const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
@@ -437,20 +444,22 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   ScoreMemory<kWindows>& memory = reinterpret_cast<ScoreMemory<kWindows>*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
   const int windows = tile.y.windows * tile.x.windows;
-  const int steps = p.D / 16, left = p.D - 16 * steps - 4 * q;
-  const bool four_prototypes =
-      p.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.prototypes) % 16 == 0;
-  std::int64_t offset[kLocationBlocks];  // bytes
+  // Of 16 channels whose prototypes can be read four at a time; the others follow.
+  const int steps = fours(p.prototypes, p.D) ? p.D / 16 : 0;
+  std::int64_t channels[4];  // bytes to the first four
+  LSLPN_UNROLL
+  for (int e = 0; e < 4; ++e) channels[e] = kept(std::int64_t{e} * features.d * int{sizeof(T)});
+  const T* corner = features.image(b, image - b * p.N) +
+                    (tile.y.cell * features.h + tile.x.cell * features.w + 4 * q * features.d);
+  const T* locations[kLocationBlocks];
   LSLPN_UNROLL
   for (int k = 0; k < kLocationBlocks; ++k) {
     // Beyond the tile's last locations they repeat: what comes of them is not looked at.
     const int l = 8 * k + g;
     const int r = minimum(l / kTileSide, tile.y.cells - 1);
     const int c = minimum(l % kTileSide, tile.x.cells - 1);
-    offset[k] = std::int64_t{r * features.h + c * features.w} * int{sizeof(T)};
+    locations[k] = corner + (r * features.h + c * features.w);
   }
-  const T* corner = features.image(b, image - b * p.N) +
-                    (tile.y.cell * features.h + tile.x.cell * features.w + 4 * q * features.d);
   LSLPN_NO_UNROLL
   for (int c0 = 0; c0 < p.C; c0 += kClasses) {
     const bool first = c0 == 0;
@@ -468,48 +477,51 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
       float square = 0;
       const float* from = prototypes[j];
       for (int s = 0; s < steps; ++s, from += 16) {
-        if (four_prototypes) {
-          const float4 v = *reinterpret_cast<const float4*>(from);
-          square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        } else {
-          for (int e = 0; e < 4; ++e) square += from[e] * from[e];
-        }
+        const float4 v = *reinterpret_cast<const float4*>(from);
+        square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
       }
-      for (int e = 0; e < minimum(left, 4); ++e) square += from[e] * from[e];
+      for (int d = 16 * steps + 4 * q; d < p.D; d += 16, from += 16) {
+        for (int e = 0; e < minimum(p.D - d, 4); ++e) square += from[e] * from[e];
+      }
       square += shuffle_xor(square, 1);
       square += shuffle_xor(square, 2);
-      scale[j] = square < eps_squared<float>() ? 0.0f : inverse_sqrt(square);
+      scale[j] = Norm::inverse_length(square);
     }
     Dots<T, kWindows> dots;
-    const T* from = corner;
-    LSLPN_NO_UNROLL
-    for (int s = 0; s < steps; ++s) {
-      dots.template add<false>(from, offset, features.d, kernel.fours, prototypes, scale,
-                               four_prototypes, 4, first);
-      from += 16 * features.d;
+    const auto advance = [&](int channels_16) {
+      LSLPN_UNROLL
+      for (int k = 0; k < kLocationBlocks; ++k) {
+        locations[k] = at_byte(locations[k], 16 * channels_16 * channels[1]);
+      }
       LSLPN_UNROLL
       for (int j = 0; j < kProducts<kWindows>; ++j) prototypes[j] += 16;
+    };
+    LSLPN_NO_UNROLL
+    for (int s = 0; s < steps; ++s, advance(1)) {
+      dots.template add<false>(locations, channels, kernel.fours, prototypes, scale, 4, first);
     }
-    if (16 * steps < p.D) {
-      dots.template add<true>(from, offset, features.d, false, prototypes, scale, false, left,
+    LSLPN_NO_UNROLL
+    for (int d = 16 * steps; d < p.D; d += 16, advance(1)) {
+      dots.template add<true>(locations, channels, false, prototypes, scale, p.D - d - 4 * q,
                               first);
     }
+    advance(-(p.D + 15) / 16);
     dots.put(memory, lane, first);
     warp_barrier();
     if (p.gram && first) keep_gram(p, tile, memory, image, lane);
     Scorer<kWindows> scorer{p, tile, memory, Column(tile.taps), {}, {}};
     LSLPN_UNROLL
-    for (int c = 0; c < kClasses; ++c) {
+    for (int e = 0; e < kClasses; ++e) {
+      // Classes that there are not repeat the last, as columns of pixels do.
+      const int c = minimum(c0 + e, p.C - 1);
       const std::int64_t size = static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
-      const std::int64_t plane = image * p.C + minimum(c0 + c, p.C - 1);
-      const std::int64_t at = plane * size + tile.pixel(p.grid, lane);
-      const bool there = lane < tile.x.pixels && c0 + c < p.C;
-      scorer.scores[c] = there ? p.scores + at : nullptr;
-      scorer.winners[c] = there && p.winners ? p.winners + at : nullptr;
-      if (there && p.loss.labels) {
+      const std::int64_t at = (image * p.C + c) * size + tile.pixel(p.grid, lane);
+      scorer.scores[e] = p.scores + at;
+      scorer.winners[e] = p.winners ? p.winners + at : nullptr;
+      if (p.loss.labels) {
         // There is a plane less of slopes than of classes in each image.
-        scorer.scores[c] = c0 + c == 0 ? p.loss.radial + (at - image * (p.C - 1) * size)
-                                       : p.scores + (at - (image + 1) * size);
+        scorer.scores[e] = c == 0 ? p.loss.radial + (at - image * (p.C - 1) * size)
+                                  : p.scores + (at - (image + 1) * size);
       }
     }
     scorer.walk();

@@ -18,8 +18,8 @@ namespace lslpn::cuda {
 constexpr int kWarp = 32;
 constexpr int kTilePixels = 32;  // a lane for each column of a tile
 constexpr int kTileSide = 6;     // feature locations of a tile along an axis, at most
-// Floats of a map over a tile's locations: row r, column c at kTileSide r + c, and zeros elsewhere.
-constexpr int kMap = 40;
+// Floats of a map over a tile's locations: row r, column c at kTileSide r + c.
+constexpr int kMap = kTileSide * kTileSide;
 constexpr int kMaxTiles = 400;  // along an axis; they travel as kernel parameters
 // Up to here pixel positions fit into 32 bits.
 constexpr int kTiledAxis = 1 << 14;

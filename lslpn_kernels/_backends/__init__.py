@@ -45,14 +45,23 @@ class Kernels(Protocol):
 
     def masked_average_pool(
         self, features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Prototypes [B, C, Gy, Gx, D], and the factor [B, K, C, Gy, Gx] that the sums over
-        windows were multiplied with: 1 / (K n), 0 for a window of too few pixels."""
+        windows were multiplied with: 1 / (K n), 0 for a window of too few pixels. What follows, if
+        anything, saves the backward pass some work."""
 
     def masked_average_pool_backward(
-        self, grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
+        self,
+        grad: Tensor,
+        masks: Tensor,
+        C: int,
+        factor: Tensor,
+        features: Tensor,
+        grid: GridSpec,
+        *kept: Tensor,
     ) -> Tensor:
-        """Gradient of `features`, of which only shape, strides and dtype are used."""
+        """Gradient of `features`, of which only shape, strides and dtype are used. `kept` is what
+        followed the factor, or nothing."""
 
     def cosine_match(
         self,

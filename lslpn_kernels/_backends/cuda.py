@@ -100,23 +100,29 @@ def _winner_dtype(grid: GridSpec, H: int, W: int) -> torch.dtype:
 
 def masked_average_pool(
     features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
-) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
+) -> tuple[Tensor, ...]:
+    """See `Kernels`. Kept are the masks at feature resolution, tile by tile."""
     B, K, D, h, w = features.shape
     Gy, Gx = (axis[4] for axis in _axes(grid, *masks.shape[-2:], h, w))
     dtype, device = accumulation_dtype(features.dtype), features.device
     prototypes = torch.empty((B, C, Gy, Gx, D), dtype=dtype, device=device)
     factor = torch.empty((B, K, C, Gy, Gx), dtype=dtype, device=device)
-    _pool(features, masks, C, prototypes, factor, grid, float(min_pixels))
-    return prototypes, factor
+    kept = _pool(features, masks, C, prototypes, factor, grid, float(min_pixels))
+    return prototypes, factor, *kept
 
 
 def masked_average_pool_backward(
-    grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
+    grad: Tensor,
+    masks: Tensor,
+    C: int,
+    factor: Tensor,
+    features: Tensor,
+    grid: GridSpec,
+    *kept: Tensor,
 ) -> Tensor:
     """See `Kernels`."""
     grad_features = torch.empty_like(features)
-    _pool(grad_features, masks, C, grad, factor, grid, None)
+    _pool(grad_features, masks, C, grad, factor, grid, None, *kept)
     return grad_features
 
 
@@ -128,8 +134,11 @@ def _pool(
     factor: Tensor,
     grid: GridSpec,
     min_pixels: float | None,
-) -> None:
-    """Without `min_pixels` features and prototypes are gradients."""
+    *kept: Tensor,
+) -> list[Tensor]:
+    """Without `min_pixels` features and prototypes are gradients. Returns the workspace, if there
+    was any; `kept` is that of the forward pass."""
+    given: list[Tensor] = []
     _call(
         "cuda_masked_average_pool",
         features.device,
@@ -141,8 +150,10 @@ def _pool(
         *_axes(grid, *masks.shape[-2:], *features.shape[-2:]),
         min_pixels,
         _stream(features.device),
-        _allocator(features.device, []),
+        (lambda size: to_dlpack(kept[0])) if kept else _allocator(features.device, given),
+        bool(kept),
     )
+    return given
 
 
 def cosine_match(

@@ -127,15 +127,20 @@ def test_launches(kernels: Any) -> None:
         counts[name] = len(machine.LAUNCHES) - before
         return result
 
-    _, factor = count("pool", cuda.masked_average_pool, features, masks, 2, grid, 0.0)
-    count("pool backward", cuda.masked_average_pool_backward, prototypes, masks, 2, factor,
-          features, grid)  # fmt: skip
+    _, factor, *kept = count("pool", cuda.masked_average_pool, features, masks, 2, grid, 0.0)
+    pool = prototypes, masks, 2, factor, features, grid
+    grads = [
+        count("pool backward", cuda.masked_average_pool_backward, *pool, *kept),
+        count("pool backward of nothing kept", cuda.masked_average_pool_backward, *pool),
+    ]
+    assert torch.equal(*grads)
     scores, winners, gram = count(
         "match", cuda.cosine_match, features, prototypes, grid, (512, 512), "max", True
     )
     count("match backward", cuda.cosine_match_backward, scores, features, prototypes, scores,
           winners, grid, "max", gram)  # fmt: skip
-    assert counts == {"pool": 2, "pool backward": 2, "match": 1, "match backward": 2}
+    assert counts == {"pool": 2, "pool backward": 1, "pool backward of nothing kept": 2,
+                      "match": 1, "match backward": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -182,8 +187,8 @@ def test_any_strides(kernels: Any, dtype: torch.dtype) -> None:
     for name, view in views.items():
         view = view[:, :, :, :7, :8]
         dense = view.contiguous()
-        pooled, factor = cuda.masked_average_pool(view, masks, 2, grid, 0.0)
-        expected, _ = cuda.masked_average_pool(dense, masks, 2, grid, 0.0)
+        pooled, factor, *_ = cuda.masked_average_pool(view, masks, 2, grid, 0.0)
+        expected, *_ = cuda.masked_average_pool(dense, masks, 2, grid, 0.0)
         assert torch.equal(pooled, expected), name
         scores, winners, gram = cuda.cosine_match(view, prototypes, grid, (40, 44), "max", True)
         again, *_ = cuda.cosine_match(dense, prototypes, grid, (40, 44), "max", True)
@@ -329,6 +334,7 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
             0.0,
             0,
             allocate or cuda._allocator(torch.device("cpu"), []),
+            False,
         )
 
     call()

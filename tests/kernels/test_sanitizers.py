@@ -163,8 +163,9 @@ def call(rows, columns, grid):
     # Pages that nothing touches take no memory.
     x = torch.empty(B, N, D, h, w, dtype=draw.choice([torch.float32, torch.bfloat16]))
     masks = torch.empty(B, N, C, H, W, dtype=torch.uint8)
-    prototypes, factor = backend.masked_average_pool(x, masks, C, grid, 0.0)
-    backend.masked_average_pool_backward(prototypes, masks, C, factor, x, grid)
+    prototypes, factor, *kept = backend.masked_average_pool(x, masks, C, grid, 0.0)
+    for last in {(), tuple(kept)}:
+        backend.masked_average_pool_backward(prototypes, masks, C, factor, x, grid, *last)
     reduce = draw.choice(["max", "mean"])
     scores, winners, gram = backend.cosine_match(x, prototypes, grid, (H, W), reduce, True)
     backend.cosine_match_backward(scores, x, prototypes, scores, winners, grid, reduce, gram)
