@@ -116,7 +116,9 @@ def match_weights_kernel(
     scores += image * (1 if LOSS else C) * H * W
     winners += image * C * H * W
     gram += image * 4 * h * w
-    weights += tile.to(tl.int64) * (C * P + 4) * (RY * RX)
+    runs_x = pieces_x * RX
+    size = pieces_y * RY * runs_x  # of a block
+    weights += image * (C * P + 4) * size + piece_y * RY * runs_x + piece_x * RX
     c = first + tl.arange(0, CB)
     plane = wide(c, LONG)[:, None, None] * (H * W)
     place = first_place + tl.arange(0, PB)
@@ -214,13 +216,13 @@ def match_weights_kernel(
         r = tl.arange(0, 2 * R)
         block = (first + r // PB) * P + first_place + r % PB
         used = (r < R) & (first + r // PB < C) & (first_place + r % PB < P)
-        to = weights + row * RX
-        at = block[:, None] * (RY * RX) + n[None, :]
+        to = weights + row * runs_x
+        at = wide(block, LONG)[:, None] * size + n[None, :]
         tl.store(to + at, scale * classes, mask=used[:, None] & (n < RX)[None, :])
         if ALL or (first == 0) & (first_place == 0):
             n2 = tl.arange(0, 2 * N)[None, :]
             number = (r[:, None] - R) * 2 + n2 // N
-            to_maps = to + (C * P + number) * (RY * RX) + n2 % N
+            to_maps = to + (wide(C * P + number, LONG) * size + n2 % N)
             half = tl.where(number == 3, 0.5, 1.0)
             mask = (number >= 0) & (number < 4) & (n2 % N < RX)
             tl.store(to_maps, half * maps, mask=mask)
@@ -293,7 +295,7 @@ def match_back_kernel(
         q = (pid // blocks).to(tl.int64)
         scatter(
             axes,
-            (weights + (b * Q + q) * size, pieces_x, C * P + 4, RY, RX),
+            (weights + (b * Q + q) * size, pieces_y * RY, pieces_x * RX),
             prototypes + b * windows * D,
             inverse_lengths + b * windows,
             (C, D, h, w, Gy, Gx),
@@ -337,7 +339,7 @@ def match_back_kernel(
                     image = b * Q + q
                     acc += gather(
                         axes,
-                        (weights + image * size, pieces_x, C * P + 4, RY, RX),
+                        (weights + image * size, pieces_y * RY, pieces_x * RX),
                         c * P,
                         window,
                         region,

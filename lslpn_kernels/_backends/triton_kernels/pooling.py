@@ -92,6 +92,8 @@ def mask_weights_kernel(
     plane = tl.cast(H, tl.int64) * W
     masks += image * stored * plane
     record = tile.to(tl.int64) * C
+    runs_x = pieces_x * RX
+    weights += (image * C * pieces_y + piece_y) * RY * runs_x + piece_x * RX
     c = first + tl.arange(0, CB)
     x, x_in, j, wx = tile_columns(axes, piece_x, T_X)
     j -= one(axes, X, PIECE_LOWER, piece_x)
@@ -115,9 +117,9 @@ def mask_weights_kernel(
             count += total
             here += total - high
             carry += high
-        at = (record + c).to(tl.int64)[:, None] * (RY * RX) + row * RX + n[None, :]
         mask = (c < C)[:, None] & (n < RX)[None, :]
-        tl.store(weights + at, dot(here, columns, DOT), mask=mask)
+        to = weights + row * runs_x + wide(c, LONG)[:, None] * (pieces_y * RY * runs_x)
+        tl.store(to + n[None, :], dot(here, columns, DOT), mask=mask)
     tl.store(counts + record + c, tl.sum(count, 1), mask=c < C)
 
 
@@ -212,7 +214,7 @@ def pool_kernel(
             tl.store(factors + image * C * Gy * Gx + row, factor, mask=used)
         part = gather(
             axes,
-            (weights + image * tiles * C * (RY * RX), pieces_x, C, RY, RX),
+            (weights + image * tiles * C * (RY * RX), pieces_y * RY, pieces_x * RX),
             c,
             window,
             region,
@@ -276,7 +278,7 @@ def pool_back_kernel(
     to += image // K * stride_b + image % K * stride_k
     scatter(
         (table, length),
-        (weights + image * (pieces_y * pieces_x) * C * (RY * RX), pieces_x, C, RY, RX),
+        (weights + image * (pieces_y * pieces_x) * C * (RY * RX), pieces_y * RY, pieces_x * RX),
         grad + image // K * windows * D,
         factors + image * windows,
         (C, D, h, w, Gy, Gx),
