@@ -60,19 +60,10 @@ def _neighbours(sums, f, k: tl.constexpr, BETWEEN: tl.constexpr):
 
 @triton.jit
 def _store_gram(
-    features,
-    gram,
-    corner,
-    shape,
-    D,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
-    BETWEEN: tl.constexpr,
+    features, gram, corner, shape, D, STRIDES: tl.constexpr, EVEN: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, BETWEEN: tl.constexpr,
     LONG: tl.constexpr,
-):
+):  # fmt: skip
     """The Gram maps of BI x BJ locations, 2 x 2 at a time. Beyond the edges, where no pixel asks
     for them, a location is its own neighbour."""
     h, w = shape[0], shape[1]
@@ -108,34 +99,11 @@ def _store_gram(
 def dots_kernel(
     features,  # [B, Q, D, h, w], any strides
     prototypes,  # [B, C, Gy, Gx, D]
-    dots,
-    gram,
-    table,
-    length,
-    Q,
-    C,
-    D,
-    h,
-    w,
-    Gy,
-    Gx,
-    stride_b,
-    stride_q,
-    row_blocks,
-    column_blocks,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    NY: tl.constexpr,
-    NX: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GRAM_BK: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    dots, gram, table, length, Q, C, D, h, w, Gy, Gx, stride_b, stride_q, row_blocks,
+    column_blocks, STRIDES: tl.constexpr, EVEN: tl.constexpr, NY: tl.constexpr, NX: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GRAM_BK: tl.constexpr,
+    BETWEEN: tl.constexpr, LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """One program: BI x BJ locations and all windows near them."""
     pid = tl.program_id(0)
     image = (pid // (column_blocks * row_blocks)).to(tl.int64)
@@ -219,17 +187,9 @@ def _cross_entropy(
     first,  # logits of class 0 and of the last one
     last,
     slopes,  # of this image, with the logits of the classes 1 .. C - 1 if there are more than two
-    radial,
-    labels,
-    class_weights,
-    pixel,
-    mask,
-    C,
-    size,
-    ignore_index,
-    PAIR: tl.constexpr,
+    radial, labels, class_weights, pixel, mask, C, size, ignore_index, PAIR: tl.constexpr,
     LONG: tl.constexpr,
-):
+):  # fmt: skip
     """Of a block of pixels: writes what `gpu_loss` says, and returns the sums of the losses and of
     the weights."""
     y = tl.load(labels + pixel, mask=mask, other=0)
@@ -272,37 +232,19 @@ def _cross_entropy(
 
 @triton.jit
 def scores_kernel(
-    dots,
-    gram,
+    dots, gram,
     scores,  # [B, Q, C, H, W]; LOSS: the slopes, [B, Q, C - 1, H, W]
     winners,  # [B, Q, C, H, W], uint8 or int32
-    table,
-    logit_scale,
+    table, logit_scale,
     radial,  # of the loss, see `gpu_loss`: [B, Q, H, W]
     labels,  # [B, Q, H, W]
     class_weights,  # [C], or None
     sums,  # of each program: of the losses and of the weights of its pixels
-    length,
-    ignore_index,
-    C,
-    H,
-    h,
-    w,
-    strips,
-    column_blocks,
-    W: tl.constexpr,
-    OX: tl.constexpr,
-    NY: tl.constexpr,
-    NX: tl.constexpr,
-    T: tl.constexpr,
-    BX: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    MEAN: tl.constexpr,
-    WINNERS: tl.constexpr,
-    LOSS: tl.constexpr,
-    PAIR: tl.constexpr,
+    length, ignore_index, C, H, h, w, strips, column_blocks, W: tl.constexpr, OX: tl.constexpr,
+    NY: tl.constexpr, NX: tl.constexpr, T: tl.constexpr, BX: tl.constexpr, BETWEEN: tl.constexpr,
+    MEAN: tl.constexpr, WINNERS: tl.constexpr, LOSS: tl.constexpr, PAIR: tl.constexpr,
     LONG: tl.constexpr,
-):
+):  # fmt: skip
     """One program: BX columns of a strip of up to T rows, all classes. LOSS: the cross-entropy of
     the scores in place of these, of which no more than a PAIR are held in registers."""
     pid = tl.program_id(0)
@@ -391,19 +333,9 @@ def scores_kernel(
         if not PAIR:
             tl.debug_barrier()  # what one thread has written, another may read
         loss, total = _cross_entropy(
-            first,
-            last,
-            scores,
-            radial + image * H * W,
-            labels + image * H * W,
-            class_weights,
-            wide(y, LONG)[:, None] * W + x[None, :],
-            mask,
-            C,
-            wide(H, LONG) * W,
-            ignore_index,
-            PAIR,
-            LONG,
-        )
+            first, last, scores, radial + image * H * W, labels + image * H * W, class_weights,
+            wide(y, LONG)[:, None] * W + x[None, :], mask, C, wide(H, LONG) * W, ignore_index,
+            PAIR, LONG,
+        )  # fmt: skip
         tl.store(sums + 2 * pid, loss)
         tl.store(sums + 2 * pid + 1, total)

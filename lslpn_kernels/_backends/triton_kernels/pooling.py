@@ -61,24 +61,10 @@ def mask_weights_kernel(
     masks,  # of one of `mask_kind`: uint8, float32 or (labels only) int64
     weights,
     counts,  # [B, K, pieces of rows, pieces of columns, C], the sum of the mask
-    table,
-    length,
-    C,
-    H,
-    pieces_y,
-    pieces_x,
-    RY,
-    RX,
-    chunks,
-    W: tl.constexpr,
-    T_Y: tl.constexpr,
-    T_X: tl.constexpr,
-    N: tl.constexpr,
-    CB: tl.constexpr,
-    KIND: tl.constexpr,
-    LONG: tl.constexpr,
+    table, length, C, H, pieces_y, pieces_x, RY, RX, chunks, W: tl.constexpr, T_Y: tl.constexpr,
+    T_X: tl.constexpr, N: tl.constexpr, CB: tl.constexpr, KIND: tl.constexpr, LONG: tl.constexpr,
     DOT: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a tile, CB classes. Rows of pixels are summed into rows of locations one after
     the other, then columns in a product with the matrix of their interpolation."""
     pid = tl.program_id(0)
@@ -125,16 +111,9 @@ def mask_weights_kernel(
 
 @triton.jit
 def _window_counts(
-    axes,
-    counts,
-    pieces_x,
-    C,
-    c,
-    window,
-    PIECES_Y: tl.constexpr,
-    PIECES_X: tl.constexpr,
+    axes, counts, pieces_x, C, c, window, PIECES_Y: tl.constexpr, PIECES_X: tl.constexpr,
     LONG: tl.constexpr,
-):
+):  # fmt: skip
     """Sums of the mask over windows, of up to PIECES_Y x PIECES_X tiles each."""
     my, mx = window[0], window[1]
     used = my >= 0
@@ -152,44 +131,16 @@ def _window_counts(
 
 @triton.jit
 def pool_kernel(
-    weights,
-    counts,
+    weights, counts,
     features,  # [B, K, D, h, w], any strides
     prototypes,  # [B, C, Gy, Gx, D], or a part of it for each of `splits` parts of K
     factors,  # [B, K, C, Gy, Gx]
-    table,
-    length,
-    min_pixels,
-    B,
-    K,
-    C,
-    D,
-    Gy,
-    Gx,
-    stride_b,
-    stride_k,
-    pieces_y,
-    pieces_x,
-    RY,
-    RX,
-    groups_y,
-    groups_x,
-    group_programs,
-    d_blocks,
-    splits,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    GY: tl.constexpr,
-    GX: tl.constexpr,
-    M: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    PIECES_Y: tl.constexpr,
-    PIECES_X: tl.constexpr,
-    REACH: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    table, length, min_pixels, B, K, C, D, Gy, Gx, stride_b, stride_k, pieces_y, pieces_x, RY, RX,
+    groups_y, groups_x, group_programs, d_blocks, splits, STRIDES: tl.constexpr,
+    EVEN: tl.constexpr, GY: tl.constexpr, GX: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, PIECES_Y: tl.constexpr, PIECES_X: tl.constexpr, REACH: tl.constexpr,
+    LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """One program: a group of windows, BD channels, the support images of one split of K."""
     pid = tl.program_id(0)
     d_block = pid % d_blocks
@@ -213,25 +164,10 @@ def pool_kernel(
         if d_block == 0:
             tl.store(factors + image * C * Gy * Gx + row, factor, mask=used)
         part = gather(
-            axes,
-            (weights + image * tiles * C * (RY * RX), pieces_y * RY, pieces_x * RX),
-            c,
-            window,
-            region,
-            features + b * stride_b + (image - b * K) * stride_k,
-            d_block * BD,
-            D,
-            STRIDES,
-            EVEN,
-            M,
-            BN,
-            BD,
-            REACH,
-            1,
-            False,
-            LONG,
-            DOT,
-        )
+            axes, (weights + image * tiles * C * (RY * RX), pieces_y * RY, pieces_x * RX), c,
+            window, region, features + b * stride_b + (image - b * K) * stride_k, d_block * BD,
+            D, STRIDES, EVEN, M, BN, BD, REACH, 1, False, LONG, DOT,
+        )  # fmt: skip
         # Not `part * factor`: where too few pixels are in a window, NaN under others must not show.
         acc += tl.where(enough[:, None], part * factor[:, None], 0.0)
     to = prototypes + (split * B + b) * (C * Gy * Gx) * D
@@ -244,33 +180,11 @@ def pool_back_kernel(
     grad,  # [B, C, Gy, Gx, D]
     factors,  # [B, K, C, Gy, Gx]
     to,  # gradient of the features, [B, K, D, h, w], any strides
-    table,
-    length,
-    K,
-    C,
-    D,
-    h,
-    w,
-    Gy,
-    Gx,
-    stride_b,
-    stride_k,
-    pieces_y,
-    pieces_x,
-    RY,
-    RX,
-    row_blocks,
-    column_blocks,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    REACH: tl.constexpr,
-    LONG: tl.constexpr,
+    table, length, K, C, D, h, w, Gy, Gx, stride_b, stride_k, pieces_y, pieces_x, RY, RX,
+    row_blocks, column_blocks, STRIDES: tl.constexpr, EVEN: tl.constexpr, BI: tl.constexpr,
+    BJ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, REACH: tl.constexpr, LONG: tl.constexpr,
     DOT: tl.constexpr,
-):
+):  # fmt: skip
     """One program: BI x BJ locations, all channels."""
     pid = tl.program_id(0)
     image = (pid // (column_blocks * row_blocks)).to(tl.int64)
@@ -279,24 +193,7 @@ def pool_back_kernel(
     scatter(
         (table, length),
         (weights + image * (pieces_y * pieces_x) * C * (RY * RX), pieces_y * RY, pieces_x * RX),
-        grad + image // K * windows * D,
-        factors + image * windows,
-        (C, D, h, w, Gy, Gx),
-        (pid // column_blocks % row_blocks * BI, pid % column_blocks * BJ),
-        to,
-        to,
-        STRIDES,
-        STRIDES,
-        EVEN,
-        1,
-        BI,
-        BJ,
-        BN,
-        BD,
-        REACH,
-        1,
-        False,
-        False,
-        LONG,
-        DOT,
-    )
+        grad + image // K * windows * D, factors + image * windows, (C, D, h, w, Gy, Gx),
+        (pid // column_blocks % row_blocks * BI, pid % column_blocks * BJ), to, to, STRIDES,
+        STRIDES, EVEN, 1, BI, BJ, BN, BD, REACH, 1, False, False, LONG, DOT,
+    )  # fmt: skip

@@ -47,17 +47,9 @@ def _run_near(axes, axis: tl.constexpr, i, number, REACH: tl.constexpr):
 
 @triton.jit
 def region_weights(
-    axes,
-    tiles,
-    block,
-    window,
-    cell,
-    SHAPE: tl.constexpr,
-    REACH: tl.constexpr,
-    OX: tl.constexpr,
-    PLACES: tl.constexpr,
-    LONG: tl.constexpr,
-):
+    axes, tiles, block, window, cell, SHAPE: tl.constexpr, REACH: tl.constexpr, OX: tl.constexpr,
+    PLACES: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
     """Weights of locations for windows, [windows, locations], summed over the tiles that are near
     the one and in the other.
 
@@ -125,25 +117,10 @@ def group_of(
 
 @triton.jit
 def gather(
-    axes,
-    tiles,
-    block,
-    window,
-    region,
-    features,
-    d_begin,
-    D,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    M: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    REACH: tl.constexpr,
-    OX: tl.constexpr,
-    PLACES: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    axes, tiles, block, window, region, features, d_begin, D, STRIDES: tl.constexpr,
+    EVEN: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, REACH: tl.constexpr,
+    OX: tl.constexpr, PLACES: tl.constexpr, LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Sums over the locations of a region, of weight times F: [BN, BD]. Row by row, M at a time."""
     width = tl.maximum(region[3] - region[2], 1)
     count = (region[1] - region[0]) * width
@@ -176,16 +153,9 @@ def gather(
 
 @triton.jit
 def _stencil(
-    axes,
-    tiles,
-    first_block,
-    corner,
-    shape,
-    K: tl.constexpr,
-    HALO_X: tl.constexpr,
-    REACH: tl.constexpr,
-    LONG: tl.constexpr,
-):
+    axes, tiles, first_block, corner, shape, K: tl.constexpr, HALO_X: tl.constexpr,
+    REACH: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
     """Derivatives by the four Gram maps at the K locations around a block, [4 K]. Those by |F|^2
     are doubled."""
     n = tl.arange(0, 4 * K)
@@ -225,20 +195,9 @@ def _ring(stencil, BI: tl.constexpr, BJ: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _windows(
-    axes,
-    tiles,
-    coefficients,
-    shape,
-    near,
-    first,
-    cell,
-    P: tl.constexpr,
-    SHAPE: tl.constexpr,
-    REACH: tl.constexpr,
-    OX: tl.constexpr,
-    PLACES: tl.constexpr,
-    LONG: tl.constexpr,
-):
+    axes, tiles, coefficients, shape, near, first, cell, P: tl.constexpr, SHAPE: tl.constexpr,
+    REACH: tl.constexpr, OX: tl.constexpr, PLACES: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
     """Of the windows near a block, those from the `first` on: their weights times coefficients,
     their numbers among all, and which there are."""
     n = first + tl.arange(0, SHAPE[0])
@@ -252,29 +211,11 @@ def _windows(
 
 @triton.jit
 def scatter(
-    axes,
-    tiles,
-    vectors,
-    coefficients,
-    shape,
-    corner,
-    features,
-    to,
-    STRIDES: tl.constexpr,
-    TO_STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    P: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    REACH: tl.constexpr,
-    OX: tl.constexpr,
-    PLACES: tl.constexpr,
-    GRAM: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    axes, tiles, vectors, coefficients, shape, corner, features, to, STRIDES: tl.constexpr,
+    TO_STRIDES: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr, BI: tl.constexpr,
+    BJ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, REACH: tl.constexpr, OX: tl.constexpr,
+    PLACES: tl.constexpr, GRAM: tl.constexpr, LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """The gradient of a block of BI x BJ locations: sums over the windows near it, of weight times
     coefficient times vector; with GRAM, the Gram maps' part as well.
 

@@ -10,30 +10,11 @@ import triton.language as tl
 
 # Both axes are described by one table, int32 [2, ROWS, length]: y, then x. Its rows are those of
 # `triton_geometry.ROWS`, which says what they hold.
-LOWER = tl.constexpr(0)
-WEIGHT = tl.constexpr(1)
-FIRST = tl.constexpr(2)
-LAST = tl.constexpr(3)
-NEAR_FIRST = tl.constexpr(4)
-NEAR_LAST = tl.constexpr(5)
-RUN = tl.constexpr(6)
-RUN_FIRST = tl.constexpr(7)
-RUN_LAST = tl.constexpr(8)
-PIECE_BEGIN = tl.constexpr(9)
-PIECE_END = tl.constexpr(10)
-PIECE_LOWER = tl.constexpr(11)
-PIECE_UPPER = tl.constexpr(12)
-PIECE_FIRST = tl.constexpr(13)
-PIECE_LAST = tl.constexpr(14)
-RUN_BEGIN = tl.constexpr(15)
-RUN_END = tl.constexpr(16)
-STRIP_BEGIN = tl.constexpr(17)
-STRIP_END = tl.constexpr(18)
-WINDOW_CELL_BEGIN = tl.constexpr(19)
-WINDOW_CELL_END = tl.constexpr(20)
-WINDOW_PIECE_FIRST = tl.constexpr(21)
-WINDOW_PIECE_LAST = tl.constexpr(22)
-ROWS = tl.constexpr(23)
+(
+    LOWER, WEIGHT, FIRST, LAST, NEAR_FIRST, NEAR_LAST, RUN, RUN_FIRST, RUN_LAST, PIECE_BEGIN,
+    PIECE_END, PIECE_LOWER, PIECE_UPPER, PIECE_FIRST, PIECE_LAST, RUN_BEGIN, RUN_END, STRIP_BEGIN,
+    STRIP_END, WINDOW_CELL_BEGIN, WINDOW_CELL_END, WINDOW_PIECE_FIRST, WINDOW_PIECE_LAST, ROWS,
+) = map(tl.constexpr, range(24))  # fmt: skip
 
 Y = tl.constexpr(0)
 X = tl.constexpr(1)
