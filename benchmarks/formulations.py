@@ -1,6 +1,6 @@
 """Everything that the backends are measured against and beside: one way to compute each part.
 
-reference       the equations word for word; small sizes only
+reference       the equations as they stand; small sizes only
 torch           `backend="torch"`: the exact head by its linear route, eager PyTorch
 torch.compile   the same under torch.compile, in one graph
 torch.compile-max   in its mode "max-autotune" (GPU)

@@ -5,33 +5,20 @@ from typing import TYPE_CHECKING
 __version__: str
 
 if TYPE_CHECKING:
-    from .checkpoint import load_model, pretrained, save_weights
-    from .config import preset
-    from .data.dataset import Dataset
-    from .data.volumes import Volume, read_image, read_labels, write_labels
-    from .evaluation.scoring import evaluate
-    from .models import untrained
-    from .segmentation.segment import segment
-    from .training import train
-    from .viewer import view
-
-__all__ = [
-    "Dataset",
-    "Volume",
-    "__version__",
-    "evaluate",
-    "load_model",
-    "preset",
-    "pretrained",
-    "read_image",
-    "read_labels",
-    "save_weights",
-    "segment",
-    "train",
-    "untrained",
-    "view",
-    "write_labels",
-]
+    from .checkpoint import load_model as load_model
+    from .checkpoint import pretrained as pretrained
+    from .checkpoint import save_weights as save_weights
+    from .config import preset as preset
+    from .data.dataset import Dataset as Dataset
+    from .data.volumes import Volume as Volume
+    from .data.volumes import read_image as read_image
+    from .data.volumes import read_labels as read_labels
+    from .data.volumes import write_labels as write_labels
+    from .evaluation.scoring import evaluate as evaluate
+    from .models import untrained as untrained
+    from .segmentation.segment import segment as segment
+    from .training import train as train
+    from .viewer import view as view
 
 # Where each name is; looked up when it is first used, so that importing lslpn imports no torch.
 _HOMES = {
@@ -50,6 +37,8 @@ _HOMES = {
     "view": "viewer",
     "write_labels": "data.volumes",
 }
+
+__all__ = ["__version__", *_HOMES]
 
 if not TYPE_CHECKING:  # a type checker would take every name for one that exists
 

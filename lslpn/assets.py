@@ -1,7 +1,7 @@
-"""What ships with the package: two CT scans with labels, and weights.
+"""Data in the package: two CT scans with labels, and weights.
 
 Sources and licences are in NOTICE. The labels of the scans are TotalSegmentator's predictions,
-not drawings by a human.
+not drawn by a human.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Checkpoints: one file that holds the weights, the whole configuration and how far it got.
+"""Checkpoints: one file with the weights, the configuration and the progress of training.
 
-Files are written aside and renamed, so a kill at any moment leaves the previous one whole, and
-read with `weights_only`, so that opening a stranger's checkpoint runs none of his code.
+Files are written to a temporary name and renamed, so that a kill at any moment leaves the previous
+one intact, and read with `weights_only`, so that a checkpoint from elsewhere cannot run code.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .assets import trained_weights
 from .config import Config
 from .errors import InputError
-from .files import first_unusable, is_file, load_tensors, look_up, write_bytes
+from .files import (
+    first_unusable,
+    is_file,
+    load_safetensors,
+    load_tensors,
+    look_up,
+    write_bytes,
+)
 from .models import METHODS, FewShotNetwork, build
 
 FILE_NAME = "checkpoint.pt"
@@ -58,15 +64,11 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         InputError: the folder cannot be written.
     """
     content = {
+        **vars(checkpoint),
+        "config": checkpoint.config.to_dict(),
         "format": _FORMAT,
         "version": _VERSION,
         "method": checkpoint.config.model.method,
-        "config": checkpoint.config.to_dict(),
-        "step": checkpoint.step,
-        "model": checkpoint.model,
-        "optimizer": checkpoint.optimizer,
-        "data": checkpoint.data,
-        "versions": checkpoint.versions,
     }
     # Through memory: torch's own writer reports a full disk as an internal error.
     buffer = io.BytesIO()
@@ -94,17 +96,13 @@ def save_weights(path: str | os.PathLike[str], model: FewShotNetwork) -> None:
 
 def _load_weights_file(path: Path) -> FewShotNetwork:
     """The network of a file of `save_weights`."""
-    expected = "expected a file written by lslpn.save_weights"
-    if not is_file(path):
-        raise InputError(f"{path}: there is no such file, {expected}; check the path")
+    expected = "a file written by lslpn.save_weights"
+    weights, metadata = load_safetensors(path, expected)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = Config.from_dict({"model": json.loads(metadata["model"])})
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         what = f"no {error} in its metadata" if isinstance(error, KeyError) else error
-        raise InputError(f"{path}: cannot be read ({what}), {expected}") from error
+        raise InputError(f"{path}: cannot be read ({what}), expected {expected}") from error
     return restored(Checkpoint(config, 0, weights, {}, {}, {}), path)
 
 
@@ -161,13 +159,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{_VERSION}; use the lslpn that wrote it"
         )
     try:
+        kinds = {"step": int, "model": dict, "optimizer": dict, "data": dict, "versions": dict}
         checkpoint = Checkpoint(
             config=Config.from_dict(content["config"]),
-            step=_checked(content, "step", int),
-            model=_checked(content, "model", dict),
-            optimizer=_checked(content, "optimizer", dict),
-            data=_checked(content, "data", dict),
-            versions=_checked(content, "versions", dict),
+            **{name: _checked(content, name, kind) for name, kind in kinds.items()},
         )
         for name in ("cases", "organs", "hold_out"):
             if not all(isinstance(value, str) for value in _checked(checkpoint.data, name, list)):

@@ -1,8 +1,8 @@
-"""Every number of a run, in three frozen dataclasses, and the presets that bundle them.
+"""All settings of a run, in three frozen dataclasses, and the presets.
 
-`paper` follows the words of the paper, `published` the code its authors put out. They differ as
-follows; where the paper is silent its preset takes the published value, unless a comment beside
-the value says otherwise.
+`paper` follows the text of the paper, `published` the code of its authors. They differ as follows;
+where the text gives no value, `paper` has the published one, unless a comment beside it says
+otherwise.
 
 | | paper | published |
 |---|---|---|
@@ -24,8 +24,8 @@ published one was chosen on the test volumes; ours is the last one in both prese
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -89,11 +89,14 @@ class ModelConfig:
     dropout: _BelowOne = 0.5
     """Probability of Dropout2d after the reduction layer, in training."""
     batch_norm: BatchNormMode = "live"
-    """"live": statistics of the batch in training; "frozen": always the stored ones."""
+    """"live": statistics of the batch in training, and the running ones are updated; "frozen":
+    always the stored ones."""
     stride_on: StrideOn = "1x1"
-    """Convolution with a stage's stride: "1x1" for the shipped weights, "3x3" for torchvision's."""
+    """Convolution with a stage's stride: "1x1" for the shipped weights, "3x3" for torchvision's.
+    The tensors have the same shapes, so the wrong choice loads, and merely works worse."""
     weights: str = "imagenet"
-    """What the trunk starts from: "imagenet" (shipped), "random", or a state dict file."""
+    """What the trunk starts from: "imagenet" (shipped), "random", or a state dict file with
+    torchvision's names (.safetensors, .pt, .pth)."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -229,11 +232,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings, ready for JSON."""
-        return {
-            "preset": self.preset,
-            "model": _plain(self.model),
-            "train": _plain(self.train),
-        }
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Config:
@@ -245,14 +245,16 @@ class Config:
         if not isinstance(given, Mapping):
             raise InputError(f"The configuration must be a table of names; {given!r} was given.")
         known(given, {"preset", "model", "train"}, "configuration")
-        model, train = (_table(given, name) for name in ("model", "train"))
-        if "align" in train:  # where earlier versions had it
-            model.setdefault("align", train.pop("align"))
-        return cls(
-            preset=str(given.get("preset", "published")),
-            model=_from_plain(ModelConfig, model),
-            train=_from_plain(TrainConfig, train),
-        )
+        values: dict[str, Any] = {}
+        for group in ("model", "train"):
+            table = given.get(group, {})
+            if not isinstance(table, Mapping):
+                raise InputError(
+                    f"The configuration {group} must be a table of names; got {table!r}."
+                )
+            # By name: earlier versions had `align` among those of training.
+            values.update(table)
+        return _replaced(cls(preset=str(given.get("preset", "published"))), values)
 
 
 PRESETS: dict[str, Config] = {
@@ -298,43 +300,31 @@ def with_overrides(config: Config, **values: Any) -> Config:
     Raises:
         InputError: an unknown name, or a value of the wrong kind or range.
     """
-    groups: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}
-    owner = {f.name: g for g, kind in groups.items() for f in dataclasses.fields(kind)}
-    known(values, set(owner), "option")
-    changes: dict[str, dict[str, Any]] = {g: {} for g in groups}
+    changed = _replaced(config, values)
+    before, train = config.train, changed.train
+    if "milestones" not in values and train.steps != before.steps:
+        share = train.steps / before.steps
+        moved = {max(1, round(m * share)) for m in before.milestones}
+        changed = _replaced(changed, {"milestones": sorted(moved)})
+    return changed
+
+
+# Every option's group and type; no name is in both groups.
+_OPTIONS = {
+    name: (group, kind)
+    for group, config in (("model", ModelConfig), ("train", TrainConfig))
+    for name, kind in hints(config).items()
+}
+
+
+def _replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    known(values, set(_OPTIONS), "option")
+    changes: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
     for name, value in values.items():
-        kind = hints(groups[owner[name]])[name]
-        changes[owner[name]][name] = coerce(name, value, kind)
-    train = changes["train"]
-    if "steps" in train and "milestones" not in train and train["steps"] != config.train.steps:
-        share = train["steps"] / config.train.steps
-        moved = {max(1, round(m * share)) for m in config.train.milestones}
-        train["milestones"] = tuple(sorted(moved))
+        group, kind = _OPTIONS[name]
+        changes[group][name] = coerce(name, value, kind)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **changes["model"]),
-        train=dataclasses.replace(config.train, **train),
+        train=dataclasses.replace(config.train, **changes["train"]),
     )
-
-
-def _plain(config: ModelConfig | TrainConfig) -> dict[str, Any]:
-    return {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()
-    }
-
-
-_T = typing.TypeVar("_T", ModelConfig, TrainConfig)
-
-
-def _table(given: Mapping[str, Any], name: str) -> dict[str, Any]:
-    table = given.get(name, {})
-    if not isinstance(table, Mapping):
-        raise InputError(f"The configuration {name} must be a table of names; got {table!r}.")
-    return dict(table)
-
-
-def _from_plain(kind: type[_T], given: Mapping[str, Any]) -> _T:
-    kinds = hints(kind)
-    known(given, set(kinds), "option")
-    values: dict[str, Any] = {k: coerce(k, v, kinds[k]) for k, v in given.items()}
-    return kind(**values)

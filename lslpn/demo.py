@@ -1,12 +1,11 @@
-"""The demo: an organ found in one real CT scan from the labels of another.
+"""The demo: segments one real CT scan with the labels of another.
 
 Both scans ship with the package. They differ in orientation, spacing and field of view, and one
-covers a fifth of what the other does; the network has been trained without any label.
+covers a fifth of the other's height; the network has been trained without labels.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -21,13 +20,13 @@ from .data.slices import ABDOMEN_WINDOW, body_boxes
 from .data.volumes import Volume, read_image, read_labels, write_labels
 from .evaluation.overlay import Panel, overlay
 from .evaluation.results import dice
-from .files import check_writable, write_text
+from .files import check_writable, write_json
 from .info import versions
 from .segmentation.segment import segment_matched
 from .segmentation.slice_matching import BEYOND
 from .viewer import Support, view
 
-_SHOWN = (0.15, 0.5, 0.85)  # which slices the figure shows, as parts of the query's height
+_SHOWN = (0.15, 0.5, 0.85)  # slices in the figure, as shares of the query's height
 
 
 def run_demo(
@@ -36,7 +35,7 @@ def run_demo(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Segment demo scan B by demo scan A and write what came out.
+    """Segment demo scan B by demo scan A and write the result.
 
     Writes into the folder `out`, each file whole or not at all:
 
@@ -46,12 +45,12 @@ def run_demo(
     - result.html: a page that shows all of it in any browser, see `lslpn.viewer`.
 
     Args:
-        out: a folder, made if need be.
-        device: where the network runs.
-        progress: show bars with rate and time left on stderr.
+        out: a folder, created where it does not exist.
+        device: of the network.
+        progress: show progress bars on stderr.
 
     Returns:
-        dice: organ to its 3-D Dice, for the organs that B's labels hold, the largest first;
+        dice: organ to its 3-D Dice, for the organs in B's labels, the largest first;
         volumes_ml: organ to {"prediction", "truth"}, for all organs of A;
         seconds, versions, settings, matched_slices (for each slice of B the one of A, or -1), and
         note: that the labels are TotalSegmentator's predictions, not a human's.
@@ -111,7 +110,7 @@ def run_demo(
         "versions": versions(),
         "note": LABELS_NOTE,
     }
-    write_text(folder / names[2], json.dumps(report, indent=2) + "\n")
+    write_json(folder / names[2], report)
     return report
 
 

@@ -1,7 +1,7 @@
-"""Several processes that train one network: `torchrun --nproc_per_node=N -m lslpn train ...`.
+"""Training in several processes: `torchrun --nproc_per_node=N -m lslpn train ...`.
 
-`joined` brings the processes that torchrun started together, `world` says who one is among them.
-Without torchrun there is one process, and nothing here does anything.
+`joined` connects the processes that torchrun has started, `world` is the rank and number of them.
+Without torchrun there is one process, and both do nothing.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     attempt = f"lslpn/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     failures = dist.PrefixStore(f"{attempt}/failures", store)
     try:
-        own = _own(_kind(device), local)
+        own = _own(device, local)
         if own != "cpu":
             torch.cuda.set_device(own)
         dist.init_process_group(
@@ -153,24 +153,17 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     dist.destroy_process_group()
 
 
-def _kind(device: str) -> str:
+def _own(device: str, local: int) -> str:
+    """The device of process number `local` of this machine."""
     import torch
 
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
+    if device not in ("auto", "cpu", "cuda"):
         raise InputError(
             f"device: expected auto, cpu or cuda under torchrun, got {device!r}; every process "
             "takes a GPU of its own"
         )
-    return device
-
-
-def _own(kind: str, local: int) -> str:
-    import torch
-
-    if kind == "cpu":
-        return kind
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return "cpu"
     if local >= torch.cuda.device_count():
         raise InputError(
             f"torchrun: process {local} of this machine has no GPU, torch finds "

@@ -1,18 +1,19 @@
-"""Files that are either whole or not there, one writer in a folder, and foreign tensors.
+"""Atomic writes, a lock for a folder, and tensors from files of others.
 
-Everything this package writes goes through here: written aside in the same folder, flushed to
-the disk, and renamed over the target. A kill at any moment leaves the previous file whole.
+All files of this package are written here: to a temporary file in the same folder, flushed to
+disk, and renamed over the target. A kill at any moment leaves the previous file intact.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def _refusal(path: Path, error: OSError | ValueError) -> InputError:
     )
 
 
-def _reason(error: OSError | ValueError) -> str:
+def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -66,7 +67,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path to write to; on a clean exit it takes the place of `path`.
 
@@ -117,16 +118,12 @@ def _beside(target: Path) -> Path:
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut, where the system can open folders at all."""
-    try:
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
@@ -142,6 +139,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all; raises as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write `content` as JSON to `path`, whole or not at all; raises as `write_bytes` does."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
@@ -172,7 +174,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise _refusal(target, error) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder for the time of the `with`; the folder must be there and writable.
 
@@ -194,7 +196,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
     except (OSError, NotImplementedError) as error:
         raise InputError(
-            f"{path}: cannot be locked ({getattr(error, 'strerror', None) or error}); give a "
+            f"{path}: cannot be locked ({_reason(error)}); give a "
             "folder on a disk that you may write to and that knows locks"
         ) from error
     try:
@@ -227,6 +229,23 @@ def load_tensors(path: str | os.PathLike[str], expected: str) -> Any:
             f"{path}: cannot be read ({first}); it is damaged or something else, expected "
             f"{expected}"
         ) from error
+
+
+def load_safetensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its metadata; as `load_tensors`.
+
+    Raises:
+        InputError: the file is missing, damaged or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not is_file(path):
+        raise InputError(f"{path}: there is no such file, expected {expected}; check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected {expected}") from error
 
 
 def first_unusable(state: Mapping[str, Any]) -> str | None:

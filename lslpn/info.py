@@ -1,4 +1,4 @@
-"""What is installed and what can run: the facts a bug report needs."""
+"""Versions, devices and backends: the facts for a bug report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a setting must be: rules beside the fields of a dataclass, and values read from text."""
+"""Constraints on settings, declared beside the fields of a dataclass, and parsing from text."""
 
 from __future__ import annotations
 

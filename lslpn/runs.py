@@ -1,8 +1,8 @@
-"""The folder of a training run, and what has to agree to go on in it.
+"""The folder of a training run, and the settings that must agree to resume it.
 
-config.json     every number of it, and the data it was trained on
-log.csv         step, loss, lr, seconds per step, and how many of them it waited for its batch
-checkpoint.pt   the latest state; also the result, once the last step is done
+config.json     its settings, and the data it is trained on
+log.csv         step, loss, lr, seconds per step, and how many of these waiting for the batch
+checkpoint.pt   the latest state, and after the last step the result
 """
 
 from __future__ import annotations
@@ -36,9 +36,18 @@ def held(folder: Path, config: Config, resume: bool) -> Iterator[Checkpoint | No
             `resume` is False, or none and `resume` is True, or one of another configuration.
     """
     _check_start(folder, resume)  # refuse before a folder is made
-    check_writable(folder / FILE_NAME)
+    file = folder / FILE_NAME
+    check_writable(file)
     with locked(folder):
-        yield _previous(folder, config, resume)
+        _check_start(folder, resume)
+        before = load_checkpoint(file) if is_file(file) else None
+        changed = [] if before is None else changes(before.config, config)
+        if changed:
+            raise InputError(
+                f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
+                "same options as at the start, or another folder"
+            )
+        yield before
 
 
 def _check_start(folder: Path, resume: bool) -> None:
@@ -52,22 +61,6 @@ def _check_start(folder: Path, resume: bool) -> None:
     # A run killed before its first checkpoint left a config.json; it starts over.
     if resume and not begun and not is_file(folder / "config.json"):
         raise InputError(f"{folder}: holds no run to resume; check the path, or start a run there")
-
-
-def _previous(folder: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, None for a fresh start."""
-    _check_start(folder, resume)
-    file = folder / FILE_NAME
-    if look_up(file) is None:
-        return None
-    before = load_checkpoint(file)
-    changed = changes(before.config, config)
-    if changed:
-        raise InputError(
-            f"{file}: was trained with another configuration: {'; '.join(changed)}; give the "
-            "same options as at the start, or another folder"
-        )
-    return before
 
 
 def fixed(config: Config) -> dict[str, Any]:

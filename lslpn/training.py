@@ -1,20 +1,18 @@
-"""The trainer: SGD over episodes, and nothing that looks at a test case.
+"""The trainer: SGD over episodes, without access to test cases.
 
-Every random number is a function of the seed and the step (see episodes.py; dropout is seeded
-anew each step), so that a run that was stopped and resumed ends with the same weights, bit for
-bit, as one that was not: on the same machine, with the same torch, kernels, threads and number of
-processes.
+All random numbers are functions of the seed and the step (see episodes.py; dropout is seeded in
+each step), so that a resumed run ends with bitwise the same weights as an uninterrupted one, on the
+same machine, with the same torch, kernels, and numbers of threads and processes.
 
-Several processes (see distributed.py) share the episodes of a batch, which is the same whatever
-their number; the weights that come out are the same to rounding where nothing else differs by
-process: dropout draws by process, and on the CPU live batch norm takes its statistics over the
-process's own images, as it does over each part of an accumulated batch.
+Several processes (see distributed.py) share the episodes of a batch, which is the same for any
+number of them. The resulting weights are equal up to rounding, except that dropout differs between
+processes, and that on the CPU live batch norm has the statistics of each process's own images, as
+it has those of each part of an accumulated batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -38,7 +36,7 @@ from .data.episodes import Batch, Episodes
 from .data.superpixels import SuperpixelEpisodes
 from .distributed import World, world
 from .errors import InputError
-from .files import is_file, write_text
+from .files import is_file, write_json
 from .info import versions
 from .models import FewShotNetwork, untrained
 from .runs import Log, check_same_data, held, load_optimizer
@@ -115,7 +113,10 @@ def train(
         if options.compile:
             for module in model.convolutions():
                 module.compile()
-        parallel = _parallel(_Learner(model, options), device) if processes.size > 1 else None
+        parallel = None
+        if processes.size > 1:
+            learner = _Learner(model, options)
+            parallel = DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
         first = 0 if before is None else before.step
         log = None
@@ -127,7 +128,7 @@ def train(
                 "processes": processes.size,
                 "versions": versions(),
             }
-            write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+            write_json(folder / "config.json", record)
 
         def make(step: int) -> Batch:
             batch = episodes.batch(step, processes.share(options.batch))
@@ -220,10 +221,6 @@ class _Learner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.model.loss(batch, self.options)
-
-
-def _parallel(learner: _Learner, device: torch.device) -> DistributedDataParallel:
-    return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
 
 def _synchronised(model: FewShotNetwork, device: torch.device, processes: World) -> FewShotNetwork:

@@ -1,7 +1,7 @@
-"""What is asked of every argument, before any kernel runs.
+"""Checks of the arguments, before any kernel runs.
 
-Shapes may be symbolic (`torch.SymInt`) while a graph is traced: they are compared, never turned
-into plain numbers, so that the graph stays good for other sizes.
+Shapes may be symbolic (`torch.SymInt`) while a graph is traced: they are compared, never converted
+to plain numbers, so that the graph remains valid for other sizes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _fraction(factor: float) -> tuple[int, int]:
 
 
 def _tensor(name: str, value: object, axes: str, empty: str = "") -> None:
-    """`empty` holds the letters of the axes that may have a length of 0."""
+    """`empty`: the letters of the axes that may have a length of 0."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {axes}, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
@@ -236,7 +236,7 @@ def cosine_match(
 def cosine_match_loss(
     features: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, C: Any
 ) -> None:
-    """What `cosine_match`, with the size of the labels, does not ask."""
+    """The checks that `cosine_match`, with the size of the labels, does not make."""
     _together("labels", labels, features)
     if labels.shape[1] != features.shape[1]:
         raise ValueError(

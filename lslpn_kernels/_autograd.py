@@ -1,9 +1,9 @@
 """The kernel backends as differentiable operators.
 
-`pool` and `match` call a kernel. In eager mode they do so directly, under a
-`torch.autograd.Function`: going through PyTorch's dispatcher takes longer than many of the kernels
-do. While a graph is traced, under `torch.func` and with tensor subclasses they call operators
-registered with PyTorch, `lslpn_kernels::<name>`, with the same backward pass.
+`pool` and `match` call a kernel. In eager mode they do so directly, in a
+`torch.autograd.Function`, because PyTorch's dispatcher takes longer than many of the kernels. While
+a graph is traced, under `torch.func` and with tensor subclasses they call operators registered with
+PyTorch, `lslpn_kernels::<name>`, with the same backward pass.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def match(
 
 
 def _outside_eager(operator: Any, transformed: type[torch.autograd.Function]) -> Any:
-    """The operator, or what stands for it under `torch.func`."""
+    """The operator, or its equivalent under `torch.func`."""
     if torch.compiler.is_compiling() or not in_transform():
         return operator.default
     return transformed.apply
 
 
-# ---- the registered operators: geometry travels as plain numbers, so that graphs can hold it ----
+# ---- registered operators: geometry is passed as plain numbers, so that graphs can hold it ----
 
 
 @register(

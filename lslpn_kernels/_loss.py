@@ -1,7 +1,7 @@
-"""The cross-entropy inside the matching as a differentiable operator: `_autograd` for the loss.
+"""Matching with cross-entropy as a differentiable operator: `_autograd` for the loss.
 
-A backend keeps for the backward pass what suits it (`_backends.LossKernels`), so the operator has a
-list of tensors for its second result.
+Backends save different tensors for the backward pass (`_backends.LossKernels`), so the operator's
+second result is a list.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _loss_backward(
     "bool[2] wanted) -> (Tensor, Tensor)"
 )
 def _apart(grad: Tensor, kept: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-    """Of an operator no result may be an argument."""
+    """An operator's results may not be its arguments."""
     first, second = (
         g.clone() if any(g is k for k in kept) else g for g in _loss_backward(grad, kept, *args)
     )
@@ -239,7 +239,7 @@ torch.library.register_autograd(
 
 
 class _CosineMatchLoss(torch.autograd.Function):
-    """In eager mode what is kept is no output."""
+    """In eager mode saved tensors are not outputs."""
 
     @staticmethod
     def forward(

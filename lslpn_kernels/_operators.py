@@ -1,6 +1,6 @@
-"""What the differentiable operators of this package are made with: `_autograd` and `_loss`.
+"""Helpers for the differentiable operators in `_autograd` and `_loss`.
 
-Geometry travels as plain numbers, so that graphs can hold it.
+Geometry is passed as plain numbers, so that graphs can hold it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def kernels_of(backend: str, device: torch.device) -> Kernels:
 
 
 def register(schema: str) -> Any:
-    """Defines an operator; the function below it is its kernel on every device."""
+    """Define an operator; the decorated function is its kernel on every device."""
 
     def register(function: Any) -> Any:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -64,13 +64,13 @@ def register_vmap(name: str) -> None:
 
 
 def may_differentiate() -> bool:
-    """Whether gradients are asked for that can themselves be differentiated."""
+    """Whether differentiable gradients are requested."""
     return not torch.compiler.is_compiling() and torch.is_grad_enabled()
 
 
 class Final(torch.autograd.Function):
-    """Hands gradients on as they are and refuses to be differentiated, so that a second derivative
-    is an error rather than silently zero. `sources` are what the gradients depend on."""
+    """The identity on gradients, which cannot be differentiated, so that a second derivative is an
+    error rather than silently zero. `sources`: the tensors that the gradients depend on."""
 
     generate_vmap_rule = True
 

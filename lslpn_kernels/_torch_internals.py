@@ -1,7 +1,7 @@
-"""The private parts of PyTorch that the direct calls of eager mode rest on, all in one place.
+"""The private parts of PyTorch that direct calls in eager mode need, in one place.
 
-A release of PyTorch that lacks one of them costs speed, nothing else: every call then goes through
-the registered operators.
+Where a release of PyTorch lacks one of them, only speed is lost: all calls then go through the
+registered operators.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ except (ImportError, AttributeError):  # pragma: no cover - no release so far
 
 
 def in_transform() -> bool:
-    """Whether a `torch.func` transform (`vmap`, `grad`, ...) is at work."""
+    """Whether a `torch.func` transform (`vmap`, `grad`, ...) is active."""
     return _known and peek_interpreter_stack() is not None
 
 
@@ -34,8 +34,8 @@ def in_dispatch_mode() -> bool:
 
 
 def is_eager(a: Any, b: Any) -> bool:
-    """Whether these are ordinary tensors with memory of their own, and nobody is watching: no
-    trace, no `torch.func` transform, no dispatch mode."""
+    """Whether these are ordinary tensors with storage, outside of any trace, `torch.func` transform
+    and dispatch mode."""
     if torch.compiler.is_compiling() or not _known:
         return False
     return (

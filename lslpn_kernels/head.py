@@ -70,8 +70,8 @@ class LocalPrototypeHead(nn.Module):
         Args:
             support_features: [B, K, D, h, w]; float64, float32, float16 or bfloat16.
             support_masks: [B, K, N, H, W], the N foreground classes; bool, uint8 or floating. The
-                background is what they leave of each pixel. Or a label map [B, K, H, W] of
-                integers, 0 the background, where 255 belongs to no class.
+                background is derived from them. Or a label map [B, K, H, W] of integers, 0 the
+                background; pixels of label 255 belong to no class.
             query_features: [B, Q, D, h, w].
             num_classes: N + 1, for a label map; see `masked_average_pool`.
 
@@ -80,7 +80,7 @@ class LocalPrototypeHead(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, dtype, shape or device.
-            RuntimeError: the backend asked for cannot run here.
+            RuntimeError: the requested backend cannot run here.
         """
         prototypes = self.prototypes(support_features, support_masks, num_classes)
         H, W = support_masks.shape[-2:]
@@ -96,7 +96,7 @@ class LocalPrototypeHead(nn.Module):
         weight: Tensor | None = None,
         num_classes: int | None = None,
     ) -> Tensor:
-        """The mean cross-entropy of the logits with `labels`, in a pass that writes no logits.
+        """The mean cross-entropy of the logits with `labels`, in one pass without storing logits.
 
         Equivalent to::
 
@@ -108,11 +108,11 @@ class LocalPrototypeHead(nn.Module):
         Args:
             support_features, support_masks, query_features, num_classes: as of `forward`.
             labels: the class of each pixel of the query images, [B, Q, H, W], of any integer dtype.
-            ignore_index: the label of pixels that do not count.
-            weight: [N + 1], floating, of the classes: the mean is weighted then.
+            ignore_index: the label of pixels to ignore.
+            weight: [N + 1], floating: weights of the classes, for a weighted mean.
 
         Returns:
-            the loss, a scalar, float32 (float64 for float64); NaN where no pixel counts.
+            the loss, a scalar, float32 (float64 for float64); NaN where all pixels are ignored.
 
         Raises:
             TypeError, ValueError, RuntimeError: see `cosine_match_loss`.
@@ -160,12 +160,12 @@ class LocalPrototypeHead(nn.Module):
         query_features: Tensor,
         num_classes: int | None = None,
     ) -> Report:
-        """Runs every backend that can take these tensors, and compares it with the equations.
+        """Run every backend that supports these tensors, and compare it with the equations.
 
         Logits and both gradients (of the sum of the logits times fixed random numbers) are compared
-        with `backend="reference"` in float64; the reference is slow and takes memory, so bring an
-        episode of moderate size. Print the result: a line for each backend, with the largest
-        differences, the milliseconds of a forward and backward pass, and the memory it took.
+        with `backend="reference"` in float64, which is slow and needs memory: use an episode of
+        moderate size. Print the result: a line for each backend, with the largest differences,
+        the milliseconds of a forward and backward pass, and its memory.
 
         Args:
             as of `forward`.

@@ -1,6 +1,6 @@
-"""The operators: their arguments are checked, and a backend is chosen.
+"""The operators: check arguments, choose a backend, call it.
 
-The plain backends are called as they are, the kernels through `_autograd` and `_loss`.
+The plain PyTorch backends are called directly, the kernels through `_autograd` and `_loss`.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ def masked_average_pool(
         features: support features [B, K, D, h, w]; float64, float32, float16 or bfloat16, in any
             layout (channels_last is not copied).
         masks: support masks at image resolution, in one of three forms. Class masks
-            [B, K, C, H, W], class 0 the background; bool, uint8 or floating (soft masks weigh
-            their pixels). With `background`, masks [B, K, N, H, W] of the N = C - 1 foreground
+            [B, K, C, H, W], class 0 the background; bool, uint8 or floating (soft masks are
+            weights). With `background`, masks [B, K, N, H, W] of the N = C - 1 foreground
             classes. Or a label map [B, K, H, W] of any integer dtype: the class of each pixel,
             where numbers outside 0 .. C - 1, such as 255, belong to no class.
         grid: the windows.
-        min_pixels: windows with a mask sum of no more than this give a zero prototype. The paper
-            has 0, the published code 10.
+        min_pixels: windows with a mask sum of no more than this have a zero prototype. 0 in the
+            paper, 10 in the published code.
         backend: "auto" (the fastest that can run on the tensors' device), "reference", "torch",
             "cpu", "triton" or "cuda".
-        background: whether class 0 is to be derived from masks of the foreground classes: the
-            pixels that none of them holds; of soft masks ``1 - sum``, not below 0.
-        num_classes: C, for a label map; by default 1 more than the largest label but 255, and at
-            least 2 (which waits for a GPU to tell). A traced graph needs it.
+        background: derive class 0 from masks of the foreground classes: the pixels in none of
+            them; for soft masks ``1 - sum``, not below 0.
+        num_classes: C, for a label map; by default 1 more than the largest label other than 255,
+            and at least 2 (which synchronises with a GPU). Required in a traced graph.
 
     Returns:
         prototypes [B, C, Gy, Gx, D], float32 (float64 for float64 features).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the requested backend cannot run here.
     """
     eager = is_eager(features, masks)
     settings = (grid, min_pixels, background, num_classes)
@@ -94,7 +94,7 @@ def masked_average_pool(
 
 
 def _classes(labels: Tensor) -> int:
-    """The number of classes of a label map that none was given for."""
+    """The number of classes of a label map, where it is not given."""
     if torch.compiler.is_compiling() or in_dispatch_mode() or in_transform():
         raise ValueError("num_classes must be given for a label map while a graph is traced")
     largest = labels.masked_fill(labels == _arguments.IGNORED, 0).amax() if labels.numel() else 0
@@ -130,19 +130,19 @@ def cosine_match(
     Args:
         features: query features [B, Q, D, h, w]; float64, float32, float16 or bfloat16, in any
             layout (channels_last is not copied).
-        prototypes: [B, C, Gy, Gx, D] as `masked_average_pool` gives them for `grid` and `size`.
+        prototypes: [B, C, Gy, Gx, D] as from `masked_average_pool` with `grid` and `size`.
         grid: the windows.
-        size: (H, W), the image resolution to score at.
+        size: (H, W), the image resolution of the scores.
         reduce: "max" as in the paper, or "mean" over the windows of a pixel.
         backend: as in `masked_average_pool`.
-        logit_scale: multiplies the cosines, for logits; at no cost in kernels.
+        logit_scale: multiplies the cosines, for logits; free of cost in the kernels.
 
     Returns:
         cosines, times `logit_scale`, [B, Q, C, H, W], float32 (float64 for float64 features).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the requested backend cannot run here.
     """
     eager = is_eager(features, prototypes)
     pair = type(size) in (tuple, torch.Size)
@@ -172,7 +172,7 @@ def cosine_match_loss(
     ignore_index: int = _arguments.IGNORED,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """The mean cross-entropy of `cosine_match` with labels: a pass that writes no logits.
+    """The mean cross-entropy of `cosine_match` with labels, in one pass without storing logits.
 
     Equivalent to::
 
@@ -181,28 +181,28 @@ def cosine_match_loss(
             logits.flatten(0, 1), labels.flatten(0, 1), weight, ignore_index=ignore_index
         )
 
-    So it is NaN where no pixel counts, with gradients of zero. A backend without kernels for it
-    (`reference` and `torch`; any under `torch.func`) computes it like this.
+    So it is NaN where all pixels are ignored, with gradients of zero. A backend without kernels for
+    it (`reference` and `torch`; any under `torch.func`) computes it like this.
 
     Args:
         features: query features [B, Q, D, h, w], as in `cosine_match`.
         prototypes: [B, C, Gy, Gx, D], as in `cosine_match`.
-        labels: the class of each pixel, [B, Q, H, W], of any integer dtype; the size is theirs.
+        labels: the class of each pixel, [B, Q, H, W], of any integer dtype.
         grid: the windows.
         reduce: "max" as in the paper, or "mean" over the windows of a pixel.
         backend: as in `masked_average_pool`.
         logit_scale: multiplies the cosines, for logits.
-        ignore_index: the label of pixels that do not count.
-        weight: [C], floating, of the classes: the mean is weighted then. It gets no gradient.
+        ignore_index: the label of pixels to ignore.
+        weight: [C], floating: weights of the classes, for a weighted mean. It gets no gradient.
 
     Returns:
         the loss, a scalar, float32 (float64 for float64 features).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device; on the CPU
-            also where a label is neither a class nor `ignore_index`. On a GPU, where that would
-            have to be waited for, the loss is NaN then.
-        RuntimeError: the backend asked for cannot run here.
+            also where a label is neither a class nor `ignore_index`. On a GPU, where the check
+            would synchronise, the loss is NaN then.
+        RuntimeError: the requested backend cannot run here.
     """
     eager = is_eager(features, prototypes) and type(labels) is Tensor
     settings = (grid, reduce, logit_scale, ignore_index, *_facts(labels), *_facts(weight))
@@ -232,7 +232,7 @@ def cosine_match_loss(
 def _cross_entropy(
     logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """`F.cross_entropy`, but for labels out of range: these make a GPU unusable there."""
+    """`F.cross_entropy`, except for labels out of range, with which it makes a GPU unusable."""
     C = logits.shape[2]
     known: Tensor | None = None
     if labels.device.type != "cpu":

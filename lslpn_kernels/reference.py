@@ -1,7 +1,7 @@
-"""The equations of the paper, word for word and slowly: the oracle of every test.
+"""The equations of the paper as they stand: slow, and the oracle of every test.
 
-The features are interpolated to image resolution and every window is visited in turn. Nothing
-here is clever, so that it can be checked by eye against the paper. Run it in float64.
+The features are interpolated to image resolution and every window is visited in turn. The code is
+simple, so that it can be checked by eye against the paper. Run it in float64.
 """
 
 from __future__ import annotations

@@ -9,20 +9,20 @@
 
 LSLPN_BEGIN
 
-// Vectors shorter than kEps have no direction: they score 0 and get no gradient.
+// Vectors shorter than eps have a score of 0 and no gradient.
 template <class A>
 LSLPN_HD constexpr A eps_squared() {
   return A(1e-16);
 }
 
-// 1 / |v| from |v|^2, or 0 where |v| is below kEps. NaN stays NaN.
+// 1 / |v| from |v|^2, or 0 where |v| is below eps. NaN stays NaN.
 template <class A>
 LSLPN_HD A inverse_length(A square) {
   return square < eps_squared<A>() ? A(0) : A(1) / std::sqrt(square);
 }
 
-// Inner products of a feature location with itself and its neighbours. Those that would reach
-// beyond the last row or column are 0.
+// Inner products of a feature location with itself and its neighbours. Those beyond the last row or
+// column are 0.
 //
 //   own       <F(i, j), F(i, j)>            right     <F(i, j), F(i, j + 1)>
 //   below     <F(i, j), F(i + 1, j)>        diagonal  <F(i, j), F(i + 1, j + 1)>
@@ -33,9 +33,8 @@ LSLPN_HD A inverse_length(A square) {
 //   row(i)     = p^2 own(i, j) + q^2 own(i, j + 1) + 2 p q right(i, j),         p = 1 - q
 //   between(i) = p^2 below(i, j) + q^2 below(i, j + 1) + p q (diagonal(i, j) + other(i, j))
 
-// What |Up F|^2 is worth, given row(i), row(i + 1), between(i), and the upper weight b. In exact
-// arithmetic it is never negative; where the taps cancel, rounding can make it so. A row of weight
-// 0 is not looked at: it may hold a NaN that is none of this pixel's business.
+// |Up F|^2 from row(i), row(i + 1), between(i) and the upper weight b. Where terms cancel, rounding
+// could make it negative. A row of weight 0 is not read: a NaN there must not reach this pixel.
 template <class A>
 LSLPN_HD A squared_length(A row, A next_row, A between, A b) {
   const A a = A(1) - b;

@@ -1,5 +1,4 @@
-// The element types of features, and how half precision is read and written without help from
-// the processor.
+// The element types of features, and conversions of half precision in software.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +15,7 @@ inline bool is_floating(DType dtype) {
          dtype == DType::bfloat16;
 }
 
-// Storage types: 16 bits that the host never calculates with.
+// Storage types of 16 bits.
 struct Half {
   std::uint16_t bits;
 };
@@ -28,7 +27,7 @@ struct BFloat16 {
 
 LSLPN_BEGIN
 
-// What a feature of type T is accumulated in: float64 for float64, float32 for all others.
+// The accumulation type of features of type T: float64 for float64, else float32.
 template <class T>
 struct Accumulate {
   using type = float;
@@ -94,7 +93,7 @@ LSLPN_HD void narrow(float value, Half& out) {
   } else if (rest >= 0x38800000u) {
     half = (rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13;
   } else {
-    // Below 2^-14: adding 1/2 lets the processor round to a multiple of 2^-24.
+    // Below 2^-14: adding 1/2 rounds to a multiple of 2^-24.
     half = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
   }
   out.bits = static_cast<std::uint16_t>(sign | half);

@@ -1,4 +1,4 @@
-// One axis of an image under a grid of windows: what lslpn_kernels/geometry.py says, for kernels.
+// One axis of an image under a grid of windows, as in lslpn_kernels/geometry.py.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 LSLPN_BEGIN
 
-// The feature locations a pixel is interpolated from: `lower` with weight 1 - upper, and
+// The feature locations that a pixel is interpolated from: `lower` with weight 1 - upper, and
 // lower + 1 with weight `upper`.
 template <class A>
 struct Taps {
@@ -15,13 +15,13 @@ struct Taps {
   A upper;
 };
 
-// Both ends are covered: windows first, first + 1, ..., last.
+// Windows first, first + 1, ..., last.
 struct Covering {
   int first;
   int last;
 };
 
-// No axis is longer than this, so that pixel and window numbers are plain ints.
+// The longest axis: pixel and window numbers fit into an int.
 constexpr std::int64_t kLongestAxis = std::int64_t{1} << 30;
 
 struct Axis {
@@ -46,9 +46,9 @@ struct Axis {
     return {first, pixel >= pixels - window ? windows - 1 : pixel / step};
   }
 
-  // The taps of a pixel, as torch.nn.functional.interpolate(mode="bilinear",
-  // align_corners=False) has them: position = (pixel + 1/2) cells / pixels - 1/2, not below 0.
-  // It is a ratio of integers, and is cut into whole and fraction as such, without rounding.
+  // The taps of a pixel, as in torch.nn.functional.interpolate(mode="bilinear",
+  // align_corners=False): position = (pixel + 1/2) cells / pixels - 1/2, not below 0. It is a ratio
+  // of integers, and split into whole and fraction in integer arithmetic, without rounding.
   //
   // At the far border the weight of the upper tap is 0; clamping its index alone would leave
   // |Up F|^2 = w^T G w wrong there, for G holds inner products of *neighbours*.

@@ -1,4 +1,4 @@
-// What lets one source serve several compilations.
+// Macros for compiling one source several times.
 #pragma once
 
 // Functions of csrc/core run on the host and, under nvcc, on the device as well.

@@ -1,4 +1,4 @@
-// The class masks of the support images, in the forms that a caller may have them in.
+// The class masks of the support images, in the forms that are accepted.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace lslpn {
 
 enum class MaskKind {
   classes,     // [B, K, C, H, W]: a mask for each class, the background first
-  foreground,  // [B, K, C - 1, H, W]: class 0 is what these leave of each pixel
+  foreground,  // [B, K, C - 1, H, W]: class 0 is the rest of each pixel
   labels,      // [B, K, H, W]: the class of each pixel; numbers outside 0 .. C - 1 are no class
 };
 
@@ -28,8 +28,8 @@ LSLPN_HD bool masks_are_bytes(const Masks& masks) {
   return masks.dtype == DType::boolean || masks.dtype == DType::uint8;
 }
 
-// How much of a pixel belongs to class c. `image` counts the support images of all episodes, and
-// an image has `pixels` pixels.
+// The mask of class c at a pixel. `image` counts the support images of all episodes, each of
+// `pixels` pixels.
 template <class A>
 LSLPN_HD A mask_at(const Masks& masks, std::int64_t image, std::int64_t c, std::int64_t pixel,
                    std::int64_t pixels) {

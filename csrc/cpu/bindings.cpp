@@ -16,7 +16,7 @@ Axis axis_of(const Sizes& s) {
 }
 
 int thread_count(int threads) {
-  return threads < 1 ? 1 : (threads > kMostThreads ? kMostThreads : threads);
+  return threads < 1 ? 1 : (threads > kMaxThreads ? kMaxThreads : threads);
 }
 
 TensorView cpu_view(const char* name, py::handle capsule, int rank, int or_rank = -1) {

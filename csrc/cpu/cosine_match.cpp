@@ -72,14 +72,14 @@ void forward(const Match<A>& args) {
            });
 }
 
-// A Pixels: gradients, scores and winners that the forward pass has left in memory.
+// A Pixels: gradients of the scores, with scores and winners saved by the forward pass.
 template <class A>
-struct Kept {
+struct SavedPixels {
   const MatchBackward<A>& args;
   std::int64_t first = 0;  // pixel of the tile
 
-  Kept of(const BackwardProblem<A>& p, const Directions<A>&, BackwardScratch<A>& s, std::int64_t b,
-          std::int64_t n, int, Tile<A>& tile) const {
+  SavedPixels of(const BackwardProblem<A>& p, const Directions<A>&, BackwardScratch<A>& s,
+                 std::int64_t b, std::int64_t n, int, Tile<A>& tile) const {
     tile.locate(p, s.rows.features);
     s.tile.lengths(p, tile, s.rows);
     return {args, first_pixel(p, tile, b, n)};
@@ -94,7 +94,7 @@ struct Kept {
     const char* winners = static_cast<const char*>(args.winners);
     const bool more = tile.x.begin + tile.x.pixels < W;
     for (int i = 0; i < tile.y.pixels; ++i) {
-      if (more) {  // ask for the same row of the next tile: the processor does not foresee the jump
+      if (more) {  // prefetch the same row of the next tile
         const std::int64_t next = at + i * W + tile.x.pixels;
         for (std::int64_t t = 0; t < tile.x.pixels; t += 64 / sizeof(A)) {
           __builtin_prefetch(args.grad + next + t);
@@ -125,7 +125,7 @@ void backward(const MatchBackward<A>& args) {
   const int threads = p.threads(args.threads);
   const Memory<BackwardShared<A>, BackwardScratch<A>> memory(p, threads);
   memory.shared().directions.fill(p, threads);
-  backward(p, memory.shared(), threads, memory.scratch(p), Kept<A>{args});
+  backward(p, memory.shared(), threads, memory.scratch(p), SavedPixels<A>{args});
 }
 
 }  // namespace

@@ -1,13 +1,13 @@
-// The cross-entropy of the logits z = logit_scale * S, and its gradients, in one pass: neither
-// logits nor winners of more than a tile are ever there. See match.h.
+// The cross-entropy of the logits z = logit_scale * S, and its gradients, in one pass: logits and
+// winners are stored for one tile at a time. See match.h.
 //
-// A pixel x of label y weighs w(x) = weight[y], 0 where it is ignored, over the sum of them all,
-// which the labels alone tell: so a first pass over these finds it. With p = softmax(z),
+// A pixel x of label y has the weight w(x) = weight[y], 0 where it is ignored, over the sum of all
+// weights, which a first pass over the labels computes. With p = softmax(z),
 //
 //   loss     = sum over x of -w(x) log p_y(x)
 //   dz_c(x)  = w(x) (p_c(x) - [c = y])
 //
-// and the backward pass goes on from there, tile by tile, while all that it needs is still at hand.
+// and the backward pass follows, tile by tile, while its inputs are in the cache.
 #include <limits>
 
 #include "match_backward.h"
@@ -22,7 +22,7 @@ template <class A>
 struct LossProblem : BackwardProblem<A> {
   const MatchLoss<A>& args;
   std::int64_t tile;    // numbers of a plane of a tile
-  A each = A(0);        // what a pixel of weight 1 counts: 1 / sum of the weights
+  A each = A(0);        // 1 / sum of the weights
   std::int64_t strips;  // of labels, the units of the first pass
   static constexpr std::int64_t kStrip = 1 << 14;
 
@@ -71,7 +71,7 @@ struct LossScratch : BackwardScratch<A> {
 
 // The sum of the weights of labels[0 .. n), and whether all of them are classes or ignored.
 template <class T, class A>
-double weigh(const T* labels, std::int64_t n, const LossProblem<A>& p, bool& in_range) {
+double sum_of_weights(const T* labels, std::int64_t n, const LossProblem<A>& p, bool& in_range) {
   const std::int64_t ignored = p.args.ignore_index;
   std::int64_t count = 0, strays = 0;
   for (std::int64_t i = 0; i < n; ++i) {
@@ -89,7 +89,7 @@ double weigh(const T* labels, std::int64_t n, const LossProblem<A>& p, bool& in_
   return sum;
 }
 
-// Weighs all pixels. False if there is a label out of range, which goes into the result then.
+// Sums the weights of all pixels. False if a label is out of range, which the result then names.
 template <class A>
 bool read_labels(LossProblem<A>& p, const LossShared<A>& shared, int threads) {
   const auto strip = [&p](std::int64_t k, auto call) {
@@ -105,7 +105,7 @@ bool read_labels(LossProblem<A>& p, const LossShared<A>& shared, int threads) {
       p.strips, threads, [](int thread) { return thread; },
       [&](std::int64_t k, int) {
         strip(k, [&](auto labels, std::int64_t n) {
-          shared.weights[k] = weigh(labels, n, p, shared.in_range[k]);
+          shared.weights[k] = sum_of_weights(labels, n, p, shared.in_range[k]);
         });
       });
   double sum = 0;
@@ -146,18 +146,19 @@ struct Planes {
   }
 };
 
-// What is known of some pixels beside their logits.
+// Labels and feature lengths of some pixels.
 template <class A>
-struct Labelled {
+struct LabelledPixels {
   Index<A> label;
-  Index<A> counts;  // whether it is not ignored, and there at all
+  Index<A> counts;  // whether it is neither ignored nor padding
   Vec<A> length;    // logit_scale / |u|
 };
 
-// The loss of some pixels. Their logits z, a plane after the other, give way to g = dz / |u|, and
-// `energy` gets sum over c of dz z.
+// The loss of some pixels. Replaces their logits z, one plane per class, by g = dz / |u|, and
+// writes sum over c of dz z to `energy`.
 template <class A>
-Vec<A> cross_entropy(const LossProblem<A>& p, const Labelled<A>& x, A* z, A* exps, A* energy) {
+Vec<A> cross_entropy(const LossProblem<A>& p, const LabelledPixels<A>& x, A* z, A* exps,
+                     A* energy) {
   const int C = static_cast<int>(p.C);
   Vec<A> largest = load(z);
   for (int c = 1; c < C; ++c) {
@@ -175,7 +176,7 @@ Vec<A> cross_entropy(const LossProblem<A>& p, const Labelled<A>& x, A* z, A* exp
     weight = mine ? splat(p.weight(c)) : weight;
   }
   weight = x.counts ? weight : Vec<A>{};
-  // The sum over c of dz is 0, so z may be counted from any number.
+  // The sum over c of dz is 0, so an offset of z does not matter.
   const Vec<A> inverse = A(1) / (rest + A(1));
   Vec<A> sum{};
   for (int c = 0; c < C; ++c) {
@@ -188,9 +189,9 @@ Vec<A> cross_entropy(const LossProblem<A>& p, const Labelled<A>& x, A* z, A* exp
   return weight * (log_of_1_plus(rest) - own);
 }
 
-// The same of two classes, with half as many exponentials.
+// The same for two classes, with half as many exponentials.
 template <class A>
-Vec<A> cross_entropy_of_two(const LossProblem<A>& p, const Labelled<A>& x, A* z, A* energy) {
+Vec<A> cross_entropy_of_two(const LossProblem<A>& p, const LabelledPixels<A>& x, A* z, A* energy) {
   const Vec<A> difference = load(z + p.tile) - load(z);
   const Index<A> second = x.label == 1;
   const Vec<A> wrong = second ? -difference : difference;  // z of the other class less that of y
@@ -224,11 +225,11 @@ double cross_entropy(const LossProblem<A>& p, const Tile<A>& tile, const LossScr
     }
     for (int t = 0; t < tile.T; t += kLanes<A>) {
       const int valid = tile.x.pixels - t, here = i * tile.T + t;
-      Labelled<A> x;
+      LabelledPixels<A> x;
       x.label = load_labels<A>(row + t * size, bytes, valid);
       x.counts = (x.label != p.args.ignore_index) & (lane < valid);
       x.length = load(s.tile.length + here);
-      if (valid < kLanes<A>) {  // these weigh 0, but may hold anything
+      if (valid < kLanes<A>) {  // padding may not be finite
         for (std::int64_t c = 0; c < p.C; ++c) {
           A* const z = s.scores + c * p.tile + here;
           store(z, lane < valid ? load(z) : Vec<A>{});
@@ -244,14 +245,15 @@ double cross_entropy(const LossProblem<A>& p, const Tile<A>& tile, const LossScr
   return sum;
 }
 
-// A Pixels: gradients of logits that are computed on the spot.
+// A Pixels: gradients of logits, computed tile by tile.
 template <class A>
-struct Fresh {
+struct LossPixels {
   const LossProblem<A>& problem;
   double* losses;
 
-  Fresh of(const BackwardProblem<A>&, const Directions<A>& directions, BackwardScratch<A>& scratch,
-           std::int64_t b, std::int64_t n, int chunk, Tile<A>& tile) const {
+  LossPixels of(const BackwardProblem<A>&, const Directions<A>& directions,
+                BackwardScratch<A>& scratch, std::int64_t b, std::int64_t n, int chunk,
+                Tile<A>& tile) const {
     const LossProblem<A>& p = problem;
     const auto& s = static_cast<const LossScratch<A>&>(scratch);
     match_tile(p, directions, s, b, tile, Planes<A>{s.scores, s.winners, p.tile, tile.T});
@@ -269,7 +271,7 @@ struct Fresh {
 // The loss alone.
 template <class A>
 void forward(const LossProblem<A>& p, const LossShared<A>& shared, int threads,
-             const Fresh<A>& pixels, const Memory<LossShared<A>, LossScratch<A>>& memory) {
+             const LossPixels<A>& pixels, const Memory<LossShared<A>, LossScratch<A>>& memory) {
   const AxisTables<A>& y = p.tables.y;
   const std::int64_t N = p.features.N;
   using Scratch = LossScratch<A>;
@@ -298,7 +300,7 @@ void loss(const MatchLoss<A>& args) {
   if (!args.result->in_range) return;
   shared.directions.fill(p, threads);
   for (std::int64_t k = 0; k < p.chunks(); ++k) shared.losses[k] = 0;
-  const Fresh<A> pixels{p, shared.losses};
+  const LossPixels<A> pixels{p, shared.losses};
   if (p.grad_features.data || p.grad_prototypes) {
     backward(p, shared, threads, memory.scratch(p), pixels);
   } else {

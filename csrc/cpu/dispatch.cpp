@@ -127,13 +127,13 @@ constexpr std::size_t kKept = std::size_t{16} << 20;
 
 // The memory of the last call of this thread, kept for the next one: fresh pages cost more than
 // many a call takes. No more than kKept stays behind.
-struct Kept {
+struct SavedPixels {
   void* memory = nullptr;
   std::size_t size = 0;
   bool lent = false;
-  ~Kept() { std::free(memory); }
+  ~SavedPixels() { std::free(memory); }
 };
-thread_local Kept kept;
+thread_local SavedPixels kept;
 
 void* allocate(std::size_t size) {
   void* memory = nullptr;
@@ -143,7 +143,7 @@ void* allocate(std::size_t size) {
 
 }  // namespace
 
-void* take_memory(std::int64_t bytes) {
+void* allocate_memory(std::int64_t bytes) {
   const std::size_t size = (static_cast<std::size_t>(bytes) + 4095) / 4096 * 4096;
   if (size > kKept || kept.lent) return allocate(size);
   if (kept.size < size) {
@@ -157,7 +157,7 @@ void* take_memory(std::int64_t bytes) {
   return kept.memory;
 }
 
-void give_back_memory(void* memory) {
+void free_memory(void* memory) {
   if (memory == kept.memory) {
     kept.lent = false;
   } else {

@@ -1,4 +1,4 @@
-// What goes into and comes out of the CPU kernels: plain data, the same for every instruction set.
+// Arguments and results of the CPU kernels: plain data, the same for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +8,22 @@
 
 namespace lslpn {
 
-// A stretch of pixels begin <= x < end of an axis that all lie in the windows first .. last and
-// are interpolated from the feature locations lower .. upper (both included).
+// A run of pixels begin <= x < end of an axis that all lie in the windows first .. last and are
+// interpolated from the feature locations lower .. upper (both included).
 struct Segment {
   int begin, end;
   int first, last;
   int lower, upper;
 };
 
-// Segments are cut so that none is longer than this, in pixels or in feature locations: then all
-// that belongs to one tile stays in the first cache.
+// The longest segment, in pixels and in feature locations: the data of a tile stay in the L1 cache.
 constexpr int kTilePixels = 32;
 constexpr int kTileCells = 16;
 
 // One axis, with tables in the accumulation type A.
 //
-// T `length` and R `reach` are the most pixels and feature locations of a segment; T is rounded up
-// to whole vectors and what is too much is filled with weights of zero.
+// T `length` and R `reach` are the largest numbers of pixels and feature locations of a segment; T
+// is padded to whole vectors with weights of zero.
 template <class A>
 struct AxisTables {
   int pixels, cells, windows;
@@ -110,11 +109,11 @@ struct MatchBackward {
   A logit_scale = A(1);  // of the scores; not 0
 };
 
-// What a call of the loss comes to.
+// The result of a call of the loss.
 struct LossResult {
-  double loss;         // the mean; NaN where nothing is counted
-  bool in_range;       // whether all labels are; else nothing was computed
-  std::int64_t stray;  // one that is not
+  double loss;         // the mean; NaN where all pixels are ignored
+  bool in_range;       // whether all labels are valid; else nothing was computed
+  std::int64_t stray;  // a label that is not
 };
 
 // The cross-entropy of the logits logit_scale * S, and its gradients. Labels [B, Q, H, W], uint8 or
@@ -137,11 +136,11 @@ struct MatchLoss {
   A logit_scale;  // not 0
 };
 
-// No call takes more threads than this.
-constexpr int kMostThreads = 256;
+// The most threads of a call.
+constexpr int kMaxThreads = 256;
 
-// Memory for the length of a call, aligned to 64 bytes and not cleared. Throws std::bad_alloc.
-void* take_memory(std::int64_t bytes);
-void give_back_memory(void* memory);
+// Memory for the duration of a call, aligned to 64 bytes and not cleared. Throws std::bad_alloc.
+void* allocate_memory(std::int64_t bytes);
+void free_memory(void* memory);
 
 }  // namespace lslpn

@@ -1,4 +1,4 @@
-// Products of small sets of vectors of D channels, on which nearly all arithmetic is spent.
+// Small matrix products over D channels, which are nearly all of the arithmetic.
 #pragma once
 
 #include "simd.h"
@@ -6,11 +6,11 @@
 LSLPN_BEGIN
 namespace cpu {
 
-// Accumulators that fit the registers: rows x columns vectors.
+// Accumulators that fit into registers: rows x columns vectors.
 #if defined(__AVX512F__)
-constexpr int kDotRows = 4, kDotColumns = 4, kMixRows = 4, kMixColumns = 4;
+constexpr int kDotRows = 4, kDotColumns = 4, kSumRows = 4, kSumColumns = 4;
 #else
-constexpr int kDotRows = 4, kDotColumns = 2, kMixRows = 4, kMixColumns = 2;
+constexpr int kDotRows = 4, kDotColumns = 2, kSumRows = 4, kSumColumns = 2;
 #endif
 
 // out[m * stride + l] = <a[l], b[m]> for l < rows, m < columns, over `length` numbers, a multiple
@@ -50,13 +50,13 @@ inline void dots(const A* const* a, int rows, const A* const* b, int columns, st
 }
 
 // out[l] += sum over m < terms of factor[l * row + m * term] * in[m], for l < rows: vectors of
-// `length` numbers, a multiple of kPadding. Where fresh[l], what out[l] holds is overwritten.
+// `length` numbers, a multiple of kPadding. Where fresh[l], out[l] is overwritten instead.
 template <class A>
-inline void mix(A* const* out, int rows, const A* const* in, int terms, const A* factor,
-                std::int64_t row, std::int64_t term, std::int64_t length,
-                const bool* fresh = nullptr) {
+inline void weighted_sums(A* const* out, int rows, const A* const* in, int terms, const A* factor,
+                          std::int64_t row, std::int64_t term, std::int64_t length,
+                          const bool* fresh = nullptr) {
   constexpr int lanes = kLanes<A>;
-  constexpr int R = kMixRows, C = kMixColumns;
+  constexpr int R = kSumRows, C = kSumColumns;
   static_assert(kPadding % lanes == 0, "rows are made of whole vectors");
   int l = 0;
   for (; l + R <= rows; l += R) {

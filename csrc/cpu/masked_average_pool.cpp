@@ -3,12 +3,12 @@
 //   p_{c,m} = 1/K sum over i of (sum over x in m of M_{i,c}(x) Up F_i(x)) / n,   n = sum of M over
 //   m
 //
-// Up is linear, so masks are carried down to the feature locations l of a tile instead,
+// Up is linear, so masks are reduced to the feature locations l of a tile instead,
 //
 //   W_c(l) = sum over x in the tile of w_l(x) M_c(x),       t_c = sum over l of W_c(l) F(l),
 //
 // and a window is the union of its tiles: p += factor_{c,m} t_c with factor = 1 / (K n), or 0 for a
-// window of too few pixels. Backward, with u_c = sum over the windows of the tile of factor dp:
+// window with too few pixels. Backward, with u_c = sum over the windows of the tile of factor dp:
 //
 //   dF(l) = sum over tiles and c of W_c(l) u_c
 #include "parallel.h"
@@ -19,9 +19,9 @@ LSLPN_BEGIN
 namespace cpu {
 namespace {
 
-// This many classes of a tile are handled together.
+// Classes of a tile that are processed together.
 constexpr int kClasses = 16;
-// Images whose shared rows wait for each other, and episodes whose parts of prototypes do.
+// Images, and episodes, whose partial sums are stored at a time.
 constexpr std::int64_t kImages = 16, kEpisodes = 8;
 
 template <class A>
@@ -29,7 +29,7 @@ struct Problem {
   const Tables<A>& tables;
   const Features& features;
   const Masks& masks;
-  std::int64_t C, D, width;  // width: channels of a packed location, filled up
+  std::int64_t C, D, width;  // width: channels of a packed location, padded
   std::int64_t pitch;        // from one packed location to the next
   std::int64_t windows;      // Gy * Gx
   bool backward;
@@ -49,12 +49,12 @@ struct Problem {
     const double pixels = double(tables.y.pixels) * tables.x.pixels;
     const double locations = double(features.h) * features.w;
     const double work = double(features.B) * features.N * C * (pixels + 2 * locations * D);
-    return work < kWorthThreads ? 1 : wanted;
+    return work < kMinParallelWork ? 1 : wanted;
   }
 };
 
-// The mask of one class of one image, from a pixel on. A mask that is stored is read where it lies;
-// one that is derived is written to a buffer first, as long as a row of a tile.
+// The mask of one class of one image, from a pixel on. A stored mask is read in place; a derived
+// one is first written to a buffer, a row of a tile at a time.
 template <class A>
 class ClassMask {
  public:
@@ -130,7 +130,7 @@ class ClassMask {
   enum class Read { bytes, floats, labels8, labels64, rest_of_bytes, rest_of_floats };
   Read read_;
   std::int64_t label_;
-  int foreground_ = 0;  // masks that take their pixels from the background
+  int foreground_ = 0;  // foreground masks, where the background is derived
   int size_;            // bytes of a pixel
   std::int64_t pitch_, plane_;
   const char* at_;
@@ -144,7 +144,7 @@ inline Vec<A> load_mask(const char* p, bool bytes, int n) {
   return __builtin_convertvector(whole, Vec<A>);
 }
 
-// ---- the size of the masks --------------------------------------------------------------------
+// ---- mask sizes --------------------------------------------------------------------
 
 // Sums of the masks over each tile of one row of segments.
 template <class A>
@@ -172,7 +172,7 @@ void count_tiles(const Problem<A>& p, std::int64_t b, std::int64_t n, std::int64
   }
 }
 
-// factor = 1 / (K n), or 0 for a window of too few pixels, from the sums over tiles.
+// factor = 1 / (K n), or 0 for a window with too few pixels, from the sums over tiles.
 template <class A>
 void window_factors(const Problem<A>& p, const double* counts, double* columns, A min_pixels,
                     A* factor) {
@@ -180,7 +180,7 @@ void window_factors(const Problem<A>& p, const double* counts, double* columns, 
   const std::int64_t Sx = x.segments;
   int sy = 0;
   for (int my = 0; my < y.windows; ++my) {
-    // The segments of a window are those with first <= my <= last: a run that only moves on.
+    // The segments of a window are those with first <= my <= last: a run that advances with my.
     while (y.segment[sy].last < my) ++sy;
     for (int sx = 0; sx < Sx; ++sx) columns[sx] = 0;
     for (int s = sy; s < y.segments && y.segment[s].first <= my; ++s) {
@@ -202,7 +202,7 @@ void window_factors(const Problem<A>& p, const double* counts, double* columns, 
 
 template <class A>
 struct TileScratch {
-  A* columns = nullptr;  // [R rows, T] a mask carried to the rows of locations
+  A* columns = nullptr;  // [R rows, T] a mask reduced to the rows of locations
   A* weights = nullptr;  // [kClasses, locations] W
   A* sums = nullptr;     // [kClasses, width] t, or u
 
@@ -213,9 +213,9 @@ struct TileScratch {
     sums = arena.take<A>(kClasses * p.width);
   }
 
-  // W of one class. False where the mask is empty: then all of it is 0, and is not written.
-  bool weigh(const Problem<A>& p, const Side<A>& y, const Side<A>& x, std::int64_t b,
-             std::int64_t n, std::int64_t c, A* out) const {
+  // W of one class. Returns false, without writing it, where the mask is empty.
+  bool mask_weights(const Problem<A>& p, const Side<A>& y, const Side<A>& x, std::int64_t b,
+                    std::int64_t n, std::int64_t c, A* out) const {
     const int T = p.tables.x.length;
     const ClassMask<A> mask(p, b, n, c, y.begin, x.begin);
     const bool bytes = mask.bytes();
@@ -226,7 +226,7 @@ struct TileScratch {
       const int count = x.pixels - t < kLanes<A> ? x.pixels - t : kLanes<A>;
       int row = 0;
       Vec<A> low{}, high{};
-      walk(
+      walk_rows(
           p.tables.y, y, [&](int, int) { low = high = Vec<A>{}; },
           [&](int, A down) {
             const char* at = mask.row(row++, t, count, buffer);
@@ -244,14 +244,14 @@ struct TileScratch {
     Whole<A> found = 0;
     for (int i = 0; i < kLanes<A>; ++i) found |= any[i];
     if (!found) return false;
-    narrow_rows(columns, y.cells, x.weight, x.cells, T, out, x.cells);
+    reduce_rows(columns, y.cells, x.weight, x.cells, T, out, x.cells);
     return true;
   }
 };
 
-// Whether some window over a tile takes part for class c.
+// Whether a window over a tile has enough pixels of class c.
 template <class A>
-bool takes_part(const Problem<A>& p, const Side<A>& y, const Side<A>& x, const A* factor) {
+bool any_window_counts(const Problem<A>& p, const Side<A>& y, const Side<A>& x, const A* factor) {
   for (int i = 0; i < y.windows; ++i) {
     for (int j = 0; j < x.windows; ++j) {
       if (factor[static_cast<std::int64_t>(y.first + i) * p.tables.x.windows + x.first + j] !=
@@ -323,8 +323,8 @@ void pool_tile(const Pool<A>& args, const Problem<A>& p, const ForwardScratch<A>
     int found = 0;
     for (std::int64_t c = c0; c < p.C && c < c0 + kClasses; ++c) {
       const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
-      if (takes_part(p, y, x, factor) &&
-          s.tile.weigh(p, y, x, b, n, c, s.tile.weights + found * L)) {
+      if (any_window_counts(p, y, x, factor) &&
+          s.tile.mask_weights(p, y, x, b, n, c, s.tile.weights + found * L)) {
         present[found++] = c;
       }
     }
@@ -339,7 +339,7 @@ void pool_tile(const Pool<A>& args, const Problem<A>& p, const ForwardScratch<A>
     A* sums[kClasses];
     for (int m = 0; m < found; ++m) sums[m] = s.tile.sums + m * p.width;
     std::memset(s.tile.sums, 0, sizeof(A) * found * p.width);
-    mix<A>(sums, found, location, L, s.tile.weights, L, 1, p.width);
+    weighted_sums<A>(sums, found, location, L, s.tile.weights, L, 1, p.width);
     for (int m = 0; m < found; ++m) {
       const std::int64_t c = present[m], Gx = p.tables.x.windows;
       const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
@@ -391,7 +391,7 @@ void forward(const Pool<A>& args) {
       std::memset(part, 0, sizeof(A) * (end - begin));
       const int first_row = shared.window_rows(p, chunk).first;
       for (std::int64_t n = 0; n < K; ++n) {
-        // After the chunk before this one, its last rows are still there.
+        // After the previous chunk, the rows that they share are kept.
         if (s.image != b * K + n || s.loaded != chunk.before) s.loaded = -1;
         s.image = b * K + n;
         for (int sy = chunk.first; sy < chunk.last; ++sy) {
@@ -458,8 +458,9 @@ struct BackwardScratch {
 };
 
 template <class A>
-void unpool_tile(const PoolBackward<A>& args, const Problem<A>& p, const BackwardScratch<A>& s,
-                 const Side<A>& y, int sx, std::int64_t b, std::int64_t n) {
+void pool_tile_backward(const PoolBackward<A>& args, const Problem<A>& p,
+                        const BackwardScratch<A>& s, const Side<A>& y, int sx, std::int64_t b,
+                        std::int64_t n) {
   const Side<A> x = side(p.tables.x, sx);
   A* location[kTileCells * kTileCells];
   bool fresh[kTileCells * kTileCells];
@@ -470,8 +471,8 @@ void unpool_tile(const PoolBackward<A>& args, const Problem<A>& p, const Backwar
     int found = 0;
     for (std::int64_t c = c0; c < p.C && c < c0 + kClasses; ++c) {
       const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
-      if (!takes_part(p, y, x, factor) ||
-          !s.tile.weigh(p, y, x, b, n, c, s.tile.weights + found * L)) {
+      if (!any_window_counts(p, y, x, factor) ||
+          !s.tile.mask_weights(p, y, x, b, n, c, s.tile.weights + found * L)) {
         continue;
       }
       A* sum = s.tile.sums + found * p.width;
@@ -494,7 +495,8 @@ void unpool_tile(const PoolBackward<A>& args, const Problem<A>& p, const Backwar
     const A* sums[kClasses];
     for (int m = 0; m < found; ++m) sums[m] = s.tile.sums + m * p.width;
     if (found || c0 == 0) {
-      mix<A>(location, L, sums, found, s.tile.weights, 1, L, p.width, c0 == 0 ? fresh : nullptr);
+      weighted_sums<A>(location, L, sums, found, s.tile.weights, 1, L, p.width,
+                       c0 == 0 ? fresh : nullptr);
     }
   }
 }
@@ -523,12 +525,13 @@ void backward(const PoolBackward<A>& args) {
         const int lower = y.segment[sy].lower, upper = y.segment[sy].upper;
         s.features.write(p.features, p.pitch, b, n, lower);
         s.features.open(lower, upper);
-        for (int sx = 0; sx < x.segments; ++sx) unpool_tile(args, p, s, side(y, sy), sx, b, n);
+        for (int sx = 0; sx < x.segments; ++sx)
+          pool_tile_backward(args, p, s, side(y, sy), sx, b, n);
       }
       const int end = chunk.upper + 1 > chunk.end ? chunk.upper + 1 : chunk.end;
       s.features.write(p.features, p.pitch, b, n, end);
     });
-    // Rows that lie under several chunks: the sum of their parts, in order.
+    // Rows that several chunks share: the sum of their parts, in order.
     parallel(images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t slot = unit / h, b = (first + slot) / K, n = (first + slot) % K;
       const int i = static_cast<int>(unit % h);

@@ -1,5 +1,5 @@
 // Cosine matching with the best of the windows over each pixel, equation (3): what its forward
-// pass, its gradient and the cross-entropy of its logits have in common.
+// pass, its gradient and the cross-entropy of its logits share.
 //
 //   S_c(x) = max over windows m over x of <Up F(x), q_{c,m}> / |Up F(x)|,    q = p / |p|
 //
@@ -11,14 +11,14 @@
 // g_c(x) = dS_c(x) / |Up F(x)|, and m*(x) the winning window, the gradients are
 //
 //   da_{c,m}(l) = sum over x with m*(x) = m of w_l(x) g_c(x)
-//   d|u|^2(x)   = -1/2 sum over c of dS_c(x) S_c(x) / |Up F(x)|^2, handed on to the inner products
-//   dF(l)       = sum over c, m of da(l) q_{c,m}  +  what the inner products of l hand on
-//   dq_{c,m}    = sum over l of da(l) F(l),          dp = (dq - <q, dq> q) / |p|
+//   d|u|^2(x)   = -1/2 sum over c of dS_c(x) S_c(x) / |Up F(x)|^2
+//   dF(l)       = sum over c, m of da(l) q_{c,m}  +  the gradient of |u|^2 through the inner
+//   products dq_{c,m}    = sum over l of da(l) F(l),          dp = (dq - <q, dq> q) / |p|
 //
-// What is written may be logit_scale * S, the logits of the head: then g is scaled as well.
+// Scores may be scaled to the logits of the head, logit_scale * S; then g is scaled as well.
 //
-// Files: match_forward.h scores the pixels of a tile, match_backward.h hands their gradients on.
-// cosine_match.cpp reads and writes whole images of scores, cosine_match_loss.cpp never has one.
+// Files: match_forward.h scores the pixels of a tile, match_backward.h has their gradients.
+// cosine_match.cpp reads and writes whole images of scores, cosine_match_loss.cpp stores none.
 #pragma once
 
 #include "parallel.h"
@@ -28,18 +28,18 @@
 LSLPN_BEGIN
 namespace cpu {
 
-// This many windows (of one or more classes) of a tile are handled together, and this many of one
-// class are kept in registers.
+// Windows (of one or more classes) of a tile that are processed together, and windows of one class
+// that are kept in registers.
 constexpr int kWindows = 16;
 constexpr int kAtOnce = 4;
 
-// What forward and backward have in common.
+// Forward and backward.
 template <class A>
 struct Problem {
   const Tables<A>& tables;
   const Features& features;
   const A* prototypes;
-  std::int64_t C, D, width;  // width: channels of a packed location, filled up
+  std::int64_t C, D, width;  // width: channels of a packed location, padded
   std::int64_t pitch;        // from one packed location to the next
   std::int64_t windows;      // Gy * Gx
   bool mean;                 // of the windows over a pixel, instead of the best
@@ -64,13 +64,13 @@ struct Problem {
     const double locations = double(features.h) * features.w;
     const double work =
         double(features.B) * features.N * (over * (pixels + locations * D) + 8 * locations * D);
-    return work < kWorthThreads ? 1 : wanted;
+    return work < kMinParallelWork ? 1 : wanted;
   }
   std::int64_t vectors() const { return features.B * C * windows; }
 };
 
-// Directions q = p / |p|, filled up with zeros to `width`, and 1 / |p|: 0 for a prototype without a
-// direction, NaN for one that is not finite.
+// Directions q = p / |p|, zero-padded to `width`, and 1 / |p|: 0 for a prototype shorter than eps,
+// NaN for one that is not finite.
 template <class A>
 struct Directions {
   A* q = nullptr;
@@ -132,7 +132,7 @@ struct Rows {
     zero = arena.take<A>(p.width);
   }
 
-  // Begins chunk k of an image. After the chunk before it, its last rows are still there.
+  // Begins a chunk of an image. After the previous chunk, the rows that they share are kept.
   void start(const Problem<A>& p, std::int64_t b, std::int64_t n, const Chunk& chunk) {
     const std::int64_t next = b * p.features.N + n;
     if (next != image || loaded != chunk.before) loaded = -1;
@@ -140,7 +140,7 @@ struct Rows {
     for (std::int64_t d = 0; d < p.width; ++d) zero[d] = A(0);
   }
 
-  // Makes rows lower .. upper available, and keeps row lower - 1 if it was.
+  // Loads rows lower .. upper; row lower - 1 is kept if it was loaded.
   void load(const Problem<A>& p, std::int64_t b, std::int64_t n, int lower, int upper) {
     const int first = loaded + 1 < lower ? lower : loaded + 1;
     if (first > upper) return;
@@ -200,7 +200,7 @@ struct Rows {
 template <class A>
 struct Tile {
   Side<A> y, x;
-  int T;  // pixels of a row, filled up
+  int T;  // pixels of a row, padded
   int locations;
   int windows;
   const A* location[kTileCells * kTileCells];
@@ -230,12 +230,12 @@ struct Tile {
   }
 };
 
-// Up to kWindows windows of a tile, of one or several classes: piece `from` .. `to` of the list of
-// all (class, window), class by class.
+// Up to kWindows windows of a tile, of one or several classes: entries `from` .. `to` of the list
+// of all (class, window) pairs, class by class.
 struct Piece {
   int from, to;
 
-  // The next piece: as many whole classes as fit, or a part of one class.
+  // The next piece: as many whole classes as fit, or a part of one.
   static Piece after(int done, int windows, int classes) {
     const int all = windows * classes;
     int n = kWindows;
@@ -249,17 +249,17 @@ struct Piece {
   }
 };
 
-// Buffers that follow a tile, forward and backward.
+// Buffers of a tile, forward and backward.
 template <class A>
 struct TileScratch {
   A* dots = nullptr;           // [kWindows, locations] a, or da
   A* mean = nullptr;           // [locations] the mean of a over the windows, or da of each of them
-  A* columns = nullptr;        // [kAtOnce, R rows, T] a carried to the pixels' columns
+  A* columns = nullptr;        // [kAtOnce, R rows, T] a interpolated to the pixels' columns
   A* row = nullptr;            // [R rows, T] row(i) of |u|^2
   A* between = nullptr;        // [R rows, T]
   A* length = nullptr;         // [T rows, T] logit_scale / |u|
   A* value = nullptr;          // [T rows, T] of a class: the best score so far, or g
-  Whole<A>* winner = nullptr;  // [T rows, T] and whose it is
+  Whole<A>* winner = nullptr;  // [T rows, T] its window
 
   TileScratch(Arena& arena, const Problem<A>& p) {
     const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
@@ -279,18 +279,18 @@ struct TileScratch {
     const int T = tile.T;
     for (int i = 0; i < tile.y.cells; ++i) {
       const int at = tile.y.lower + i;
-      widen_row(rows.own.row(at) + x.lower, x.square, rows.right.row(at) + x.lower, x.cross, A(2),
-                x.cells, T, row + i * T);
+      interpolate_row(rows.own.row(at) + x.lower, x.square, rows.right.row(at) + x.lower, x.cross,
+                      A(2), x.cells, T, row + i * T);
       if (i + 1 == tile.y.cells) {  // has no neighbour below in the tile
         std::memset(between + i * T, 0, sizeof(A) * T);
         break;
       }
-      widen_row(rows.below.row(at) + x.lower, x.square, rows.across.row(at) + x.lower, x.cross,
-                A(1), x.cells, T, between + i * T);
+      interpolate_row(rows.below.row(at) + x.lower, x.square, rows.across.row(at) + x.lower,
+                      x.cross, A(1), x.cells, T, between + i * T);
     }
     for (int t = 0; t < T; t += kLanes<A>) {
       Vec<A> one{}, next{}, both{};
-      walk(
+      walk_rows(
           p.tables.y, tile.y,
           [&](int lower, int upper) {
             one = load(row + lower * T + t);
@@ -320,7 +320,7 @@ struct TileScratch {
     }
     const int L = tile.locations;
     cpu::dots<A>(tile.location, L, near, n, p.width, dots, L);
-    // Spread out from the last, since they stand closer than where they belong.
+    // Move them to their places, from the last.
     int k = piece.to - piece.from - 1;
     for (int m = n - 1; k >= 0; --k) {
       if (m >= 0 && active[m] == k) {
@@ -333,7 +333,7 @@ struct TileScratch {
   }
 };
 
-// What a thread works with.
+// The memory of a thread.
 template <class A>
 struct MatchScratch {
   Rows<A> rows;

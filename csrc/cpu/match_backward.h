@@ -1,5 +1,5 @@
-// The backward pass of matching, tile by tile. A `Pixels` gives the gradients of the scores: see
-// Kept in cosine_match.cpp.
+// The backward pass of matching, tile by tile. A `Pixels` provides the gradients of the scores, see
+// SavedPixels in cosine_match.cpp.
 #pragma once
 
 #include "match.h"
@@ -43,7 +43,7 @@ struct QueryGradient {
     }
   }
 
-  // Writes the rows below `end`: no tile to come touches them.
+  // Writes the rows below `end`: no later tile touches them.
   void write(const BackwardProblem<A>& p, const Rows<A>& rows, std::int64_t b, std::int64_t n,
              int end) {
     for (int i = features.written; i < end; ++i) {
@@ -53,7 +53,7 @@ struct QueryGradient {
   }
 
  private:
-  // What the inner products of row i hand on: dF += their gradients times the other factor.
+  // The gradient through the inner products of row i: dF += their gradients times the other factor.
   void products(const Problem<A>& p, const Rows<A>& rows, int i) const {
     const bool has_above = i > features.run, has_below = i < features.opened;
     const std::int64_t w = p.features.w;
@@ -94,7 +94,7 @@ struct QueryGradient {
   }
 };
 
-// What the chunks of a group of images leave for the end: parts of dq, and of shared rows of dF.
+// Partial sums of the chunks of a group of images: of dq, and of the rows of dF that chunks share.
 constexpr std::int64_t kEpisodes = 8, kImages = 4;
 
 template <class A>
@@ -142,7 +142,7 @@ template <class A>
 struct BackwardScratch : MatchScratch<A> {
   QueryGradient<A> gradient;
   A* energy;  // [T rows, T] sum over c of dS S
-  // Of the class at hand, [T rows, T]:
+  // Of the current class, [T rows, T]:
   const A* slope;          // g
   const Whole<A>* winner;  // m*; not used for "mean"
 
@@ -152,16 +152,16 @@ struct BackwardScratch : MatchScratch<A> {
   }
 };
 
-// columns[n, i, t] = sum over pixels y whose winner is code[n] of their weight of feature row i
-// times g(y, t); of all pixels, where `code` is null.
+// columns[n, i, t] = sum over pixels y with winner code[n] of w_i(y) g(y, t), where w_i(y) is the
+// interpolation weight of feature row i; over all pixels, where `code` is null.
 template <class A, int N>
-void gather(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
-            const int* code) {
+void column_sums(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
+                 const int* code) {
   const int T = tile.T, plane = tile.y.cells * T;
   std::memset(s.tile.columns, 0, sizeof(A) * N * plane);
   for (int t = 0; t < T; t += kLanes<A>) {
     Vec<A> low[N] = {}, high[N] = {};
-    walk(
+    walk_rows(
         p.tables.y, tile.y,
         [&](int, int) {
           for (int n = 0; n < N; ++n) low[n] = high[n] = Vec<A>{};
@@ -186,31 +186,33 @@ void gather(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScra
 }
 
 template <class A>
-void gather(int n, const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
-            const int* code) {
+void column_sums(int n, const BackwardProblem<A>& p, const Tile<A>& tile,
+                 const BackwardScratch<A>& s, const int* code) {
   static_assert(kAtOnce == 4, "one case for each number of windows");
   switch (n) {
     case 1:
-      return gather<A, 1>(p, tile, s, code);
+      return column_sums<A, 1>(p, tile, s, code);
     case 2:
-      return gather<A, 2>(p, tile, s, code);
+      return column_sums<A, 2>(p, tile, s, code);
     case 3:
-      return gather<A, 3>(p, tile, s, code);
+      return column_sums<A, 3>(p, tile, s, code);
     default:
-      return gather<A, 4>(p, tile, s, code);
+      return column_sums<A, 4>(p, tile, s, code);
   }
 }
 
-// The gradient of |u|^2 of the pixels of a tile, handed on to the inner products of its locations.
+// The gradient of |u|^2 of the pixels of a tile, as gradients of the inner products of its
+// locations.
 template <class A>
-void gather_lengths(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s) {
+void length_gradients(const BackwardProblem<A>& p, const Tile<A>& tile,
+                      const BackwardScratch<A>& s) {
   const int T = tile.T, rows = tile.y.cells, cells = tile.x.cells;
   const A unscaled = A(1) / p.logit_scale;
   std::memset(s.tile.row, 0, sizeof(A) * rows * T);
   std::memset(s.tile.between, 0, sizeof(A) * rows * T);
   for (int t = 0; t < T; t += kLanes<A>) {
     Vec<A> one{}, next{}, both{};
-    walk(
+    walk_rows(
         p.tables.y, tile.y, [&](int, int) { one = next = both = Vec<A>{}; },
         [&](int i, A b) {
           const std::int64_t here = i * T + t;
@@ -238,7 +240,7 @@ void gather_lengths(const BackwardProblem<A>& p, const Tile<A>& tile, const Back
                   {s.tile.between, tile.x.square, s.gradient.below, A(1)},
                   {s.tile.between, tile.x.cross, s.gradient.across, A(1)}};
   for (const auto& product : products) {
-    narrow_rows(product.value, rows, product.table, cells, T, s.tile.mean, cells);
+    reduce_rows(product.value, rows, product.table, cells, T, s.tile.mean, cells);
     for (int i = 0; i < rows; ++i) {
       A* to = product.map.row(tile.y.lower + i) + tile.x.lower;
       for (int j = 0; j < cells; ++j) to[j] += product.times * s.tile.mean[i * cells + j];
@@ -246,11 +248,11 @@ void gather_lengths(const BackwardProblem<A>& p, const Tile<A>& tile, const Back
   }
 }
 
-// Hands da of the windows of a piece on to the features and the directions.
+// Adds the gradients of features and directions by da of the windows of a piece.
 template <class A>
-void hand_on(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
-             const Directions<A>& directions, std::int64_t b, int sx, Piece piece,
-             A* grad_directions, int first_row) {
+void add_gradients(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
+                   const Directions<A>& directions, std::int64_t b, int sx, Piece piece,
+                   A* grad_directions, int first_row) {
   const A* near[kWindows];
   A* grad_near[kWindows];
   int active = 0;
@@ -276,18 +278,18 @@ void hand_on(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScr
     A* location[kTileCells * kTileCells];
     bool fresh[kTileCells * kTileCells];
     s.gradient.features.touch(tile.y.lower, tile.y.cells, p.tables.x, sx, p.pitch, location, fresh);
-    mix<A>(location, L, near, active, s.tile.dots, 1, L, p.width,
-           piece.from == 0 ? fresh : nullptr);
+    weighted_sums<A>(location, L, near, active, s.tile.dots, 1, L, p.width,
+                     piece.from == 0 ? fresh : nullptr);
   }
   if (grad_directions) {
-    mix<A>(grad_near, active, tile.location, L, s.tile.dots, L, 1, p.width);
+    weighted_sums<A>(grad_near, active, tile.location, L, s.tile.dots, L, 1, p.width);
   }
 }
 
 template <class A, class Pixels>
-void unmatch_tile(const BackwardProblem<A>& p, const Directions<A>& directions,
-                  BackwardScratch<A>& s, std::int64_t b, Tile<A>& tile, int sx, A* grad_directions,
-                  int first_row, const Pixels& pixels) {
+void match_tile_backward(const BackwardProblem<A>& p, const Directions<A>& directions,
+                         BackwardScratch<A>& s, std::int64_t b, Tile<A>& tile, int sx,
+                         A* grad_directions, int first_row, const Pixels& pixels) {
   const int L = tile.locations, rows = tile.y.cells;
   const int classes = static_cast<int>(p.C), all = tile.windows * classes;
   for (Piece piece = Piece::after(0, tile.windows, classes); piece.from < all;
@@ -297,8 +299,8 @@ void unmatch_tile(const BackwardProblem<A>& p, const Directions<A>& directions,
       if (first == 0) {
         pixels.open(p, tile, s, c);
         if (p.mean) {
-          gather(1, p, tile, s, nullptr);
-          narrow_rows(s.tile.columns, rows, tile.x.weight, tile.x.cells, tile.T, s.tile.mean,
+          column_sums(1, p, tile, s, nullptr);
+          reduce_rows(s.tile.columns, rows, tile.x.weight, tile.x.cells, tile.T, s.tile.mean,
                       tile.x.cells);
           for (int l = 0; l < L; ++l) s.tile.mean[l] /= static_cast<A>(tile.windows);
         }
@@ -312,22 +314,22 @@ void unmatch_tile(const BackwardProblem<A>& p, const Directions<A>& directions,
       } else {
         int code[kAtOnce];
         for (int m = 0; m < count; ++m) code[m] = tile.code(p, first + m);
-        gather(count, p, tile, s, code);
-        narrow_rows(s.tile.columns, count * rows, tile.x.weight, tile.x.cells, tile.T, da,
+        column_sums(count, p, tile, s, code);
+        reduce_rows(s.tile.columns, count * rows, tile.x.weight, tile.x.cells, tile.T, da,
                     tile.x.cells);
       }
       k += count;
     }
-    hand_on(p, tile, s, directions, b, sx, piece, grad_directions, first_row);
+    add_gradients(p, tile, s, directions, b, sx, piece, grad_directions, first_row);
   }
-  if (p.grad_features.data) gather_lengths(p, tile, s);
+  if (p.grad_features.data) length_gradients(p, tile, s);
 }
 
 // All images of a group, one after the other, in one chunk of rows.
 template <class A, class Pixels>
-void unmatch_chunk(const BackwardProblem<A>& p, const BackwardShared<A>& shared,
-                   BackwardScratch<A>& s, int k, std::int64_t episode, std::int64_t b,
-                   std::int64_t first_image, std::int64_t images, const Pixels& pixels) {
+void match_chunk_backward(const BackwardProblem<A>& p, const BackwardShared<A>& shared,
+                          BackwardScratch<A>& s, int k, std::int64_t episode, std::int64_t b,
+                          std::int64_t first_image, std::int64_t images, const Pixels& pixels) {
   const AxisTables<A>& y = p.tables.y;
   const Chunk chunk = chunk_of(y, k);
   const Covering window_rows = shared.window_rows(p, chunk);
@@ -358,8 +360,8 @@ void unmatch_chunk(const BackwardProblem<A>& p, const BackwardShared<A>& shared,
       for (int sx = 0; sx < p.tables.x.segments; ++sx) {
         Tile<A> tile(p, sy, sx);
         const auto of_tile = pixels.of(p, shared.directions, s, b, n, k, tile);
-        unmatch_tile(p, shared.directions, s, b, tile, sx, grad_directions, window_rows.first,
-                     of_tile);
+        match_tile_backward(p, shared.directions, s, b, tile, sx, grad_directions,
+                            window_rows.first, of_tile);
       }
     }
     if (wants_features) {
@@ -369,7 +371,7 @@ void unmatch_chunk(const BackwardProblem<A>& p, const BackwardShared<A>& shared,
   }
 }
 
-// Rows that lie under several chunks: the sum of their parts, in order.
+// Rows of dF that several chunks share: the sum of their parts, in order.
 template <class A>
 void add_parts(const BackwardProblem<A>& p, const BackwardShared<A>& shared, A* sum, int i,
                std::int64_t b, std::int64_t n, std::int64_t slot) {
@@ -390,7 +392,7 @@ void add_parts(const BackwardProblem<A>& p, const BackwardShared<A>& shared, A* 
   unpack<A>([sum](std::int64_t) { return sum; }, p.pitch, p.grad_features, b, n, i, i + 1);
 }
 
-// dp = (dq - <q, dq> q) / |p|, of the sum of the chunks' parts of dq.
+// dp = (dq - <q, dq> q) / |p|, with dq the sum of the chunks' parts.
 template <class A>
 void finish_direction(const BackwardProblem<A>& p, const BackwardShared<A>& shared, A* sum,
                       std::int64_t episode, std::int64_t b, std::int64_t c, int my, int mx) {
@@ -421,7 +423,7 @@ void finish_direction(const BackwardProblem<A>& p, const BackwardShared<A>& shar
   for (std::int64_t d = 0; d < p.D; ++d) out[d] = (sum[d] - along * q[d]) * inverse;
 }
 
-// The whole backward pass, with directions in `shared`.
+// The backward pass; `shared` holds the directions.
 template <class A, class Shared, class Start, class Pixels>
 void backward(const BackwardProblem<A>& p, const Shared& shared, int threads, Start scratch,
               const Pixels& pixels) {
@@ -434,7 +436,8 @@ void backward(const BackwardProblem<A>& p, const Shared& shared, int threads, St
       const std::int64_t images = N - n0 < kImages ? N - n0 : kImages;
       parallel(episodes * chunks, threads, scratch, [&](std::int64_t unit, Scratch& s) {
         const std::int64_t e = unit / chunks;
-        unmatch_chunk(p, shared, s, static_cast<int>(unit % chunks), e, b0 + e, n0, images, pixels);
+        match_chunk_backward(p, shared, s, static_cast<int>(unit % chunks), e, b0 + e, n0, images,
+                             pixels);
       });
       if (!p.grad_features.data) continue;
       parallel(episodes * images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {

@@ -1,4 +1,4 @@
-// The forward pass of matching, tile by tile. An `Output` takes what is found: see Image in
+// The forward pass of matching, tile by tile. An `Output` stores scores and winners, see Image in
 // cosine_match.cpp.
 #pragma once
 
@@ -7,15 +7,15 @@
 LSLPN_BEGIN
 namespace cpu {
 
-// The best of N windows, of which `columns` holds the inner products, carried down to the pixels.
-// `first` and `last` tell whether windows came before, and come after.
+// The best of N windows at every pixel, from inner products that `columns` holds for its columns.
+// `first` and `last`: whether these are the first and the last windows of the tile.
 template <int N, class A, class Output>
 void best_of(const Problem<A>& p, const Tile<A>& tile, const TileScratch<A>& s, std::int64_t c,
              const int* code, bool first, bool last, const Output& out) {
   const int T = tile.T, plane = tile.y.cells * T;
   for (int t = 0; t < tile.x.pixels; t += kLanes<A>) {
     Vec<A> low[N] = {}, rise[N] = {};
-    walk(
+    walk_rows(
         p.tables.y, tile.y,
         [&](int lower, int upper) {
           for (int n = 0; n < N; ++n) {
@@ -67,8 +67,8 @@ void best_of(int n, const Problem<A>& p, const Tile<A>& tile, const TileScratch<
   }
 }
 
-// Whether everything that the pixels of a tile are made of is finite; and the products of its last
-// locations with those beyond too, for their weights are 0, but 0 times NaN is NaN.
+// Whether all inputs of the pixels of a tile are finite, including the products of its last
+// locations with those beyond: their weights are 0, but 0 times NaN is NaN.
 template <class A>
 bool finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows,
             const Directions<A>& directions, std::int64_t b) {
@@ -88,7 +88,7 @@ bool finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows,
 }
 
 // A tile with values that are not finite, pixel by pixel: such a value must reach all pixels that
-// are interpolated from it, and no others; and a score that is NaN stays so whatever comes after.
+// are interpolated from it, and no others, and a NaN score wins over all others.
 template <class A, class Output>
 void match_not_finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows,
                       const Directions<A>& directions, std::int64_t b, std::int64_t c,
@@ -140,11 +140,12 @@ void match_not_finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& r
   }
 }
 
-// Carries a from the locations of a tile to the columns of its pixels.
+// Interpolates a from the locations of a tile to the columns of its pixels.
 template <class A>
 void to_columns(const Tile<A>& tile, const A* a, A* columns) {
   for (int i = 0; i < tile.y.cells; ++i) {
-    widen_row(a + i * tile.x.cells, tile.x.cells, tile.x.weight, tile.T, columns + i * tile.T);
+    interpolate_row(a + i * tile.x.cells, tile.x.cells, tile.x.weight, tile.T,
+                    columns + i * tile.T);
   }
 }
 
@@ -166,7 +167,7 @@ void match_tile(const Problem<A>& p, const Directions<A>& directions, const Matc
   for (Piece piece = Piece::after(0, tile.windows, classes); piece.from < all;
        piece = Piece::after(piece.to, tile.windows, classes)) {
     s.tile.inner_products(p, tile, directions, b, piece);
-    // The piece, class by class, a few windows at a time.
+    // The piece, class by class, kAtOnce windows at a time.
     for (int k = piece.from; k < piece.to;) {
       const int c = k / tile.windows, first = k % tile.windows;
       int count = tile.windows - first;

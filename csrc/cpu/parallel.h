@@ -16,11 +16,11 @@
 LSLPN_BEGIN
 namespace cpu {
 
-// Calls f(unit, state) for every unit, with a state that each thread gets from start(thread).
+// Calls f(unit, state) for every unit; each thread gets its state from start(thread).
 //
-// Each thread has a run of consecutive units, so that it can go on with what it has at hand; when
-// it is done it helps out with the runs of the others. Which thread gets a unit is thus left to
-// chance, and no result may depend on it.
+// Each thread has a run of consecutive units, whose data it can reuse; when it has finished it
+// takes units from the runs of other threads. So the assignment of units to threads varies, and no
+// result may depend on it.
 template <class Start, class F>
 inline void parallel(std::int64_t units, int threads, Start start, F f) {
   if (threads > units) threads = static_cast<int>(units);
@@ -29,7 +29,7 @@ inline void parallel(std::int64_t units, int threads, Start start, F f) {
     struct alignas(64) Run {
       std::int64_t next, end;
     };
-    Run runs[kMostThreads];
+    Run runs[kMaxThreads];
     for (int t = 0; t < threads; ++t) runs[t] = {units * t / threads, units * (t + 1) / threads};
 #pragma omp parallel num_threads(threads)
     {
@@ -51,13 +51,13 @@ inline void parallel(std::int64_t units, int threads, Start start, F f) {
   for (std::int64_t unit = 0; unit < units; ++unit) f(unit, state);
 }
 
-// Not worth a second thread below this many multiplications.
-constexpr double kWorthThreads = 2e5;
+// Below this many multiplications one thread is used.
+constexpr double kMinParallelWork = 2e5;
 
-// Adds up what memory is needed (while `base` is null), then deals it out.
+// Adds up the memory that is needed (while `base` is null), then hands out its pieces.
 //
-// AddressSanitizer knows only the whole. So that it sees a step from one piece into the next, each
-// of them has a fence behind it where the kernels are compiled for it (tests/kernels/sanitizers).
+// AddressSanitizer knows only the whole allocation. So that it detects an overrun into the next
+// piece, each has a poisoned gap behind it where it is compiled in (tests/kernels/sanitizers).
 struct Arena {
   char* base = nullptr;
   std::int64_t used = 0;
@@ -87,12 +87,12 @@ class Memory {
     Arena size, each;
     Shared(size, problem);
     Scratch(each, problem);
-    // A thread's part is kept off the cache lines, and pages, of the others.
+    // No two threads share a cache line or a page.
     per_thread_ = (each.used + 4095) / 4096 * 4096 + 128;
     size_ = size.used + threads * per_thread_;
-    data_ = static_cast<char*>(take_memory(size_));
+    data_ = static_cast<char*>(allocate_memory(size_));
 #if defined(__SANITIZE_ADDRESS__)
-    std::memset(data_, 0xff, size_);  // NaN: nobody may count on what an earlier call has left
+    std::memset(data_, 0xff, size_);  // NaN: nothing may rely on memory being cleared
 #endif
     scratch_ = data_ + size.used;
     Arena arena{data_};
@@ -102,14 +102,14 @@ class Memory {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(data_, size_);
 #endif
-    give_back_memory(data_);
+    free_memory(data_);
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
   const Shared& shared() const { return shared_; }
 
-  // What parallel() starts a thread with.
+  // The `start` of parallel().
   template <class Problem>
   auto scratch(const Problem& problem) const {
     return [this, &problem](int thread) {

@@ -1,9 +1,9 @@
-// Rows of features on their way between memory and the kernels.
+// Reading and writing rows of features.
 //
-// Kernels want the D channels of one location side by side, in the accumulation type, filled up
-// with zeros to whole vectors. Features come with D outermost or innermost and in four dtypes. So
-// they are packed, a few rows of locations at a time, into a ring of as many rows as one band of
-// tiles needs: each row is read once, and what is packed stays in the second cache.
+// The kernels need the D channels of a location to be contiguous, in the accumulation type, and
+// zero-padded to whole vectors. Features have D outermost or innermost, in one of four dtypes. So
+// they are packed, a few rows of locations at a time, into a ring buffer of as many rows as a band
+// of tiles needs: each row is read once, and packed rows stay in the L2 cache.
 #pragma once
 
 #include "kernels.h"
@@ -12,7 +12,7 @@
 LSLPN_BEGIN
 namespace cpu {
 
-// A ring of rows: row i lies in slot i mod slots.
+// A ring buffer of rows: row i is in slot i mod slots.
 template <class A>
 struct Ring {
   A* data;
@@ -27,12 +27,12 @@ inline T* image_of(const Features& f, std::int64_t b, std::int64_t n) {
   return reinterpret_cast<T*>(f.data) + b * f.stride[0] + n * f.stride[1];
 }
 
-// Rows first <= i < last of image (b, n) into a ring: `row(i)[j * pitch + d]`, filled up to
+// Packs rows first <= i < last of image (b, n) into a ring: `row(i)[j * pitch + d]`, zero-padded to
 // `width`.
 //
-// Where D is outermost, squares of channels by locations are exchanged in registers. All rows of a
-// channel are read before the next ones: a row alone is a few cache lines out of a page. Those of
-// the channels to come are asked for ahead, since the processor does not foresee the jump.
+// Where D is outermost, blocks of channels by locations are transposed in registers. All rows of a
+// channel are read before those of the next, since one row is only a few cache lines of a page. The
+// next channels are prefetched: the hardware prefetcher does not cross to another page.
 template <class T, class A>
 inline void pack_as(const Features& f, std::int64_t b, std::int64_t n, std::int64_t first,
                     std::int64_t last, const Ring<A>& to, std::int64_t width) {
@@ -81,7 +81,7 @@ inline void pack_as(const Features& f, std::int64_t b, std::int64_t n, std::int6
   }
 }
 
-// The way back, rounded to T: locations `row(i)[j * pitch + d]`, zeros where row(i) is null.
+// The reverse, rounded to T: from `row(i)[j * pitch + d]`, or zeros where row(i) is null.
 template <class T, class A, class Row>
 inline void unpack_as(Row row, std::int64_t pitch, const Features& f, std::int64_t b,
                       std::int64_t n, std::int64_t first, std::int64_t last) {
@@ -165,20 +165,20 @@ inline void unpack(Row row, std::int64_t pitch, const Features& f, std::int64_t 
   }
 }
 
-// Chunks. The segments of the rows are dealt into chunks, the units of parallel work; how many
-// there are depends on the geometry alone, so that every sum has the same order whatever the number
-// of threads. A feature row may lie under several chunks: each of them then leaves its part of the
-// gradient in a buffer, and the parts are added in order when all are there.
+// Chunks of row segments are the units of parallel work. Their number depends on the geometry
+// alone, so that every sum has the same order for any number of threads. Where chunks share a
+// feature row, each writes its part of the gradient to a buffer, and the parts are added in order
+// at the end.
 struct Chunk {
   int first, last;    // segments first <= s < last
   int lower, upper;   // feature rows under them, both included
-  int before, after;  // rows <= before lie under an earlier chunk too, rows >= after under a later
-  int begin, end;     // rows begin <= i < end are this chunk's own to write; among them are those
-                      // between the chunks that no pixel needs
+  int before, after;  // rows <= before are shared with an earlier chunk, rows >= after with a later
+  int begin, end;     // rows begin <= i < end are written by this chunk, including those between
+                      // chunks that no pixel needs
 
   bool shares(int i) const { return i <= before || i >= after; }
 
-  // How many rows are shared, and the place of one among them.
+  // The number of shared rows, and the index of one among them.
   int shared() const { return heads() + tails(); }
   int place(int i) const { return i <= before ? i - lower : heads() + i - tail(); }
 
@@ -203,18 +203,18 @@ inline Chunk chunk_of(const AxisTables<A>& y, int k) {
   return c;
 }
 
-// The rows of a gradient as they are summed up over one chunk. Rows of its own lie in a ring until
-// they are written, shared ones stay in `parts`, [shared rows, w, pitch], for the end.
+// The rows of a gradient while they are accumulated over one chunk. Its own rows are in a ring
+// until they are written, shared ones in `parts`, [shared rows, w, pitch].
 template <class A>
 struct GradientRows {
   Ring<A> ring;
   A* parts = nullptr;
   Chunk chunk{};
   bool gaps = false;  // columns that no tile touches
-  int run = 0;        // the first of the rows that are open without a gap, up to ...
-  int opened = -1;    // ... the last one
-  int fresh = 0;      // rows from here on have not been touched by the band before
-  int written = 0;    // rows below this are done with
+  int run = 0;        // rows run .. opened are open
+  int opened = -1;
+  int fresh = 0;    // rows from here on have not been touched by the previous band
+  int written = 0;  // rows below this are finished
 
   void start(const AxisTables<A>& x, const Chunk& c, A* shared) {
     parts = shared;
@@ -231,7 +231,7 @@ struct GradientRows {
   }
   bool is_open(std::int64_t i) const { return run <= i && i <= opened; }
 
-  // Makes room for the rows lower .. upper of a band; not cleared, see touch().
+  // Opens the rows lower .. upper of a band; they are not cleared, see touch().
   void open(int lower, int upper) {
     if (lower > opened + 1) run = lower;
     fresh = opened + 1 > lower ? opened + 1 : lower;
@@ -239,8 +239,8 @@ struct GradientRows {
     if (upper > opened) opened = upper;
   }
 
-  // The locations of a tile, and which of them hold nothing yet: no tile of an earlier band or
-  // further to the left has touched them.
+  // The locations of a tile, and which of them are fresh: not touched by a tile of an earlier band
+  // or further to the left, and so not initialised.
   void touch(int lower, int rows, const AxisTables<A>& x, int sx, std::int64_t pitch, A** location,
              bool* is_fresh) const {
     const Segment& columns = x.segment[sx];
@@ -253,7 +253,7 @@ struct GradientRows {
     }
   }
 
-  // Writes the rows below `end` to f: no tile to come touches them.
+  // Writes the rows below `end` to f: no later tile touches them.
   void write(const Features& f, std::int64_t pitch, std::int64_t b, std::int64_t n, int end) {
     while (written < end && chunk.shares(written)) ++written;
     int own = written;

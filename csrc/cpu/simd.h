@@ -57,7 +57,7 @@ using Whole = typename VectorOf<A>::whole;
 template <class A>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 
-// Rows of numbers are filled up to a multiple of this.
+// Rows of numbers are zero-padded to a multiple of this.
 constexpr int kPadding = 16;
 constexpr std::int64_t padded(std::int64_t n) {
   return (n + kPadding - 1) / kPadding * kPadding;

@@ -1,12 +1,12 @@
-// Between feature locations and the pixels of a tile.
+// Interpolation from feature locations to the pixels of a tile, and its transpose.
 //
 // A tile is a row segment crossed with a column segment: at most 32 x 32 pixels that lie in the
-// same windows and are interpolated from the same few feature locations. What is known at the
-// locations is carried to the pixels, or back, one axis at a time: columns by a product with the
-// table of weights, rows by walking down the pixels, whose two taps stay the same for a while.
+// same windows and are interpolated from the same few feature locations. Interpolation is
+// separable: columns by a product with the table of weights, rows by walking down the pixel rows,
+// several of which have the same two taps.
 //
-// Letters: T pixels of a segment along x, filled up to whole vectors; R feature locations along x;
-// rows(i) of both are taken along y.
+// Letters: T pixels of a segment along x, padded to whole vectors; R feature locations along x;
+// rows of both are along y.
 #pragma once
 
 #include "../core/geometry.h"
@@ -45,7 +45,7 @@ inline Side<A> side(const AxisTables<A>& axis, int s) {
 
 // out[t] = sum over r < cells of value[r] table[r, t].
 template <class A>
-inline void widen_row(const A* value, int cells, const A* table, int T, A* out) {
+inline void interpolate_row(const A* value, int cells, const A* table, int T, A* out) {
   for (int t = 0; t < T; t += kLanes<A>) {
     Vec<A> sum = splat(value[0]) * load(table + t);
     for (int r = 1; r < cells; ++r) sum += splat(value[r]) * load(table + r * T + t);
@@ -53,11 +53,11 @@ inline void widen_row(const A* value, int cells, const A* table, int T, A* out) 
   }
 }
 
-// out[t] = sum over r of value[r] table[r, t] + twice * other[r] second[r, t], where the second is
-// for neighbours r and r + 1: the last r has none in the tile.
+// out[t] = sum over r of value[r] table[r, t] + twice * other[r] second[r, t], where `second` is
+// for neighbours r and r + 1; the last r has none in the tile.
 template <class A>
-inline void widen_row(const A* value, const A* table, const A* other, const A* second, A twice,
-                      int cells, int T, A* out) {
+inline void interpolate_row(const A* value, const A* table, const A* other, const A* second,
+                            A twice, int cells, int T, A* out) {
   for (int t = 0; t < T; t += kLanes<A>) {
     Vec<A> sum = splat(value[0]) * load(table + t);
     for (int r = 1; r < cells; ++r) {
@@ -68,10 +68,10 @@ inline void widen_row(const A* value, const A* table, const A* other, const A* s
   }
 }
 
-// The way back: out[(row) * stride + r] = sum over t of value[row * T + t] table[r, t], for many
+// The transpose: out[row * stride + r] = sum over t of value[row * T + t] table[r, t], for all
 // rows.
 template <class A>
-inline void narrow_rows(const A* value, int rows, const A* table, int cells, int T, A* out,
+inline void reduce_rows(const A* value, int rows, const A* table, int cells, int T, A* out,
                         std::int64_t stride) {
   const A* a[kTileCells];
   for (int r = 0; r < cells; ++r) a[r] = table + r * T;
@@ -109,12 +109,12 @@ inline Vec<A> inverse_lengths(Vec<A> square) {
   return square < eps_squared<A>() ? Vec<A>{} : result;
 }
 
-// Walks down the pixels of a tile: calls `enter(lower, upper)` with the two feature rows (counted
-// from the tile's first) whenever they change, `pixel(y, weight of the upper)` for each pixel row,
-// and `leave(lower, upper)` before the next change and at the end.
+// Walks down the pixel rows of a tile: calls `enter(lower, upper)` with the two feature rows
+// (counted from the tile's first) whenever they change, `pixel(y, weight of the upper)` for each
+// pixel row, and `leave(lower, upper)` before the next change and at the end.
 template <class A, class Enter, class Pixel, class Leave>
-inline void walk(const AxisTables<A>& axis, const Side<A>& y, Enter enter, Pixel pixel,
-                 Leave leave) {
+inline void walk_rows(const AxisTables<A>& axis, const Side<A>& y, Enter enter, Pixel pixel,
+                      Leave leave) {
   const int* const rows = axis.lower + y.begin;
   const A* const weight = axis.upper + y.begin;
   for (int i = 0; i < y.pixels;) {

@@ -1,9 +1,9 @@
 """The command line: `lslpn demo`, `segment`, `view`, `train`, `evaluate` and more.
 
-Results go to stdout; progress, notes and errors go to stderr. Exit codes: 0 done; 1 a fault of
-ours or of the machine; 2 something given cannot be used, said in one line; 130 interrupted.
+Results go to stdout; progress, notes and errors go to stderr. Exit codes: 0 success; 1 an error
+of the program or the machine; 2 an unusable argument or file, in one line; 130 interrupted.
 
-torch takes seconds to import, so nothing here imports it before a command needs it.
+torch takes seconds to import, so it is imported only when a command needs it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
 
 import typer
 
 from ..errors import InputError
 from .corpora import prepare_app
 from .evaluate import evaluate
-from .options import InterruptedByUserError, command, group, option, say
+from .options import InterruptedByUserError, Network, command, group, option, say, sharing
 from .paper import experiment_app
 from .segment import demo, segment, view
 from .train import train
@@ -46,16 +45,16 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _global(
-    version: Annotated[
-        bool, option("--version", "Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-    debug: Annotated[bool, option("--debug", "Show the traceback of an error.")] = False,
+    version: bool = option(
+        "--version", "Print the version.", False, callback=_print_version, is_eager=True
+    ),
+    debug: bool = option("--debug", "Show the traceback of an error.", False),
 ) -> None:
     # `main` takes --debug off the line, wherever it stands; it is declared here for the help.
     pass
 
 
-def info(as_json: Annotated[bool, option("--json", "Print JSON.")] = False) -> None:
+def info(as_json: bool = option("--json", "Print JSON.", False)) -> None:
     """Show versions, processor, GPUs, and which backends of the head can run here and why not."""
     from ..info import collect, report
 
@@ -68,7 +67,7 @@ def info(as_json: Annotated[bool, option("--json", "Print JSON.")] = False) -> N
         print(report(facts))
 
 
-for _function in (demo, segment, view, train, evaluate, info):
+for _function in (demo, sharing(Network, segment), view, train, sharing(Network, evaluate), info):
     command(app)(_function)
 app.add_typer(prepare_app, name="prepare")
 app.add_typer(experiment_app, name="experiment")

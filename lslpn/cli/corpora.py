@@ -5,53 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 
 from ..errors import InputError
-from .options import QuietOption, command, group, option, say, sharing, split
+from .options import QUIET, command, group, option, say, sharing, split
 
 prepare_app = group(
     "Turn a public corpus, as it is distributed, into a data set for the other commands."
 )
 
-_SomeOrgans = Annotated[
-    list[str] | None,
-    option(
-        "--organ NAME",
-        "Only these organs, repeated or with commas, in the order of their label values.",
-    ),
-]
-_AllowMissing = Annotated[
-    bool,
-    option(
-        "--allow-missing",
-        "Take a case though an organ has no file in it; the organ is background there.",
-    ),
-]
+_ORGANS = option(
+    "--organ NAME",
+    "Only these organs, repeated or with commas, in the order of their label values.",
+)
+_ALLOW_MISSING = option(
+    "--allow-missing",
+    "Take a case though an organ has no file in it; the organ is background there.",
+    False,
+)
 
 
 @dataclass(frozen=True)
 class _Given:
     """The options that all recipes share: `_recipe` gives every command these."""
 
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="The corpus, unpacked.")]
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="The data set's folder; new or empty.")]
-    cases: Annotated[
-        list[str] | None,
-        option(
-            "--cases CASE",
-            "Only these cases, repeated or with commas; default: all that the corpus has.",
-        ),
-    ] = None
-    skip_bad: Annotated[
-        bool, option("--skip-bad", "Make a data set of the good cases, and list the others.")
-    ] = False
-    resume: Annotated[bool, option("--resume", "Go on in DST; cases finished there are kept.")] = (
-        False
+    src: Path = typer.Argument(..., metavar="SRC", help="The corpus, unpacked.")
+    dst: Path = typer.Argument(..., metavar="DST", help="The data set's folder; new or empty.")
+    cases: list[str] | None = option(
+        "--cases CASE",
+        "Only these cases, repeated or with commas; default: all that the corpus has.",
     )
-    quiet: QuietOption = False
+    skip_bad: bool = option(
+        "--skip-bad", "Make a data set of the good cases, and list the others.", False
+    )
+    resume: bool = option("--resume", "Go on in DST; cases finished there are kept.", False)
+    quiet: bool = QUIET
 
 
 def _recipe(function: Callable[..., None]) -> Callable[..., None]:
@@ -62,20 +52,16 @@ def _recipe(function: Callable[..., None]) -> Callable[..., None]:
 @_recipe
 def visceral(
     given: _Given,
-    corpus: Annotated[
-        Literal["gold", "silver", "both"],
-        option("--corpus", "20 cases by hand, 65 fused, or both."),
-    ] = "both",
-    organ: _SomeOrgans = None,
-    annotator: Annotated[
-        str | None,
-        option(
-            "--annotator ID",
-            "Whose drawing to take where an organ has several, as the file names have it; default,"
-            " and where there is none of theirs: the lowest number.",
-        ),
-    ] = None,
-    allow_missing: _AllowMissing = False,
+    corpus: Literal["gold", "silver", "both"] = option(
+        "--corpus", "20 cases by hand, 65 fused, or both.", "both"
+    ),
+    organ: list[str] | None = _ORGANS,
+    annotator: str | None = option(
+        "--annotator ID",
+        "Whose drawing to take where an organ has several, as the file names have it; default,"
+        " and where there is none of theirs: the lowest number.",
+    ),
+    allow_missing: bool = _ALLOW_MISSING,
 ) -> None:
     """VISCERAL: SRC holds Anatomy3-trainingset and SilverCorpus."""
     own = {"corpus": corpus, "annotator": annotator}
@@ -99,7 +85,7 @@ def chaos(given: _Given) -> None:
 
 @_recipe
 def totalsegmentator(
-    given: _Given, organ: _SomeOrgans = None, allow_missing: _AllowMissing = False
+    given: _Given, organ: list[str] | None = _ORGANS, allow_missing: bool = _ALLOW_MISSING
 ) -> None:
     """TotalSegmentator's CT data set, version 1 or 2: SRC holds s0001, s0002 and so on.
 

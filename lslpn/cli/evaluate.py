@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from ..config import Align, Method, Protocol
 from ..errors import InputError
 from .options import (
-    DEFAULT_SEED,
-    CheckpointOption,
-    DataOption,
-    DeviceOption,
-    ForceOption,
-    MethodOption,
-    Preset,
-    QuietOption,
-    SizeOption,
-    UntrainedPresetOption,
-    UntrainedSeedOption,
+    BATCH,
+    CHUNKS,
+    DATA,
+    FORCE,
+    METHOD,
+    QUIET,
+    Network,
     check_new,
-    check_weights,
     fraction,
     grid_of,
-    model_of,
     option,
     say,
     split,
-    untrained_only,
 )
 
 if TYPE_CHECKING:
@@ -43,94 +37,60 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    data: DataOption,
-    support: Annotated[str, option("--support CASE", "The case whose labels are given.")],
-    checkpoint: CheckpointOption = None,
-    weights: Annotated[
-        str | None,
-        option(
-            "--weights NAME",
-            "Weights alone: ct (those that ship) or a file of lslpn.save_weights.",
-        ),
-    ] = None,
-    untrained: Annotated[
-        bool,
-        option("--untrained", "No training: ImageNet features and a random reduction layer."),
-    ] = False,
-    method: MethodOption = None,
-    query: Annotated[
-        list[str] | None,
-        option(
-            "--query CASE",
-            "Cases to segment, repeated or with commas; default: all that neither the training saw"
-            " nor is the support.",
-        ),
-    ] = None,
-    organ: Annotated[
-        list[str] | None,
-        option(
-            "--organ NAME",
-            "Organs to segment, repeated or with commas; default: those that the checkpoint's "
-            "training held out.",
-        ),
-    ] = None,
-    protocol: Annotated[
-        Protocol,
-        option(
-            "--protocol NAME",
-            "Which support slice segments which query slices. [bold]published[/bold]: 12 chunks of"
-            " the organ's range. [bold]senet[/bold]: 10, median over cases. [bold]alpnet[/bold]: 3"
-            " parts. [bold]adnet[/bold]: one support slice for the whole scan, no knowledge of the"
-            " query's range.",
-        ),
-    ] = "published",
-    chunks: Annotated[
-        int | None,
-        option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1),
-    ] = None,
-    align: Annotated[
-        Align | None,
-        option(
-            "--align",
-            "body crops the scans to the patient's body first; default: as the checkpoint was "
-            "trained, and none without one.",
-        ),
-    ] = None,
-    scale: Annotated[
-        list[str] | None,
-        option(
-            "--scale FRACTION",
-            "Size of a window over the image, such as 1/8, or 1/8:1 with a spacing of its own; "
-            "default: the model's. Repeated, every grid is evaluated in one pass.",
-        ),
-    ] = None,
-    spacing: Annotated[
-        str | None,
-        option(
-            "--spacing FRACTION",
-            "Distance of windows over their size, such as 1/2; 1 is no overlap; default: the "
-            "model's.",
-        ),
-    ] = None,
-    out: Annotated[Path, option("--out DIR", "Where evaluation.json and the figures go.")] = Path(
-        "evaluation"
+    given: Network,
+    *,
+    data: Path = DATA,
+    support: str = option("--support CASE", "The case whose labels are given.", ...),
+    untrained: bool = option(
+        "--untrained", "No training: ImageNet features and a random reduction layer.", False
     ),
-    preset: UntrainedPresetOption = None,
-    size: SizeOption = None,
-    seed: UntrainedSeedOption = None,
-    batch: Annotated[int, option("--batch N", "Query slices encoded at once.", min=1)] = 8,
-    markdown: Annotated[bool, option("--markdown", "Print the tables as Markdown.")] = False,
-    html: Annotated[
-        bool,
-        option(
-            "--html",
-            "Write evaluation.html as well: the table, a box plot, the worst cases first, and a "
-            "page in views/ for each case.",
-        ),
-    ] = False,
-    device: DeviceOption = "auto",
-    force: ForceOption = False,
-    quiet: QuietOption = False,
+    method: Method | None = METHOD,
+    query: list[str] | None = option(
+        "--query CASE",
+        "Cases to segment, repeated or with commas; default: all that neither the training saw"
+        " nor is the support.",
+    ),
+    organ: list[str] | None = option(
+        "--organ NAME",
+        "Organs to segment, repeated or with commas; default: those that the checkpoint's "
+        "training held out.",
+    ),
+    protocol: Protocol = option(
+        "--protocol NAME",
+        "Which support slice segments which query slices. [bold]published[/bold]: 12 chunks of"
+        " the organ's range. [bold]senet[/bold]: 10, median over cases. [bold]alpnet[/bold]: 3"
+        " parts. [bold]adnet[/bold]: one support slice for the whole scan, no knowledge of the"
+        " query's range.",
+        "published",
+    ),
+    chunks: int | None = CHUNKS,
+    align: Align | None = option(
+        "--align",
+        "body crops the scans to the patient's body first; default: as the checkpoint was "
+        "trained, and none without one.",
+    ),
+    scale: list[str] | None = option(
+        "--scale FRACTION",
+        "Size of a window over the image, such as 1/8, or 1/8:1 with a spacing of its own; "
+        "default: the model's. Repeated, every grid is evaluated in one pass.",
+    ),
+    spacing: str | None = option(
+        "--spacing FRACTION",
+        "Distance of windows over their size, such as 1/2; 1 is no overlap; default: the model's.",
+    ),
+    out: Path = option(
+        "--out DIR", "Where evaluation.json and the figures go.", Path("evaluation")
+    ),
+    batch: int = BATCH,
+    markdown: bool = option("--markdown", "Print the tables as Markdown.", False),
+    html: bool = option(
+        "--html",
+        "Write evaluation.html as well: the table, a box plot, the worst cases first, and a "
+        "page in views/ for each case.",
+        False,
+    ),
+    force: bool = FORCE,
+    quiet: bool = QUIET,
 ) -> None:
     """Score a model: 3-D Dice per organ and case, with mean and median.
 
@@ -139,17 +99,19 @@ def evaluate(
 
     [bold]lslpn evaluate --data DIR --checkpoint RUN --support CASE[/bold]
     """
-    networks = {"--checkpoint": checkpoint, "--weights": weights, "--untrained": untrained or None}
-    given = [name for name, value in networks.items() if value is not None]
-    if len(given) != 1:
+    networks = {
+        "--checkpoint": given.checkpoint is not None,
+        "--weights": given.weights is not None,
+        "--untrained": untrained,
+    }
+    if sum(networks.values()) != 1:
+        named = " and ".join(name for name, there in networks.items() if there)
         raise InputError(
             "expected one of --checkpoint RUN, --weights NAME and --untrained, got "
-            + (" and ".join(given) or "none of them")
+            + (named or "none of them")
         )
     if not untrained and method is not None:
         raise InputError("--method: a trained network has its own; give it with --untrained only")
-    untrained_only(checkpoint, preset, seed)
-    check_weights(weights, preset, seed)
     result = out / "evaluation.json"
     check_new(result, force)
 
@@ -163,17 +125,26 @@ def evaluate(
     for name in asked:
         dataset.check_case(name)
 
-    from ..checkpoint import load_checkpoint
     from ..evaluation.results import save, summary
     from ..evaluation.scoring import evaluate_grids
+    from ..viewer import view
+    from ..viewer.evaluation import write_evaluation
 
-    trained = None if checkpoint is None else load_checkpoint(checkpoint)
-    model = model_of(trained, checkpoint, preset, size, seed, device, method, weights=weights)
+    model, trained = given.load(untrained=untrained, method=method)
     grids = _grids(scale, spacing, model)
-    organs, queries, notes = _choices(trained, dataset, support, wanted, asked)
-    for note in notes:
-        say(f"note: {note}")
-    views = _Views(out, dataset) if html else None
+    organs, queries = _choices(trained, dataset, support, wanted, asked)
+    addresses: dict[str, str] = {}  # of the pages of the cases
+
+    def show(case: str, image: Volume, truth: Volume, found: list[np.ndarray]) -> None:
+        layers = {
+            "prediction" if len(found) == 1 else f"prediction, grid {i}": labels
+            for i, labels in enumerate(found, 1)
+        }
+        organ_names = {value: organ for organ, value in dataset.labels.items()}
+        path = out / "views" / f"{case}.html"
+        view(image, layers, truth=truth, names=organ_names, title=case).save(path)
+        addresses[case] = f"views/{quote(path.name)}"
+
     results = evaluate_grids(
         model,
         dataset,
@@ -186,8 +157,8 @@ def evaluate(
         chunks=chunks,
         batch=batch,
         progress=not quiet,
-        name=_name(checkpoint, weights, preset, seed, method),
-        observe=None if views is None else views.write,
+        name=given.name(method),
+        observe=show if html else None,
     )
     written = save(results, out)
     for one in results:
@@ -196,32 +167,8 @@ def evaluate(
         print(summary(results, markdown=markdown), end="\n\n")
     figures = len(written) - 1
     print(f"written: {written[0]} and {figures} figure{'s' * (figures != 1)} beside it")
-    if views is not None:
-        from ..viewer.evaluation import write_evaluation
-
-        print(f"written: {write_evaluation(out / 'evaluation.html', results, views.addresses)}")
-
-
-class _Views:
-    """A page for each case of an evaluation, written as soon as the case is done."""
-
-    def __init__(self, out: Path, dataset: Dataset) -> None:
-        self.out = out
-        self.names = {value: organ for organ, value in dataset.labels.items()}
-        self.addresses: dict[str, str] = {}
-
-    def write(self, case: str, image: Volume, truth: Volume, found: list[np.ndarray]) -> None:
-        from urllib.parse import quote
-
-        from ..viewer import view as shown_as
-
-        layers = {
-            "prediction" if len(found) == 1 else f"prediction, grid {i}": labels
-            for i, labels in enumerate(found, 1)
-        }
-        path = self.out / "views" / f"{case}.html"
-        shown_as(image, layers, truth=truth, names=self.names, title=case).save(path)
-        self.addresses[case] = f"views/{quote(path.name)}"
+    if html:
+        print(f"written: {write_evaluation(out / 'evaluation.html', results, addresses)}")
 
 
 def _grids(
@@ -243,39 +190,16 @@ def _grids(
     return grids or [GridSpec(own.scale, common)]
 
 
-def _name(
-    checkpoint: Path | None,
-    weights: str | None,
-    preset: Preset | None,
-    seed: int | None,
-    method: Method | None,
-) -> str:
-    """What the model is called in results."""
-    if checkpoint is not None:
-        return str(checkpoint)
-    if weights is not None:
-        return f"weights {weights}"
-    which = "" if method is None else f"{method}, "
-    settings = preset or "published"
-    return f"untrained ({which}{settings}, seed {DEFAULT_SEED if seed is None else seed})"
-
-
 def _choices(
     checkpoint: Checkpoint | None,
     dataset: Dataset,
     support: str,
     organs: list[str],
     queries: list[str],
-) -> tuple[list[str], list[str], list[str]]:
-    """Organs and query cases to evaluate on, and what a reader of the result should know."""
-    held_out: list[str] = []
-    learnt: list[str] = []
-    trained: list[str] = []
-    if checkpoint is not None:
-        record = checkpoint.data
-        held_out, learnt = list(record["hold_out"]), list(record["organs"])
-        trained = list(record["cases"])
-    notes = []
+) -> tuple[list[str], list[str]]:
+    """Organs and query cases to evaluate on; says what a reader of the result should know."""
+    record = {} if checkpoint is None else checkpoint.data
+    held_out, learnt, trained = (record.get(k, []) for k in ("hold_out", "organs", "cases"))
     if not organs:
         organs = [name for name in held_out if name in dataset.labels]
         if not organs:
@@ -284,7 +208,7 @@ def _choices(
                 + ", ".join(dataset.labels)
             )
     elif seen := [organ for organ in organs if organ in learnt]:
-        notes.append(f"the training did not hold out {', '.join(seen)}")
+        say(f"note: the training did not hold out {', '.join(seen)}")
     if not queries:
         queries = [c for c in dataset.cases if c != support and c not in trained]
         if not queries:
@@ -292,5 +216,5 @@ def _choices(
                 "--query: the training saw every case but the support; name cases to evaluate on"
             )
     elif seen := [c for c in queries if c in trained]:
-        notes.append(f"the training saw {', '.join(seen)} (other organs of them)")
-    return organs, queries, notes
+        say(f"note: the training saw {', '.join(seen)} (other organs of them)")
+    return organs, queries

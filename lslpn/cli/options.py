@@ -1,4 +1,4 @@
-"""What the commands share: their common options, and how what is given is read."""
+"""Options that commands share, and how they are parsed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -71,13 +72,10 @@ def in_options(message: str, function: Callable[..., None], values: Sequence[obj
     Those are a word before a colon at its start, and what stands in backquotes, alone or with a
     value: `resume=True`.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
     own = {
-        option
-        for hint in hints.values()
-        for info in getattr(hint, "__metadata__", ())
-        # In Annotated, typer has the first of the option's names as its default.
-        for option in (getattr(info, "default", None), *(getattr(info, "param_decls", None) or ()))
+        name
+        for parameter in signature(function).parameters.values()
+        for name in getattr(parameter.default, "param_decls", None) or ()
     }
 
     def option(match: re.Match[str]) -> str:
@@ -147,72 +145,33 @@ def sharing(shared: type, function: Callable[..., _T]) -> Callable[..., _T]:
     return run
 
 
-def option(declaration: str, help: str, **more: Any) -> Any:
-    """An option as it is written: "--out DIR", "--force" or "--quiet -q"."""
+def option(declaration: str, help: str, default: Any = None, **more: Any) -> Any:
+    """An option as it is written: "--out DIR", "--force" or "--quiet -q"; `...` is no default."""
     words = declaration.split()
     names = [word for word in words if word.startswith("-")]
     metavar = words[-1] if words[-1] not in names else None
-    return typer.Option(*names, metavar=metavar, help=help, **more)
+    return typer.Option(default, *names, metavar=metavar, help=help, **more)
 
 
-DataOption = Annotated[
-    Path,
-    option("--data DIR", "Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr."),
-]
-CheckpointOption = Annotated[
-    Path | None,
-    option(
-        "--checkpoint RUN",
-        "A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
-    ),
-]
-DeviceOption = Annotated[
-    str, option("--device NAME", "auto (a GPU if there is one), cpu, or cuda[:N].")
-]
-ForceOption = Annotated[bool, option("--force", "Replace results that are already there.")]
-QuietOption = Annotated[bool, option("--quiet -q", "No progress bars.")]
-BatchOption = Annotated[int, option("--batch N", "Query slices encoded at once.", min=1)]
-ChunksOption = Annotated[
-    int | None,
-    option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1),
-]
-SizeOption = Annotated[
-    int | None,
-    option(
-        "--size PIXELS",
-        "Side of the square that slices are resized to; default: the model's own.",
-        min=32,
-    ),
-]
-NamesOption = Annotated[
-    Path | None,
-    option(
-        "--names JSON",
-        'Names of the organs for the page: a dataset.json, or any file with its "labels".',
-    ),
-]
+DATA = option(
+    "--data DIR", "Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr.", ...
+)
+DEVICE = option("--device NAME", "auto (a GPU if there is one), cpu, or cuda[:N].", "auto")
+FORCE = option("--force", "Replace results that are already there.", False)
+QUIET = option("--quiet -q", "No progress bars.", False)
+BATCH = option("--batch N", "Query slices encoded at once.", 8, min=1)
+CHUNKS = option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1)
+NAMES = option(
+    "--names JSON",
+    'Names of the organs for the page: a dataset.json, or any file with its "labels".',
+)
 _PRESET_HELP = "Settings: [bold]published[/bold], those of the authors' code, or [bold]paper[/bold]"
-PresetOption = Annotated[Preset, option("--preset", f"{_PRESET_HELP}.")]
-UntrainedPresetOption = Annotated[
-    Preset | None, option("--preset", f"{_PRESET_HELP}; of an untrained model, default: published.")
-]
-MethodOption = Annotated[
-    Method | None,
-    option(
-        "--method NAME",
-        "The network: [bold]lslpn[/bold] (default), or one that the paper compares it with, "
-        "[bold]panet[/bold], [bold]senet[/bold] or [bold]alpnet[/bold].",
-    ),
-]
-UntrainedSeedOption = Annotated[
-    int | None,
-    option(
-        "--seed N",
-        "Seed of an untrained model's reduction layer, default: 1234.",
-        min=0,
-        max=2**63 - 1,
-    ),
-]
+PRESET = option("--preset", f"{_PRESET_HELP}.", "published")
+METHOD = option(
+    "--method NAME",
+    "The network: [bold]lslpn[/bold] (default), or one that the paper compares it with, "
+    "[bold]panet[/bold], [bold]senet[/bold] or [bold]alpnet[/bold].",
+)
 
 
 def split(values: Sequence[str] | None, known: Collection[str] = ()) -> list[str]:
@@ -302,29 +261,103 @@ def check_new(path: Path, force: bool) -> None:
     check_writable(path)
 
 
-def check_html(path: Path, name: str) -> None:
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{name}: expected a name that ends in .html, got {path.name}")
-
-
-def untrained_only(checkpoint: Path | None, preset: Preset | None, seed: int | None) -> None:
-    """Refuse what a checkpoint settles."""
-    for name, value in (("--preset", preset), ("--seed", seed)):
-        if checkpoint is not None and value is not None:
-            raise InputError(f"{name}: a checkpoint has its own; give it without --checkpoint only")
-
-
-def check_weights(weights: str | None, preset: Preset | None, seed: int | None) -> None:
-    """Refuse --weights that name no network, and beside them what describes an untrained one."""
-    if weights not in (None, "imagenet") and (preset is not None or seed is not None):
+def check_ending(path: Path, name: str, *endings: str) -> None:
+    """Refuse a result whose name does not say what it is."""
+    if not path.name.lower().endswith(endings):
         raise InputError(
-            f"--weights {weights}: --preset and --seed describe an untrained network; leave them "
-            "out, or give --weights imagenet"
+            f"{name}: expected a name that ends in {' or '.join(endings)}, got {path.name}"
         )
-    if weights not in (None, "ct", "imagenet") and not str(weights).endswith(".safetensors"):
-        raise InputError(
-            f"--weights: expected ct, imagenet or a file that ends in .safetensors, got {weights}"
-        )
+
+
+@dataclass(frozen=True)
+class Network:
+    """The options that say which network is used, for commands made by `sharing`."""
+
+    checkpoint: Path | None = option(
+        "--checkpoint RUN",
+        "A trained model: the folder that `lslpn train` wrote, or a checkpoint file.",
+    )
+    weights: str | None = option(
+        "--weights NAME",
+        "Without a checkpoint: ct (trained on CT scans without labels; `lslpn segment` takes it by "
+        "default), imagenet (before training), or a file of lslpn.save_weights.",
+    )
+    preset: Preset | None = option(
+        "--preset", f"{_PRESET_HELP}; of an untrained model, default: published."
+    )
+    size: int | None = option(
+        "--size PIXELS",
+        "Side of the square that slices are resized to; default: the model's own.",
+        min=32,
+    )
+    seed: int | None = option(
+        "--seed N",
+        "Seed of an untrained model's reduction layer, default: 1234.",
+        min=0,
+        max=2**63 - 1,
+    )
+    device: str = DEVICE
+
+    def __post_init__(self) -> None:
+        """Refuse weights that name no network, and what a trained network settles beside it."""
+        describing = [
+            name
+            for name, value in (("--preset", self.preset), ("--seed", self.seed))
+            if value is not None
+        ]
+        if self.checkpoint is not None and describing:
+            raise InputError(
+                f"{describing[0]}: a checkpoint has its own; give it without --checkpoint only"
+            )
+        if self.weights not in (None, "imagenet") and describing:
+            raise InputError(
+                f"--weights {self.weights}: --preset and --seed describe an untrained network; "
+                "leave them out, or give --weights imagenet"
+            )
+        known = self.weights in (None, "ct", "imagenet")
+        if not known and not str(self.weights).endswith(".safetensors"):
+            raise InputError(
+                "--weights: expected ct, imagenet or a file that ends in .safetensors, got "
+                f"{self.weights}"
+            )
+
+    def load(
+        self, *, untrained: bool = False, method: Method | None = None
+    ) -> tuple[FewShotNetwork, Checkpoint | None]:
+        """The network, ready to run, and the checkpoint that it comes from.
+
+        Without any option it is the network that ships, unless `untrained`.
+        """
+        import dataclasses
+
+        from .. import models
+        from ..checkpoint import load_checkpoint, restored
+        from ..config import preset
+
+        where, trained = torch_device(self.device), None
+        untrained = untrained or self.weights == "imagenet"
+        if self.checkpoint is not None:
+            trained = load_checkpoint(self.checkpoint)
+            model = restored(trained, self.checkpoint)
+        elif untrained or self.preset is not None or self.seed is not None:
+            config = preset(self.preset or "published", method=method or "lslpn")
+            model = models.untrained(config, seed=DEFAULT_SEED if self.seed is None else self.seed)
+        else:
+            model = trained_network(self.weights or "ct")
+        if self.size is not None:
+            # The network takes any size: only what its input is resized to changes.
+            model.config = dataclasses.replace(model.config, size=self.size)
+        return model.to(where).eval(), trained
+
+    def name(self, method: Method | None) -> str:
+        """What it is called in results."""
+        if self.checkpoint is not None:
+            return str(self.checkpoint)
+        if self.weights is not None:
+            return f"weights {self.weights}"
+        which = "" if method is None else f"{method}, "
+        seed = DEFAULT_SEED if self.seed is None else self.seed
+        return f"untrained ({which}{self.preset or 'published'}, seed {seed})"
 
 
 def trained_network(weights: str) -> FewShotNetwork:
@@ -332,40 +365,6 @@ def trained_network(weights: str) -> FewShotNetwork:
     from ..checkpoint import load_model, pretrained
 
     return pretrained() if weights == "ct" else load_model(weights)
-
-
-def model_of(
-    trained: Checkpoint | None,
-    checkpoint: Path | None,
-    preset: Preset | None,
-    size: int | None,
-    seed: int | None,
-    device: str,
-    method: Method | None = None,
-    *,
-    weights: str | None = None,
-) -> FewShotNetwork:
-    """The model of a checkpoint or of `weights`, or an untrained one; ready to run."""
-    import dataclasses
-
-    where = torch_device(device)
-    if trained is not None and checkpoint is not None:
-        from ..checkpoint import restored
-
-        model = restored(trained, checkpoint)
-    elif weights not in (None, "imagenet"):
-        model = trained_network(weights)
-    else:
-        from ..config import PRESETS, with_overrides
-        from ..models import untrained
-
-        config = PRESETS[(preset or "published")]
-        config = with_overrides(config, method=(method or "lslpn"))
-        model = untrained(config, seed=DEFAULT_SEED if seed is None else seed)
-    if size is not None:
-        # The network takes any size: only what its input is resized to changes.
-        model.config = dataclasses.replace(model.config, size=size)
-    return model.to(where).eval()
 
 
 def say(line: str) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..config import Align, Classes, Method, Protocol
 from ..errors import InputError
 from .options import (
-    BatchOption,
-    ChunksOption,
-    DataOption,
-    DeviceOption,
-    PresetOption,
-    QuietOption,
+    BATCH,
+    CHUNKS,
+    DATA,
+    DEVICE,
+    PRESET,
+    QUIET,
+    Preset,
     command,
     grid_of,
     group,
@@ -41,126 +42,83 @@ experiment_app = group(
 )
 
 _Some = list[str] | None
-_Method = Annotated[
-    _Some,
-    option(
-        "--method NAME", "lslpn, panet, senet or alpnet, repeated or with commas; default: lslpn."
-    ),
-]
-_Untrained = Annotated[
-    bool, option("--untrained", "Add the first method's network before training.")
-]
-_OnlyUntrained = Annotated[
-    bool, option("--untrained", "The network before training, in its place.")
-]
-_OneClasses = Annotated[
-    Classes,
-    option(
-        "--classes",
-        "Train on all labels that are not held out, on those of the other --fold alone "
-        "(tested), or on superpixels, without any label (none).",
-    ),
-]
+_METHOD = option(
+    "--method NAME", "lslpn, panet, senet or alpnet, repeated or with commas; default: lslpn."
+)
+_UNTRAINED = option("--untrained", "Add the first method's network before training.", False)
+_ONLY_UNTRAINED = option("--untrained", "The network before training, in its place.", False)
+_CLASSES = option(
+    "--classes",
+    "Train on all labels that are not held out, on those of the other --fold alone "
+    "(tested), or on superpixels, without any label (none).",
+    "all",
+)
 
 
 @dataclass(frozen=True)
 class _Given:
     """The options that all experiments share: `_experiment` gives every command these."""
 
-    data: DataOption
-    out: Annotated[
-        Path, option("--out DIR", "Where tables, figures, evaluations and trained networks go.")
-    ]
-    fold: Annotated[
-        _Some,
-        option(
-            "--fold ORGANS",
-            "Organs that are held out and tested together, such as liver, or "
-            "kidney_right+kidney_left; repeat for more folds. Default: liver; spleen; the kidneys; "
-            "the psoas muscles, as far as the data set has them.",
-        ),
-    ] = None
-    folds: Annotated[
-        int | None,
-        option(
-            "--folds K",
-            "Cut the cases into K parts: test on each, train on the others; the case after a part "
-            "is its support.",
-            min=2,
-        ),
-    ] = None
-    train_cases: Annotated[
-        _Some,
-        option(
-            "--train-cases CASE",
-            "Cases to train on, repeated or with commas, or patterns such as 'silver_*'; default: "
-            "all that are not tested.",
-        ),
-    ] = None
-    test_cases: Annotated[
-        _Some,
-        option(
-            "--test-cases CASE", "Cases to test on, likewise; default: all that are not trained on."
-        ),
-    ] = None
-    support: Annotated[
-        str | None,
-        option(
-            "--support CASE",
-            "The case whose labels are given at the test; default: the first to train on.",
-        ),
-    ] = None
-    seeds: Annotated[
-        _Some,
-        option(
-            "--seeds N",
-            "A training run for each, repeated or with commas; default: 1234,1235,1236.",
-        ),
-    ] = None
-    setting: Annotated[
-        Literal["I", "II"],
-        option(
-            "--setting",
-            "I: held-out organs may lie unlabelled in training slices; II: such slices are left "
-            "out.",
-        ),
-    ] = "I"
-    protocol: Annotated[
-        Protocol, option("--protocol NAME", "published, senet, alpnet or adnet, as in evaluate.")
-    ] = "published"
-    chunks: ChunksOption = None
-    align: Annotated[
-        Align,
-        option(
-            "--align", "body crops the scans to the patient's body first, in training and test."
-        ),
-    ] = "none"
-    preset: PresetOption = "published"
-    sets: Annotated[
-        _Some,
-        option(
-            "--set [METHOD.]NAME=VALUE",
-            "Change one setting of the preset, such as --set size=257, or of one method alone: "
-            "--set alpnet.supervision=superpixels; repeat for more.",
-        ),
-    ] = None
-    runs: Annotated[
-        Path | None,
-        option(
-            "--runs DIR",
-            "Where trained networks lie, and new ones go, METHOD/FOLD/seedN; default: OUT/runs.",
-        ),
-    ] = None
-    run: Annotated[
-        _Some,
-        option(
-            "--run METHOD:FOLD:SEED=RUN",
-            "Take a network that `lslpn train` made with the same settings; repeat for more.",
-        ),
-    ] = None
-    batch: BatchOption = 8
-    device: DeviceOption = "auto"
-    quiet: QuietOption = False
+    data: Path = DATA
+    out: Path = option(
+        "--out DIR", "Where tables, figures, evaluations and trained networks go.", ...
+    )
+    fold: _Some = option(
+        "--fold ORGANS",
+        "Organs that are held out and tested together, such as liver, or "
+        "kidney_right+kidney_left; repeat for more folds. Default: liver; spleen; the kidneys; "
+        "the psoas muscles, as far as the data set has them.",
+    )
+    folds: int | None = option(
+        "--folds K",
+        "Cut the cases into K parts: test on each, train on the others; the case after a part "
+        "is its support.",
+        min=2,
+    )
+    train_cases: _Some = option(
+        "--train-cases CASE",
+        "Cases to train on, repeated or with commas, or patterns such as 'silver_*'; default: "
+        "all that are not tested.",
+    )
+    test_cases: _Some = option(
+        "--test-cases CASE", "Cases to test on, likewise; default: all that are not trained on."
+    )
+    support: str | None = option(
+        "--support CASE",
+        "The case whose labels are given at the test; default: the first to train on.",
+    )
+    seeds: _Some = option(
+        "--seeds N", "A training run for each, repeated or with commas; default: 1234,1235,1236."
+    )
+    setting: Literal["I", "II"] = option(
+        "--setting",
+        "I: held-out organs may lie unlabelled in training slices; II: such slices are left out.",
+        "I",
+    )
+    protocol: Protocol = option(
+        "--protocol NAME", "published, senet, alpnet or adnet, as in evaluate.", "published"
+    )
+    chunks: int | None = CHUNKS
+    align: Align = option(
+        "--align", "body crops the scans to the patient's body first, in training and test.", "none"
+    )
+    preset: Preset = PRESET
+    sets: _Some = option(
+        "--set [METHOD.]NAME=VALUE",
+        "Change one setting of the preset, such as --set size=257, or of one method alone: "
+        "--set alpnet.supervision=superpixels; repeat for more.",
+    )
+    runs: Path | None = option(
+        "--runs DIR",
+        "Where trained networks lie, and new ones go, METHOD/FOLD/seedN; default: OUT/runs.",
+    )
+    run: _Some = option(
+        "--run METHOD:FOLD:SEED=RUN",
+        "Take a network that `lslpn train` made with the same settings; repeat for more.",
+    )
+    batch: int = BATCH
+    device: str = DEVICE
+    quiet: bool = QUIET
 
 
 def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
@@ -184,17 +142,14 @@ def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
 @_experiment
 def table1(
     given: _Given,
-    method: _Method = None,
-    classes: Annotated[
-        list[str] | None,
-        option(
-            "--classes NAME",
-            "Train with added classes (all labels that are not held out: all), without them (the "
-            "organs of the other --fold alone: tested), or on superpixels, without any label "
-            "(none); repeated or with commas; default: all,tested.",
-        ),
-    ] = None,
-    untrained: _Untrained = False,
+    method: _Some = _METHOD,
+    classes: list[str] | None = option(
+        "--classes NAME",
+        "Train with added classes (all labels that are not held out: all), without them (the "
+        "organs of the other --fold alone: tested), or on superpixels, without any label "
+        "(none); repeated or with commas; default: all,tested.",
+    ),
+    untrained: bool = _UNTRAINED,
 ) -> list[Path]:
     """Table 1: every method, per organ and mean, with and without added classes."""
     from ..paper import table1 as experiment
@@ -209,16 +164,13 @@ def table1(
 @_experiment
 def grid_scale(
     given: _Given,
-    scale: Annotated[
-        list[str] | None,
-        option(
-            "--scale FRACTION",
-            "Size of a window over the image, or SIZE:SPACING, repeated or with commas; default: "
-            "1/16, 1/8, 1/4 and 1, and without overlap 1/16:1, 1/8:1 and 1/4:1.",
-        ),
-    ] = None,
-    untrained: _OnlyUntrained = False,
-    classes: _OneClasses = "all",
+    scale: list[str] | None = option(
+        "--scale FRACTION",
+        "Size of a window over the image, or SIZE:SPACING, repeated or with commas; default: "
+        "1/16, 1/8, 1/4 and 1, and without overlap 1/16:1, 1/8:1 and 1/4:1.",
+    ),
+    untrained: bool = _ONLY_UNTRAINED,
+    classes: Classes = _CLASSES,
 ) -> list[Path]:
     """Fig. 3, left: the size of the windows, with and without overlap.
 
@@ -236,9 +188,9 @@ def grid_scale(
 @_experiment
 def misalignment(
     given: _Given,
-    method: Annotated[Method, option("--method NAME", "lslpn, panet, senet or alpnet.")] = "lslpn",
-    untrained: _OnlyUntrained = False,
-    classes: _OneClasses = "all",
+    method: Method = option("--method NAME", "lslpn, panet, senet or alpnet.", "lslpn"),
+    untrained: bool = _ONLY_UNTRAINED,
+    classes: Classes = _CLASSES,
 ) -> list[Path]:
     """Fig. 3, right: how well organs are found, against how well support and query are aligned.
 
@@ -256,22 +208,15 @@ def misalignment(
 @_experiment
 def figures(
     given: _Given,
-    method: _Method = None,
-    case: Annotated[
-        list[str] | None,
-        option(
-            "--case CASE", "Test cases to show, repeated or with commas; default: the first two."
-        ),
-    ] = None,
-    organ: Annotated[
-        list[str] | None,
-        option(
-            "--organ NAME",
-            "Organs to show, repeated or with commas; default: all that are held out.",
-        ),
-    ] = None,
-    untrained: _Untrained = False,
-    classes: _OneClasses = "all",
+    method: _Some = _METHOD,
+    case: list[str] | None = option(
+        "--case CASE", "Test cases to show, repeated or with commas; default: the first two."
+    ),
+    organ: list[str] | None = option(
+        "--organ NAME", "Organs to show, repeated or with commas; default: all that are held out."
+    ),
+    untrained: bool = _UNTRAINED,
+    classes: Classes = _CLASSES,
 ) -> list[Path]:
     """Fig. 2 and 4: support, query, ground truth and each method's result.
 
@@ -306,11 +251,19 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
             "`torchrun -m lslpn train` and give them with --run"
         )
     dataset = Dataset.open(given.data)
-    changes, own = _own_settings(settings_of(given.sets))
-    set_by = {"method": "--method", "seed": "--seeds", "organs": "--fold and --classes"}
-    for name, its in {**set_by, "drop_test_slices": "--setting"}.items():
-        if any(name in some for some in (changes, *own.values())):
-            raise InputError(f"--set {name}: is set by {its}; use that")
+    changes: dict[str, str] = {}  # of all methods, and of one: METHOD.NAME=VALUE
+    own_changes: dict[str, dict[str, str]] = {}
+    set_by = {
+        "method": "--method",
+        "seed": "--seeds",
+        "organs": "--fold and --classes",
+        "drop_test_slices": "--setting",
+    }
+    for key, value in settings_of(given.sets).items():
+        method, _, name = key.rpartition(".")
+        if name in set_by:
+            raise InputError(f"--set {name}: is set by {set_by[name]}; use that")
+        (own_changes.setdefault(method, {}) if method else changes)[name] = value
     if "supervision" in changes:
         raise InputError(
             "--set supervision: is set by --classes none; use that, or METHOD.supervision for one "
@@ -320,10 +273,15 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     changes = {"align": given.align, **changes}
     if given.setting == "II":
         changes["drop_test_slices"] = "true"
+    # Organs whose names hold commas are taken whole, joined ones too.
+    known = set(dataset.organs)
+    known |= {
+        text for text in given.fold or () if known.issuperset(map(str.strip, text.split("+")))
+    }
     setup = Setup(
         dataset=dataset,
         config=with_overrides(PRESETS[given.preset], **changes),
-        organ_folds=organ_folds(dataset, _folds_of(given.fold, dataset.organs)),
+        organ_folds=organ_folds(dataset, split(given.fold, known)),
         subject_folds=subject_folds(
             dataset,
             parts=given.folds,
@@ -331,13 +289,12 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
             test=split(given.test_cases, dataset.cases),
             support=given.support,
         ),
-        protocol=given.protocol,
-        chunks=protocol_of(given.protocol, given.chunks).chunks,
+        rule=protocol_of(given.protocol, given.chunks),
         align=given.align,
         batch=given.batch,
-        own=own,
+        own=own_changes,
     )
-    for method in own:
+    for method in own_changes:
         setup.config_of(method, 0)  # refuses what is not known
     store = Store(
         given.out,
@@ -350,25 +307,6 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     )
     with opened(store, own):
         yield store
-
-
-def _folds_of(given: list[str] | None, organs: Sequence[str]) -> list[str]:
-    """The values of --fold; organs whose names hold commas are taken whole, joined ones too."""
-    joined = [text for text in given or () if all(o.strip() in organs for o in text.split("+"))]
-    return split(given, {*joined, *organs})
-
-
-def _own_settings(given: dict[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Settings of all methods, and those of METHOD.NAME=VALUE by method."""
-    common: dict[str, str] = {}
-    own: dict[str, dict[str, str]] = {}
-    for name, value in given.items():
-        method, dot, rest = name.partition(".")
-        if dot:
-            own.setdefault(method, {})[rest] = value
-        else:
-            common[name] = value
-    return common, own
 
 
 def _seeds(given: list[str] | None) -> list[int]:

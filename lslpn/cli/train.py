@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
+from ..config import Method
 from ..errors import InputError
 from ..files import is_file
 from .options import (
-    DataOption,
-    DeviceOption,
-    MethodOption,
-    PresetOption,
-    QuietOption,
+    DATA,
+    DEVICE,
+    METHOD,
+    PRESET,
+    QUIET,
+    Preset,
     option,
     settings_of,
     split,
@@ -22,47 +23,33 @@ from .options import (
 
 
 def train(
-    data: DataOption,
-    out: Annotated[Path, option("--out RUN", "Folder for checkpoint and log.")],
-    hold_out: Annotated[
-        list[str] | None,
-        option(
-            "--hold-out ORGAN",
-            "An organ that training must not see, to evaluate on it; repeat for more. Default: "
-            "none, for organs that the data set has no labels of.",
-        ),
-    ] = None,
-    method: MethodOption = None,
-    preset: PresetOption = "published",
-    weights: Annotated[
-        str | None,
-        option(
-            "--weights NAME",
-            "Go on from a trained network: ct (the one that ships) or a file of "
-            "lslpn.save_weights. Method and network are then those of the weights.",
-        ),
-    ] = None,
-    case: Annotated[
-        list[str] | None,
-        option(
-            "--cases CASE",
-            "Cases to train on, repeated or with commas; default: all. Keep some apart for `lslpn "
-            "evaluate`.",
-        ),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        option(
-            "--set NAME=VALUE",
-            "Change one setting of the preset, such as --set size=257 --set steps=400; repeat for "
-            "more.",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, option("--resume", "Continue the run in --out where it stopped.")
-    ] = False,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
+    data: Path = DATA,
+    out: Path = option("--out RUN", "Folder for checkpoint and log.", ...),
+    hold_out: list[str] | None = option(
+        "--hold-out ORGAN",
+        "An organ that training must not see, to evaluate on it; repeat for more. Default: "
+        "none, for organs that the data set has no labels of.",
+    ),
+    method: Method | None = METHOD,
+    preset: Preset = PRESET,
+    weights: str | None = option(
+        "--weights NAME",
+        "Go on from a trained network: ct (the one that ships) or a file of "
+        "lslpn.save_weights. Method and network are then those of the weights.",
+    ),
+    case: list[str] | None = option(
+        "--cases CASE",
+        "Cases to train on, repeated or with commas; default: all. Keep some apart for `lslpn "
+        "evaluate`.",
+    ),
+    setting: list[str] | None = option(
+        "--set NAME=VALUE",
+        "Change one setting of the preset, such as --set size=257 --set steps=400; repeat for "
+        "more.",
+    ),
+    resume: bool = option("--resume", "Continue the run in --out where it stopped.", False),
+    device: str = DEVICE,
+    quiet: bool = QUIET,
 ) -> None:
     """Train the network on episodes of all organs but those held out.
 

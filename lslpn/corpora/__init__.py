@@ -1,8 +1,8 @@
-"""Public corpora, as they are distributed, into nnU-Net's raw layout.
+"""Converts public corpora, as they are distributed, to nnU-Net's raw layout.
 
-One module per corpus says where its files lie, what they are called and what its labels mean;
-`survey` has what they share, `prepare` goes through the cases and writes. docs/data.md has what a
-user needs to know.
+One module per corpus has the locations and names of its files and the meaning of its labels;
+`survey` has what they share, `prepare` processes the cases and writes the data set. docs/data.md is
+for users.
 """
 
 from .prepare import NAMES, Outcome, prepare_corpus

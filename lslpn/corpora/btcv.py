@@ -7,8 +7,8 @@ As distributed (Abdomen/RawData.zip):
 
 with the numbers 0001 to 0010 and 0021 to 0040. The same project also holds the folders
 averaged-training-images and averaged-training-labels with files such as DET0000101_avg.nii.gz,
-which are other images with other labels: their label 1 is no spleen. Folders of that name are
-taken only if the names in them are those of the abdomens.
+which are other images with other labels: their label 1 is not the spleen. Folders of that name are
+used only if their files have the names of the abdomens.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     Train_Sets/MR/1/T2SPIR/DICOM_anon/IMG-0002-00001.dcm
     Train_Sets/MR/1/T2SPIR/Ground/IMG-0002-00001.png     grey values 63, 126, 189, 252
 
-A slice and its drawing have the same name. Every DICOM file of a case carries a series id of its
-own, so the slices are held together by their folder and checked by their geometry instead.
+A slice and its mask have the same name. Every DICOM file of a case has a series id of its own, so
+slices are grouped by their folder and checked by their geometry.
 """
 
 from __future__ import annotations

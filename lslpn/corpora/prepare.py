@@ -1,8 +1,8 @@
-"""From a corpus to a data set: all its cases, read, checked, written, and resumed.
+"""Converts a corpus to a data set: reads, checks and writes its cases, and resumes.
 
-A case is read and checked whole before anything of it is written, its image is written before its
-labels, and it is entered into `prepared.json` after both; dataset.json comes last. So a folder
-without dataset.json is not finished, and whatever is entered is whole.
+A case is read and checked completely before it is written, its image is written before its labels,
+and it is entered into `prepared.json` after both; dataset.json is written last. So a folder without
+dataset.json is unfinished, and all entered cases are complete.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.volumes import write_labels
-from ..errors import InputError, meant
-from ..files import check_writable, write_bytes, write_text
+from ..errors import InputError, unknown
+from ..files import check_writable, write_bytes, write_json
 from .survey import Faults, FaultsError, LeftOutError, Loaded, Problem, Survey
 
 NAMES = ("visceral", "btcv", "chaos", "totalsegmentator")
@@ -119,7 +119,7 @@ def prepare_corpus(
             "left_out": dict(sorted(left_out.items())),
             "ignored": dict(sorted(survey.ignored.items())),
         }
-        write_text(target / REPORT, json.dumps(content, indent=1) + "\n")
+        write_json(target / REPORT, content)
 
     report(complete=False)
     todo = [case for case in wanted if case not in records and case in survey.cases]
@@ -146,7 +146,7 @@ def prepare_corpus(
             "numTraining": len(records),
             "file_ending": ".nii.gz",
         }
-        write_text(target / "dataset.json", json.dumps(meta, indent=1) + "\n")
+        write_json(target / "dataset.json", meta)
     report(complete)
     return Outcome(tuple(sorted(records)), left_out, tuple(problems), complete, _notes(records))
 
@@ -155,11 +155,7 @@ def _wanted(survey: Survey, cases: Sequence[str]) -> list[str]:
     known = sorted({p.case for p in survey.problems if p.case is not None}.union(survey.cases))
     for case in cases:
         if case not in known:
-            shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            raise InputError(
-                f"case {case!r}: not in this corpus{meant(case, known)}; its {len(known)} cases: "
-                f"{shown}"
-            )
+            raise unknown("case", case, "this corpus", known, 8)
     return sorted(set(cases)) if cases else known
 
 

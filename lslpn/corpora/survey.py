@@ -1,7 +1,8 @@
-"""What recipes are written with: a survey of names, a list of faults, and reading a case.
+"""Shared by the corpora: a survey of file names, a list of problems, and reading a case.
 
-A recipe looks at names alone and returns a `Survey`: for each case a function that reads it, and
-what is wrong with the names. A case is read to the end, whatever is wrong with some of its files.
+A corpus is surveyed by its file names alone, which gives a `Survey`: for each case a function that
+reads it, and the problems with names. A case is read to the end, even if some of its files have
+problems.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
 
 from ..data.volumes import Volume, check_same_grid, read_image, read_labels
-from ..errors import InputError, meant
+from ..errors import InputError, unknown
 
+_T = TypeVar("_T")
 # What browsers, curl wrappers and download managers call a file that is not there whole yet.
 _UNFINISHED = (".part", ".partial", ".crdownload", ".download", ".filepart", ".aria2", ".tmp")
 
@@ -62,13 +63,13 @@ class Faults(list[Problem]):
     def add(self, path: Path, what: str, case: str | None) -> None:
         self.append(Problem(f"{path}: {what}", case, self.shown(path)))
 
-    @contextmanager
-    def of(self, path: Path, case: str) -> Iterator[None]:
-        """Enter an InputError, whose message names `path`, and go on after the `with`."""
+    def read(self, path: Path, case: str, reader: Callable[[Path], _T]) -> _T | None:
+        """What `reader` makes of a file; None, and a fault, where it raises InputError."""
         try:
-            yield
-        except InputError as error:
+            return reader(path)
+        except InputError as error:  # which names the path
             self.append(Problem(str(error), case, self.shown(path)))
+            return None
 
     def misnamed(self, path: Path, expected: str, case: str | None = None) -> None:
         what = f"expected a name such as {expected}; rename the file, or move it out of the corpus"
@@ -200,10 +201,7 @@ def check_organs(organs: Sequence[str], known: Iterable[str]) -> None:
     names = sorted(known)
     for organ in organs:
         if organ not in names:
-            raise InputError(
-                f"organ {organ!r}: not in this corpus{meant(organ, names)}; it has: "
-                f"{', '.join(names)}"
-            )
+            raise unknown("organ", organ, "this corpus", names)
 
 
 def merge_case(
@@ -234,10 +232,19 @@ def merge_case(
         LeftOutError: no mask holds a voxel, if that is no fault.
     """
     before = len(faults)
-    image: Volume | None = None
-    if image_path is not None:
-        with faults.of(image_path, case):
-            image = read_image(image_path)
+    image = None if image_path is None else faults.read(image_path, case, read_image)
+
+    def read_mask(path: Path) -> Volume:
+        mask = read_labels(path)
+        if image is not None:
+            check_same_grid(image, mask)
+        values = [int(value) for value in np.unique(mask.data) if value]
+        if len(values) > 1:
+            raise InputError(
+                f"{path}: holds the values {', '.join(map(str, values[:6]))}, expected one "
+                "organ (0 and one other value); check that it is the mask of this organ alone"
+            )
+        return mask
 
     merged: np.ndarray | None = None
     sizes: dict[int, int] = {0: 0}
@@ -245,18 +252,7 @@ def merge_case(
     overlaps: dict[tuple[int, int], int] = {}
     organs, empty = [], []
     for organ, path in sorted(masks.items(), key=lambda item: labels[item[0]]):
-        mask: Volume | None = None
-        with faults.of(path, case):
-            found = read_labels(path)
-            if image is not None:
-                check_same_grid(image, found)
-            values = [int(value) for value in np.unique(found.data) if value]
-            if len(values) > 1:
-                raise InputError(
-                    f"{path}: holds the values {', '.join(map(str, values[:6]))}, expected one "
-                    "organ (0 and one other value); check that it is the mask of this organ alone"
-                )
-            mask = found
+        mask = faults.read(path, case, read_mask)
         if mask is None:
             continue
         drawn = mask.data > 0
@@ -303,22 +299,20 @@ def read_both(
     Raises:
         FaultsError: something is wrong with either, which is in `faults` now.
     """
-    volume: Volume | None = None
-    drawn: Volume | None = None
-    if image is not None:
-        with faults.of(image, case):
-            volume = read_image(image)
-    if labels is not None:
-        with faults.of(labels, case):
-            found = read_labels(labels, require_foreground=True)
-            if found.data.max() > known:
-                raise InputError(
-                    f"{labels}: holds the value {found.data.max()}, expected labels from 0 to "
-                    f"{known}; check that it is the label map of this corpus"
-                )
-            if volume is not None:
-                check_same_grid(volume, found)
-            drawn = found
+    volume = None if image is None else faults.read(image, case, read_image)
+
+    def read_drawn(path: Path) -> Volume:
+        drawn = read_labels(path, require_foreground=True)
+        if drawn.data.max() > known:
+            raise InputError(
+                f"{path}: holds the value {drawn.data.max()}, expected labels from 0 to "
+                f"{known}; check that it is the label map of this corpus"
+            )
+        if volume is not None:
+            check_same_grid(volume, drawn)
+        return drawn
+
+    drawn = None if labels is None else faults.read(labels, case, read_drawn)
     if image is None or labels is None or volume is None or drawn is None:
         raise FaultsError
     record = {"image": faults.shown(image), "labels": faults.shown(labels)}

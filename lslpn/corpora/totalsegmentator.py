@@ -4,8 +4,8 @@
     s0001/segmentations/liver.nii.gz
     meta.csv
 
-The organs keep the names of their files. A case that shows none of the chosen organs (a scan of
-a leg, say) is left out, which is no fault.
+Organs have the names of their files. A case that shows none of the chosen organs (a scan of a leg,
+say) is skipped, which is not a problem.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError
+from . import btcv
 from .survey import Faults, LeftOutError, Loaded, Survey, check_organs, merge_case
 
 CORPUS = {
@@ -26,22 +27,13 @@ CORPUS = {
     "channel_names": {"0": "CT"},
 }
 
-# The 13 organs of BTCV, in TotalSegmentator's names; both versions have them.
-ABDOMEN = (
-    "spleen",
-    "kidney_right",
-    "kidney_left",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior_vena_cava",
-    "portal_vein_and_splenic_vein",
-    "pancreas",
-    "adrenal_gland_right",
-    "adrenal_gland_left",
-)
+# The 13 organs of BTCV, which both versions have, in TotalSegmentator's names.
+_OTHER_NAMES = {
+    "portal_and_splenic_vein": "portal_vein_and_splenic_vein",
+    "adrenal_right": "adrenal_gland_right",
+    "adrenal_left": "adrenal_gland_left",
+}
+ABDOMEN = tuple(_OTHER_NAMES.get(organ, organ) for organ in btcv.ORGANS)
 
 _CASE = re.compile(r"s\d{4,}")
 

@@ -7,13 +7,13 @@
 
 The annotator may be empty (10000100_1_CTce_ThAb_480_.nii.gz), so the RadLex id is found by the
 pattern of the whole name and never counted from its end. Both folders hold other modalities and
-other volumes of the same patients, and landmarks, which are passed over.
+other volumes of the same patients, and landmarks, which are ignored.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,10 @@ SILVER = tuple(
 )
 CORPORA = {"gold": ("Anatomy3-trainingset", GOLD), "silver": ("SilverCorpus", SILVER)}
 
-_VOLUME = re.compile(r"(\d{8})_(\d+)_([A-Za-z][A-Za-z0-9]*)_([A-Za-z][A-Za-z0-9]*)")
-_MASK = re.compile(
-    r"(?P<patient>\d{8})_(?P<volume>\d+)"
-    r"(?:_(?P<modality>[A-Za-z][A-Za-z0-9]*)_(?P<region>[A-Za-z][A-Za-z0-9]*))?"
-    r"_(?P<radlex>\d+)(?:_(?P<by>[\w.+-]*))?"
-)
+_PATIENT = r"(?P<patient>\d{8})_(?P<volume>\d+)"
+_KIND = r"_(?P<modality>[A-Za-z][A-Za-z0-9]*)_(?P<region>[A-Za-z][A-Za-z0-9]*)"
+_VOLUME = re.compile(_PATIENT + _KIND)
+_MASK = re.compile(rf"{_PATIENT}(?:{_KIND})?_(?P<radlex>\d+)(?:_(?P<by>[\w.+-]*))?")
 
 
 def survey(
@@ -118,8 +116,20 @@ def _corpus(
             f"{source}: holds no {title} with Volumes and Segmentations, expected the {name} "
             f"corpus; check the path, or choose one with `corpus`"
         )
-    volumes = _volumes(folder / "Volumes", cases, result)
-    masks = _masks(folder / "Segmentations", cases, result)
+    volumes: dict[str, list[Path]] = {}
+    expected = "10000100_1_CTce_ThAb.nii.gz"
+    for case, _, path in _files(folder / "Volumes", _VOLUME, expected, cases, result):
+        volumes.setdefault(case, []).append(path)
+    # Case, organ, annotator or fusion: files.
+    masks: dict[str, dict[str, dict[str, list[Path]]]] = {}
+    expected = "10000100_1_CTce_ThAb_58_6.nii.gz or 10000101_1_58_FUSION.nii.gz"
+    for case, match, path in _files(folder / "Segmentations", _MASK, expected, cases, result):
+        organ = RADLEX.get(int(match["radlex"]))
+        if organ is None or organ not in result.labels:
+            result.ignore("masks of organs that were not chosen")
+        else:
+            by = masks.setdefault(case, {}).setdefault(organ, {})
+            by.setdefault(match["by"] or "", []).append(path)
     for case in cases:
         _case(
             case, name, folder, volumes.get(case, []), masks.get(case, {}), annotator,
@@ -127,54 +137,28 @@ def _corpus(
         )  # fmt: skip
 
 
-def _volumes(folder: Path, cases: Sequence[str], result: Survey) -> dict[str, list[Path]]:
-    """The images of the cases: volume 1, contrast CT of thorax and abdomen."""
+def _files(
+    folder: Path, pattern: re.Pattern[str], expected: str, cases: Sequence[str], result: Survey
+) -> Iterator[tuple[str, re.Match[str], Path]]:
+    """The files of the cases: of volume 1, contrast CT of thorax and abdomen."""
 
     def case_of(name: str) -> str | None:
-        match = _VOLUME.match(name)
-        return match[1] if match and match[1] in cases else None
+        return next((case for case in cases if name.startswith(f"{case}_")), None)
 
-    found: dict[str, list[Path]] = {}
     for path, name in result.nifti_files(folder, case_of):
-        match, case = _VOLUME.fullmatch(name), case_of(name)
+        match, case = pattern.fullmatch(name), case_of(name)
         if match is None:
-            expected = "10000100_1_CTce_ThAb.nii.gz"
-            case = next((c for c in cases if c in name), None)
-            result.problems.misnamed(path, expected, case)
-        elif case is None or match.groups()[1:] != ("1", "CTce", "ThAb"):
-            result.ignore("volumes of another patient, modality or region")
-        else:
-            found.setdefault(case, []).append(path)
-    return found
-
-
-def _masks(
-    folder: Path, cases: Sequence[str], result: Survey
-) -> dict[str, dict[str, dict[str, list[Path]]]]:
-    """Case, organ, annotator or fusion: files."""
-
-    def case_of(name: str) -> str | None:
-        return next((c for c in cases if name.startswith(f"{c}_")), None)
-
-    found: dict[str, dict[str, dict[str, list[Path]]]] = {}
-    for path, name in result.nifti_files(folder, case_of):
-        match, case = _MASK.fullmatch(name), case_of(name)
-        if match is None:
-            expected = "10000100_1_CTce_ThAb_58_6.nii.gz or 10000101_1_58_FUSION.nii.gz"
-            case = next((c for c in cases if c in name), None)
+            case = next((case for case in cases if case in name), None)
             result.problems.misnamed(path, expected, case)
         elif (
             case is None
             or match["volume"] != "1"
             or (match["modality"], match["region"]) not in ((None, None), ("CTce", "ThAb"))
         ):
-            result.ignore("masks of another patient, modality or region")
-        elif (organ := RADLEX.get(int(match["radlex"]))) not in result.labels or organ is None:
-            result.ignore("masks of organs that were not chosen")
+            what = "volumes" if pattern is _VOLUME else "masks"
+            result.ignore(f"{what} of another patient, modality or region")
         else:
-            by = found.setdefault(case, {}).setdefault(organ, {})
-            by.setdefault(match["by"] or "", []).append(path)
-    return found
+            yield case, match, path
 
 
 def _case(

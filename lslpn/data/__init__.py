@@ -1,1 +1,1 @@
-"""Scans, labels and data sets, and what a network is given of them."""
+"""Scans, labels and data sets, and the inputs of the networks."""

@@ -1,9 +1,11 @@
-"""What training images are changed by: the paper's grey values, and ALPNet's change of shape."""
+"""Augmentation of training images: the paper's grey values, and ALPNet's deformation."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
+
+from ..config import TrainConfig
 
 # ALPNet's, at its 256 x 256.
 _ALPNET_SIDE = 256
@@ -14,18 +16,11 @@ _GAMMA = (0.5, 1.5)
 _ELASTIC, _SMOOTH = 10.0, 5.0  # pixels: factor on smoothed noise in -1 .. 1, and its sigma
 
 
-def augment(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    probability: float = 0.5,
-    low: float = 0.5,
-    high: float = 2.0,
-) -> np.ndarray:
+def augment(image: np.ndarray, rng: np.random.Generator, options: TrainConfig) -> np.ndarray:
     """One slice with its grey values changed; the anatomy stays where it is.
 
-    Each of the three happens with `probability`, in this order, with a factor f of its own,
-    uniform in low .. high; after each the image is limited to [0, 1]:
+    Each of the three happens with `augment_probability`, in this order, with a factor f of its own,
+    uniform in `augment_low` .. `augment_high`; after each the image is limited to [0, 1]:
 
         gamma       x ** f
         contrast    mean + f (x - mean)
@@ -37,11 +32,13 @@ def augment(
     Args:
         image: float32 [S, S] in [0, 1]; it is not written to.
         rng: source of the randomness.
+        options: of the run.
 
     Returns:
         float32 [S, S] in [0, 1].
     """
-    happens = rng.random(3) < probability
+    happens = rng.random(3) < options.augment_probability
+    low, high = options.augment_low, options.augment_high
     gamma, contrast, brightness = rng.uniform(low, high, 3).astype(np.float32)
     if happens[0]:
         image = image**gamma

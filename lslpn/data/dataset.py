@@ -1,4 +1,4 @@
-"""Where scans lie on disk: nnU-Net's raw data set layout, or a plain folder of scans.
+"""Data sets on disk: nnU-Net's raw layout, or a plain folder of scans.
 
     DIR/dataset.json
     DIR/imagesTr/CASE_0000.nii.gz
@@ -7,7 +7,7 @@
 Both styles of `labels` in dataset.json are read: {"background": 0, "liver": 1} of nnU-Net v2 and
 {"0": "background", "1": "liver"} of v1 and the Medical Segmentation Decathlon.
 
-What reads no labels takes a folder without them as well: DIR/CASE.nii.gz or DIR/CASE.nii.
+Where no labels are needed, a plain folder will do: DIR/CASE.nii.gz or DIR/CASE.nii.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, meant
+from ..errors import InputError, unknown
 from ..files import is_folder
 from .volumes import Volume, check_same_grid, read_image, read_labels
 
@@ -94,12 +94,9 @@ class Dataset:
         Raises:
             InputError: the data set has no such organ; names those it has.
         """
-        if organ in self.labels:
-            return self.labels[organ]
-        raise InputError(
-            f"organ {organ!r}: not in data set {self.name}{meant(organ, self.labels)}; "
-            f"known organs: {', '.join(self.labels)}"
-        )
+        if organ not in self.labels:
+            raise unknown("organ", organ, f"data set {self.name}", self.labels)
+        return self.labels[organ]
 
     def check_case(self, case: str) -> str:
         """Return `case`, or raise an InputError that names the cases there are."""
@@ -110,10 +107,7 @@ class Dataset:
                 f"{self.incomplete[case]}: missing, without which case {case} cannot be used; add "
                 "the file or leave the case out"
             )
-        raise InputError(
-            f"case {case!r}: not in data set {self.name}{meant(case, self.cases)}; "
-            f"its {len(self.cases)} cases: {_some(self.cases)}"
-        )
+        raise unknown("case", case, f"data set {self.name}", self.cases, 8)
 
     def image_path(self, case: str) -> Path:
         """Where the image of a case lies; InputError for an unknown case."""

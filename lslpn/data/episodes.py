@@ -1,20 +1,22 @@
-"""Episodes: which slices train the network, and how support and query are drawn from them.
+"""Episodes: which slices the network is trained on, and how support and query are sampled.
 
 The paper samples episodes of n classes with k support slices each; it does not say how the
 support slice corresponds to the query slice. Testing pairs slices of equal relative position in
 the organ's range (12 chunks), so training does too: the support slice comes from another scan,
 shows the same organ, and lies within `max_position_gap` of the query's relative position.
 
-Sampling has no state. Batch number `step` is a function of the seed and the step, which is what
-makes a resumed run equal to one that was never stopped.
+Sampling has no state: a batch is a function of the seed and the step, so that a resumed run equals
+an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from ..config import Config, TrainConfig
 from ..errors import InputError
 from .augment import augment
 from .dataset import Dataset
-from .slices import Prepared, Treatment, prepare_for, warn_unlike
+from .slices import Prepared, Treatment, prepare, warn_unlike
 from .volumes import Volume
 
 _REFERENCE_SIDE = 512  # the side at which min_organ_pixels is counted
@@ -33,8 +35,7 @@ _REFERENCE_SIDE = 512  # the side at which min_organ_pixels is counted
 _SUBSAMPLE, _EPISODE = 1, 2
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """B episodes of N ways, K shots and Q queries.
 
     Attributes:
@@ -50,37 +51,48 @@ class Batch:
     query_images: Tensor
     query_labels: Tensor
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.support_images, self.support_masks, self.query_images, self.query_labels
-
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
-        return Batch(*(tensor.pin_memory() for tensor in self._tensors()))
+        return Batch(*(tensor.pin_memory() for tensor in self))
 
     def split(self, parts: int) -> list[Batch]:
         """`parts` batches of equally many episodes."""
-        chunks = (tensor.chunk(parts) for tensor in self._tensors())
-        return [Batch(*part) for part in zip(*chunks, strict=True)]
+        return [Batch(*part) for part in zip(*(t.chunk(parts) for t in self), strict=True)]
 
 
-class TrainingScans:
-    """What both kinds of episodes share: the scans to train on, read once, and how.
+class TrainingScans(ABC):
+    """The scans to train on, read once, and the batches drawn from them.
 
-    Attributes:
+    Args:
+        dataset: where the scans lie.
         config: of the run.
         cases: the scans to train on.
         hold_out: organs that are never a class.
+        progress: show a bar while reading.
+
+    Attributes:
         organs: the classes that there are.
+        slice_count: slices held in memory.
+
+    Raises:
+        InputError: no case, an unknown or doubled one, an unknown organ, or an unreadable scan.
     """
 
     organs: tuple[str, ...] = ()
+    slice_count: int
 
     def __init__(
-        self, dataset: Dataset, config: Config, cases: Sequence[str], hold_out: Sequence[str]
+        self,
+        dataset: Dataset,
+        config: Config,
+        *,
+        cases: Sequence[str],
+        hold_out: Sequence[str] = (),
+        progress: bool = True,
     ) -> None:
         self.config = config
         if not cases:
@@ -94,13 +106,42 @@ class TrainingScans:
         self._held_out = [dataset.label_of(organ) for organ in self.hold_out]
         self._treatments: list[Treatment] = []
         self._sum = 0
+        self._begin(dataset)
+        bar = tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
+        scans = [self._read(dataset, case) for case in bar]
+        warn_unlike(self._treatments)
+        self._keep(scans)
 
-    def _reading(self, progress: bool) -> tqdm:
-        return tqdm(self.cases, desc="reading scans", unit="scan", disable=not progress)
+    @abstractmethod
+    def _begin(self, dataset: Dataset) -> None:
+        """Find out what can be wrong before a scan is read."""
+
+    @abstractmethod
+    def _read(self, dataset: Dataset, case: str) -> Any:
+        """What training keeps of a scan."""
+
+    @abstractmethod
+    def _keep(self, scans: list[Any]) -> None:
+        """Keep what `_read` gave, or refuse it."""
+
+    @abstractmethod
+    def _episode(self, step: int, index: int) -> tuple[np.ndarray, ...]:
+        """One episode: the arrays of a `Batch` without their first axis."""
+
+    def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
+        """The batch of training step `step`; the same whenever it is asked for.
+
+        Args:
+            step: from 0.
+            share: which of its episodes to make, counted from 0; default: all.
+        """
+        share = range(self.config.train.batch) if share is None else share
+        episodes = [self._episode(step, index) for index in share]
+        return Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*episodes, strict=True)))
 
     def _prepared(self, image: Volume, labels: Volume | None = None) -> Prepared:
         """The squares of a scan, whose treatment is kept, to warn of scans that are unlike."""
-        ready = prepare_for(self.config.model, image, labels)
+        ready = prepare(self.config.model, image, labels)
         self._treatments.append(ready.treatment)
         return ready
 
@@ -151,46 +192,24 @@ class Episodes(TrainingScans):
     Pixels of the data set's "ignore" label, and of the value `ignore_index` where it is no organ's,
     have no loss in queries; in a support they count as background.
 
-    Args:
-        dataset: where the scans lie.
-        config: of the run.
-        cases: the scans to train on.
-        hold_out: organs that are never a class. They stay unlabelled background in the slices
-            (Setting I), or their slices are dropped (`drop_test_slices`, Setting II).
-        progress: show a bar while reading.
+    Held-out organs stay unlabelled background in the slices (Setting I), or their slices are
+    dropped (`drop_test_slices`, Setting II).
+
+    Args: those of `TrainingScans`.
 
     Raises:
-        InputError: an unknown or doubled case, an unknown organ, an organ both trained on and
-            held out, no organ left, fewer organs than ways, or an unreadable scan.
+        InputError: as `TrainingScans`; an organ both trained on and held out, no organ left, or
+            fewer organs than ways.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        config: Config,
-        *,
-        cases: Sequence[str],
-        hold_out: Sequence[str] = (),
-        progress: bool = True,
-    ) -> None:
-        super().__init__(dataset, config, cases, hold_out)
-        self.size = config.model.size
-        self.labels = _training_labels(dataset, config.train, self.hold_out)
-
+    def _begin(self, dataset: Dataset) -> None:
+        self.size = self.config.model.size
+        self.labels = _training_labels(dataset, self.config.train, self.hold_out)
         # Voxels of this value teach nothing. An organ may have the value of ignore_index itself.
-        no_loss = config.train.ignore_index
+        no_loss = self.config.train.ignore_index
         self._ignored = {dataset.ignore} if dataset.ignore is not None else set()
         if no_loss not in dataset.labels.values():
             self._ignored.add(no_loss)
-
-        self._scans = [self._read(dataset, case) for case in self._reading(progress)]
-        warn_unlike(self._treatments)
-        # Of each organ, the scans that have it; organs without any cannot be a class.
-        self._scans_with = {
-            organ: [s for s in self._scans if organ in s.rows] for organ in self.labels
-        }
-        self.organs = tuple(organ for organ, scans in self._scans_with.items() if scans)
-        self._check(config.train)
 
     def _read(self, dataset: Dataset, case: str) -> _Scan:
         train = self.config.train
@@ -229,7 +248,13 @@ class Episodes(TrainingScans):
             rows={organ: np.searchsorted(kept, z) for organ, z in drawn.items()},
         )
 
-    def _check(self, train: TrainConfig) -> None:
+    def _keep(self, scans: list[_Scan]) -> None:
+        train = self.config.train
+        self._scans = scans
+        # Of each organ, the scans that have it; organs without any cannot be a class.
+        self._scans_with = {organ: [s for s in scans if organ in s.rows] for organ in self.labels}
+        self.organs = tuple(organ for organ, found in self._scans_with.items() if found)
+        self.slice_count = sum(len(scan.z) for scan in scans)
         absent = [organ for organ in self.labels if organ not in self.organs]
         if not self.organs:
             raise InputError(
@@ -254,28 +279,7 @@ class Episodes(TrainingScans):
                 stacklevel=3,
             )
 
-    @property
-    def slice_count(self) -> int:
-        """Slices held in memory."""
-        return sum(len(scan.z) for scan in self._scans)
-
-    def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
-        """The batch of training step `step`; the same whenever it is asked for.
-
-        Args:
-            step: from 0.
-            share: which of its episodes to make, counted from 0; default: all.
-        """
-        share = range(self.config.train.batch) if share is None else share
-        episodes = [self._episode(step, index) for index in share]
-        support, masks, queries, labels = (
-            torch.from_numpy(np.stack(part)) for part in zip(*episodes, strict=True)
-        )
-        return Batch(support, masks, queries, labels)
-
-    def _episode(
-        self, step: int, index: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _episode(self, step: int, index: int) -> tuple[np.ndarray, ...]:
         train = self.config.train
         N, K, Q, S = train.ways, train.shots, train.queries, self.size
         rng = np.random.default_rng([train.seed, _EPISODE, step, index])
@@ -336,14 +340,7 @@ class Episodes(TrainingScans):
         return int(rows[rng.integers(len(rows))])
 
     def _image(self, rng: np.random.Generator, scan: _Scan, row: int) -> np.ndarray:
-        train = self.config.train
-        return augment(
-            scan.images[row].astype(np.float32),
-            rng,
-            probability=train.augment_probability,
-            low=train.augment_low,
-            high=train.augment_high,
-        )
+        return augment(scan.images[row].astype(np.float32), rng, self.config.train)
 
 
 def _training_labels(

@@ -1,7 +1,7 @@
-"""What the grey values of a scan mean: whether it is CT in HU, and what in it is air.
+"""The meaning of a scan's grey values: whether it is CT in HU, and which of them are air.
 
-Nothing in a NIfTI file says so. It is read off the shape of the histogram and never off a single
-value: a scan may be limited to a window, stored with an offset, or padded with any value.
+A NIfTI file does not say. It is inferred from the shape of the histogram, never from single values:
+a scan may be clipped to a window, stored with an offset, or padded with any value.
 """
 
 from __future__ import annotations

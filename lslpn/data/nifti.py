@@ -1,4 +1,4 @@
-"""NIfTI files: their bytes, voxels and geometry, with a message for every way to be broken."""
+"""NIfTI files: their bytes, voxels and geometry, with a message for every kind of damage."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 
 from ..errors import InputError
 
@@ -54,20 +52,7 @@ def array_of(
         if callable(image):
             image = image()
         array = np.asanyarray(image.dataobj)
-    # What nibabel raises depends on which field is broken.
-    except (
-        ImageFileError,
-        HeaderDataError,
-        WrapStructError,
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # what nibabel raises depends on which field is broken
         raise InputError(
             f"{path}: damaged or cut short ({_one_line(error)}); copy or export the file again"
         ) from error
@@ -151,41 +136,34 @@ def _affine(path: Path, image: nib.Nifti1Image) -> np.ndarray:
         InputError: neither is usable.
     """
     header = image.header
-    sform, qform = _form(header.get_sform), _form(header.get_qform)
-    if sform is None and qform is None:
-        base = np.array(header.get_base_affine(), dtype=np.float64)
-        if what := _singular(base):
-            raise _unusable(path, what)
-        warnings.warn(
-            f"{path.name}: its header has neither sform nor qform; its axes are taken to run to "
-            f"{axes(base)}, so check that left and right are as they should be",
-            stacklevel=4,
+    read = {"sform": _form(header.get_sform), "qform": _form(header.get_qform)}
+    coded = {name: affine for name, affine in read.items() if affine is not None}
+    given = coded or {"neither": np.array(header.get_base_affine(), dtype=np.float64)}
+    faults = {name: what for name, affine in given.items() if (what := _singular(affine))}
+    sound = [name for name in given if name not in faults]
+    if not sound:
+        raise InputError(
+            f"{path}: its affine is singular ({next(iter(faults.values()))}), expected three "
+            "independent axes in millimetres; repair the header or export the file again"
         )
-        return base
-    if sform is None or qform is None:
-        only = qform if sform is None else sform
-        assert only is not None
-        if what := _singular(only):
-            raise _unusable(path, what)
-        return only
-    faults = {"sform": _singular(sform), "qform": _singular(qform)}
-    if all(faults.values()):
-        raise _unusable(path, f"{faults['sform']}")
-    for name, other, affine in (("sform", "qform", qform), ("qform", "sform", sform)):
-        if faults[name]:
-            warnings.warn(
-                f"{path.name}: its {name} is singular ({faults[name]}), its {other} is used",
-                stacklevel=4,
+    affine, said = given[sound[0]], None
+    if not coded:
+        said = (
+            "its header has neither sform nor qform; its axes are taken to run to "
+            f"{axes(affine)}, so check that left and right are as they should be"
+        )
+    for name, what in faults.items():
+        said = f"its {name} is singular ({what}), its {sound[0]} is used"
+    if len(sound) == 2:
+        apart = apart_mm(image.shape[:3], affine, given["qform"])
+        if apart > _FORMS_TOLERANCE * np.linalg.norm(affine[:3, :3], axis=0).min():
+            said = (
+                f"its sform and qform differ (corners are up to {apart:.3g} mm apart, axes run to "
+                f"{axes(affine)} and {axes(given['qform'])}); the sform is used"
             )
-            return affine
-    apart = apart_mm(image.shape[:3], sform, qform)
-    if apart > _FORMS_TOLERANCE * np.linalg.norm(sform[:3, :3], axis=0).min():
-        warnings.warn(
-            f"{path.name}: its sform and qform differ (corners are up to {apart:.3g} mm apart, "
-            f"axes run to {axes(sform)} and {axes(qform)}); the sform is used",
-            stacklevel=4,
-        )
-    return sform
+    if said:
+        warnings.warn(f"{path.name}: {said}", stacklevel=4)
+    return affine
 
 
 def _form(get: Callable[..., tuple[np.ndarray | None, int]]) -> np.ndarray | None:
@@ -207,13 +185,6 @@ def _singular(affine: np.ndarray) -> str | None:
     if abs(np.linalg.det(axes / lengths)) <= 1e-3:
         return "its axes lie in one plane"
     return None
-
-
-def _unusable(path: Path, what: str) -> InputError:
-    return InputError(
-        f"{path}: its affine is singular ({what}), expected three independent axes in "
-        "millimetres; repair the header or export the file again"
-    )
 
 
 def apart_mm(shape: tuple[int, ...], a: np.ndarray, b: np.ndarray) -> float:

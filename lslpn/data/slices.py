@@ -1,12 +1,13 @@
-"""From a volume to the network's square slices, and from its labels back to the volume.
+"""Converts a volume to the network's square slices, and their labels back to the volume.
 
-The method assumes that the organs of support and query lie at similar places in the image. Scans
-of another field of view do not, so `align="body"` cuts both to the box of the patient's trunk
-before they are resized to the square, slice by slice.
+The method assumes that organs have similar positions in the images of support and query. Where the
+field of view differs they have not, so `align="body"` crops both to the bounding box of the
+patient's trunk before they are resized to the square, slice by slice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from torch import Tensor
 
-from ..config import Align, ModelConfig
+from ..config import ModelConfig
 from ..errors import InputError
 from .intensities import AIR_BELOW_HU, Intensities, common_window, interpret
 from .volumes import Volume, check_same_grid
@@ -94,51 +96,37 @@ class Prepared:
 
 
 def prepare(
-    image: Volume,
-    labels: Volume | None = None,
-    *,
-    size: int,
-    align: Align = "none",
-    window: Window = "auto",
-    normalise: Literal["slice", "volume", "window"] = "slice",
+    config: ModelConfig, image: Volume, labels: Volume | None = None, **other: Any
 ) -> Prepared:
-    """Window, crop, resize to `size` x `size` and bring into [0, 1].
+    """Window, crop, resize to a square and bring into [0, 1], as a network is given its input.
 
     Images are resized bilinearly, averaging over the pixels that fall together when the slice
-    shrinks; labels by nearest neighbours.
+    shrinks; labels by nearest neighbours. A slice of one value becomes zero where `normalise` is
+    "slice". The window is in HU for CT even where the file holds HU + 1024; `interpret` tells
+    which it is.
 
     Args:
+        config: of the network: `size`, `align`, `window` and `normalise`.
         image: the scan.
         labels: its labels, or None.
-        size: side of the network's square input, in pixels.
-        align: "none" keeps the whole slice, "body" cuts each to its box of `body_boxes` first.
-        window: intensities are limited to (low, high) first, in HU for CT even where the file
-            holds HU + 1024. "auto" is -125..275 HU for CT and None for other scans; `interpret`
-            tells which it is.
-        normalise: what becomes 0 and 1: the least and greatest of each "slice" (the published
-            code), of the whole "volume" (SENet's), or the ends of the "window". A constant
-            slice becomes zero under "slice".
+        other: settings in the place of those of `config`.
 
     Raises:
         InputError: `labels` lie on another grid; every voxel is on one side of the window;
-            normalise="window" without a window.
-        ValueError: an option of another value than those above.
+            normalise="window" without a window; a setting of another value than it may have.
     """
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
-    if align not in ("none", "body"):
-        raise ValueError(f'align: expected "none" or "body", got {align!r}')
-    if normalise not in ("slice", "volume", "window"):
-        raise ValueError(f'normalise: expected "slice", "volume" or "window", got {normalise!r}')
+    config = dataclasses.replace(config, **other)
+    size, normalise = config.size, config.normalise
     if labels is not None:
         check_same_grid(image, labels)
     how = interpret(image.data)
     data = how.apply(image.data)
-    boxes = trunk_boxes(data, image.spacing, how.air) if align == "body" else None
-    treatment = Treatment(image.path.name, how, None if align == "none" else boxes is not None)
+    cropped = config.align == "body"
+    boxes = trunk_boxes(data, image.spacing, how.air) if cropped else None
+    treatment = Treatment(image.path.name, how, boxes is not None if cropped else None)
     boxes = whole_boxes(data) if boxes is None else boxes
 
-    limits = window_limits(how, window)
+    limits = window_limits(how, config.window)
     data = data if limits is None else data.clip(*limits)
     low, high = float(data.min()), float(data.max())
     if limits is not None and low == high:
@@ -173,23 +161,6 @@ def prepare(
     return Prepared(slices, small, boxes, image, level, treatment)
 
 
-def prepare_for(
-    config: ModelConfig, image: Volume, labels: Volume | None = None, **other: Any
-) -> Prepared:
-    """`prepare` with the settings of a network, but for those in `other`."""
-    names = ("size", "align", "window", "normalise")
-    return prepare(image, labels, **{name: getattr(config, name) for name in names} | other)
-
-
-def resolve_window(image: Volume, window: Window) -> tuple[float, float] | None:
-    """The limits that `prepare` applies for `window`: (low, high), or None for no window.
-
-    Raises:
-        ValueError: low is not below high, or a word other than "auto".
-    """
-    return window_limits(interpret(image.data), window)
-
-
 def shared_window(window: Window, read: Sequence[Intensities]) -> Window:
     """`window` for scans that are used together: of "auto", what is left of it in all of them."""
     if window == "auto" and all(how.hu for how in read):
@@ -198,13 +169,11 @@ def shared_window(window: Window, read: Sequence[Intensities]) -> Window:
 
 
 def window_limits(how: Intensities, window: Window) -> tuple[float, float] | None:
-    """`resolve_window`, of a scan whose grey values were read already."""
+    """The limits that `prepare` applies for `window`: (low, high), or None for no window."""
     if window is None:
         return None
     if window == "auto":
         return ABDOMEN_WINDOW if how.hu else None
-    if isinstance(window, str) or not window[0] < window[1]:
-        raise ValueError(f'window: expected "auto", None or (low, high), got {window!r}')
     return float(window[0]), float(window[1])
 
 
@@ -340,18 +309,22 @@ def _broad(plane: np.ndarray, spacing: tuple[float, float]) -> np.ndarray:
     return ndimage.distance_transform_edt(~core, sampling=spacing) <= radius
 
 
+def resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    """[N, C, h, w] to `size`, bilinear, averaging over the pixels that fall together."""
+    if images.shape[2:] == torch.Size(size):
+        return images
+    return F.interpolate(
+        images, size=tuple(size), mode="bilinear", align_corners=False, antialias=True
+    )
+
+
 def _resized(data: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
     """The boxes of [Z, Y, X], resized to float32 [Z, size, size]."""
     out = np.empty((len(data), size, size), np.float32)
     for z, (y0, y1, x0, x1) in enumerate(boxes.tolist()):
-        part = data[z, y0:y1, x0:x1]
-        if part.shape != (size, size):
-            # A crop is strided; torch wants a plain array.
-            pixels = torch.from_numpy(np.ascontiguousarray(part))[None, None]
-            part = F.interpolate(
-                pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True
-            )[0, 0].numpy()
-        out[z] = part
+        # A crop is strided; torch wants a plain array.
+        part = np.ascontiguousarray(data[z, y0:y1, x0:x1])
+        out[z] = resized(torch.from_numpy(part)[None, None], (size, size))[0, 0]
     return out
 
 

@@ -1,28 +1,24 @@
 """Episodes without labels: the class of an episode is a superpixel, as ALPNet is trained.
 
-A slice falls into regions of alike grey values. One of them is the episode's class, and two views
-of the slice, each deformed in its own way, are support and query: what the network learns is to
-find a region again. No organ's label is used, so none can leak into training.
+A slice is partitioned into regions of similar grey values. One of them is the episode's class, and
+two views of the slice, deformed independently, are support and query: the network learns to find a
+region again. Organ labels are not used, so they cannot leak into training.
 
-Ouyang et al., "Self-Supervision with Superpixels", ECCV 2020. Needs scikit-image, which
-`pip install "lslpn[superpixels]"` brings.
+Ouyang et al., "Self-Supervision with Superpixels", ECCV 2020. Needs scikit-image:
+`pip install "lslpn[superpixels]"`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import ndimage
 
-from ..config import Config
 from ..errors import InputError
 from .augment import deformed
 from .dataset import Dataset
-from .episodes import Batch, TrainingScans
-from .slices import warn_unlike
+from .episodes import TrainingScans
 from .volumes import check_same_grid
 
 # ALPNet's choices for felzenszwalb, on 256 x 256 with grey values to 255.
@@ -74,38 +70,14 @@ class SuperpixelEpisodes(TrainingScans):
     An episode is one superpixel of one slice: K + Q views of the slice by `augment.deformed`, the
     first K the support. The options of augmentation, organs and slices per organ are not used.
 
-    Args:
-        dataset: where the scans lie.
-        config: of the run.
-        cases: the scans to train on.
-        hold_out: organs whose slices `drop_test_slices` leaves out; otherwise without effect.
-        progress: show a bar while reading.
+    Args: those of `TrainingScans`; `hold_out` is without effect but for `drop_test_slices`.
 
     Raises:
-        InputError: scikit-image is not installed, an unknown or doubled case, an unknown organ,
-            an unreadable scan, or no slice left.
+        InputError: as `TrainingScans`; scikit-image is not installed, or no slice is left.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        config: Config,
-        *,
-        cases: Sequence[str],
-        hold_out: Sequence[str] = (),
-        progress: bool = True,
-    ) -> None:
+    def _begin(self, dataset: Dataset) -> None:
         _felzenszwalb()
-        super().__init__(dataset, config, cases, hold_out)
-        bar = self._reading(progress)
-        slices, air = zip(*[self._read(dataset, case) for case in bar], strict=True)
-        self._slices, self._air = np.concatenate(slices), np.concatenate(air)
-        warn_unlike(self._treatments)
-        if not len(self._slices):
-            raise InputError(
-                "cases: every slice shows a held-out organ (drop_test_slices); train on others"
-            )
-        self._found: dict[int, np.ndarray] = {}
 
     def _read(self, dataset: Dataset, case: str) -> tuple[np.ndarray, np.ndarray]:
         """Slices, float16 [n, S, S], and what is air in each, [n]; labels are read only to leave
@@ -120,22 +92,17 @@ class SuperpixelEpisodes(TrainingScans):
         self._add_to_sum(image.data, shown)
         return prepared.slices[~shown].astype(np.float16), prepared.air[~shown]
 
-    @property
-    def slice_count(self) -> int:
-        """Slices held in memory."""
-        return len(self._slices)
+    def _keep(self, scans: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        slices, air = zip(*scans, strict=True)
+        self._slices, self._air = np.concatenate(slices), np.concatenate(air)
+        self._found: dict[int, np.ndarray] = {}
+        self.slice_count = len(self._slices)
+        if not self.slice_count:
+            raise InputError(
+                "cases: every slice shows a held-out organ (drop_test_slices); train on others"
+            )
 
-    def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
-        """As `Episodes.batch`."""
-        train = self.config.train
-        share = range(train.batch) if share is None else share
-        views = [self._episode(step, index) for index in share]
-        images, masks = (torch.from_numpy(np.stack(part)) for part in zip(*views, strict=True))
-        K = train.shots
-        return Batch(images[:, :K], masks[:, :K, None], images[:, K:], masks[:, K:].long())
-
-    def _episode(self, step: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images [K + Q, S, S] and masks of the superpixel in them."""
+    def _episode(self, step: int, index: int) -> tuple[np.ndarray, ...]:
         train = self.config.train
         rng = np.random.default_rng([train.seed, _SUPERPIXEL, step, index])
         for _ in range(_ATTEMPTS):
@@ -149,7 +116,8 @@ class SuperpixelEpisodes(TrainingScans):
         mask = (regions == rng.integers(1, regions.max() + 1)).astype(np.uint8)
         views = [deformed(image, mask, rng) for _ in range(train.shots + train.queries)]
         images, masks = (np.stack(part) for part in zip(*views, strict=True))
-        return images, masks
+        K = train.shots
+        return images[:K], masks[:K, None], images[K:], masks[K:].astype(np.int64)
 
     def _regions(self, which: int) -> np.ndarray:
         if which not in self._found:

@@ -1,9 +1,9 @@
 """NIfTI volumes in and out.
 
-Every volume is brought into one display orientation by flips and permutations alone, never by
-resampling: the slices are axial, the patient's right is on the left of the image and the front
-is up, as radiologists look at them. Oblique volumes get the closest such order of their axes.
-Predictions go back through the inverse, into the grid, affine and header of their own file.
+Every volume is reoriented to one display orientation by flips and permutations, without resampling:
+axial slices with the patient's right on the left of the image and the front up, as in radiology.
+Oblique volumes get the closest such order of their axes. Predictions are mapped back by the inverse
+to the grid, affine and header of their own file.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _as_labels(array: np.ndarray, grid: Grid, require_foreground: bool = False) 
             f"{path}: the mask is empty (every voxel is 0), expected at least one labelled voxel; "
             "give the mask in which the organ is drawn"
         )
-    return _display(array.astype(_label_dtype(high)), grid)
+    return _display(array.astype(label_dtype(high)), grid)
 
 
 def check_same_grid(image: Volume, labels: Volume) -> None:
@@ -247,7 +247,7 @@ def check_same_grid(image: Volume, labels: Volume) -> None:
         )
 
 
-def _label_dtype(high: float) -> type[np.integer[Any]]:
+def label_dtype(high: float) -> type[np.integer[Any]]:
     """The least type for labels up to `high`."""
     return np.uint8 if high <= 255 else np.int16 if high <= 32767 else np.int32
 
@@ -276,7 +276,7 @@ def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume)
         raise ValueError(
             f"labels: expected values from 0 to {_LARGEST}, got {labels.min()} to {labels.max()}"
         )
-    _write(Path(path), labels.astype(_label_dtype(labels.max())), like, 1.0)
+    _write(Path(path), labels.astype(label_dtype(labels.max())), like, 1.0)
 
 
 def write_probabilities(

@@ -1,1 +1,1 @@
-"""Dice per organ and scan: protocols, scoring, results and their pictures."""
+"""Dice per organ and scan: protocols, scoring, results and figures."""

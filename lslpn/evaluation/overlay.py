@@ -1,7 +1,7 @@
-"""Pictures of slices: support, query, ground truth and prediction side by side.
+"""Figures of slices: support, query, ground truth and prediction side by side.
 
-Matplotlib is used through its object interface and the Agg canvas, so a figure needs no
-display, leaves no global state behind, and two can be drawn at once in two threads.
+Matplotlib's object interface is used, with Agg, so that a figure needs no display and no global
+state, and threads can draw at the same time.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette without black (it vanishes on CT) led by the two that stand out most
 # on grey; then four of Paul Tol's for data sets with many organs. People with any of the
@@ -74,7 +79,6 @@ def overlay(
     *,
     title: str = "",
     panel_size: float = 2.6,
-    dpi: int = 110,
 ) -> Path:
     """Draw rows of panels with their labels over them and write a PNG file.
 
@@ -87,8 +91,7 @@ def overlay(
         names: names of the labels, for the legend; labels that no panel shows are left out,
             and labels without a name are called ``label 3``.
         title: the line above the whole figure.
-        panel_size: the width of a panel in inches.
-        dpi: pixels per inch.
+        panel_size: the width of a panel in inches, of 110 pixels.
 
     Returns:
         the path written.
@@ -98,7 +101,6 @@ def overlay(
         InputError: where the file cannot be written.
     """
     # Imported here: a second that `lslpn --help` need not pay.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -124,10 +126,9 @@ def overlay(
     margin = 0.45 + (0.3 if title else 0.0)
     figure = Figure(
         figsize=(panel_size * columns, panel_size * sum(heights) + margin),
-        dpi=dpi,
+        dpi=110,
         layout="constrained",
     )
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
     shown: set[int] = set()
     for i, row in enumerate(rows):
@@ -165,29 +166,24 @@ def overlay(
             fontsize=8,
             frameon=False,
         )
-    return _write(Path(path), figure)
+    return write_figure(Path(path), figure)
 
 
-def _draw(axes: object, mask: np.ndarray, hue: str) -> None:
+def _draw(axes: Axes, mask: np.ndarray, hue: str) -> None:
     """One organ over a picture: a translucent area and its outline."""
-    from matplotlib.axes import Axes
-    from matplotlib.colors import to_rgb
+    from matplotlib.colors import to_rgba
 
-    assert isinstance(axes, Axes)
     area = np.zeros((*mask.shape, 4), dtype=np.float32)
-    area[mask, :3] = to_rgb(hue)
-    area[mask, 3] = 0.35
+    area[mask] = to_rgba(hue, 0.35)
     axes.imshow(area, aspect=axes.get_aspect(), interpolation="nearest")
     # Contours need a 2x2 grid, and a mask that covers every pixel has no outline inside it.
     if min(mask.shape) >= 2 and not mask.all():
         axes.contour(mask.astype(np.float32), levels=[0.5], colors=[hue], linewidths=0.9)
 
 
-def _write(path: Path, figure: object) -> Path:
-    from matplotlib.figure import Figure
-
-    assert isinstance(figure, Figure)
+def write_figure(path: Path, figure: Figure) -> Path:
+    """Write a figure as PNG, whole or not at all; the same picture gives the same bytes."""
     with replacing(path) as aside:
-        # No version of matplotlib in the file: the same picture gives the same bytes.
+        # No version of matplotlib in the file.
         figure.savefig(aside, format="png", metadata={"Software": None})
     return path

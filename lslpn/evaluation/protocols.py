@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -30,22 +29,22 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Protocol(ABC):
+class Protocol:
     """Which support slice segments which query slices.
 
     Attributes:
         chunks: parts into which the organ's range is cut.
+        min_pixels: a support slice that shows no more of the organ does not count.
         name: what the command line calls it.
         average: how its authors average over the query cases.
         normalise: how its authors bring grey values to [0, 1], where it is not up to the model.
-        needs_query_range: whether the query's own ground truth says where the organ is.
     """
 
     chunks: int
+    min_pixels: float = 0
     name: ClassVar[str]
     average: ClassVar[Literal["mean", "median"]] = "mean"
     normalise: ClassVar[Literal["slice", "volume", "window"] | None] = None
-    needs_query_range: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.chunks < 1:
@@ -65,20 +64,19 @@ class Protocol(ABC):
             finds the organ in the support or in the query on no slice.
         """
         supports = self.support_slices(np.asarray(support_areas))
-        groups = self.query_groups(np.asarray(query_areas))
-        if not supports:
-            return []
+        groups = self.query_groups(np.asarray(query_areas)) if supports else []
         return [
             Pair(support, group) for support, group in zip(supports, groups, strict=True) if group
         ]
 
-    @abstractmethod
     def support_slices(self, areas: np.ndarray) -> list[int]:
         """The support slice of each chunk; empty where the organ is on no slice."""
+        shown = _above(areas, self.min_pixels)
+        return [shown[m] for m in _middles(len(shown), self.chunks)] if shown else []
 
-    @abstractmethod
     def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
         """The query slices of each chunk; chunks of a short organ may be empty."""
+        return _cut(_range(_above(areas, 0)), self.chunks)
 
 
 def _middles(length: int, chunks: int) -> list[int]:
@@ -136,8 +134,7 @@ class Published(Protocol):
         return [_nearest(shown, m) for m in middles]
 
     def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
-        span = _range(_above(areas, self.min_pixels), drop_last=True)
-        return _cut(span, self.chunks)
+        return _cut(_range(_above(areas, self.min_pixels), drop_last=True), self.chunks)
 
 
 @dataclass(frozen=True)
@@ -156,10 +153,6 @@ class SENet(Protocol):
     name = "senet"
     average = "median"
     normalise = "volume"
-
-    def support_slices(self, areas: np.ndarray) -> list[int]:
-        shown = _above(areas, self.min_pixels)
-        return [shown[m] for m in _middles(len(shown), self.chunks)] if shown else []
 
     def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
         span = _range(_above(areas, 0))
@@ -182,13 +175,6 @@ class ALPNet(Protocol):
     chunks: int = 3
     name = "alpnet"
 
-    def support_slices(self, areas: np.ndarray) -> list[int]:
-        shown = _above(areas, 0)
-        return [shown[m] for m in _middles(len(shown), self.chunks)] if shown else []
-
-    def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
-        return _cut(_range(_above(areas, 0)), self.chunks)
-
 
 @dataclass(frozen=True)
 class ADNet(Protocol):
@@ -200,7 +186,6 @@ class ADNet(Protocol):
 
     chunks: int = 1
     name = "adnet"
-    needs_query_range = False
 
     def __post_init__(self) -> None:
         if self.chunks != 1:
@@ -208,10 +193,6 @@ class ADNet(Protocol):
                 f"chunks: the protocol adnet has one support slice for the whole volume, got "
                 f"{self.chunks}; leave the option out or take another protocol"
             )
-
-    def support_slices(self, areas: np.ndarray) -> list[int]:
-        shown = _above(areas, 0)
-        return [shown[len(shown) // 2]] if shown else []
 
     def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
         return [tuple(range(len(areas)))]

@@ -1,10 +1,9 @@
-"""What an evaluation found: Dice per organ and case, as tables, JSON and figures."""
+"""Results of an evaluation: Dice per organ and case, as tables, JSON and figures."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..files import write_text
+from ..files import write_json
 from ..info import versions
 from .overlay import Panel, overlay
 
@@ -30,6 +29,14 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     if total == 0:
         return 1.0
     return 2.0 * int(np.count_nonzero(prediction & truth)) / total
+
+
+def average_of(values: Iterable[float], average: str = "mean") -> float:
+    """Mean or median of the values that are numbers; NaN, a score that is missing, is left out."""
+    kept = [value for value in values if not math.isnan(value)]
+    if not kept:
+        return math.nan
+    return statistics.median(kept) if average == "median" else statistics.fmean(kept)
 
 
 @dataclass(frozen=True)
@@ -79,14 +86,17 @@ class Example:
 
     def panels(self, support: str, label: int) -> list[Panel]:
         """Support with its mask, query, and ground truth; `label` gives the colour."""
-        s, q = self.support_aspect, self.query_aspect
         of_support = f"support {support}, slice {self.support_slice}"
-        of_query = f"query {self.case}, slice {self.query_slice}"
+        mask = self.support_mask * label
         return [
-            Panel(self.support_image, self.support_mask * label, of_support, s),
-            Panel(self.query_image, None, of_query, q),
-            Panel(self.query_image, self.truth * label, "ground truth", q),
+            Panel(self.support_image, mask, of_support, self.support_aspect),
+            self.panel(f"query {self.case}, slice {self.query_slice}", None),
+            self.panel("ground truth", self.truth * label),
         ]
+
+    def panel(self, title: str, labels: np.ndarray | None) -> Panel:
+        """The query slice, with labels over it."""
+        return Panel(self.query_image, labels, title, self.query_aspect)
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,23 @@ class Evaluation:
     method: str = "lslpn"
     examples: tuple[Example, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
+    @property
+    def dice(self) -> dict[tuple[str, str], float]:
+        """The Dice of each organ and query case that was scored."""
+        return {(row.organ, row.case): row.dice for row in self.rows}
+
+    @property
+    def shown(self) -> dict[tuple[str, str], Example]:
+        """The examples by organ and query case."""
+        return {(example.organ, example.case): example for example in self.examples}
+
+    @property
+    def windows(self) -> str:
+        """The grid of windows, such as "scale 1/8, spacing 1/2"; empty where there is none."""
+        if self.scale is None:
+            return ""
+        return f"scale {fraction(self.scale)}, spacing {fraction(self.spacing)}"
+
     def scores(self, organ: str) -> list[float]:
         """The Dice of an organ in each query case that was scored."""
         return [row.dice for row in self.rows if row.organ == organ]
@@ -123,22 +150,20 @@ class Evaluation:
 
         NaN where nothing was scored; organs without a score do not enter the overall mean.
         """
-        return self._average(statistics.fmean, organ)
+        return self._over(organ, "mean")
 
     def median(self, organ: str | None = None) -> float:
         """Median Dice over the query cases; without an organ, the mean of that over the organs."""
-        return self._average(statistics.median, organ)
-
-    def _average(self, average: Any, organ: str | None) -> float:
-        if organ is not None:
-            scores = self.scores(organ)
-            return float(average(scores)) if scores else math.nan
-        organs = [v for v in (self._average(average, o) for o in self.organs) if not math.isnan(v)]
-        return statistics.fmean(organs) if organs else math.nan
+        return self._over(organ, "median")
 
     def headline(self, organ: str | None = None) -> float:
         """The average that the protocol's authors report: `mean` or `median`."""
-        return self.median(organ) if self.average == "median" else self.mean(organ)
+        return self._over(organ, self.average)
+
+    def _over(self, organ: str | None, average: str) -> float:
+        if organ is not None:
+            return average_of(self.scores(organ), average)
+        return average_of([self._over(o, average) for o in self.organs])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON takes it; a score that is missing is None."""
@@ -178,24 +203,24 @@ class Evaluation:
         title = (
             f"{self.dataset}: {self.model}, protocol {self.protocol}, "
             f"{self.chunks} chunk{'s' * (self.chunks != 1)}, support {self.support}, "
-            f"{self.size}x{self.size}, {_grid(self)}align {self.align}"
+            f"{self.size}x{self.size}, {self.windows}{', ' * bool(self.windows)}align {self.align}"
         )
-        by_key = {(row.organ, row.case): row.dice for row in self.rows}
+        dice = self.dice
         # Many cases do not fit on a line; their rows are in the JSON.
         cases = self.queries if len(self.queries) <= 10 else ()
         header = ["organ", *cases, "mean", "median"]
         lines = [
             [
                 organ,
-                *(format_score(by_key.get((organ, case), math.nan)) for case in cases),
-                format_score(self.mean(organ)),
-                format_score(self.median(organ)),
+                *(dice.get((organ, case)) for case in cases),
+                self.mean(organ),
+                self.median(organ),
             ]
             for organ in self.organs
         ]
         if len(self.organs) > 1:
             blank = [""] * len(cases)
-            lines.append(["all", *blank, format_score(self.mean()), format_score(self.median())])
+            lines.append(["all", *blank, self.mean(), self.median()])
         text = render_table(title, header, lines, markdown)
         for skip in self.skipped:
             text += f"\nskipped: {skip.organ} in {skip.case}: {skip.reason}"
@@ -218,8 +243,8 @@ def summary(evaluations: Sequence[Evaluation], *, markdown: bool = False) -> str
         [
             fraction(e.scale),
             fraction(e.spacing),
-            *(format_score(e.headline(o)) for o in first.organs),
-            format_score(e.headline()),
+            *(e.headline(o) for o in first.organs),
+            e.headline(),
         ]
         for e in evaluations
     ]
@@ -243,58 +268,45 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
     root = Path(folder)
     content = {"versions": versions(), "evaluations": [e.to_dict() for e in evaluations]}
     written = [root / "evaluation.json"]
-    write_text(written[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_json(written[0], content)
     first = evaluations[0]
-    dice = [{(r.organ, r.case): r.dice for r in e.rows} for e in evaluations]
-    examples = [{(x.organ, x.case): x for x in e.examples} for e in evaluations]
     for case in first.queries:
         rows = []
         for label, organ in enumerate(first.organs, 1):
-            found = [of_grid[organ, case] for of_grid in examples if (organ, case) in of_grid]
-            if not found:
+            key = organ, case
+            found = [evaluation.shown.get(key) for evaluation in evaluations]
+            # But for the prediction all grids have the same.
+            example = next((one for one in found if one is not None), None)
+            if example is None:
                 continue
-            shown = found[0]  # but for the prediction all grids have the same
-            row = shown.panels(first.support, label)
-            for evaluation, scores, of_grid in zip(evaluations, dice, examples, strict=True):
-                grid = (
-                    f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
-                    if len(evaluations) > 1
-                    else "prediction"
-                )
-                example = of_grid.get((organ, case))
-                row.append(
-                    Panel(
-                        shown.query_image,
-                        None if example is None else example.prediction * label,
-                        f"{grid}\n"
-                        + ("skipped" if example is None else f"3-D Dice {scores[organ, case]:.2f}"),
-                        shown.query_aspect,
-                    )
-                )
+            row = example.panels(first.support, label)
+            for evaluation, one in zip(evaluations, found, strict=True):
+                title = evaluation.windows if len(evaluations) > 1 else "prediction"
+                if one is None:
+                    row.append(example.panel(f"{title}\nskipped", None))
+                else:
+                    score = f"3-D Dice {evaluation.dice[key]:.2f}"
+                    row.append(example.panel(f"{title}\n{score}", one.prediction * label))
             rows.append(row)
         if rows:
-            names = {i + 1: organ for i, organ in enumerate(first.organs)}
+            names = dict(enumerate(first.organs, 1))
             written.append(overlay(root / "figures" / f"{case}.png", rows, names))
     return written
-
-
-def _grid(evaluation: Evaluation) -> str:
-    if evaluation.scale is None:
-        return ""
-    return f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}, "
 
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def format_score(value: float) -> str:
-    """A Dice with three decimals; "-" for NaN."""
-    return "-" if math.isnan(value) else f"{value:.3f}"
+def cell(value: Any) -> str:
+    """A value in a table: a number with three decimals, "-" for one that is missing."""
+    if value is None or value != value:  # NaN
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def render_table(
-    title: str, header: Sequence[str], lines: Iterable[Sequence[str]], markdown: bool
+    title: str, header: Sequence[str], lines: Iterable[Sequence[Any]], markdown: bool
 ) -> str:
     """A table with a title above it, the first column to the left; plain text or Markdown."""
     # rich comes with typer; imported here because nothing else in this module needs it.
@@ -306,7 +318,7 @@ def render_table(
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(cell, line))
     # Wide enough for any table: a file or a pipe has no width to keep to.
     out = io.StringIO()
     Console(file=out, width=400, color_system=None, markup=False, emoji=False).print(table)

@@ -1,38 +1,39 @@
-"""One support and one query case at a time: described, segmented, and scored.
+"""Segments and scores one query case by one support case.
 
 Features of a slice do not depend on the organ, nor on LSLPN's grid of windows. So a query slice is
-encoded once, for all organs and all grids, in a stream: no more than a batch of features is held.
+encoded once, for all organs and all grids; only a batch of features is held at a time.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lslpn_kernels import GridSpec
 
 from ..config import Align
-from ..data.slices import Prepared, Treatment, prepare_for
+from ..data.dataset import Dataset
+from ..data.slices import Prepared, Treatment, prepare
+from ..data.volumes import Volume
 from ..errors import InputError
 from ..models import FewShotNetwork
 from ..models.lslpn import LocalPrototypes
 from .protocols import Protocol, areas
 from .results import Example, Row, Skipped, dice, fraction
 
-if TYPE_CHECKING:
-    from ..data.dataset import Dataset
-    from ..data.volumes import Volume
+# Called after each query case: its name, image and ground truth, and the labels found with each
+# grid of windows. Organs are segmented one by one; where two overlap, the first stays.
+Observer = Callable[[str, Volume, Volume, list[np.ndarray]], None]
 
-    # Called after each query case: its name, image and ground truth, and the labels found with
-    # each grid of windows. Organs are segmented one by one; where two overlap, the first stays.
-    Observer = Callable[[str, Volume, Volume, list[np.ndarray]], None]
+Plan = dict[str, dict[int, int]]  # organ to query slice to the support slice that segments it
 
 
 @dataclass
@@ -57,112 +58,76 @@ class View:
         return "" if self.grid is None else f" with windows of {fraction(self.grid.scale)}"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done with one query case.
-
-    Attributes:
-        supports: organ to query slice to the support slice that segments it.
-    """
-
-    case: str
-    supports: dict[str, dict[int, int]] = field(default_factory=dict)
-    skipped: list[Skipped] = field(default_factory=list)
-
-    @property
-    def slices(self) -> list[int]:
-        """All slices that some organ needs."""
-        return sorted({z for supports in self.supports.values() for z in supports})
-
-
-def plan_of(
-    dataset: Dataset,
-    case: str,
-    labels: dict[str, int],
-    rule: Protocol,
-    support_areas: dict[str, np.ndarray],
-) -> Plan:
-    truth = dataset.load_labels(case).data
-    plan = Plan(case)
-    for organ, label in labels.items():
-        shown = areas(truth, label)
-        pairs = rule.pairs(support_areas[organ], shown)
-        if not shown.any():
-            plan.skipped.append(Skipped(organ, case, "its labels do not show the organ"))
-        elif not pairs:
-            plan.skipped.append(
-                Skipped(organ, case, f"no slice shows enough of it for protocol {rule.name}")
-            )
-        else:
-            plan.supports[organ] = {z: pair.support for pair in pairs for z in pair.queries}
-    return plan
-
-
 @dataclass
 class Runner:
     """What the support's slices say, and the loop over query slices.
 
     Attributes:
+        labels: the organs to segment, and their values.
+        support: the labelled scan, once `load_support` has read it.
         support_areas: organ to pixels on each slice of the support.
-        support_pictures: organ and support slice to image, mask, aspect.
+        skipped: organs that no view can score.
     """
 
     model: FewShotNetwork
+    dataset: Dataset
     rule: Protocol
     align: Align
     views: list[View]
+    labels: dict[str, int]
     batch: int
     treatments: list[Treatment] = field(default_factory=list)
     support_areas: dict[str, np.ndarray] = field(default_factory=dict)
-    support_pictures: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, float]] = field(
-        default_factory=dict
-    )
+    skipped: list[Skipped] = field(default_factory=list)
+    support: Prepared = field(init=False)
 
-    def prepare(self, image: Volume, truth: Volume) -> Prepared:
+    def _prepare(self, image: Volume, truth: Volume) -> Prepared:
         other = {"normalise": self.rule.normalise} if self.rule.normalise else {}
-        ready = prepare_for(self.model.config, image, truth, align=self.align, **other)
+        ready = prepare(self.model.config, image, truth, align=self.align, **other)
         self.treatments.append(ready.treatment)
         return ready
 
-    def encode(self, ready: Prepared, slices: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+    def _encode(self, ready: Prepared, slices: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         """As many slices as are encoded at once, and their features [n, D, h, w]."""
         device = next(self.model.parameters()).device
         for begin in range(0, len(slices), self.batch):
             part = slices[begin : begin + self.batch]
             yield part, self.model.encode(torch.from_numpy(ready.slices[part]).to(device))
 
-    def load_support(self, dataset: Dataset, case: str, labels: dict[str, int]) -> None:
-        """Describe every slice that may be a support slice."""
-        image, truth = dataset.load(case)
-        ready = self.prepare(image, truth)
+    def _shows(self, ready: Prepared, organ: str, z: int) -> np.ndarray:
+        """The mask of an organ, bool [S, S], on a slice of the network's."""
         assert ready.labels is not None
+        return np.asarray(ready.labels[z] == self.labels[organ])
+
+    def load_support(self, case: str) -> None:
+        """Describe every slice that may be a support slice."""
+        image, truth = self.dataset.load(case)
+        self.support = self._prepare(image, truth)
         wanted: dict[str, list[int]] = {}
-        for organ, label in labels.items():
+        for organ, label in self.labels.items():
             shown = areas(truth.data, label)
-            slices = self.rule.support_slices(shown)
-            if not slices:
-                found = f"at most {shown.max():.0f} pixels of 512 x 512 on a slice"
+            wanted[organ] = sorted(set(self.rule.support_slices(shown)))
+            self.support_areas[organ] = shown
+            if not wanted[organ]:
                 raise InputError(
                     f"{truth.path}: the support {case} does not show enough of {organ} for "
-                    f"protocol {self.rule.name} (found {found}); "
-                    "choose another support case or leave the organ out"
+                    f"protocol {self.rule.name} (found at most {shown.max():.0f} pixels of "
+                    "512 x 512 on a slice); choose another support case or leave the organ out"
                 )
-            self.support_areas[organ] = shown
-            wanted[organ] = sorted(set(slices))
         union = sorted({z for slices in wanted.values() for z in slices})
         features: dict[int, Tensor] = {}
-        for part, several in self.encode(ready, union):
+        for part, several in self._encode(self.support, union):
             features.update(zip(part, several, strict=True))
         for organ, slices in wanted.items():
-            for z in slices:
-                mask = ready.labels[z] == labels[organ]
-                picture = (ready.slices[z], mask.astype(np.uint8), _aspect(ready, z))
-                self.support_pictures[organ, z] = picture
-                masks = torch.from_numpy(mask).to(features[z].device)[None, None, None]
-                for view in self.views:
-                    view.described[organ, z] = view.describe(features[z][None, None], masks)
             for view in self.views:
-                lost = [z for z in slices if self._says_nothing(view.described[organ, z], organ, z)]
+                lost = []
+                for z in slices:
+                    mask = self._shows(self.support, organ, z)
+                    masks = torch.from_numpy(mask).to(features[z].device)[None, None, None]
+                    described = view.describe(features[z][None, None], masks)
+                    view.described[organ, z] = described
+                    if _says_nothing(described, mask):
+                        lost.append(z)
                 if lost == slices:
                     view.too_small.add(organ)
                 elif lost:
@@ -173,87 +138,97 @@ class Runner:
                         stacklevel=4,
                     )
 
-    def _says_nothing(self, described: Any, organ: str, z: int) -> bool:
-        """Whether nothing of the organ is left of a support slice at the network's size."""
-        if isinstance(described, LocalPrototypes):  # windows with too few pixels are zero
-            return not bool(described.values[:, 1:].any())
-        return not self.support_pictures[organ, z][1].any()
-
     def _input(self) -> str:
         return f"{self.model.config.size} x {self.model.config.size} pixels"
 
-    def run(
-        self,
-        dataset: Dataset,
-        plan: Plan,
-        labels: dict[str, int],
-        bar: Any,
-        observe: Observer | None,
-    ) -> None:
+    def plan(self, case: str) -> Plan:
+        """Who segments which slice of a query case; organs that cannot be scored are skipped."""
+        truth = self.dataset.load_labels(case).data
+        plan: Plan = {}
+        for organ, label in self.labels.items():
+            shown = areas(truth, label)
+            pairs = self.rule.pairs(self.support_areas[organ], shown)
+            if shown.any() and pairs:
+                plan[organ] = {z: pair.support for pair in pairs for z in pair.queries}
+                continue
+            reason = "its labels do not show the organ"
+            if shown.any():
+                reason = f"no slice shows enough of it for protocol {self.rule.name}"
+            self.skipped.append(Skipped(organ, case, reason))
+        return plan
+
+    def run(self, case: str, plan: Plan, bar: tqdm, observe: Observer | None) -> None:
         """Segment and score one query case."""
-        if not plan.supports:
+        if not plan:
             return
-        image, truth = dataset.load(plan.case)
-        ready = self.prepare(image, truth)
-        assert ready.labels is not None
+        image, truth = self.dataset.load(case)
+        ready = self._prepare(image, truth)
         predicted = self._segment(ready, plan, bar)
-        ignored = ready.labels == dataset.ignore
+        ignore = self.dataset.ignore
         maps = [np.zeros_like(truth.data) for _ in self.views] if observe else []
-        for organ, supports in plan.supports.items():
-            zs = sorted(supports)
-            wanted = truth.data[zs] == labels[organ]
-            shown = _shown_slice(ready.labels == labels[organ], zs)
+        for organ, supports in plan.items():
+            label, zs = self.labels[organ], sorted(supports)
+            wanted = truth.data[zs] == label
             for v, view in enumerate(self.views):
                 if organ in view.too_small:
                     reason = f"the support shows too little of it for {self._input()}{view}"
-                    view.skipped.append(Skipped(organ, plan.case, reason))
+                    view.skipped.append(Skipped(organ, case, reason))
                     continue
                 full = np.zeros(ready.slices.shape, dtype=np.uint8)
                 for z, inside in predicted[organ, v].items():
                     full[z] = inside
-                found = (ready.restore(full)[zs] > 0) & (truth.data[zs] != dataset.ignore)
-                full[ignored] = 0
+                found = (ready.restore(full)[zs] > 0) & (truth.data[zs] != ignore)
+                full[ready.labels == ignore] = 0
                 if observe:
                     drawn = maps[v][zs]
-                    drawn[found & (drawn == 0)] = labels[organ]
+                    drawn[found & (drawn == 0)] = label
                     maps[v][zs] = drawn
                 view.rows.append(
                     Row(
                         organ=organ,
-                        case=plan.case,
+                        case=case,
                         dice=dice(found, wanted),
                         slices=len(zs),
                         truth_voxels=int(wanted.sum()),
                         predicted_voxels=int(found.sum()),
                     )
                 )
-                picture, mask, aspect = self.support_pictures[organ, supports[shown]]
-                view.examples.append(
-                    Example(
-                        organ=organ,
-                        case=plan.case,
-                        support_slice=supports[shown],
-                        query_slice=shown,
-                        support_image=picture,
-                        support_mask=mask,
-                        query_image=ready.slices[shown],
-                        truth=(ready.labels[shown] == labels[organ]).astype(np.uint8),
-                        prediction=full[shown],
-                        support_aspect=aspect,
-                        query_aspect=_aspect(ready, shown),
-                    )
-                )
+                view.examples.append(self._example(organ, case, supports, ready, full))
         if observe:
-            observe(plan.case, image, truth, maps)
+            observe(case, image, truth, maps)
+
+    def _example(
+        self, organ: str, case: str, supports: dict[int, int], ready: Prepared, found: np.ndarray
+    ) -> Example:
+        """The middle one of the slices that show the organ.
+
+        Not the one with the best result: figures are not to flatter.
+        """
+        zs = sorted(supports)
+        showing = [z for z in zs if self._shows(ready, organ, z).any()] or zs
+        z = showing[len(showing) // 2]
+        return Example(
+            organ=organ,
+            case=case,
+            support_slice=supports[z],
+            query_slice=z,
+            support_image=self.support.slices[supports[z]],
+            support_mask=self._shows(self.support, organ, supports[z]).astype(np.uint8),
+            query_image=ready.slices[z],
+            truth=self._shows(ready, organ, z).astype(np.uint8),
+            prediction=found[z],
+            support_aspect=_aspect(self.support, supports[z]),
+            query_aspect=_aspect(ready, z),
+        )
 
     def _segment(
-        self, ready: Prepared, plan: Plan, bar: Any
+        self, ready: Prepared, plan: Plan, bar: tqdm
     ) -> dict[tuple[str, int], dict[int, np.ndarray]]:
         """Organ and number of the view to slice to bool [S, S]."""
         size = (self.model.config.size, self.model.config.size)
         found: dict[tuple[str, int], dict[int, np.ndarray]] = defaultdict(dict)
-        for part, features in self.encode(ready, plan.slices):
-            for organ, supports in plan.supports.items():
+        for part, features in self._encode(ready, slices_of(plan)):
+            for organ, supports in plan.items():
                 # Slices of one support slice go through the head together.
                 for support in sorted({supports[z] for z in part if z in supports}):
                     zs = [z for z in part if supports.get(z) == support]
@@ -266,17 +241,20 @@ class Runner:
         return found
 
 
+def slices_of(plan: Plan) -> list[int]:
+    """All slices that some organ needs."""
+    return sorted({z for supports in plan.values() for z in supports})
+
+
+def _says_nothing(described: Any, mask: np.ndarray) -> bool:
+    """Whether nothing of the organ is left of a support slice at the network's size."""
+    if isinstance(described, LocalPrototypes):  # windows with too few pixels are zero
+        return not bool(described.values[:, 1:].any())
+    return not mask.any()
+
+
 def _aspect(ready: Prepared, z: int) -> float:
     """Height over width, in millimetres, of a pixel of a slice in the network's square."""
     _, height, width = ready.source.spacing
     y0, y1, x0, x1 = (int(v) for v in ready.boxes[z])
     return ((y1 - y0) * height) / ((x1 - x0) * width)
-
-
-def _shown_slice(mask: np.ndarray, zs: Sequence[int]) -> int:
-    """The slice a figure shows: the middle one of those that show the organ.
-
-    Not the one with the best result: figures are not to flatter.
-    """
-    showing = [z for z in zs if mask[z].any()] or list(zs)
-    return showing[len(showing) // 2]

@@ -1,7 +1,7 @@
 """Volumetric evaluation: 3-D Dice per organ and case, by the protocols of `protocols`.
 
-One support case, 1-way 1-shot per organ; predictions are brought back into the query's own grid
-and compared there with its labels.
+One support case, 1-way 1-shot per organ; predictions are mapped back to the query's own grid and
+compared with its labels there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,16 +17,13 @@ from tqdm import tqdm
 from lslpn_kernels import GridSpec
 
 from ..config import Align
+from ..data.dataset import Dataset
 from ..data.slices import warn_unlike
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork
 from .protocols import protocol_of
 from .results import Evaluation
-from .runner import Runner, View, plan_of
-
-if TYPE_CHECKING:
-    from ..data.dataset import Dataset
-    from .runner import Observer
+from .runner import Observer, Runner, View, slices_of
 
 
 def evaluate(
@@ -126,20 +123,20 @@ def evaluate_grids(
     labels = {organ: dataset.label_of(organ) for organ in organs}
 
     started = time.perf_counter()
-    runner = Runner(model, rule, align, views, max(1, batch))
+    runner = Runner(model, dataset, rule, align, views, labels, max(1, batch))
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            runner.load_support(dataset, support, labels)
+            runner.load_support(support)
             # All ground truths first: what is wrong with them shows before the long part begins,
             # and the bar knows its end.
-            plans = [plan_of(dataset, case, labels, rule, runner.support_areas) for case in queries]
-            total = sum(len(plan.slices) for plan in plans)
+            plans = {case: runner.plan(case) for case in queries}
+            total = sum(len(slices_of(plan)) for plan in plans.values())
             with tqdm(total=total, unit="slice", disable=not progress, dynamic_ncols=True) as bar:
-                for plan in plans:
-                    bar.set_description(plan.case)
-                    runner.run(dataset, plan, labels, bar, observe)
+                for case, plan in plans.items():
+                    bar.set_description(case)
+                    runner.run(case, plan, bar, observe)
         warn_unlike(runner.treatments)
     finally:
         model.train(was_training)
@@ -162,7 +159,7 @@ def evaluate_grids(
             spacing=None if view.grid is None else view.grid.spacing,
             seconds=round(seconds, 2),
             rows=tuple(view.rows),
-            skipped=(*(skip for plan in plans for skip in plan.skipped), *view.skipped),
+            skipped=(*runner.skipped, *view.skipped),
             examples=tuple(view.examples),
         )
         for view in views

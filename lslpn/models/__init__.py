@@ -1,4 +1,4 @@
-"""The few-shot networks, one module each: a method is what `ModelConfig.method` names."""
+"""The few-shot networks, one module for each value of `ModelConfig.method`."""
 
 from __future__ import annotations
 

@@ -1,24 +1,21 @@
-"""Prototype alignment, PANet's second loss, for the methods that learn with it.
+"""Prototype alignment, PANet's second loss.
 
-The query is segmented by the support. Then the roles change: the query, with the mask that was
-predicted for it, segments the support, whose mask is known. Prototypes that fit both ways are
-learned from twice.
+The support segments the query. Then the roles are reversed: the query, with its predicted mask,
+segments the support, whose mask is known.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..data.episodes import Batch
 from .base import EncoderNetwork, segmentation_loss
-
-if TYPE_CHECKING:
-    from ..data.episodes import Batch
 
 
 class AlignedNetwork(EncoderNetwork):

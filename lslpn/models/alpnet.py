@@ -1,8 +1,8 @@
-"""ALPNet: many small prototypes, of which each pixel takes those that it resembles.
+"""ALPNet: prototypes of small cells, of which each pixel is compared with the most similar.
 
 Ouyang et al., "Self-Supervision with Superpixels: Training Few-Shot Medical Image Segmentation
 without Annotation", ECCV 2020; here on the encoder that all prototype methods of this package
-share, in place of its ResNet-101.
+share, instead of its ResNet-101.
 """
 
 from __future__ import annotations

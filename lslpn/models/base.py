@@ -1,30 +1,27 @@
-"""What trainer, evaluation and segmentation ask of a few-shot network, whatever its method.
+"""The interface of a few-shot network for trainer, evaluation and segmentation.
 
-A network works in three steps, so that a scan is encoded once and matched often:
+A network has three steps, so that a scan is encoded once and matched many times:
 
-    features = model.encode(images)                         # a slice, whatever is looked for in it
-    support = model.describe(support_features, masks)       # what the labelled slices say
-    logits = model.match(query_features, support, size)     # where that is in other slices
+    features = model.encode(images)                         # of a slice, independent of classes
+    support = model.describe(support_features, masks)       # prototypes, say
+    logits = model.match(query_features, support, size)     # of the query
 
-`forward` is the three of them over a batch of episodes, `loss` what training lowers.
+`forward` is all three for a batch of episodes, `loss` is minimised in training.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig, TrainConfig
+from ..data.episodes import Batch
 from ..errors import InputError
 from .encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
-
-if TYPE_CHECKING:
-    from ..data.episodes import Batch
 
 _INFERENCE_CHUNK = 16  # images encoded at once outside training: bounds the memory, no more
 
@@ -90,8 +87,7 @@ class FewShotNetwork(nn.Module, ABC):
         """Logits of a scan's slices by those of another that lies as it does.
 
         Slice z of the query is segmented by slices z - reach .. z + reach of the support. Here
-        those are its shots (of a method of one shot: slice z alone), a way at a time for a method
-        of one way.
+        those are its shots.
 
         Args:
             query: features of the query's slices, [Z, D, h, w].
@@ -101,27 +97,13 @@ class FewShotNetwork(nn.Module, ABC):
             reach: slices.
 
         Returns:
-            float32 [Z, N + 1, H, W]; class 0 the background. Of a method of one way, a foreground
-            logit is what it exceeds its own background by, and the background is 0.
+            float32 [Z, N + 1, H, W]; class 0 the background.
         """
-        depth = len(query)
         out = []
-        for z in range(depth):
-            near = (
-                [z] if self.one_shot else list(range(max(0, z - reach), min(depth, z + reach + 1)))
-            )
-            ways = [masks[near]] if not self.one_shot else list(masks[near].split(1, dim=1))
-            logits = [
-                self.match(
-                    query[None, z : z + 1], self.describe(support[None, near], way[None]), size
-                )
-                for way in ways
-            ]
-            if self.one_shot:
-                leads = torch.cat([one[0, :, 1:] - one[0, :, :1] for one in logits], 1)
-                out.append(F.pad(leads, (0, 0, 0, 0, 1, 0)))
-            else:
-                out.append(logits[0][0])
+        for z in range(len(query)):
+            near = slice(max(0, z - reach), z + reach + 1)
+            described = self.describe(support[None, near], masks[None, near])
+            out.append(self.match(query[None, z : z + 1], described, size)[0])
         return torch.cat(out)
 
     def forward(
@@ -203,16 +185,7 @@ class EncoderNetwork(FewShotNetwork):
         super().__init__()
         self.config = config
         self.amp = False
-        own_file = config.weights not in ("imagenet", "random")
-        self.encoder = encoder or Encoder(
-            config.channels,
-            dropout=config.dropout,
-            pretrained=config.weights == "imagenet",
-            weights=Path(config.weights) if own_file else None,
-            stride_on=config.stride_on,
-            batch_norm=config.batch_norm,
-            generator=generator,
-        )
+        self.encoder = encoder or Encoder(config, generator=generator)
         # The same numbers in another order in memory; convolutions run up to twice as fast.
         self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Not in the state dict: the configuration decides, and two constants need no storing.

@@ -1,7 +1,6 @@
 """The encoder: ResNet-50 up to its third stage at output stride 8, then one reducing layer.
 
-The trunk is the one that CANet changed and LSLPN took over (the paper, section 4, "a customized
-version of ResNet-50"):
+The trunk is CANet's, which LSLPN uses (the paper, section 4, "a customized version of ResNet-50"):
 
     conv1     7x7, stride 2
     max-pool  3x3, stride 2, ceil_mode          (this is what makes 512 -> 65 and 257 -> 33)
@@ -19,17 +18,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..assets import trunk_weights
-from ..config import BatchNormMode, StrideOn
+from ..config import ModelConfig, StrideOn
 from ..errors import InputError
-from ..files import first_unusable, is_file, load_tensors
+from ..files import first_unusable, is_file, load_safetensors, load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -117,19 +114,8 @@ class Encoder(nn.Module):
     a ReLU), in the dtype of the parameters; h = feature_size(H), w = feature_size(W).
 
     Args:
-        channels: features per location, D.
-        dropout: probability with which Dropout2d zeroes a whole channel in training.
-        pretrained: fill the trunk with the shipped ImageNet weights. False leaves it random, for
-            a checkpoint that is about to be loaded.
-        weights: a state dict file of your own instead (.safetensors, .pt, .pth), with
-            torchvision's names; see `load_trunk`. Takes the place of the shipped weights.
-        stride_on: which convolution of a stage's first block has its stride. The shipped weights
-            and the authors' code want "1x1"; torchvision's own ResNet-50 weights were trained
-            with "3x3". The tensors have the same shapes either way, so the wrong choice loads
-            without complaint and merely works worse: set "3x3" with torchvision's weights.
-        batch_norm: "live" updates the running statistics in training and normalises by the
-            batch's (the authors' code); "frozen" always normalises by the stored ones. The affine
-            parameters are frozen in both.
+        config: its `channels`, `dropout`, `weights`, `stride_on` and `batch_norm` are used. The
+            affine parameters of batch norm are frozen in both modes.
         generator: for the random numbers of the reduction layer, N(0, 0.01); None uses torch's
             default one.
 
@@ -137,28 +123,19 @@ class Encoder(nn.Module):
         InputError: `weights` cannot be read or does not hold this trunk.
     """
 
-    def __init__(
-        self,
-        channels: int = 256,
-        *,
-        dropout: float = 0.5,
-        pretrained: bool = True,
-        weights: str | Path | None = None,
-        stride_on: StrideOn = "1x1",
-        batch_norm: BatchNormMode = "live",
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.batch_norm = batch_norm
+        self.batch_norm = config.batch_norm
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        stride_on = config.stride_on
         self.layer1 = _stage(64, 64, 3, stride=1, dilation=1, stride_on=stride_on)
         self.layer2 = _stage(256, 128, 4, stride=2, dilation=1, stride_on=stride_on)
         self.layer3 = _stage(512, 256, 6, stride=1, dilation=2, stride_on=stride_on)
-        self.reduction = nn.Conv2d(512 + 1024, channels, 3, padding=2, dilation=2)
-        self.dropout = nn.Dropout2d(dropout)
+        self.reduction = nn.Conv2d(512 + 1024, config.channels, 3, padding=2, dilation=2)
+        self.dropout = nn.Dropout2d(config.dropout)
 
         nn.init.normal_(self.reduction.weight, 0.0, 0.01, generator=generator)
         assert self.reduction.bias is not None
@@ -166,10 +143,9 @@ class Encoder(nn.Module):
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
-        if weights is not None:
-            self.load_trunk(weights)
-        elif pretrained:
-            self.load_trunk(trunk_weights())
+        if config.weights != "random":
+            own = config.weights != "imagenet"
+            self.load_trunk(config.weights if own else trunk_weights())
         self.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -199,7 +175,7 @@ class Encoder(nn.Module):
             InputError: the file is missing, unreadable, damaged, or not a ResNet-50 state dict.
         """
         if isinstance(source, Mapping):
-            name, state = "the state dict", dict(source)
+            name, state = "the state dict", source
         else:
             name, state = str(source), _read_state_dict(Path(source))
         state = {k: v for k, v in state.items() if not k.startswith(_IGNORED_LAYERS)}
@@ -207,15 +183,15 @@ class Encoder(nn.Module):
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
         unknown = [k for k in state if k not in own]
         wrong = [k for k in state if k in own and state[k].shape != own[k].shape]
-        if missing or unknown or wrong:
-            faults = []
-            if missing:
-                faults.append(f"{len(missing)} tensors are missing (the first: {missing[0]})")
-            if unknown:
-                faults.append(f"{len(unknown)} are unknown (the first: {unknown[0]})")
-            if wrong:
-                k = wrong[0]
-                faults.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
+        faults = []
+        if missing:
+            faults.append(f"{len(missing)} tensors are missing (the first: {missing[0]})")
+        if unknown:
+            faults.append(f"{len(unknown)} are unknown (the first: {unknown[0]})")
+        if wrong:
+            k = wrong[0]
+            faults.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
+        if faults:
             raise InputError(
                 f"{name}: does not fit the ResNet-50 trunk: {'; '.join(faults)}; give a ResNet-50 "
                 "state dict with torchvision's names (conv1, bn1, layer1, layer2, layer3)"
@@ -227,20 +203,9 @@ class Encoder(nn.Module):
                 own[key].copy_(tensor)
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not is_file(path):
-        raise InputError(
-            f"{path}: there is no such weights file, expected a ResNet-50 state dict; "
-            "check the path"
-        )
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path}: cannot be read ({error}); it is damaged or something else, expected a "
-                "ResNet-50 state dict in the safetensors format"
-            ) from error
+def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors" or not is_file(path):
+        return load_safetensors(path, "a ResNet-50 state dict")[0]
     state = load_tensors(path, "a ResNet-50 state dict written by torch.save")
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

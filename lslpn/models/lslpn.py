@@ -1,4 +1,4 @@
-"""LSLPN: local prototypes, matched where they were pooled. The paper's own method.
+"""LSLPN, the paper's method: local prototypes, matched in the windows that they are pooled from.
 
 Yu et al., "A Location-Sensitive Local Prototype Network for Few-Shot Medical Image Segmentation",
 ISBI 2021.
@@ -7,7 +7,7 @@ ISBI 2021.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from lslpn_kernels import GridSpec, LocalPrototypeHead, masked_average_pool
 
 from ..config import ModelConfig, TrainConfig
+from ..data.episodes import Batch
 from .base import EncoderNetwork
-
-if TYPE_CHECKING:
-    from ..data.episodes import Batch
 
 _MOST_NUMBERS = 2**25  # prototypes of a volume that are held at once: 128 MiB
 

@@ -1,7 +1,7 @@
 """PANet: one global prototype per class, and a loss that segments the support back.
 
 Wang et al., "PANet: Few-Shot Image Semantic Segmentation with Prototype Alignment", ICCV 2019;
-here on the encoder that all prototype methods of this package share, in place of its VGG-16.
+here on the encoder that all prototype methods of this package share, instead of its VGG-16.
 """
 
 from __future__ import annotations

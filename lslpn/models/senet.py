@@ -1,23 +1,20 @@
-"""SENet: a network that reads the support, and gates one that segments the query.
+"""SENet: one network encodes the support and gates another, which segments the query.
 
 Roy et al., "'Squeeze & Excite' Guided Few-Shot Segmentation of Volumetric Images", Medical Image
-Analysis 2020. No prototypes and no pretrained weights: both arms learn from the first step.
+Analysis 2020. It has neither prototypes nor pretrained weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig, TrainConfig
+from ..data.episodes import Batch
 from .base import FewShotNetwork, check_one_shot
-
-if TYPE_CHECKING:
-    from ..data.episodes import Batch
 
 _CONDITIONER, _SEGMENTER = 16, 64  # channels of the arms
 _LEVELS = 4
@@ -83,6 +80,19 @@ class SENet(FewShotNetwork):
         if tuple(logits.shape[-2:]) != tuple(size):
             logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         return logits.unflatten(0, features.shape[:2])
+
+    def match_volume(
+        self, query: Tensor, support: Tensor, masks: Tensor, size: tuple[int, int], reach: int
+    ) -> Tensor:
+        """As `FewShotNetwork.match_volume`, by slice z alone and a way at a time.
+
+        A foreground logit is what it exceeds its own background by, and the background is 0.
+        """
+        leads = []
+        for way in masks.split(1, dim=1):
+            logits = self.match(query[:, None], self.describe(support[:, None], way[:, None]), size)
+            leads.append(logits[:, 0, 1:] - logits[:, 0, :1])
+        return F.pad(torch.cat(leads, 1), (0, 0, 0, 0, 1, 0))
 
     def convolutions(self) -> list[nn.Module]:
         """Both arms."""

@@ -1,6 +1,5 @@
-"""The paper's experiments: Table 1, the two halves of Fig. 3, and the pictures of Fig. 2 and 4.
+"""The paper's experiments: Table 1, both halves of Fig. 3, and the pictures of Fig. 2 and 4.
 
-`plan` says which networks are to be trained and on what, `store` trains and evaluates them and
-remembers what is done, `stats` and `report` make numbers and files of it; then one module per
-experiment.
+`plan` has the networks of an experiment and their data, `store` trains and evaluates them and keeps
+the state, `stats` and `report` compute and write results; then one module per experiment.
 """

@@ -1,19 +1,19 @@
 """Fig. 2 and 4: support, query, ground truth and each method's result, side by side.
 
-The slice shown is the middle one of those that show the organ, the cases are the first of the
-test, unless others are named: nothing is chosen by how well it came out.
+The slice is the middle one of those that show the organ, and the cases are the first test cases,
+unless others are named: nothing is selected by its result.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..evaluation.overlay import Panel, overlay
-from ..evaluation.results import Example, dice
+from ..errors import unknown
+from ..evaluation.overlay import overlay
+from ..evaluation.results import Evaluation, Example, dice
 from . import report
 from .plan import Classes, Run, plan_runs
 from .store import Done, Store, Task
@@ -34,13 +34,11 @@ def run(
 ) -> list[Path]:
     """Train where needed, segment the chosen cases, and draw them.
 
+    Args and errors: those of `table1.run`, of one seed and one kind of classes.
+
     Args:
-        store: the experiment's folder.
-        methods: the networks, from left to right.
-        seed: of their runs.
         cases: test cases to show; default: the first two of each subject fold.
         organs: organs to show; default: all that are tested.
-        classes: which organs the networks are trained on.
         untrained: a column for the first method's network before training.
 
     Returns:
@@ -48,21 +46,16 @@ def run(
         and fig4.png with those of all, where there are several.
 
     Raises:
-        InputError: a case that is not tested, an organ that no fold holds out; and as `plan_runs`
-            and `Store.results`.
+        InputError: a case that is not tested, an organ that no fold holds out.
     """
     setup = store.setup
     tested = [case for fold in setup.subject_folds for case in fold.test]
     for case in cases:
-        setup.dataset.check_case(case)
         if case not in tested:
-            raise InputError(f"case {case!r}: is not tested; those are {', '.join(tested)}")
+            raise unknown("case", case, "those that are tested", tested)
     for organ in organs:
-        setup.dataset.label_of(organ)
         if organ not in setup.organs:
-            raise InputError(
-                f"organ {organ!r}: no fold holds it out; the folds have {', '.join(setup.organs)}"
-            )
+            raise unknown("organ", organ, "the folds that are held out", setup.organs)
     tasks = []
     for one in plan_runs(setup, methods, [seed], classes=[classes], untrained=untrained):
         shown = tuple(c for c in one.subjects.test if c in cases) or (
@@ -70,105 +63,79 @@ def run(
         )
         wanted = tuple(organ for organ in one.organs if not organs or organ in organs)
         if shown and wanted:
-            name = f"pictures-{setup.protocol}-{setup.rule.chunks}-{setup.align}"
-            tasks.append(Task(one, name, setup.align, organs=wanted, queries=shown, pictures=True))
+            tasks.append(Task(one, setup.align, organs=wanted, queries=shown, pictures=True))
     done = store.results(tasks)
     rows = list(_rows(done))
-    content = report.record(NAME, setup, done, {"seed": seed, "classes": classes, "table": rows})
     columns = list(dict.fromkeys(one.task.run.label for one in done))
-    pictures = [_draw(store.folder / "fig2.png", done, columns[:1], content)]
-    if len(columns) > 1:
-        pictures.append(_draw(store.folder / "fig4.png", done, columns, content))
-    runs = {(one.task.run.label, one.task.run.subjects.name): one.task.run for one in done}
-    return report.write(
-        store.folder,
+
+    def pictures(content: report.Content) -> list[Path]:
+        drawn = [_draw(store.folder / "fig2.png", done, columns[:1], content)]
+        if len(columns) > 1:
+            drawn.append(_draw(store.folder / "fig4.png", done, columns, content))
+        return drawn
+
+    return report.publish(
+        store,
         NAME,
-        content,
         done,
+        {"seed": seed, "classes": classes, "table": [row for _, row in rows]},
         title=f"Pictures of {setup.dataset.name}",
-        sections=[_table(content)],
+        sections=[_table],
         pictures=pictures,
-        rows=[{**row, **_origin(content, runs[row["label"], row["subject_fold"]])} for row in rows],
+        rows=lambda content: [{**row, **report.origin(content, run)} for run, row in rows],
     )
 
 
-def _rows(done: Sequence[Done]) -> Iterable[dict[str, Any]]:
+def _rows(done: Sequence[Done]) -> Iterable[tuple[Run, dict[str, Any]]]:
     """What is shown, and its Dice: of the slice, and of the whole."""
     for one in done:
-        evaluation = one.evaluations[0]
-        whole = {(row.organ, row.case): row.dice for row in evaluation.rows}
+        evaluation, run = one.evaluations[0], one.task.run
         for shown in evaluation.examples:
-            yield {
-                "label": one.task.run.label,
-                "method": one.task.run.method,
-                "seed": one.task.run.seed,
-                "subject_fold": one.task.run.subjects.name,
-                "organ": shown.organ,
-                "case": shown.case,
-                "support": evaluation.support,
-                "support_slice": shown.support_slice,
-                "query_slice": shown.query_slice,
-                "dice_of_slice": dice(shown.prediction > 0, shown.truth > 0),
-                "dice": whole[shown.organ, shown.case],
-            }
-
-
-def _origin(content: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    return report.origin(content, run.subjects.support, run.subjects.train if run.trained else ())
+            yield (
+                run,
+                {
+                    "label": run.label,
+                    "method": run.method,
+                    "seed": run.seed,
+                    "subject_fold": run.subjects.name,
+                    "organ": shown.organ,
+                    "case": shown.case,
+                    "support": evaluation.support,
+                    "support_slice": shown.support_slice,
+                    "query_slice": shown.query_slice,
+                    "dice_of_slice": dice(shown.prediction > 0, shown.truth > 0),
+                    "dice": evaluation.dice[shown.organ, shown.case],
+                },
+            )
 
 
 def _draw(
-    path: Path, done: Sequence[Done], columns: Sequence[str], content: Mapping[str, Any]
+    path: Path, done: Sequence[Done], columns: Sequence[str], content: report.Content
 ) -> Path:
     """A row for each case and organ, a column for each network."""
-    organs = [organ for fold in content["organ_folds"] for organ in fold]
-    found: dict[tuple[str, str], dict[str, tuple[Example, float, str]]] = {}
+    organs = report.organs(content)
+    found: dict[tuple[str, int], dict[str, tuple[Example, Evaluation]]] = {}
     for one in done:
-        evaluation = one.evaluations[0]
-        whole = {(row.organ, row.case): row.dice for row in evaluation.rows}
-        for shown in evaluation.examples:
-            key = shown.case, shown.organ
-            found.setdefault(key, {})[one.task.run.label] = (
-                shown,
-                whole[shown.organ, shown.case],
-                evaluation.support,
-            )
+        for shown in one.evaluations[0].examples:
+            key = shown.case, organs.index(shown.organ) + 1
+            found.setdefault(key, {})[one.task.run.label] = shown, one.evaluations[0]
     rows = []
-    for (_, organ), by_label in sorted(
-        found.items(), key=lambda item: (item[0][0], organs.index(item[0][1]))
-    ):
-        label = organs.index(organ) + 1
-        first, _, support = next(iter(by_label.values()))
-        row = first.panels(support, label)
+    for (case, label), by_label in sorted(found.items()):
+        first, evaluation = next(iter(by_label.values()))
+        row = first.panels(evaluation.support, label)
         for column in columns:
             if column in by_label:
-                shown, score, _ = by_label[column]
-                row.append(
-                    Panel(
-                        shown.query_image,
-                        shown.prediction * label,
-                        f"{column}\n3-D Dice {score:.2f}",
-                        shown.query_aspect,
-                    )
-                )
+                shown, evaluation = by_label[column]
+                title = f"{column}\n3-D Dice {evaluation.dice[shown.organ, case]:.2f}"
+                row.append(shown.panel(title, shown.prediction * label))
         rows.append(row)
     small = "\n".join(textwrap.wrap(report.small_print(content), 28 * (3 + len(columns))))
     return overlay(path, rows, dict(enumerate(organs, 1)), title=small)
 
 
-def _table(content: Mapping[str, Any]) -> str:
-    lines = [
-        [
-            row["label"],
-            row["organ"],
-            row["case"],
-            str(row["support_slice"]),
-            str(row["query_slice"]),
-            f"{row['dice_of_slice']:.3f}",
-            f"{row['dice']:.3f}",
-        ]
-        for row in content["table"]
-    ]
+def _table(content: report.Content) -> str:
+    names = ("label", "organ", "case", "support_slice", "query_slice", "dice_of_slice", "dice")
+    lines = [[row[name] for name in names] for row in content["table"]]
     return report.table(
         "The middle one of the slices that show the organ, not the best one. Dice of the slice is "
         "in the network's square, Dice that of the whole organ in the scan's own grid. Seed "

@@ -1,16 +1,15 @@
 """Fig. 3, left: the size of the windows, with and without overlap.
 
-The network is trained once, with its own windows; then every grid takes their place in turn, in
-one pass over the scans, since features do not depend on the grid.
+The network is trained once, with its own windows, and evaluated with every grid in one pass over
+the scans, since features do not depend on the grid.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lslpn_kernels import GridSpec
 
@@ -18,11 +17,8 @@ from ..evaluation.overlay import colour
 from ..evaluation.results import fraction
 from . import report
 from .plan import Classes, Setup, in_words, plan_runs
-from .stats import Spread, scores
+from .stats import by_method, summary
 from .store import Done, Store, Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NAME = "grid-scale"
 OVERLAP = 1 / 2
@@ -52,45 +48,33 @@ def run(
 ) -> list[Path]:
     """Train LSLPN where it is not trained yet, evaluate every grid, and write the comparison.
 
+    Args and errors: those of `table1.run`, of one kind of classes.
+
     Args:
-        store: the experiment's folder.
-        seeds: of the runs.
         grids: windows to compare; default: those of `DEFAULT_GRIDS`.
-        classes: which organs the network is trained on.
         untrained: the network before training, in the place of the trained one.
 
     Returns:
         grid-scale.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
         -tested or -none for these networks.
-
-    Raises:
-        InputError: as `plan_runs` and `Store.results`.
     """
     setup, grids = store.setup, tuple(grids) or DEFAULT_GRIDS
     runs = plan_runs(setup, ["lslpn"], seeds, classes=[classes], untrained=untrained)
-    name = f"grids-{setup.protocol}-{setup.rule.chunks}-{setup.align}"
     done = store.results(
-        [Task(one, name, setup.align, grids=grids) for one in runs if one.trained != untrained]
+        [Task(one, setup.align, grids=grids) for one in runs if one.trained != untrained]
     )
-    label = NAME + report.suffix(classes, untrained)
-    content = report.record(
-        label,
-        setup,
+    return report.publish(
+        store,
+        NAME + report.suffix(classes, untrained),
         done,
         {
             "seeds": list(seeds),
             "classes": None if untrained else classes,
             "table": summarise(setup, grids, done),
         },
-    )
-    return report.write(
-        store.folder,
-        label,
-        content,
-        done,
         title=f"Size of the windows on {setup.dataset.name}",
-        sections=[_table(content)],
-        rows=report.score_rows(done, content),
+        sections=[_table],
+        rows=lambda content: report.score_rows(done, content),
         draw=_draw,
         size=(6, 4),
     )
@@ -100,29 +84,20 @@ def summarise(
     setup: Setup, grids: Sequence[GridSpec], done: Sequence[Done]
 ) -> list[dict[str, Any]]:
     """A line per grid: Dice per organ and mean over the organs, mean and deviation over seeds."""
-    average = setup.rule.average
     lines = []
     for g, grid in enumerate(grids):
-        [found] = scores(done, g)  # of one network, LSLPN
-        lines.append(
-            {
-                "scale": grid.scale,
-                "spacing": grid.spacing,
-                "organs": {o: dataclasses.asdict(found.organ(average, o)) for o in setup.organs},
-                "mean": dataclasses.asdict(found.overall(average, [(o,) for o in setup.organs])),
-            }
-        )
+        [seeds] = by_method(done, setup.organs, g).values()  # of one network, LSLPN
+        lines.append({"scale": grid.scale, "spacing": grid.spacing, **summary(seeds)})
     return lines
 
 
-def _table(content: Mapping[str, Any]) -> str:
-    organs = [organ for fold in content["organ_folds"] for organ in fold]
+def _table(content: report.Content) -> str:
     lines = [
         [
             fraction(row["scale"]),
             "one window" if row["scale"] == 1 else fraction(row["spacing"]),
-            *(str(Spread(**row["organs"][organ])) for organ in organs),
-            str(Spread(**row["mean"])),
+            *row["organs"].values(),
+            row["mean"],
         ]
         for row in content["table"]
     ]
@@ -137,37 +112,31 @@ def _table(content: Mapping[str, Any]) -> str:
         f"Three-dimensional Dice, {content['average']} over the test cases; "
         f"{report.of_seeds(content)}; {network}. Scale is a window's side over "
         "the image's, spacing the distance of windows over their side: 1 is no overlap.",
-        ["scale", "spacing", *organs, "mean"],
+        ["scale", "spacing", *report.organs(content), "mean"],
         lines,
     )
 
 
-def _draw(axes: Axes, content: Mapping[str, Any]) -> None:
-    rows = content["table"]
+def _draw(axes: report.Axes, content: report.Content) -> None:
+    rows = sorted(content["table"], key=lambda row: float(row["scale"]))
     scales = sorted({row["scale"] for row in rows})
     # One window covers the image at scale 1: it belongs to both lines.
-    for i, (label, wanted) in enumerate(
-        (
-            ("overlapping", lambda r: r["spacing"] < 1 or r["scale"] == 1),
-            ("no overlap", lambda r: r["spacing"] == 1 or r["scale"] == 1),
-        )
+    for label, chosen, marker, line, hue in (
+        ("overlapping", [r for r in rows if r["spacing"] < 1 or r["scale"] == 1], "o", "-", 2),
+        ("no overlap", [r for r in rows if r["spacing"] == 1 or r["scale"] == 1], "s", "--", 1),
     ):
-        chosen = sorted((r for r in rows if wanted(r)), key=lambda r: float(r["scale"]))
         if not chosen:
             continue
         axes.errorbar(
             [scales.index(r["scale"]) for r in chosen],
             [math.nan if r["mean"]["mean"] is None else r["mean"]["mean"] for r in chosen],
             yerr=[r["mean"]["deviation"] or 0.0 for r in chosen],
-            marker="os"[i],
-            linestyle=("-", "--")[i],
-            color=colour(2 - i),
+            marker=marker,
+            linestyle=line,
+            color=colour(hue),
             capsize=2,
             label=label,
         )
     axes.set_xticks(range(len(scales)), [fraction(scale) for scale in scales])
     axes.set_xlabel("scale of the windows")
     axes.set_ylabel("mean Dice over the organs")
-    axes.set_ylim(0, 1)
-    axes.grid(axis="y", linewidth=0.3)
-    axes.legend(fontsize=8, frameon=False)

@@ -1,35 +1,32 @@
 """Fig. 3, right: how well an organ is found, against how well support and query are aligned.
 
-Both sides of a point are Dice. The alignment Dice is that of the organ's masks in support and
-query, brought to the network's square and laid over each other slice by slice, as the protocol
-pairs slices; it is what the labels of the support would score if they were simply copied. The
-segmentation Dice is the network's. Every network is asked twice: with the scans as they lie, and
-with both cropped to the body's box.
+Both coordinates of a point are Dice. The alignment Dice is that between the organ's masks in
+support and query, resized to the network's square, on the slices that the protocol pairs: the score
+of copying the support's labels. The segmentation Dice is the network's. Both are measured without
+cropping, and with both scans cropped to the body's bounding box.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..data.dataset import Dataset
-from ..data.slices import prepare_for
+from ..data.slices import prepare
 from ..evaluation.overlay import colour
 from ..evaluation.protocols import Protocol, areas
+from ..evaluation.results import dice
 from . import report
 from .plan import Align, Classes, SubjectFold, in_words, plan_runs
-from .stats import Correlation, correlate, spread
+from .stats import correlate, spread
 from .store import Done, Store, Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NAME = "misalignment"
 _ALIGNS: tuple[Align, ...] = get_args(Align)
@@ -47,29 +44,20 @@ def run(
 ) -> list[Path]:
     """Train where needed, evaluate with and without body boxes, and write points and plot.
 
+    Args and errors: those of `table1.run`, of one method and one kind of classes; a point's
+    segmentation Dice is the mean over the seeds.
+
     Args:
-        store: the experiment's folder.
-        methods: one network; the paper's is lslpn.
-        seeds: of its runs; a point's segmentation Dice is the mean over them.
-        classes: which organs the network is trained on.
         untrained: the network before training, in the place of the trained one.
 
     Returns:
         misalignment.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
         -tested or -none for these networks.
-
-    Raises:
-        InputError: as `plan_runs` and `Store.results`.
     """
     setup = store.setup
     runs = plan_runs(setup, methods, seeds, classes=[classes], untrained=untrained)
     done = store.results(
-        [
-            Task(one, f"{setup.protocol}-{setup.rule.chunks}-{align}", align)
-            for one in runs
-            if one.trained != untrained
-            for align in _ALIGNS
-        ]
+        [Task(one, align) for one in runs if one.trained != untrained for align in _ALIGNS]
     )
     alike: dict[tuple[str, str], dict[str, dict[str, float]]] = {
         (fold.name, align): _alignments(store, runs[0].config.model, fold, align)
@@ -77,10 +65,11 @@ def run(
         for align in _ALIGNS
     }
     found = points(done, alike)
-    label = NAME + report.suffix(classes, untrained)
-    content = report.record(
-        label,
-        setup,
+    run_of = {one.task.run.subjects.name: one.task.run for one in done}
+    shared = {"method": methods[0], "classes": "untrained" if untrained else classes}
+    return report.publish(
+        store,
+        NAME + report.suffix(classes, untrained),
         done,
         {
             "method": methods[0],
@@ -89,16 +78,17 @@ def run(
             "summary": summarise(found, setup.organs),
             "points": found,
         },
-    )
-    supports = {fold.name: fold for fold in setup.subject_folds}
-    return report.write(
-        store.folder,
-        label,
-        content,
-        done,
         title=f"Misalignment on {setup.dataset.name}",
-        sections=[_table(content)],
-        rows=_rows(found, supports, content),
+        sections=[_table],
+        rows=lambda content: [
+            {
+                **shared,
+                "seeds": " ".join(map(str, seeds)),
+                **point,
+                **report.origin(content, run_of[point["subject_fold"]]),
+            }
+            for point in found
+        ],
         draw=_draw,
         size=(7, 5),
     )
@@ -124,18 +114,15 @@ def alignment(
     Returns:
         2 |A n B| / (|A| + |B|) over all pairs of slices, or None where there is no pair.
     """
-    pairs = rule.pairs(areas(support[0], label), areas(query[0], label))
-    if not pairs:
-        return None
-    common = total = 0
-    for pair in pairs:
-        mask = support[1][pair.support] == label
+    drawn, copied = [], []
+    for pair in rule.pairs(areas(support[0], label), areas(query[0], label)):
         slices = query[1][list(pair.queries)]
-        others = slices == label
-        copied = mask & (slices != ignore)
-        common += int((others & copied).sum())
-        total += int(others.sum()) + int(copied.sum())
-    return 2 * common / total if total else None
+        drawn.append(slices == label)
+        copied.append((support[1][pair.support] == label) & (slices != ignore))
+    if not drawn:
+        return None
+    mask, label_of_query = np.concatenate(copied), np.concatenate(drawn)
+    return dice(mask, label_of_query) if mask.any() or label_of_query.any() else None
 
 
 def points(
@@ -143,9 +130,7 @@ def points(
 ) -> list[dict[str, Any]]:
     """A point for each organ, query case and alignment; Dice is the mean over the seeds.
 
-    Args:
-        done: evaluations with and without body boxes.
-        alike: by subject fold and align, then by case and organ: alignment Dice.
+    `alike` has the alignment Dice: by subject fold and align, then by case and organ.
     """
     scores: dict[tuple[str, str, str, str], list[float]] = {}
     for one in done:
@@ -199,20 +184,18 @@ def _alignments(
     store: Store, model: ModelConfig, fold: SubjectFold, align: Align
 ) -> dict[str, dict[str, float]]:
     """Alignment Dice of every test case and organ of a fold."""
-    setup = store.setup
-    rule = setup.rule
+    setup, dataset = store.setup, store.setup.dataset
     store.say(f"overlaying support {fold.support} and {len(fold.test)} queries, align {align}")
-    support = _labels(setup.dataset, fold.support, model, align)
+    support = _labels(dataset, fold.support, model, align)
     found: dict[str, dict[str, float]] = {}
     for case in tqdm(fold.test, unit="case", disable=not store.progress):
-        query = _labels(setup.dataset, case, model, align)
-        values = {
-            organ: alignment(
-                rule, support, query, setup.dataset.label_of(organ), setup.dataset.ignore
-            )
-            for organ in setup.organs
-        }
-        found[case] = {organ: value for organ, value in values.items() if value is not None}
+        query = _labels(dataset, case, model, align)
+        found[case] = {}
+        for organ in setup.organs:
+            label = dataset.label_of(organ)
+            value = alignment(setup.rule, support, query, label, dataset.ignore)
+            if value is not None:
+                found[case][organ] = value
     return found
 
 
@@ -221,36 +204,26 @@ def _labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels of a case in its own slices and in the network's square."""
     image, labels = dataset.load(case)
-    ready = prepare_for(config, image, labels, align=align)
+    ready = prepare(config, image, labels, align=align)
     assert ready.labels is not None
     return labels.data, ready.labels
 
 
-def _rows(
-    found: Sequence[Mapping[str, Any]],
-    folds: Mapping[str, SubjectFold],
-    content: Mapping[str, Any],
-) -> Iterable[dict[str, Any]]:
-    trained = content["classes"] is not None
-    for point in found:
-        fold = folds[point["subject_fold"]]
-        yield {
-            "method": content["method"],
-            "classes": content["classes"] or "untrained",
-            "seeds": " ".join(map(str, content["seeds"])),
-            **point,
-            **report.origin(content, fold.support, fold.train if trained else ()),
-        }
+_COLUMNS = {
+    "points": "points",
+    "alignment_dice": "alignment Dice",
+    "segmentation_dice": "segmentation Dice",
+    "pearson": "Pearson's r",
+    "spearman": "Spearman's rho",
+}
 
 
-def _table(content: Mapping[str, Any]) -> str:
+def _table(content: report.Content) -> str:
     lines = [
         [
             row["organ"],
             row["align"],
-            str(row["points"]),
-            *(_number(row[k]) for k in ("alignment_dice", "segmentation_dice")),
-            *(_number(row[field.name]) for field in dataclasses.fields(Correlation)[1:]),
+            *(row[name] for name in _COLUMNS),
             f"{row['of_these_well_found']} of {row['poorly_aligned']}",
         ]
         for row in content["summary"]
@@ -269,23 +242,15 @@ def _table(content: Mapping[str, Any]) -> str:
         [
             "organ",
             "align",
-            "points",
-            "alignment Dice",
-            "segmentation Dice",
-            "Pearson's r",
-            "Spearman's rho",
+            *_COLUMNS.values(),
             "well found",
         ],
         lines,
     )
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _draw(axes: Axes, content: Mapping[str, Any]) -> None:
-    organs = [organ for fold in content["organ_folds"] for organ in fold]
+def _draw(axes: report.Axes, content: report.Content) -> None:
+    organs = report.organs(content)
     for align, marker, filled in (("none", "o", True), ("body", "^", False)):
         for i, organ in enumerate(organs, 1):
             chosen = [p for p in content["points"] if p["align"] == align and p["organ"] == organ]
@@ -302,9 +267,5 @@ def _draw(axes: Axes, content: Mapping[str, Any]) -> None:
     axes.scatter([], [], marker="^", facecolors="none", edgecolors="0.4", label="body boxes")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, zorder=0)
     axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
     axes.set_xlabel("alignment Dice")
     axes.set_ylabel("segmentation Dice")
-    axes.grid(linewidth=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=7, frameon=False, loc="lower right", ncols=2)

@@ -1,26 +1,26 @@
-"""The plan of an experiment: which network is trained on what, and what it is then asked.
+"""The plan of an experiment: which networks are trained on what, and how they are tested.
 
-Two kinds of folds cross. An *organ fold* is a group of organs that are held out of training and
-tested together (a left and a right kidney, say). A *subject fold* parts the cases into those to
-train on and those to test on. Every run, that is method x classes x organ fold x subject fold x
-seed, has one network. Where no label is trained on there is nothing to hold out: the runs of all
-organ folds share theirs.
+There are two kinds of folds. An *organ fold* is a group of organs that are held out of training and
+tested together (a left and a right kidney, say). A *subject fold* divides the cases into training
+and test cases. Every run, method x classes x organ fold x subject fold x seed, has one network.
+Without labels there is nothing to hold out, and the runs of all organ folds share one.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import Align, Classes, Config, with_overrides
 from ..data.dataset import Dataset
 from ..errors import InputError
-from ..evaluation.protocols import Protocol, protocol_of
+from ..evaluation.protocols import PROTOCOLS, Protocol
 from ..runs import fixed
 
 DEFAULT_SEEDS = (1234, 1235, 1236)
@@ -55,7 +55,8 @@ class Setup:
         config: the preset with its changes; a run replaces `method`, `seed` and `organs`.
         organ_folds: groups of organs, each held out and tested together.
         subject_folds: who is trained on, and who tested.
-        protocol, chunks, align: of the evaluation; `chunks` None is the protocol's own number.
+        rule: the protocol of the evaluation.
+        align: of the evaluation.
         batch: query slices encoded at once.
         own: changes of the configuration for one method alone, by the method's name.
     """
@@ -64,8 +65,7 @@ class Setup:
     config: Config
     organ_folds: tuple[tuple[str, ...], ...]
     subject_folds: tuple[SubjectFold, ...]
-    protocol: str = "published"
-    chunks: int | None = None
+    rule: Protocol = PROTOCOLS["published"]
     align: Align = "none"
     batch: int = 8
     own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -80,21 +80,13 @@ class Setup:
         """All organs that are tested, in the order of the folds."""
         return tuple(organ for fold in self.organ_folds for organ in fold)
 
-    @property
-    def rule(self) -> Protocol:
-        """The protocol itself."""
-        return protocol_of(self.protocol, self.chunks)
-
     def settings(self) -> dict[str, Any]:
         """What two calls for one folder must agree on, ready for JSON."""
         return {
             "dataset": self.dataset.name,
             "labels": dict(self.dataset.labels),
-            "subject_folds": [
-                {k: list(v) if isinstance(v, tuple) else v for k, v in vars(fold).items()}
-                for fold in self.subject_folds
-            ],
-            "protocol": self.protocol,
+            "subject_folds": [asdict(fold) for fold in self.subject_folds],
+            "protocol": self.rule.name,
             "chunks": self.rule.chunks,
             "align": self.align,
             "setting": "II" if self.config.train.drop_test_slices else "I",
@@ -223,23 +215,23 @@ def plan_runs(
             "all classes"
         )
     runs = []
-    for seed in dict.fromkeys(seeds):
-        for fold in setup.organ_folds:
-            others = tuple(organ for organ in setup.organs if organ not in fold)
-            for subjects in setup.subject_folds:
-                for m, method in enumerate(dict.fromkeys(methods)):
-                    config = setup.config_of(method, seed)
-                    unlabelled = config.train.supervision == "superpixels"
-                    kinds: Sequence[Classes] = ("none",) if unlabelled else classes
-                    for kind in dict.fromkeys(kinds):
-                        changed = with_overrides(
-                            config,
-                            organs=others if kind == "tested" else None,
-                            supervision="superpixels" if kind == "none" else "labels",
-                        )
-                        runs.append(Run(method, kind, fold, subjects, seed, changed))
-                    if untrained and m == 0:
-                        runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
+    crossed = itertools.product(
+        dict.fromkeys(seeds), setup.organ_folds, setup.subject_folds, dict.fromkeys(methods)
+    )
+    for seed, fold, subjects, method in crossed:
+        config = setup.config_of(method, seed)
+        others = tuple(organ for organ in setup.organs if organ not in fold)
+        unlabelled = config.train.supervision == "superpixels"
+        kinds: Sequence[Classes] = ("none",) if unlabelled else classes
+        for kind in dict.fromkeys(kinds):
+            changed = with_overrides(
+                config,
+                organs=others if kind == "tested" else None,
+                supervision="superpixels" if kind == "none" else "labels",
+            )
+            runs.append(Run(method, kind, fold, subjects, seed, changed))
+        if untrained and method == methods[0]:
+            runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
     return runs
 
 

@@ -1,36 +1,90 @@
-"""The files an experiment leaves: NAME.json, NAME.csv, NAME.md, NAME.html and pictures.
+"""The files of an experiment: NAME.json, NAME.csv, NAME.md, NAME.html and pictures.
 
-Markdown, page and pictures are made from the same record as the JSON, so they cannot say other
-things. All of them say what they were made from: folds, support, preset, settings, commit and
-versions.
+Markdown, page and pictures are made from the same record as the JSON, so that they agree. All of
+them name folds, support, preset, settings, commit and versions.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Classes, preset
-from ..evaluation.results import Evaluation, Row, fraction, render_table
-from ..files import replacing, write_text
+from ..evaluation.overlay import write_figure
+from ..evaluation.results import Evaluation, fraction, render_table
+from ..files import write_json, write_text
 from ..info import commit, versions
 from ..viewer.evaluation import write_experiment
-from .plan import Setup, common_settings
-from .store import Done
+from .plan import Run, common_settings
+from .stats import Spread
+from .store import Done, Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# What goes into the JSON: the circumstances of an experiment and its results.
+Content = Mapping[str, Any]
 
-def record(
-    name: str, setup: Setup, done: Sequence[Done], results: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What goes into the JSON of an experiment: its circumstances and its results."""
+
+def publish(
+    store: Store,
+    name: str,
+    done: Sequence[Done],
+    results: Mapping[str, Any],
+    *,
+    title: str,
+    sections: Sequence[Callable[[Content], str]],
+    rows: Callable[[Content], Iterable[Mapping[str, Any]]],
+    pictures: Callable[[Content], list[Path]] | None = None,
+    draw: Callable[[Axes, Content], None] | None = None,
+    size: tuple[float, float] = (8, 4),
+) -> list[Path]:
+    """Write NAME.json, NAME.csv, NAME.md, NAME.html and, with `draw`, NAME.png.
+
+    Args:
+        store: the experiment's folder.
+        name: of the experiment.
+        done: the evaluations that it was made of; the page has a section for each.
+        results: what the experiment found, ready for JSON; with the circumstances it is the
+            `content` of which everything else is made.
+        title: of the Markdown.
+        sections: its text, before what it was made from.
+        rows: of the CSV; all with the same names.
+        pictures: draws PNG files into the folder.
+        draw: makes a plot on the axes that it is given.
+        size: of the plot, width and height in inches.
+
+    Returns:
+        the files.
+    """
+    content = {**_circumstances(store, name, done), **results}
+    files = [store.folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
+    write_json(files[0], content)
+    write_text(files[1], _csv(list(rows(content))))
+    drawn = [] if pictures is None else pictures(content)
+    links = [f"![{picture.stem}]({picture.name})" for picture in drawn]
+    text = [text for section in (*sections, _made_from) if (text := section(content).strip())]
+    write_text(files[2], "\n\n".join([f"# {title}", *links, *text]) + "\n")
+    if draw is not None:
+        drawn.append(_plot(store.folder / f"{name}.png", content, draw, size))
+    # Without pictures of cases, which an evaluation that is read back does not have.
+    named = [
+        (_name(one, evaluation), replace(evaluation, examples=()))
+        for one in done
+        for evaluation in one.evaluations
+    ]
+    page = store.folder / f"{name}.html"
+    return [*files, write_experiment(page, title, "\n\n".join(text), drawn, named), *drawn]
+
+
+def _circumstances(store: Store, name: str, done: Sequence[Done]) -> dict[str, Any]:
+    setup = store.setup
     changed = common_settings(setup.config)
     plain = common_settings(preset(setup.config.preset))
     return {
@@ -46,8 +100,7 @@ def record(
         "average": setup.rule.average,
         "versions": versions(),
         "commit": commit(),
-        "runs": [_run(one) for one in done],
-        **results,
+        "runs": [{"evaluation": store.name(one.task), **_run(one)} for one in done],
     }
 
 
@@ -61,7 +114,6 @@ def _run(done: Done) -> dict[str, Any]:
         "organs": list(run.organs),
         "subject_fold": run.subjects.name,
         "seed": run.seed,
-        "evaluation": done.task.name,
         "align": done.task.align,
         "training_seconds": done.training_seconds,
         "evaluating_seconds": done.evaluations[0].seconds,
@@ -71,60 +123,15 @@ def _run(done: Done) -> dict[str, Any]:
     }
 
 
-def write(
-    folder: Path,
-    name: str,
-    content: Mapping[str, Any],
-    done: Sequence[Done],
-    *,
-    title: str,
-    sections: Sequence[str],
-    rows: Iterable[Mapping[str, Any]],
-    pictures: Sequence[Path] = (),
-    draw: Callable[[Axes, Mapping[str, Any]], None] | None = None,
-    size: tuple[float, float] = (8, 4),
-) -> list[Path]:
-    """Write NAME.json, NAME.csv, NAME.md, NAME.html and, with `draw`, NAME.png.
-
-    Args:
-        folder: where.
-        name: of the experiment.
-        content: what `record` made.
-        done: the evaluations that it was made of; the page has a section for each.
-        title: of the Markdown.
-        sections: its text, before what it was made from.
-        rows: of the CSV; all with the same names.
-        pictures: PNG files in the folder, which are drawn already.
-        draw: makes a plot of `content` on the axes that it is given.
-        size: of the plot, width and height in inches.
-
-    Returns:
-        the files.
-    """
-    files = [folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
-    write_text(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_text(files[1], _csv(rows))
-    links = [f"![{picture.stem}]({picture.name})" for picture in pictures]
-    text = [part.strip() for part in (*sections, circumstances(content)) if part]
-    write_text(files[2], "\n\n".join([f"# {title}", *links, *text]) + "\n")
-    if draw is not None:
-        pictures = [*pictures, _plot(folder / f"{name}.png", content, draw, size)]
-    # Without pictures of cases, which an evaluation that is read back does not have.
-    named = [
-        (_name(one, evaluation), replace(evaluation, examples=()))
-        for one in done
-        for evaluation in one.evaluations
-    ]
-    page = write_experiment(folder / f"{name}.html", title, "\n\n".join(text), pictures, named)
-    return [*files, page, *pictures]
-
-
 def _name(done: Done, evaluation: Evaluation) -> str:
     """Of one evaluation, for people."""
-    grid = ""
-    if done.task.grids:
-        grid = f", windows of {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
+    grid = f", windows of {evaluation.windows}" if done.task.grids else ""
     return f"{done.task.run.in_full}, align {evaluation.align}{grid}"
+
+
+def organs(content: Content) -> list[str]:
+    """All organs that are tested, in the order of the folds."""
+    return [organ for fold in content["organ_folds"] for organ in fold]
 
 
 def suffix(classes: Classes, untrained: bool) -> str:
@@ -132,20 +139,19 @@ def suffix(classes: Classes, untrained: bool) -> str:
     return "-untrained" if untrained else "" if classes == "all" else f"-{classes}"
 
 
-def of_seeds(content: Mapping[str, Any], average: str = "mean ± deviation") -> str:
+def of_seeds(content: Content, average: str = "mean ± deviation") -> str:
     """ "mean ± deviation over 2 seeds (1, 2)", or "one seed (1)"."""
     seeds = content["seeds"]
     what = f"{average} over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     return f"{what} ({', '.join(map(str, seeds))})"
 
 
-def score_rows(done: Sequence[Done], content: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def score_rows(done: Sequence[Done], content: Content) -> Iterable[dict[str, Any]]:
     """A line of CSV for every Dice: what it is, and all that it was made from."""
     for one in done:
         run = one.task.run
         for evaluation in one.evaluations:
             for row in evaluation.rows:
-                trained_on = run.subjects.train if run.trained else ()
                 yield {
                     "method": run.method,
                     "classes": run.classes if run.trained else "untrained",
@@ -155,24 +161,22 @@ def score_rows(done: Sequence[Done], content: Mapping[str, Any]) -> Iterable[dic
                     "organ": row.organ,
                     "case": row.case,
                     "dice": f"{row.dice:.6f}",
-                    **{k: getattr(row, k) for k in _COUNTS},
+                    "slices": row.slices,
+                    "truth_voxels": row.truth_voxels,
+                    "predicted_voxels": row.predicted_voxels,
                     "scale": fraction(evaluation.scale),
                     "spacing": fraction(evaluation.spacing),
                     "align": evaluation.align,
-                    **origin(content, evaluation.support, trained_on),
+                    **origin(content, run),
                 }
 
 
-_COUNTS = ("slices", "truth_voxels", "predicted_voxels")
-assert set(_COUNTS) < set(Row.__dataclass_fields__)
-
-
-def origin(content: Mapping[str, Any], support: str, trained_on: Sequence[str]) -> dict[str, Any]:
+def origin(content: Content, run: Run) -> dict[str, Any]:
     """The columns of a CSV that say what a line was made from."""
     return {
         "dataset": content["dataset"],
-        "support": support,
-        "trained_on": " ".join(trained_on),
+        "support": run.subjects.support,
+        "trained_on": " ".join(run.subjects.train) if run.trained else "",
         "protocol": content["protocol"],
         "chunks": content["chunks"],
         "setting": content["setting"],
@@ -183,18 +187,17 @@ def origin(content: Mapping[str, Any], support: str, trained_on: Sequence[str]) 
     }
 
 
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
     stream = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(row)
+    writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return stream.getvalue()
 
 
-def _changes(content: Mapping[str, Any]) -> str:
+def _changes(content: Content) -> str:
     own = {f"{m}.{k}": v for m, changes in content["own"].items() for k, v in changes.items()}
     return " ".join(f"{k}={v}" for k, v in {**content["changed_from_preset"], **own}.items())
 
@@ -202,12 +205,15 @@ def _changes(content: Mapping[str, Any]) -> str:
 # --- Markdown -------------------------------------------------------------------------------
 
 
-def table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with a line above it."""
-    return render_table(title, header, lines, True).strip()
+def table(title: str, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table with a line above it; cells are text, numbers, or spreads as dicts."""
+    plain = [
+        [str(Spread(**one)) if isinstance(one, dict) else one for one in line] for line in lines
+    ]
+    return render_table(title, header, plain, True).strip()
 
 
-def circumstances(content: Mapping[str, Any]) -> str:
+def _made_from(content: Content) -> str:
     """What the results were made from, as a section of Markdown."""
     facts = [
         f"Data set {content['dataset']}; held out together: "
@@ -239,9 +245,9 @@ def circumstances(content: Mapping[str, Any]) -> str:
         if run["training_seconds"] is not None
     }
     if times:
-        total = sum(times.values())
+        took = timedelta(seconds=round(sum(times.values())))
         facts.append(
-            f"{len(times)} training runs took {_duration(total)} together, by their own logs."
+            f"{len(times)} training runs took {took} (h:min:s) together, by their own logs."
         )
     skipped = {
         f"{skip['organ']} in {skip['case']}: {skip['reason']}"
@@ -261,38 +267,34 @@ def circumstances(content: Mapping[str, Any]) -> str:
 
 def _plot(
     path: Path,
-    content: Mapping[str, Any],
-    draw: Callable[[Axes, Mapping[str, Any]], None],
+    content: Content,
+    draw: Callable[[Axes, Content], None],
     size: tuple[float, float],
 ) -> Path:
     """Write a plot as PNG, with what it was made from in small print below."""
-    import textwrap
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Axes = figure.add_subplot()
     draw(axes, content)
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7, frameon=False, ncols=2)
     figure.supxlabel(
         "\n".join(textwrap.wrap(small_print(content), int(size[0] * 20))),
         fontsize=5.5,
         color="0.35",
     )
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
-    return path
+    return write_figure(path, figure)
 
 
-def small_print(content: Mapping[str, Any]) -> str:
+def small_print(content: Content) -> str:
     """What the results were made from, in a line or two."""
-    folds = content["subject_folds"]
-    subjects = (
-        f"{len(folds[0]['train'])} cases to train, {len(folds[0]['test'])} to test, support "
-        f"{folds[0]['support']}"
-        if len(folds) == 1
-        else f"{len(folds)} subject folds, supports {', '.join(f['support'] for f in folds)}"
+    subjects = "; ".join(
+        f"{len(fold['train'])} cases to train, {len(fold['test'])} to test, "
+        f"support {fold['support']}"
+        for fold in content["subject_folds"]
     )
     return (
         f"{content['dataset']}, held out {'; '.join('+'.join(f) for f in content['organ_folds'])}; "
@@ -301,11 +303,3 @@ def small_print(content: Mapping[str, Any]) -> str:
         f"{_changes(content)}; commit {str(content['commit'])[:12]}; "
         f"torch {content['versions']['torch']}"
     )
-
-
-def _duration(seconds: float) -> str:
-    """2 h 10 min, 12 min or 40 s."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..evaluation.results import Evaluation, Row, average_of
 
 if TYPE_CHECKING:
     from .store import Done
@@ -25,9 +28,8 @@ class Spread:
     def __str__(self) -> str:
         if self.mean is None:
             return "-"
-        if self.deviation is None:
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} ± {self.deviation:.3f}"
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.3f}"
+        return f"{self.mean:.3f}{deviation}"
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -40,55 +42,42 @@ def spread(values: Sequence[float]) -> Spread:
     )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Every Dice of a method: by seed, organ and case."""
-
-    label: str
-    dice: Mapping[int, Mapping[tuple[str, str], float]]
-
-    def over_cases(self, average: str, organ: str, seed: int) -> float:
-        """The average of an organ over its test cases, for one seed; NaN without a score."""
-        found = [v for (name, _), v in self.dice[seed].items() if name == organ]
-        if not found:
-            return math.nan
-        return statistics.median(found) if average == "median" else statistics.fmean(found)
-
-    def organ(self, average: str, organ: str) -> Spread:
-        """Mean and deviation over the seeds of an organ's average."""
-        return spread([self.over_cases(average, organ, seed) for seed in self.dice])
-
-    def overall(self, average: str, groups: Sequence[Sequence[str]]) -> Spread:
-        """Mean over the groups of the mean over a group's organs; deviation over the seeds."""
-        return spread(
-            [
-                _mean([_mean([self.over_cases(average, o, s) for o in group]) for group in groups])
-                for s in self.dice
-            ]
-        )
-
-    def pairs(self) -> dict[tuple[str, str], float]:
-        """Per organ and case, the mean over the seeds: what is compared in pairs."""
-        keys = dict.fromkeys(key for scores in self.dice.values() for key in scores)
-        return {
-            key: statistics.fmean(s[key] for s in self.dice.values() if key in s) for key in keys
-        }
-
-
-def scores(done: Sequence[Done], grid: int = 0) -> list[Scores]:
-    """Dice by method and classes, with one of the grids; folds are put together."""
-    found: dict[str, dict[int, dict[tuple[str, str], float]]] = {}
+def by_method(
+    done: Sequence[Done], organs: Sequence[str], grid: int = 0
+) -> dict[str, list[Evaluation]]:
+    """By method and classes an evaluation of all folds for each seed, with one of the grids."""
+    found: dict[str, dict[int, list[Row]]] = {}
     for one in done:
         run = one.task.run
-        into = found.setdefault(run.label, {}).setdefault(run.seed, {})
-        for row in one.evaluations[grid].rows:
-            into[row.organ, row.case] = row.dice
-    return [Scores(label, by_seed) for label, by_seed in found.items()]
+        rows = found.setdefault(run.label, {}).setdefault(run.seed, [])
+        rows += one.evaluations[grid].rows
+    whole = replace(done[0].evaluations[grid], organs=tuple(organs))
+    return {
+        label: [replace(whole, rows=tuple(rows)) for rows in seeds.values()]
+        for label, seeds in found.items()
+    }
 
 
-def _mean(values: Sequence[float]) -> float:
-    kept = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(kept) if kept else math.nan
+def summary(seeds: Sequence[Evaluation]) -> dict[str, Any]:
+    """The spread over the seeds of each organ's average, and of the mean over the organs, ready
+    for JSON."""
+
+    def over_seeds(organ: str | None) -> dict[str, Any]:
+        return asdict(spread([one.headline(organ) for one in seeds]))
+
+    return {
+        "organs": {organ: over_seeds(organ) for organ in seeds[0].organs},
+        "mean": over_seeds(None),
+    }
+
+
+def mean_of_folds(seeds: Sequence[Evaluation], folds: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """As "mean" of `summary`, where organs that are held out together count once."""
+    means = [
+        average_of(average_of(one.headline(organ) for organ in fold) for fold in folds)
+        for one in seeds
+    ]
+    return asdict(spread(means))
 
 
 @dataclass(frozen=True)
@@ -116,24 +105,36 @@ def compare(first: str, second: str, a: Mapping[Any, float], b: Mapping[Any, flo
     # scipy.stats takes most of a second to import, which `lslpn --help` need not pay.
     from scipy.stats import wilcoxon
 
-    keys = [key for key in a if key in b]
-    differences = np.array([a[key] - b[key] for key in keys])
-    if not len(keys):
+    differences = np.array([a[key] - b[key] for key in a if key in b])
+    if not len(differences):
         return Comparison(first, second, 0, None, None)
     # The test has nothing to rank where all pairs are equal; then nothing speaks for either.
     p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
-    return Comparison(first, second, len(keys), float(differences.mean()), p)
+    return Comparison(first, second, len(differences), float(differences.mean()), p)
+
+
+def compare_all(lines: Mapping[str, Sequence[Evaluation]]) -> list[Comparison]:
+    """Every two of the methods, with Holm's correction for the number of comparisons.
+
+    Compared in pairs is the mean over the seeds, per organ and case.
+    """
+    means: dict[str, dict[tuple[str, str], float]] = {}
+    for label, seeds in lines.items():
+        dice = [one.dice for one in seeds]
+        keys = dict.fromkeys(key for scores in dice for key in scores)
+        means[label] = {key: average_of(s[key] for s in dice if key in s) for key in keys}
+    tests = [compare(a, b, means[a], means[b]) for a, b in itertools.combinations(means, 2)]
+    corrected = iter(holm([test.p for test in tests if test.p is not None]))
+    return [test if test.p is None else replace(test, p_holm=next(corrected)) for test in tests]
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """Probabilities after Holm's correction (1979) for making len(p) tests at once."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    corrected = [0.0] * len(p)
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = largest
-    return corrected
+    order = np.argsort(p)
+    larger = np.sort(p) * np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(larger).clip(max=1.0)
+    return [float(value) for value in corrected]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""An experiment's folder: what is to be done in it, what is done already, and the doing of it.
+"""An experiment's folder: trains and evaluates what is not done yet.
 
-    OUT/experiment.json                           what all calls for this folder must agree on
+    OUT/experiment.json                           settings that all calls share
     OUT/runs/METHOD/FOLD/seedN/                    a training run, as `lslpn train` leaves it
-    OUT/evaluations/METHOD/FOLD/seedN/NAME.json    its evaluations, with what they were made from
+    OUT/evaluations/METHOD/FOLD/seedN/NAME.json    its evaluations, and their inputs
 
-A run is trained by `lslpn.train` and evaluated by `lslpn.evaluate`; here is only remembered that
-it was. Every file is whole or not there, so an experiment can be killed at any moment and started
-again: what is complete is taken as it is, a run that was begun goes on from its checkpoint.
+Runs are trained by `lslpn.train` and evaluated by `lslpn.evaluate`. Files are written atomically,
+so an experiment can be killed at any moment and started again: finished parts are reused, and an
+unfinished run continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,15 +31,12 @@ from ..errors import InputError
 from ..evaluation.protocols import areas
 from ..evaluation.results import Evaluation, Example
 from ..evaluation.scoring import evaluate_grids
-from ..files import check_writable, is_file, locked, replacing, write_text
+from ..files import check_writable, is_file, locked, replacing, write_json
 from ..info import commit, versions
-from ..models import untrained
+from ..models import FewShotNetwork, untrained
 from ..runs import changes, differences, fixed, time_spent
 from ..training import train
 from .plan import Align, Run, Setup, common_settings
-
-if TYPE_CHECKING:
-    from ..models import FewShotNetwork
 
 SETTINGS = "experiment.json"
 
@@ -50,7 +47,6 @@ class Task:
 
     Attributes:
         run: of which network.
-        name: the file's name.
         align: how the scans are aligned.
         grids: windows in the place of the model's own; empty: those.
         organs, queries: what is asked for; None: the run's own organs and test cases.
@@ -58,7 +54,6 @@ class Task:
     """
 
     run: Run
-    name: str
     align: Align
     grids: tuple[GridSpec, ...] = ()
     organs: tuple[str, ...] | None = None
@@ -137,7 +132,7 @@ class Store:
                 if task.run.key in to_train:
                     to_train.remove(task.run.key)
                     self._train(task.run, where)
-                self.say(f"{where}evaluating, {task.name}")
+                self.say(f"{where}evaluating, {self.name(task)}")
                 done = self._evaluate(task)
             found.append(done)
         return found
@@ -166,46 +161,34 @@ class Store:
     def _trained(self, run: Run) -> bool:
         """Whether a run is complete; refuses one of another configuration or of other data."""
         folder = self.run_folder(run)
-        file, record = folder / FILE_NAME, folder / "config.json"
-        if run.key in self.given or is_file(file):
-            before = load_checkpoint(folder)
-            config, data, step = before.config, before.data, before.step
-        elif is_file(record):
-            try:
-                content = json.loads(record.read_text("utf-8"))
-                config = Config.from_dict(content["config"])
-                data, step = dict(content["data"]), 0
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{record}: cannot be read as the record of a run ({error}); remove the folder"
-                ) from error
-        else:
+        if run.key not in self.given and not is_file(folder / FILE_NAME):
             return False
-        changed = changes(config, run.config)
-        wanted = {"cases": run.subjects.train}
+        before = load_checkpoint(folder)
+        changed = changes(before.config, run.config)
+        was = {**before.data, "cases": sorted(before.data["cases"])}
+        now: dict[str, Any] = {
+            "dataset": self.setup.dataset.name,
+            "cases": sorted(run.subjects.train),
+        }
         if run.hold_out:  # where no label is read, it makes no difference what was held out
-            wanted["hold_out"] = run.hold_out
-        for name, now in wanted.items():
-            if sorted(data.get(name, ())) != sorted(now):
-                changed.append(f"{name} was {list(data.get(name, ()))!r}, now {list(now)!r}")
-        if data.get("dataset") != self.setup.dataset.name:
-            changed.append(f"dataset was {data.get('dataset')!r}, now {self.setup.dataset.name!r}")
+            was["hold_out"], now["hold_out"] = sorted(was["hold_out"]), sorted(run.hold_out)
+        changed += differences({name: was.get(name) for name in now}, now)
         if changed:
             raise InputError(
                 f"{folder}: holds a run of another configuration: {'; '.join(changed)}; give the "
                 "same options as then, or another folder"
             )
-        complete = step >= run.config.train.steps
+        complete = before.step >= run.config.train.steps
         if run.key in self.given and not complete:
             raise InputError(
-                f"{folder}: stopped at step {step} of {run.config.train.steps}; resume its "
+                f"{folder}: stopped at step {before.step} of {run.config.train.steps}; resume its "
                 "training and finish it first"
             )
         return complete
 
     def _train(self, run: Run, where: str) -> None:
         folder = self.run_folder(run)
-        begun = is_file(folder / FILE_NAME) or is_file(folder / "config.json")
+        begun = is_file(folder / FILE_NAME)
         what = "training on" if begun else "training"
         self.say(f"{where}{what} to step {run.config.train.steps} in {folder}")
         train(
@@ -221,24 +204,35 @@ class Store:
 
     # --- evaluation -------------------------------------------------------------------------
 
+    def name(self, task: Task) -> str:
+        """What an evaluation is called."""
+        kind = "grids-" if task.grids else "pictures-" if task.pictures else ""
+        return f"{kind}{self.setup.rule.name}-{self.setup.rule.chunks}-{task.align}"
+
     def _file(self, task: Task) -> Path:
-        return self.folder / "evaluations" / task.run.path / f"{task.name}.json"
+        return self.folder / "evaluations" / task.run.path / f"{self.name(task)}.json"
+
+    def _asked(self, task: Task) -> dict[str, Any]:
+        """What the network of a task is asked."""
+        return {
+            "support": task.run.subjects.support,
+            "queries": task.queries or task.run.subjects.test,
+            "organs": task.organs or task.run.organs,
+            "protocol": self.setup.rule.name,
+            "chunks": self.setup.rule.chunks,
+            "align": task.align,
+        }
 
     def _key(self, task: Task) -> dict[str, Any]:
         """Everything that an evaluation depends on, except the weights, as JSON has it."""
-        run, setup = task.run, self.setup
+        run = task.run
         key = {
+            **self._asked(task),
             "run": run.key,
-            "dataset": setup.dataset.name,
+            "dataset": self.setup.dataset.name,
             "config": fixed(run.config),
             "train_cases": run.subjects.train if run.trained else (),
             "hold_out": run.hold_out if run.trained else (),
-            "support": run.subjects.support,
-            "queries": task.queries or run.subjects.test,
-            "organs": task.organs or run.organs,
-            "protocol": setup.protocol,
-            "chunks": setup.rule.chunks,
-            "align": task.align,
             "grids": [(grid.scale, grid.spacing) for grid in task.grids],
             "pictures": task.pictures,
         }
@@ -247,12 +241,8 @@ class Store:
 
     def _checkpoint_sum(self, run: Run) -> int | None:
         """A checksum of a run's checkpoint; None where there is none."""
-        if not run.trained:
-            return None
-        try:
-            return zlib.crc32((self.run_folder(run) / FILE_NAME).read_bytes())
-        except OSError:
-            return None
+        file = self.run_folder(run) / FILE_NAME
+        return zlib.crc32(file.read_bytes()) if run.trained and is_file(file) else None
 
     def _read(self, task: Task) -> Done | None:
         """An evaluation that was made before, or None."""
@@ -271,32 +261,28 @@ class Store:
                 return None
             evaluations = [Evaluation.from_dict(one) for one in content["evaluations"]]
             if task.pictures:
-                evaluations = _with_pictures(evaluations, file.with_suffix(".npz"))
+                [one] = evaluations
+                evaluations = [replace(one, examples=_pictures(file.with_suffix(".npz")))]
             return Done(task, tuple(evaluations), content["training_seconds"], content["commit"])
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             self.say(f"note: {file} cannot be read ({error}) and is made again")
             return None
 
     def _evaluate(self, task: Task) -> Done:
-        run, setup = task.run, self.setup
-        model = self._load(run)
-        arguments: dict[str, Any] = {
-            "support": run.subjects.support,
-            "queries": task.queries or run.subjects.test,
-            "organs": task.organs or run.organs,
-            "protocol": setup.protocol,
-            "align": task.align,
-            "chunks": setup.chunks,
-            "batch": setup.batch,
-            "progress": self.progress,
-            "name": run.label,
-        }
-        found = evaluate_grids(model, setup.dataset, grids=task.grids or None, **arguments)
+        run, file = task.run, self._file(task)
+        found = evaluate_grids(
+            self._load(run),
+            self.setup.dataset,
+            grids=task.grids or None,
+            batch=self.setup.batch,
+            progress=self.progress,
+            name=run.label,
+            **self._asked(task),
+        )
         spent = time_spent(self.run_folder(run)) if run.trained else None
         done = Done(task, tuple(found), spent and spent[0], commit())
-        file = self._file(task)
         if task.pictures:
-            _save_pictures(found, file.with_suffix(".npz"))
+            _save_pictures(found[0].examples, file.with_suffix(".npz"))
         content = {
             "key": self._key(task),
             "checkpoint": self._checkpoint_sum(run),
@@ -306,18 +292,15 @@ class Store:
             "versions": versions(),
             "evaluations": [one.to_dict() for one in found],
         }
-        write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_json(file, content)
         return done
 
     def _load(self, run: Run) -> FewShotNetwork:
         """The network; the last one is kept, since its evaluations follow each other."""
         which = self.run_folder(run) if run.trained else run
         if self._model is None or self._model[0] != which:
-            model = (
-                load_model(which)
-                if isinstance(which, Path)
-                else untrained(run.config, seed=run.seed)
-            )
+            folder = self.run_folder(run)
+            model = load_model(folder) if run.trained else untrained(run.config, seed=run.seed)
             self._model = which, model.to(self.device).eval()
         return self._model[1]
 
@@ -368,31 +351,26 @@ def _agree(file: Path, settings: dict[str, Any]) -> None:
             )
     if any(name not in before for name in settings):
         content = {"settings": {**before, **settings}, "versions": versions(), "commit": commit()}
-        write_text(file, json.dumps(content, indent=2) + "\n")
+        write_json(file, content)
 
 
 # --- pictures -------------------------------------------------------------------------------
 
 
-def _save_pictures(evaluations: Sequence[Evaluation], file: Path) -> None:
+def _save_pictures(examples: Sequence[Example], file: Path) -> None:
     arrays = {
-        f"{e}/{x}/{f.name}": np.asarray(getattr(example, f.name))
-        for e, one in enumerate(evaluations)
-        for x, example in enumerate(one.examples)
-        for f in fields(Example)
+        f"{number}/{name}": np.asarray(value)
+        for number, example in enumerate(examples)
+        for name, value in vars(example).items()
     }
     with replacing(file) as aside, open(aside, "wb") as stream:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
-def _with_pictures(evaluations: Sequence[Evaluation], file: Path) -> list[Evaluation]:
-    found: dict[tuple[int, int], dict[str, Any]] = {}
+def _pictures(file: Path) -> tuple[Example, ...]:
+    found: dict[int, dict[str, Any]] = {}
     with np.load(file, allow_pickle=False) as arrays:
         for name, array in arrays.items():
-            e, x, what = name.split("/")
-            plain = array.item() if array.ndim == 0 else array
-            found.setdefault((int(e), int(x)), {})[what] = plain
-    return [
-        replace(one, examples=tuple(Example(**found[key]) for key in sorted(found) if key[0] == e))
-        for e, one in enumerate(evaluations)
-    ]
+            number, what = name.split("/")
+            found.setdefault(int(number), {})[what] = array if array.ndim else array.item()
+    return tuple(Example(**found[number]) for number in sorted(found))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..evaluation.overlay import colour
+from ..evaluation.results import Evaluation
 from . import report
 from .plan import Classes, Setup, plan_runs
-from .stats import Scores, Spread, compare, holm, scores
+from .stats import by_method, compare_all, mean_of_folds, summary
 from .store import Store, Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NAME = "table1"
 
@@ -45,63 +42,38 @@ def run(
     """
     setup = store.setup
     runs = plan_runs(setup, methods, seeds, classes=classes, untrained=untrained)
-    name = f"{setup.protocol}-{setup.rule.chunks}-{setup.align}"
-    done = store.results([Task(one, name, setup.align) for one in runs])
-    lines = scores(done)
-    content = report.record(NAME, setup, done, {"seeds": list(seeds), **summarise(setup, lines)})
-    return report.write(
-        store.folder,
+    done = store.results([Task(one, setup.align) for one in runs])
+    return report.publish(
+        store,
         NAME,
-        content,
         done,
+        {"seeds": list(seeds), **summarise(setup, by_method(done, setup.organs))},
         title=f"Table 1 on {setup.dataset.name}",
-        sections=[_table(content), _comparisons(content)],
-        rows=report.score_rows(done, content),
+        sections=[_table, _comparisons],
+        rows=lambda content: report.score_rows(done, content),
         draw=_draw,
     )
 
 
-def summarise(setup: Setup, lines: Sequence[Scores]) -> dict[str, Any]:
+def summarise(setup: Setup, lines: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     """The table and the comparisons, ready for JSON."""
-    average = setup.rule.average
-    singles = [(organ,) for organ in setup.organs]
-    rows = [
-        {
-            "label": line.label,
-            "organs": {o: dataclasses.asdict(line.organ(average, o)) for o in setup.organs},
-            "mean": dataclasses.asdict(line.overall(average, singles)),
-            "mean_of_folds": dataclasses.asdict(line.overall(average, setup.organ_folds)),
-        }
-        for line in lines
-    ]
-    tests = [
-        compare(a.label, b.label, a.pairs(), b.pairs()) for a, b in itertools.combinations(lines, 2)
-    ]
-    known = [i for i, test in enumerate(tests) if test.p is not None]
-    corrected = dict(zip(known, holm([tests[i].p or 0.0 for i in known]), strict=True))
     return {
-        "table": rows,
-        "comparisons": [
-            dataclasses.asdict(dataclasses.replace(test, p_holm=corrected.get(i)))
-            for i, test in enumerate(tests)
+        "table": [
+            {
+                "label": label,
+                **summary(seeds),
+                "mean_of_folds": mean_of_folds(seeds, setup.organ_folds),
+            }
+            for label, seeds in lines.items()
         ],
+        "comparisons": [dataclasses.asdict(test) for test in compare_all(lines)],
     }
 
 
-def _table(content: Mapping[str, Any]) -> str:
-    organs = [organ for fold in content["organ_folds"] for organ in fold]
+def _table(content: report.Content) -> str:
+    organs = report.organs(content)
     # The paper counts a pair of kidneys as one organ in its mean, others count two.
     folded = len(content["organ_folds"]) < len(organs)
-    header = ["", *organs, "mean", *(["mean of folds"] if folded else [])]
-    lines = [
-        [
-            row["label"],
-            *(str(Spread(**row["organs"][organ])) for organ in organs),
-            str(Spread(**row["mean"])),
-            *([str(Spread(**row["mean_of_folds"]))] if folded else []),
-        ]
-        for row in content["table"]
-    ]
     text = (
         f"Three-dimensional Dice, {content['average']} over the test cases; "
         f"{report.of_seeds(content)}. A network is never trained on the organs that it is tested "
@@ -109,21 +81,30 @@ def _table(content: Mapping[str, Any]) -> str:
         "classes: on the organs of the other folds alone. No classes: on superpixels, without any "
         "label."
     )
+    means = ["mean"]
     if folded:
         text += " Mean of folds counts organs that are held out together once, as the paper does."
+        means.append("mean_of_folds")
+    header = ["", *organs, *(name.replace("_", " ") for name in means)]
+    lines = [
+        [row["label"], *row["organs"].values(), *(row[name] for name in means)]
+        for row in content["table"]
+    ]
     return report.table(text, header, lines)
 
 
-def _comparisons(content: Mapping[str, Any]) -> str:
+def _comparisons(content: report.Content) -> str:
     if not content["comparisons"]:
         return ""
     lines = [
         [
             test["first"],
             test["second"],
-            str(test["pairs"]),
-            "-" if test["difference"] is None else f"{test['difference']:+.3f}",
-            *("-" if test[p] is None else f"{test[p]:.2g}" for p in ("p", "p_holm")),
+            test["pairs"],
+            *(
+                "-" if test[name] is None else format(test[name], form)
+                for name, form in (("difference", "+.3f"), ("p", ".2g"), ("p_holm", ".2g"))
+            ),
         ]
         for test in content["comparisons"]
     ]
@@ -136,8 +117,8 @@ def _comparisons(content: Mapping[str, Any]) -> str:
     )
 
 
-def _draw(axes: Axes, content: Mapping[str, Any]) -> None:
-    organs = [organ for fold in content["organ_folds"] for organ in fold]
+def _draw(axes: report.Axes, content: report.Content) -> None:
+    organs = report.organs(content)
     rows = content["table"]
     width = 0.8 / len(rows)
     for r, row in enumerate(rows):
@@ -154,7 +135,3 @@ def _draw(axes: Axes, content: Mapping[str, Any]) -> None:
     names = [*(organ.replace("_", " ") for organ in organs), "mean"]
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("Dice")
-    axes.set_ylim(0, 1)
-    axes.grid(axis="y", linewidth=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=7, frameon=False, ncols=2)

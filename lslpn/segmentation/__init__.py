@@ -1,1 +1,1 @@
-"""Segmenting a scan by labelled ones."""
+"""Segmentation of a scan by labelled scans."""

@@ -1,9 +1,9 @@
 """Scans on a common scale: what segmentation works on.
 
-A frame is the box of a scan that is looked at, at so many millimetres a pixel, whatever the scan's
-own spacing, so that an organ looks as large to the network in one scan as in another. Positions in
-it are millimetres (z, y, x) from its corner. Millimetres are those of a patient at least 300 mm
-wide: of smaller ones, children, heads or mice, all measures grow in proportion.
+A frame is the bounding box of the patient's trunk over all slices of a scan, resampled to a fixed
+number of millimetres per pixel, so that an organ has the same size for the network in every scan.
+Positions in it are millimetres (z, y, x) from its corner, for a patient at least 300 mm wide; the
+lengths of smaller ones (children, heads, mice) are scaled up in proportion.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..config import ModelConfig
 from ..data.intensities import interpret
 from ..data.slices import (
     Treatment,
+    resized,
     shared_window,
     trunk_boxes,
     warn_not_cropped,
@@ -28,14 +29,14 @@ from ..data.slices import (
     whole_boxes,
     window_limits,
 )
-from ..data.volumes import Volume, check_same_grid
+from ..data.volumes import Volume, check_same_grid, label_dtype
 from ..errors import InputError
 
-_WIDE_MM = 300.0
+_WIDE_MM = 300.0  # patients narrower than this are scaled up to it
 FIELD_MM = 360.0  # what `ModelConfig.size` pixels show of a patient
-SLICE_MM = 5.0  # slices that lie closer are thinned to this
-_LARGEST = 1.5  # no more than so many times `size` pixels along a side
-_BRIGHTEST = 99.5  # percentile of the body's grey values that is white, of scans that are not CT
+SLICE_MM = 5.0  # slices that lie closer are resampled to this
+_LARGEST = 1.5  # a side has at most this many times `size` pixels
+_BRIGHTEST = 99.5  # percentile of the body's grey values that is mapped to 1, where it is not CT
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Frame:
 
     Attributes:
         slices: float32 [Z, H, W] in [0, 1].
-        size: mm (z, y, x) that the frame measures.
+        size: mm (z, y, x) of the frame.
         boxes: float32 [Z, 4], mm: the patient's trunk on each slice, y0, y1, x0, x1; the whole
-            slice where no trunk was looked for.
-        corner: voxel (y, x) of the source at which the frame begins; all slices are in it.
+            slice where scans are not cropped.
+        corner: voxel (y, x) of the source at which the frame begins; it has all slices.
         spacing: mm (z, y, x) of the source's voxels.
-        source: the volume that this came from.
+        source: the volume that the frame was made from.
         labels: its labels [Z, Y, X], in the source's own grid, or None.
         treatment: how it was made, see `slices.warn_unlike`.
     """
@@ -64,7 +65,7 @@ class Frame:
     treatment: Treatment
 
     def labels_at(self, positions: Tensor) -> Tensor:
-        """Labels, int64 [...], of the voxels that positions [..., 3] fall in; 0 outside."""
+        """Labels, int64 [...], of the voxels that contain positions [..., 3]; 0 outside."""
         assert self.labels is not None
         spacing = positions.new_tensor(self.spacing)
         voxel = (positions / spacing).floor().long()
@@ -76,7 +77,7 @@ class Frame:
         return torch.where(inside, found.long(), 0)
 
     def slice_of(self, z: Tensor) -> Tensor:
-        """The source's slice at heights z (mm): int64, -1 outside of it."""
+        """The source's slice at heights z (mm): int64, -1 outside."""
         index = (z / self.spacing[0]).floor().long()
         return torch.where((index >= 0) & (index < self.source.data.shape[0]), index, -1)
 
@@ -86,7 +87,7 @@ def frames_of(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
 ) -> tuple[list[Frame], Frame]:
-    """Supports and query, treated alike as far as can be: one window, all cut to the trunk or none.
+    """Frames of supports and query, with one window for all, and all of them cropped or none.
 
     Args:
         config: of the model: its size, window and normalisation.
@@ -119,9 +120,9 @@ def frames_of(
         for low, high, axis in ((0, 1, 1), (2, 3, 2))
     )
     unit = min(1.0, float(widest) / _WIDE_MM)
-    drawn: list[np.ndarray | None] = [*(labels.data for _, labels in supports), None]
+    labels_of: list[np.ndarray | None] = [*(labels.data for _, labels in supports), None]
     frames = []
-    for image, how, values, box, own in zip(images, read, data, boxes, drawn, strict=True):
+    for image, how, values, box, own in zip(images, read, data, boxes, labels_of, strict=True):
         limits = window_limits(how, window)
         treatment = Treatment(image.path.name, how, not without)
         frames.append(_frame(config, image, values, how.air, limits, box, unit, own, treatment))
@@ -130,9 +131,9 @@ def frames_of(
 
 
 def values_of(supports: Sequence[Frame]) -> list[int]:
-    """All labels that are drawn in any of the supports, from the lowest to the highest."""
-    drawn = [np.unique(frame.labels) for frame in supports if frame.labels is not None]
-    return [int(value) for value in np.unique(np.concatenate(drawn)) if value]
+    """All labels that any of the supports has, in ascending order."""
+    labels = [np.unique(frame.labels) for frame in supports if frame.labels is not None]
+    return [int(value) for value in np.unique(np.concatenate(labels)) if value]
 
 
 def _frame(
@@ -190,62 +191,56 @@ def _frame(
 
 
 def _resized(data: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """[Z, Y, X] to `shape`, averaging over what falls together."""
+    """[Z, Y, X] resampled to `shape`, with averaging where it is reduced."""
     out = data.new_empty(len(data), *shape[1:])
     for z, plane in enumerate(data):
-        out[z] = _scaled(plane[None, None], shape[1:])[0, 0]
+        out[z] = resized(plane[None, None], shape[1:])[0, 0]
     if shape[0] == len(data):
         return out
     columns = out.flatten(1).T[None, None]
-    columns = _scaled(columns, (columns.shape[2], shape[0]))
+    columns = resized(columns, (columns.shape[2], shape[0]))
     return columns[0, 0].T.reshape(shape).contiguous()
 
 
-def _scaled(images: Tensor, size: Sequence[int]) -> Tensor:
-    if images.shape[2:] == torch.Size(size):
-        return images
-    return F.interpolate(
-        images, size=tuple(size), mode="bilinear", align_corners=False, antialias=True
-    )
-
-
-def restored(frame: Frame, leads: Tensor, values: Sequence[int]) -> np.ndarray:
-    """Labels [Z, Y, X] of the source: at each voxel that of the greatest lead above 0.
+def labels_in_source(frame: Frame, logits: Tensor, values: Sequence[int]) -> np.ndarray:
+    """Labels [Z, Y, X] of the source: at each voxel that of the greatest logit above 0.
 
     Args:
         frame: of the scan.
-        leads: [Z', N, h, w] over the frame at any resolution, interpolated linearly.
+        logits: [Z', N, h, w] against the background, over the frame at any resolution; they are
+            interpolated linearly.
         values: the N labels.
     """
-    kind = np.uint8 if max(values) < 256 else np.int16 if max(values) < 2**15 else np.int32
+    kind = label_dtype(max(values))
     out = np.zeros(frame.source.data.shape, kind)
     known = np.array([0, *values], kind)
-    for place, plane in _planes(frame, leads):
-        lead, winner = plane.max(0)
-        out[place] = known[torch.where(lead > 0, winner + 1, 0).numpy()]
+    for place, plane in _planes(frame, logits):
+        highest, winner = plane.max(0)
+        out[place] = known[torch.where(highest > 0, winner + 1, 0).numpy()]
     return out
 
 
-def restored_probabilities(frame: Frame, leads: Tensor) -> np.ndarray:
+def probabilities_in_source(frame: Frame, logits: Tensor) -> np.ndarray:
     """Probability of each label at each voxel of the source, uint8 [N, Z, Y, X], 255 for 1.
 
-    The softmax of the leads and 0, the background's; 0 outside of the frame. As `restored`.
+    The softmax of the logits and 0, the background's; 0 outside of the frame. Arguments as for
+    `labels_in_source`.
     """
-    out = np.zeros((leads.shape[1], *frame.source.data.shape), np.uint8)
-    for (z, rows, columns), plane in _planes(frame, leads):
+    out = np.zeros((logits.shape[1], *frame.source.data.shape), np.uint8)
+    for (z, rows, columns), plane in _planes(frame, logits):
         shares = F.pad(plane, (0, 0, 0, 0, 1, 0)).softmax(0)[1:]
         out[:, z, rows, columns] = (shares * 255).round().byte().numpy()
     return out
 
 
-def _planes(frame: Frame, leads: Tensor) -> Iterator[tuple[tuple[int, slice, slice], Tensor]]:
-    """Leads [N, y, x] for the part of each of the source's slices that is in the frame."""
+def _planes(frame: Frame, logits: Tensor) -> Iterator[tuple[tuple[int, slice, slice], Tensor]]:
+    """Logits [N, y, x] for the part of each of the source's slices that is in the frame."""
     depth = frame.source.data.shape[0]
-    low, high, part = _between(len(leads), depth)
+    low, high, part = _between(len(logits), depth)
     height, width = (round(mm / s) for mm, s in zip(frame.size[1:], frame.spacing[1:], strict=True))
     y0, x0 = frame.corner
     for z in range(depth):
-        plane = torch.lerp(leads[low[z]].float(), leads[high[z]].float(), float(part[z]))
+        plane = torch.lerp(logits[low[z]].float(), logits[high[z]].float(), float(part[z]))
         plane = F.interpolate(plane[None], size=(height, width), mode="bilinear")[0]
         yield (z, slice(y0, y0 + height), slice(x0, x0 + width)), plane
 

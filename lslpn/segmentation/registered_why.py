@@ -1,4 +1,4 @@
-"""Which windows decided where supports were registered: `why` for maps in three dimensions."""
+"""The windows that decided where supports were registered: `why` for maps in three dimensions."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def record(
     recorder: Recorder,
     model: LSLPN,
     number: int,
-    found: Alignment,
+    alignment: Alignment,
     support: Frame,
     query: Frame,
-    own: Field,
-    brought: Tensor,
+    features: Field,
+    warped: Tensor,
     masks: Tensor,
     values: Sequence[int],
     reach: int,
 ) -> None:
-    """Which windows of support `number` decide, slice by slice of the query."""
+    """Record the windows of support `number` that decide, for each slice of the query."""
     device = next(model.parameters()).device
     depth = len(query.slices)
     count = query.source.data.shape[0]
     near = ((np.arange(count) + 0.5) * depth / count).astype(int)
-    heights = heights_of(found, support, query, depth)
+    heights = heights_of(alignment, support, query, depth)
     where = centres((depth, 16, 16), query.size)
-    there = found.map.at(where).movedim(0, -1)
-    features = own.values.transpose(0, 1)
-    for slices, prototypes in model.volume_prototypes(brought.to(device), masks.to(device), reach):
+    there = alignment.map.at(where).movedim(0, -1)
+    planes = features.values.transpose(0, 1)
+    for slices, prototypes in model.volume_prototypes(warped.to(device), masks.to(device), reach):
         for z, own_prototypes in zip(slices, prototypes, strict=True):
             sources = np.flatnonzero(near == z).tolist()
             span = heights[max(0, z - reach) : z + reach + 1]
@@ -54,28 +54,28 @@ def record(
             if not sources or not len(span):
                 continue
             centre = int(heights[z]) if heights[z] >= 0 else int(span[len(span) // 2])
-            # In a slice of the support, the query's frame is drawn as the nearest rectangle.
+            # On a slice of the support, the query's frame is shown as the nearest rectangle.
             recorder.support_boxes[number][centre] = _rectangle(where[z], there[z], support, query)
             recorder.add(
                 sources,
                 [0, *values],
-                features[z].to(device).expand(len(sources), -1, -1, -1),
+                planes[z].to(device).expand(len(sources), -1, -1, -1),
                 own_prototypes[None],
                 [[(number, int(s)) for s in span]],
                 [(number, centre)],
             )
 
 
-def heights_of(found: Alignment, support: Frame, query: Frame, count: int) -> np.ndarray:
-    """The support's slice over the middle of each of `count` slices of the query, or -1."""
+def heights_of(alignment: Alignment, support: Frame, query: Frame, count: int) -> np.ndarray:
+    """The support's slice at the centre of each of `count` slices of the query, or -1."""
     z = (torch.arange(count) + 0.5) * (query.size[0] / count)
     y, x = (mm / 2 for mm in query.size[1:])
     place = torch.stack((z, torch.full_like(z, y), torch.full_like(z, x)), -1)
-    return support.slice_of(found.map.at(place[None, None])[0, 0, 0]).numpy()
+    return support.slice_of(alignment.map.at(place[None, None])[0, 0, 0]).numpy()
 
 
 def _rectangle(here: Tensor, there: Tensor, support: Frame, query: Frame) -> list[int]:
-    """Voxels y0, y1, x0, x1 of the support that the query's frame lies over: least squares."""
+    """Voxels y0, y1, x0, x1 of the support under the query's frame, by least squares."""
     out = []
     for axis, corner in ((1, support.corner[0]), (2, support.corner[1])):
         a, b = here[..., axis].flatten().double(), there[..., axis].flatten().double()

@@ -1,15 +1,15 @@
-"""Align one scan with another: where in the support every place of the query lies.
+"""Register one scan to another: where in the support every position of the query lies.
 
-The search is discrete. At each point of a coarse lattice over the query, the support is compared
-at every displacement of a small cube; of all the displacements those are taken that are alike and
-vary smoothly (coupled convex optimisation). An affine map is fitted to them first, by trimmed
-least squares, then finer lattices bend it, from several beginnings where it is not sure how high
-the scans lie; organs that were left off are found again (see `templates`), and gradient descent
-ends it. Nothing is learnt.
+The search is discrete. At each point of a coarse lattice over the query, the support is compared at
+every displacement within a small cube, and displacements are chosen that have low cost and vary
+smoothly (coupled convex optimisation). First an affine map is fitted to them by trimmed least
+squares; then finer lattices deform it, from several initial maps where the offset along z is not
+certain; organs that were misplaced are relocated (see `relocation`), and gradient descent refines
+the result. Nothing is learnt.
 
-What is compared are descriptors of each place: features of the network, reduced to their principal
-components, tell organs apart; MIND-SSC, the self-similarity of a small patch, finds their edges in
-scans of any contrast.
+What is compared are descriptors of each position: features of the network, reduced to their
+principal components, tell organs apart; MIND-SSC, the self-similarity of a small patch, finds their
+edges in scans of any contrast.
 
     Heinrich et al., "Non-parametric discrete registration with convex optimisation", WBIR 2014
     Siebert, Hansen, Heinrich, "Fast 3D registration with accurate optimisation and little
@@ -18,7 +18,7 @@ scans of any contrast.
         self-similarities", MICCAI 2013 (MIND-SSC)
 
 Positions are millimetres (z, y, x) from the corner of a scan's frame; a map over the query's
-frame holds a position in the support for each of its places.
+frame holds a position in the support for each of its points.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .templates import organs_found_again
+from .relocation import relocate_organs
 
 SPACING = 6.0  # mm, of the lattice that maps and descriptors live on
 _MIND_SPACING = 3.0
 _COMPONENTS = 24
-# (points of the 6 mm lattice averaged into one, reach of the search in such points), first to last
+# Stages, in order: points of the 6 mm lattice that are averaged, reach of the search in these.
 _AFFINE_STAGES = ((3, 4), (3, 3), (2, 3))
-_COARSE_STAGES = ((3, 4), (2, 3))  # of bending; from where to begin is decided after them
+_COARSE_STAGES = ((3, 4), (2, 3))  # of deformation; the best initial map is chosen after them
 _FINE_STAGES = ((1, 3),)
-_COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # convexAdam's
-_KEPT = 0.8  # share of the displacements that an affine map is fitted to
+_COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # those of convexAdam
+_INLIERS = 0.8  # share of the displacements that an affine map is fitted to
 _LEAST_POINTS = 60
 _STEPS, _RATE, _SMOOTHNESS = 50, 1.0, 0.5  # of gradient descent
 
@@ -52,22 +52,22 @@ class Field:
 
     Attributes:
         values: float32 [C, Z, Y, X].
-        size: mm (z, y, x) that the frame measures; places are the centres of its cells.
+        size: mm (z, y, x) of the frame; values are those at the centres of its cells.
     """
 
     values: Tensor
     size: tuple[float, float, float]
 
     def at(self, positions: Tensor) -> Tensor:
-        """Interpolated values [C, ...] at positions [..., 3]; those of the edge beyond it."""
-        place = (2 * positions / positions.new_tensor(self.size) - 1).flip(-1)
+        """Interpolated values [C, ...] at positions [..., 3]; beyond the frame, the edge's."""
+        grid = (2 * positions / positions.new_tensor(self.size) - 1).flip(-1)
         return F.grid_sample(
-            self.values[None], place[None], padding_mode="border", align_corners=False
+            self.values[None], grid[None], padding_mode="border", align_corners=False
         )[0]
 
 
 def centres(shape: Sequence[int], size: Sequence[float]) -> Tensor:
-    """Positions [Z, Y, X, 3] of the cells of a frame that is cut into `shape`."""
+    """Positions [Z, Y, X, 3] of the centres of a frame's cells, `shape` of them."""
     axes = [(torch.arange(n) + 0.5) * (mm / n) for n, mm in zip(shape, size, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
@@ -80,10 +80,10 @@ def lattice_shape(size: Sequence[float], spacing: float = SPACING) -> tuple[int,
 
 @dataclass(frozen=True)
 class Scan:
-    """What registration compares of a scan.
+    """A scan for registration.
 
     Attributes:
-        image: [1, Z, Y, X] grey values, about 0 to 1 over the range that matters, 0 off the body.
+        image: [1, Z, Y, X] grey values, 0 to 1 over the window, 0 outside of the body.
         features: [D, Z, h, w] of the network, of the same frame.
     """
 
@@ -92,97 +92,98 @@ class Scan:
 
     @cached_property
     def mind(self) -> Field:
-        """Its self-similarity, see `mind`; worked out once, however many scans are compared."""
+        """Its MIND-SSC descriptors, see `mind`; computed once for all registrations of the scan."""
         return mind(self.image)
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Where the support lies, place by place of the query.
+    """A map from the query to the support, and how good it is.
 
     Attributes:
         map: [3, Z, Y, X] positions in the support, over the lattice of the query's frame.
-        likeness: how alike features are where the scans lie on each other: their mean cosine,
-            less what all places have in common.
-        overlap: share of the query's body for which the support has a place; of as much of it as
-            the support's height can cover.
-        folding: share of the query's body where the map turns space inside out.
+        similarity: mean cosine of the two scans' features where both have a body, each without its
+            mean over positions.
+        overlap: share of the query's body that is mapped into the support, relative to what the
+            support's height can cover.
+        folding: share of the query's body where the map's Jacobian determinant is not positive.
     """
 
     map: Field
-    likeness: float
+    similarity: float
     overlap: float
     folding: float
 
 
 class Registration:
-    """Two scans that are to be laid on each other; what is compared is worked out once.
+    """Registration of a support to a query; their descriptors are computed once.
 
     Args:
-        query: its lattice is searched over.
-        support: what is compared with it.
+        query: the fixed scan, over whose lattice the map is defined.
+        support: the moving scan.
 
     Attributes:
-        places: positions [Z, Y, X, 3] of the query's lattice.
+        positions: [Z, Y, X, 3] of the query's lattice.
     """
 
     def __init__(self, query: Scan, support: Scan) -> None:
         self.query, self.support = query, support
-        self.places = centres(lattice_shape(query.image.size), query.image.size)
-        self._body = _box((query.image.at(self.places) > 0.05).float())[0] > 0.5
+        self.positions = centres(lattice_shape(query.image.size), query.image.size)
+        self._body = _box((query.image.at(self.positions) > 0.05).float())[0] > 0.5
 
     def affine(self, start: Tensor) -> Tensor:
-        """The affine map that the displacements agree on.
+        """Affine registration.
 
         Args:
-            start: [4, 3], the map to begin with: position @ start[:3] + start[3].
+            start: [4, 3], the initial map: position @ start[:3] + start[3].
 
         Returns:
-            [4, 3]; `start` itself where the scans share too little to tell.
+            [4, 3]; `start` itself where the scans overlap too little.
         """
         matrix = start
         for width, reach in _AFFINE_STAGES:
-            map_ = self.places @ matrix[:3] + matrix[3]
+            map_ = self.positions @ matrix[:3] + matrix[3]
             moved = self._search(map_, width, reach)
-            points = _pooled(self.places.movedim(-1, 0), width)
-            told = (_pooled(self._body[None].float(), width)[0] > 0.7) & (
+            points = _pooled(self.positions.movedim(-1, 0), width)
+            valid = (_pooled(self._body[None].float(), width)[0] > 0.7) & (
                 _pooled(self._inside(map_)[None].float(), width)[0] > 0.9
             )
-            if int(told.sum()) < _LEAST_POINTS:
+            if int(valid.sum()) < _LEAST_POINTS:
                 break
-            source = points.movedim(0, -1)[told]
-            target = (source + moved.movedim(0, -1)[told]) @ matrix[:3] + matrix[3]
+            source = points.movedim(0, -1)[valid]
+            target = (source + moved.movedim(0, -1)[valid]) @ matrix[:3] + matrix[3]
             matrix = _trimmed_affine(source, target)
         return matrix
 
     def deformable(
         self, starts: Sequence[Tensor], labels: Callable[[Tensor], Tensor] | None = None
     ) -> Alignment:
-        """Bend an affine map until the descriptors agree.
+        """Deformable registration.
 
         Args:
-            starts: [4, 3] each; the one is taken that leads to the most alike features.
-            labels: gives the support's labels at positions [..., 3]; its organs are looked for
-                on their own then.
+            starts: initial affine maps, [4, 3] each; the one that leads to the most similar
+                features is used.
+            labels: gives the support's labels at positions [..., 3]; with it, misplaced organs are
+                relocated.
         """
-        coarse = [self._bent(self.places @ m[:3] + m[3], _COARSE_STAGES) for m in starts]
-        best = max(coarse, key=lambda map_: self.aligned(map_).likeness)
+        coarse = [self._deformed(self.positions @ m[:3] + m[3], _COARSE_STAGES) for m in starts]
+        best = max(coarse, key=lambda map_: self.aligned(map_).similarity)
         if labels is not None:
-            best = organs_found_again(
+            best = relocate_organs(
                 best,
-                fitted(self.places, best),
-                self.places,
+                fitted(self.positions, best),
+                self.positions,
                 labels,
                 torch.cat([pair.query for pair in self._pairs]),
-                lambda places: torch.cat([pair.support.at(places) for pair in self._pairs]),
+                lambda at: torch.cat([pair.support.at(at) for pair in self._pairs]),
                 self._cell.flatten(),
             )
-        map_ = self._bent(best, _FINE_STAGES)
-        return self.aligned(map_ + _descend(self._pairs, map_))
+        map_ = self._deformed(best, _FINE_STAGES)
+        return self.aligned(map_ + _gradient_descent(self._pairs, map_))
 
-    def _bent(self, map_: Tensor, stages: Sequence[tuple[int, int]]) -> Tensor:
-        places, size = self.places, self.query.image.size
-        z, y, x = places.shape[:3]
+    def _deformed(self, map_: Tensor, stages: Sequence[tuple[int, int]]) -> Tensor:
+        positions, size = self.positions, self.query.image.size
+        z, y, x = positions.shape[:3]
         for width, reach in stages:
             moved = F.interpolate(
                 self._search(map_, width, reach)[None],
@@ -190,38 +191,38 @@ class Registration:
                 mode="trilinear",
                 align_corners=False,
             )[0, :, :z, :y, :x].movedim(0, -1)
-            # What the map adds to a displaced place is carried on beyond the frame.
-            added = Field((map_ - places).movedim(-1, 0), size).at(places + moved).movedim(0, -1)
-            map_ = places + moved + added
+            # Composition of both; beyond the frame, the map's displacement is that of the edge.
+            before = Field((map_ - positions).movedim(-1, 0), size)
+            map_ = positions + moved + before.at(positions + moved).movedim(0, -1)
         return map_
 
     def aligned(self, positions: Tensor) -> Alignment:
-        """Positions [Z, Y, X, 3] in the support, over the lattice, as an alignment."""
+        """The alignment of a map: positions [Z, Y, X, 3] in the support, over the lattice."""
         body, inside = self._body, self._inside(positions)
         both, count = body & inside, int(body.sum())
         cell = self._cell.view(3)
         z, y, x = (n - 1 for n in positions.shape[:3])
         rows = [positions.diff(dim=axis)[:z, :y, :x] / cell[axis] for axis in range(3)]
         folded = torch.linalg.det(torch.stack(rows, -1)) <= 0
-        told = both[:z, :y, :x]
+        where = both[:z, :y, :x]
         heights = self.support.image.size[0] / self.query.image.size[0]
         return Alignment(
             Field(positions.movedim(-1, 0).contiguous(), self.query.image.size),
-            self._likeness(positions, both),
+            self._similarity(positions, both),
             min(1.0, float(both.sum()) / (count * min(1.0, heights))) if count else 0.0,
-            float((folded & told).sum() / told.sum().clamp_min(1)),
+            float((folded & where).sum() / where.sum().clamp_min(1)),
         )
 
     @cached_property
     def _pairs(self) -> list[_Pair]:
         features = principal_components(self.query.features, self.support.features)
         kinds = [features, (self.query.mind, self.support.mind)]
-        return [_Pair(own.at(self.places), other) for own, other in kinds]
+        return [_Pair(own.at(self.positions), other) for own, other in kinds]
 
     @cached_property
     def _cell(self) -> Tensor:
         """mm of a lattice cell, [3, 1, 1, 1]."""
-        sides = zip(self.query.image.size, self.places.shape[:3], strict=True)
+        sides = zip(self.query.image.size, self.positions.shape[:3], strict=True)
         return torch.tensor([mm / n for mm, n in sides]).view(3, 1, 1, 1)
 
     def _inside(self, positions: Tensor) -> Tensor:
@@ -229,41 +230,41 @@ class Registration:
         return ((positions >= 0) & (positions <= size)).all(-1)
 
     def _search(self, map_: Tensor, width: int, reach: int) -> Tensor:
-        """Displacements [3, z, y, x] in mm, over the lattice thinned by `width`."""
+        """Displacements [3, z, y, x] in mm, over the lattice averaged by `width`."""
         here = torch.cat([_pooled(pair.query, width) for pair in self._pairs])
         there = torch.cat([_pooled(pair.support.at(map_), width) for pair in self._pairs])
         cost, moves = _costs(here, there, reach)
-        return _smoothest(cost, moves) * width * self._cell
+        return _coupled_convex(cost, moves) * width * self._cell
 
-    def _likeness(self, positions: Tensor, where: Tensor) -> float:
+    def _similarity(self, positions: Tensor, where: Tensor) -> float:
         if not where.any():
             return -1.0
-        a = self.query.features.at(self.places[where][None, None])[:, 0, 0]
+        a = self.query.features.at(self.positions[where][None, None])[:, 0, 0]
         b = self.support.features.at(positions[where][None, None])[:, 0, 0]
         a, b = (F.normalize(f - f.mean(1, keepdim=True), dim=0) for f in (a, b))
         return float((a * b).sum(0).mean())
 
 
-def fitted(places: Tensor, positions: Tensor) -> Tensor:
-    """The affine map [4, 3] that is nearest to a map: least squares over all places."""
-    known, wanted = (each.reshape(-1, 3).double() for each in (places, positions))
+def fitted(positions: Tensor, mapped: Tensor) -> Tensor:
+    """The affine map [4, 3] that is nearest to a map, by least squares."""
+    known, wanted = (each.reshape(-1, 3).double() for each in (positions, mapped))
     known = torch.cat([known, torch.ones(len(known), 1).double()], 1)
     return torch.linalg.lstsq(known, wanted).solution.float()
 
 
-# --- descriptors -------------------------------------------------------------------------------
+# --- descriptors ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One kind of descriptor: of the query on its lattice, of the support anywhere."""
+    """One kind of descriptor: the query's on its lattice, the support's at any position."""
 
     query: Tensor
     support: Field
 
 
 def principal_components(a: Field, b: Field) -> tuple[Field, Field]:
-    """Features of two scans without their mean, of length 1, along the main axes of both."""
+    """Features of two scans, centred, normalised, and projected on their principal components."""
     flat = torch.cat([f.values.flatten(1)[:, ::3] for f in (a, b)], 1).double()
     mean = flat.mean(1)
     centred = flat - mean[:, None]
@@ -302,7 +303,7 @@ def _box(values: Tensor) -> Tensor:
     return F.avg_pool3d(F.pad(values[None], (1,) * 6, mode="replicate"), 3, stride=1)[0]
 
 
-# --- search ------------------------------------------------------------------------------------
+# --- search --------------------------------------------------------------------------------------
 
 
 def _pooled(values: Tensor, width: int) -> Tensor:
@@ -310,7 +311,7 @@ def _pooled(values: Tensor, width: int) -> Tensor:
 
 
 def _costs(here: Tensor, there: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """Squared distance of descriptors [C, z, y, x] for every displacement up to `reach` cells.
+    """Squared distance of descriptors [C, z, y, x] at every displacement up to `reach` cells.
 
     Returns:
         [n, z, y, x], averaged over neighbours twice, and the n displacements [n, 3].
@@ -330,9 +331,12 @@ def _costs(here: Tensor, there: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     return cost, moves.to(cost)
 
 
-def _smoothest(cost: Tensor, moves: Tensor) -> Tensor:
-    """Displacements [3, z, y, x] that are cheap and smooth: each is drawn to the mean of its
-    neighbours, harder from round to round, and may jump to another as cheap."""
+def _coupled_convex(cost: Tensor, moves: Tensor) -> Tensor:
+    """Displacements [3, z, y, x] of low cost that vary smoothly, by coupled convex optimisation.
+
+    Each round chooses the displacement that minimises its cost and its distance to the mean of its
+    neighbours, which weighs more from round to round.
+    """
 
     def mean(best: Tensor) -> Tensor:
         field = moves[best].movedim(-1, 0)
@@ -340,16 +344,16 @@ def _smoothest(cost: Tensor, moves: Tensor) -> Tensor:
 
     field = mean(cost.argmin(0))
     for weight in _COUPLING:
-        # |move - field|^2 without the part that is the same for all moves.
-        drawn = moves.square().sum(1)[:, None, None, None] - 2 * torch.einsum(
+        # |move - field|^2 without the term that does not depend on the move.
+        distance = moves.square().sum(1)[:, None, None, None] - 2 * torch.einsum(
             "nk,kzyx->nzyx", moves, field
         )
-        field = mean((cost + weight * drawn).argmin(0))
+        field = mean((cost + weight * distance).argmin(0))
     return field
 
 
-def _descend(pairs: Sequence[_Pair], map_: Tensor) -> Tensor:
-    """What gradient descent adds to a map, [Z, Y, X, 3] mm: alike descriptors, smooth changes."""
+def _gradient_descent(pairs: Sequence[_Pair], map_: Tensor) -> Tensor:
+    """Displacements [Z, Y, X, 3] mm that minimise the descriptors' distance and are smooth."""
     with torch.enable_grad(), torch.inference_mode(False):
         # Tensors made in inference mode cannot be used for gradients.
         own = [
@@ -361,33 +365,35 @@ def _descend(pairs: Sequence[_Pair], map_: Tensor) -> Tensor:
         optimizer = torch.optim.Adam([moved], lr=_RATE)
         for _ in range(_STEPS):
             optimizer.zero_grad()
-            smooth = _thrice(moved)
+            smooth = _smoothed(moved)
             here = start + smooth.movedim(0, -1) * SPACING
-            unlike = sum(
+            distance = sum(
                 ((field.at(here) - query).square().sum(0).mean() for query, field in own),
                 start.new_zeros(()),
             )
-            bent = sum(
+            roughness = sum(
                 (smooth.diff(dim=axis).square().mean() for axis in (1, 2, 3)), start.new_zeros(())
             )
-            (unlike + _SMOOTHNESS * bent).backward()
+            (distance + _SMOOTHNESS * roughness).backward()
             optimizer.step()
-        return _thrice(moved.detach()).movedim(0, -1) * SPACING
+        return _smoothed(moved.detach()).movedim(0, -1) * SPACING
 
 
-def _thrice(field: Tensor) -> Tensor:
+def _smoothed(field: Tensor) -> Tensor:
     for _ in range(3):
         field = F.avg_pool3d(field[None], 3, stride=1, padding=1, count_include_pad=False)[0]
     return field
 
 
 def _trimmed_affine(source: Tensor, target: Tensor) -> Tensor:
-    """Least squares [4, 3] over the `_KEPT` best of the points, found by iteration."""
+    """Least squares [4, 3] over the `_INLIERS` best of the points, found by iteration."""
     ones = torch.ones(len(source), 1)
     known, wanted = torch.cat([source, ones], 1).double(), target.double()
     kept = torch.arange(len(source))
     for _ in range(8):
         matrix = torch.linalg.lstsq(known[kept], wanted[kept]).solution
         error = (wanted - known @ matrix).square().sum(1)
-        kept = error.topk(max(_LEAST_POINTS // 2, int(_KEPT * len(source))), largest=False).indices
+        kept = error.topk(
+            max(_LEAST_POINTS // 2, int(_INLIERS * len(source))), largest=False
+        ).indices
     return matrix.float()

@@ -8,21 +8,21 @@ from torch import Tensor
 
 BEYOND = -1  # in a match: the query slice lies outside of what the support covers
 
-# Settled on the 72 ordered pairs of nine SABS cases, supports whole and cut short at either end.
-# 1 mm that the support goes on more or less than the query costs as much as ...
-_STRETCH_COST = 0.1  # ... so much cosine over 1 mm of the query
-BEYOND_COSINE = -0.1  # what lies beyond the support fits less well than this
+# Chosen on the 72 ordered pairs of nine SABS cases, supports whole and truncated at either end.
+# Cost of 1 mm by which the support advances more or less than the query, in cosine over 1 mm.
+_STRETCH_COST = 0.1
+BEYOND_COSINE = -0.1  # a slice less similar than this lies beyond the support
 _LEAST_MATCHED = 7  # slices, for a line through them
-_STRETCHES = (0.75, 1.33)
+_SCALES = (0.75, 1.33)
 
 
 def slice_similarity(
     query: Tensor, support: Tensor, query_step: float, support_step: float
 ) -> np.ndarray:
-    """How alike the slices of two scans are, from -1 to 1.
+    """Similarity of the slices of two scans, from -1 to 1.
 
-    What all slices have in common is taken off first, so that two slices are alike for what sets
-    them apart from the others.
+    The mean over all slices is subtracted first, so that slices are similar by what distinguishes
+    them from the others.
 
     Args:
         query: [Zq, D, cells, cells] averaged features.
@@ -31,12 +31,12 @@ def slice_similarity(
         support_step: mm between the support's.
 
     Returns:
-        float32 [Zq, Zs], the cosine of the descriptors, all cells together.
+        float32 [Zq, Zs], the cosine of the descriptors over all cells.
     """
     length = len(query) * query_step + len(support) * support_step
     common = (query.sum(0) * query_step + support.sum(0) * support_step) / length
-    # All cells in one vector, not a cosine for each: cells of air and of skin tell little, and so
-    # count little.
+    # One cosine over all cells, not one for each: cells of air and skin, which tell little, have
+    # short vectors.
     a, b = (F.normalize((scan - common).flatten(1), dim=1) for scan in (query, support))
     return np.asarray((a @ b.T).numpy())
 
@@ -44,10 +44,9 @@ def slice_similarity(
 def match_slices(similarity: np.ndarray, query_step: float, support_step: float) -> np.ndarray:
     """Match every query slice with a support slice, in order along z.
 
-    The match with the greatest sum of similarities, less a price on every millimetre by which the
-    support moves on more or less than the query does. A query that reaches beyond the
-    support runs off its end, above or below: slices there are matched with none. All of it can
-    not: where nothing is alike, the best of the bad matches is taken.
+    Maximises the sum of similarities, less a cost for every millimetre by which the support
+    advances more or less than the query. Query slices that lie below or above the support are
+    matched with none, but not all of them: where no slices are similar, the best match is used.
 
     Args:
         similarity: [Zq, Zs], see `slice_similarity`.
@@ -55,7 +54,7 @@ def match_slices(similarity: np.ndarray, query_step: float, support_step: float)
         support_step: mm between the support's.
 
     Returns:
-        int [Zq]: support slices that never fall, with BEYOND before, behind, or on both sides.
+        int [Zq]: support slices that never decrease, with BEYOND below, above, or at both ends.
     """
     match = _best_path(similarity, query_step, support_step, BEYOND_COSINE)
     if (match == BEYOND).all():
@@ -66,19 +65,19 @@ def match_slices(similarity: np.ndarray, query_step: float, support_step: float)
 def _best_path(
     similarity: np.ndarray, query_step: float, support_step: float, beyond: float
 ) -> np.ndarray:
-    """`match_slices` by dynamic programming, with what a slice beyond the support earns."""
+    """`match_slices` by dynamic programming, with the score of a slice beyond the support."""
     count, slices = similarity.shape
-    earned = similarity.astype(np.float64) * query_step
+    gain = similarity.astype(np.float64) * query_step
     beyond *= query_step
-    # Cost of going from support slice i (row) to j (column) within one step of the query.
+    # Cost of advancing from support slice i (row) to j (column) within one step of the query.
     ahead = (np.arange(slices)[None, :] - np.arange(slices)[:, None]) * support_step
     price = np.where(ahead >= 0, _STRETCH_COST * np.abs(ahead - query_step), np.inf)
-    # Coming from below the support at slice j leaves out all before it; going above likewise.
-    left_out = _STRETCH_COST * support_step * np.arange(slices)
-    entry, leave = left_out, left_out[::-1]
+    # Entering the support at slice j skips all before it; leaving it likewise.
+    skipped = _STRETCH_COST * support_step * np.arange(slices)
+    entry, leave = skipped, skipped[::-1]
 
     below_state, above_state = slices, slices + 1
-    score = np.concatenate([earned[0], [beyond, beyond]])
+    score = np.concatenate([gain[0], [beyond, beyond]])
     came_from = np.empty((count, slices + 2), np.int64)
     for z in range(1, count):
         steps = score[:slices, None] - price
@@ -86,7 +85,7 @@ def _best_path(
         best = steps[origin, np.arange(slices)]
         enter = score[below_state] - entry
         origin = np.where(enter > best, below_state, origin)
-        best = np.maximum(best, enter) + earned[z]
+        best = np.maximum(best, enter) + gain[z]
         last = int((score[:slices] - leave).argmax())
         leaving = score[last] - leave[last]
         stays = score[above_state] >= leaving
@@ -106,7 +105,7 @@ def _best_path(
 def line_through(
     match: np.ndarray, query_step: float, support_step: float
 ) -> tuple[float, float] | None:
-    """The line that most matched slices lie near: Theil and Sen's, of medians.
+    """A line through matched slices, by the Theil-Sen estimator.
 
     Args:
         match: int [Zq], see `match_slices`.
@@ -114,8 +113,8 @@ def line_through(
         support_step: mm between the support's.
 
     Returns:
-        mm of the support for each of the query, 0.75 to 1.33, and the height in the support of
-        the query's lowest point in mm; None where too few slices are matched to tell.
+        mm of the support for each mm of the query, 0.75 to 1.33, and the height in the support of
+        the query's lowest point in mm; None where too few slices are matched.
     """
     (inside,) = np.nonzero(match != BEYOND)
     if len(inside) < _LEAST_MATCHED:
@@ -123,5 +122,5 @@ def line_through(
     query, support = (inside + 0.5) * query_step, (match[inside] + 0.5) * support_step
     apart = np.triu_indices(len(inside), len(inside) // 3)
     rises = (support[apart[1]] - support[apart[0]]) / (query[apart[1]] - query[apart[0]])
-    stretch = float(np.clip(np.median(rises), *_STRETCHES))
-    return stretch, float(np.median(support - stretch * query))
+    scale = float(np.clip(np.median(rises), *_SCALES))
+    return scale, float(np.median(support - scale * query))

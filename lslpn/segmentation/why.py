@@ -1,7 +1,7 @@
-"""Why a pixel took its label: the windows of the support that were most alike there.
+"""Why a pixel got its label: the windows of the support that were most similar there.
 
-The head keeps the greatest cosine of each class and forgets which window gave it. Here the same
-comparison is made once more, at the resolution of the features, and the windows are kept.
+The head returns the greatest cosine of each class, not the window that it comes from. Here the same
+matching is done again at the resolution of the features, and the windows are recorded.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class Shots(NamedTuple):
 
 @dataclass(frozen=True)
 class Why:
-    """The classes that a query resembled most, with the windows that said so.
+    """The classes that are most similar to each part of a query, and their best windows.
 
     All arrays are at the resolution of the features, h x w cells over the network's square input,
-    for Z query slices and R ranks, the most alike first. A cell is compared at its centre.
+    for Z query slices and R ranks, the most similar first. A cell is compared at its centre.
 
     Attributes:
         labels: int [Z, R, h, w], label values; 0 is the background, NONE where there is no R-th.
-        windows: int [Z, R, h, w], the window in which that class was most alike:
+        windows: int [Z, R, h, w], the window in which that class was most similar:
             (s * Gy + gy) * Gx + gx, with s an index into `sources[z]`; NONE where none of the
             windows over the cell shows the class, whose cosine is 0 then.
         cosines: float [Z, R, h, w], -1 to 1.
         sources: for each query slice the sources that its windows were pooled from, each of one or
-            more runs of slices; empty where no organ was looked for, and the arrays say nothing.
+            more runs of slices; empty where no organ was searched for, and the arrays mean nothing.
         rows: [Gy, 2], where windows begin and end along y, as parts of the square's height.
         columns: [Gx, 2], along x.
         query_boxes: int [Z, 4], the part y0, y1, x0, x1 of each query slice that the square is.
@@ -106,7 +106,7 @@ def _cells(axis: Axis) -> list[slice]:
     over = [
         axis.covering(int((cell + 0.5) * axis.pixels / axis.cells)) for cell in range(axis.cells)
     ]
-    first, last = (np.array(ends) for ends in zip(*over, strict=True))  # neither ever falls
+    first, last = (np.array(ends) for ends in zip(*over, strict=True))  # both never decrease
     return [
         slice(int(np.searchsorted(last, m)), int(np.searchsorted(first, m, side="right")))
         for m in range(axis.windows)
@@ -135,7 +135,7 @@ class Recorder:
         self.grid, self.size, self.ranks = grid, size, ranks
         self.query_boxes, self.support_boxes = query_boxes, tuple(support_boxes)
         self.sources: list[tuple[tuple[Shots, ...], ...]] = [()] * slices
-        # Labels, windows, cosines [Z, R, h, w], and [Z, 1, h, w] by how much an organ leads.
+        # Labels, windows, cosines [Z, R, h, w], and [Z, 1, h, w] best organ less background.
         self.arrays: list[np.ndarray] = []
 
     def add(
@@ -147,7 +147,7 @@ class Recorder:
         sources: Sequence[Sequence[tuple[int, int]]],
         matched: Sequence[tuple[int, int]],
     ) -> None:
-        """Record some query slices; where they come twice, the clearer organ wins in each cell.
+        """Record some query slices; of slices recorded twice, the larger margin wins in each cell.
 
         Args:
             queries: their numbers.
@@ -158,13 +158,13 @@ class Recorder:
             matched: the (support, slice) that the query slices are matched with.
         """
         cosines, windows = winners(features, prototypes, self.grid, self.size)
-        lead = cosines[:, 1:].amax(1, keepdim=True) - cosines[:, :1]
+        margin = cosines[:, 1:].amax(1, keepdim=True) - cosines[:, :1]
         order = cosines.sort(dim=1, descending=True, stable=True).indices[:, : self.ranks]
-        # Sources that an earlier part of the classes named for these slices stay.
+        # Sources recorded for these slices with other classes come first.
         shift = len(self.sources[queries[0]]) * math.prod(self.grid.shape(*self.size))
         windows = torch.where(windows == NONE, NONE, windows + shift)
         label = torch.tensor(values, device=features.device)[order]
-        new = [label, windows.gather(1, order), cosines.gather(1, order), lead]
+        new = [label, windows.gather(1, order), cosines.gather(1, order), margin]
         if not self.arrays:
             shape = (len(self.sources), self.ranks, *features.shape[2:])
             self.arrays = [
@@ -174,7 +174,7 @@ class Recorder:
                 np.full((shape[0], 1, *shape[2:]), -np.inf, np.float32),
             ]
         at = list(queries)
-        better = lead.cpu().numpy() > self.arrays[3][at]
+        better = margin.cpu().numpy() > self.arrays[3][at]
         for array, found in zip(self.arrays, new, strict=True):
             kept = array[at]
             if array.shape[1] > found.shape[1]:  # fewer classes than ranks

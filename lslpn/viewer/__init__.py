@@ -73,26 +73,22 @@ class View:
             )
         from ipyniivue import NiiVue, Volume
 
+        def volume(name: str, **shown: Any) -> Any:
+            data = base64.b64decode(self.blocks[name])
+            return Volume(data=data, name=f"{name}.nii.gz", colormap="gray", **shown)
+
         _, low, high = self.facts["image"]["windows"][0]
-        shown = [
-            Volume(
-                data=base64.b64decode(self.blocks[name]), name=f"{name}.nii.gz", colormap="gray",
-                opacity=opacity, cal_min=least, cal_max=most,
-            )
-            for name, opacity, least, most in (
-                ("image", 1.0, low, high),
-                ("layer-0", 0.5, None, None),
-            )
-            if name in self.blocks
-        ]  # fmt: skip
-        if len(shown) > 1:
+        shown = [volume("image", opacity=1.0, cal_min=low, cal_max=high)]
+        if "layer-0" in self.blocks:
+            labels = volume("layer-0", opacity=0.5, cal_min=None, cal_max=None)
             colours = ["#000000", *(organ["colour"] for organ in self.facts["organs"])]
             channels = {
                 channel: [int(hue[i : i + 2], 16) for hue in colours]
                 for channel, i in (("R", 1), ("G", 3), ("B", 5))
             }
             names = ["", *(organ["name"] for organ in self.facts["organs"])]
-            shown[1].set_colormap_label({**channels, "labels": names})
+            labels.set_colormap_label({**channels, "labels": names})
+            shown.append(labels)
         widget = NiiVue(is_radiological_convention=True)
         widget.load_volumes(shown)
         return widget

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.overlay import colour
-from ..evaluation.results import Evaluation, Example, format_score, fraction
+from ..evaluation.overlay import Panel, colour
+from ..evaluation.results import Evaluation, Row, cell
 from ..files import write_text
 from .page import document
 
@@ -39,16 +39,9 @@ def write_evaluation(
     Raises:
         InputError: the file cannot be written.
     """
-    first = evaluations[0]
-    body = [
-        f"<header><h1>{escape(first.dataset)}: 3-D Dice by organ</h1></header>",
-        "<main class=report>",
-    ]
-    for evaluation in evaluations:
-        body.append(_section(evaluation, views or {}, len(evaluations) > 1))
-    body.append("</main>")
-    write_text(path, document(f"{first.dataset}: evaluation", "\n".join(body)))
-    return Path(path)
+    name, several = evaluations[0].dataset, len(evaluations) > 1
+    sections = [_section(evaluation, views or {}, several) for evaluation in evaluations]
+    return _write(path, f"{name}: evaluation", f"{name}: 3-D Dice by organ", sections)
 
 
 def write_experiment(
@@ -76,9 +69,8 @@ def write_experiment(
     from markdown_it import MarkdownIt
 
     written = MarkdownIt("js-default").disable(["link", "image"]).render(text)
-    body = [f"<header><h1>{escape(title)}</h1></header>", "<main class=report>"]
     # The page's policy forbids styles at elements; numbers stand on the right by its own.
-    body.append("<section>" + written.replace(' style="text-align:right"', ""))
+    body = ["<section>" + written.replace(' style="text-align:right"', "")]
     for picture in pictures:
         coded = base64.b64encode(picture.read_bytes()).decode("ascii")
         alt = f"{picture.stem}: the numbers are in the tables"
@@ -87,15 +79,18 @@ def write_experiment(
     for name, evaluation in evaluations:
         section = _section(evaluation, {}, False)
         body.append(f"<details><summary>{escape(name)}</summary>{section}</details>")
-    body.append("</main>")
-    write_text(path, document(title, "\n".join(body)))
+    return _write(path, title, title, body)
+
+
+def _write(path: str | os.PathLike[str], title: str, heading: str, sections: Sequence[str]) -> Path:
+    body = "\n".join(sections)
+    top = f"<header><h1>{escape(heading)}</h1></header>\n<main class=report>"
+    write_text(path, document(title, f"{top}\n{body}\n</main>"))
     return Path(path)
 
 
 def _section(evaluation: Evaluation, views: Mapping[str, str], several: bool) -> str:
-    grid = "none"
-    if evaluation.scale is not None:
-        grid = f"scale {fraction(evaluation.scale)}, spacing {fraction(evaluation.spacing)}"
+    grid = evaluation.windows or "none"
     facts = {
         "Model": evaluation.model,
         "Support": evaluation.support,
@@ -125,10 +120,10 @@ def _table(evaluation: Evaluation) -> str:
     for organ in evaluation.organs:
         scores = evaluation.scores(organ) or [float("nan")]
         cells = [str(len(evaluation.scores(organ)))]
-        cells += [format_score(f(scores)) for f in (statistics.fmean, statistics.median, min, max)]
+        cells += [cell(f(scores)) for f in (statistics.fmean, statistics.median, min, max)]
         rows.append((organ, cells))
     if len(evaluation.organs) > 1:
-        average = [format_score(evaluation.mean()), format_score(evaluation.median())]
+        average = [cell(evaluation.mean()), cell(evaluation.median())]
         rows.append(("all", ["", *average, "", ""]))
     return (
         "<table><caption>Dice over the query cases</caption><thead><tr>"
@@ -188,7 +183,7 @@ def _worst(evaluation: Evaluation, views: Mapping[str, str]) -> str:
     rows = sorted(evaluation.rows, key=lambda row: row.dice)
     if not rows:
         return ""
-    examples = {(x.organ, x.case): x for x in evaluation.examples}
+    examples = evaluation.shown
     label = {organ: i for i, organ in enumerate(evaluation.organs, 1)}
     parts = ["<h2>Cases, the worst first</h2>"]
     if examples and len(rows) > _WORST:
@@ -209,48 +204,36 @@ def _worst(evaluation: Evaluation, views: Mapping[str, str]) -> str:
         example = examples.get((row.organ, row.case))
         pictures = ""
         if example is not None and i < _WORST:
+            support, _, truth = example.panels(evaluation.support, 1)
+            found = example.panel("prediction", example.prediction)
             hue = colour(label[row.organ])
-            pictures = "".join(
-                _figure(example, what, hue) for what in ("support", "truth", "found")
-            )
-            pictures = f'<div class="pictures">{pictures}</div>'
+            figures = "".join(_figure(panel, row, hue) for panel in (support, truth, found))
+            pictures = f'<div class="pictures">{figures}</div>'
         parts.append(f"<li>{text}{pictures}</li>")
     return "\n".join([*parts, "</ol>"])
 
 
-def _figure(example: Example, what: str, hue: str) -> str:
-    image, mask, aspect, title = {
-        "support": (
-            example.support_image, example.support_mask, example.support_aspect,
-            f"support, slice {example.support_slice}",
-        ),
-        "truth": (
-            example.query_image, example.truth, example.query_aspect,
-            f"ground truth, slice {example.query_slice}",
-        ),
-        "found": (
-            example.query_image, example.prediction, example.query_aspect,
-            f"prediction, slice {example.query_slice}",
-        ),
-    }[what]  # fmt: skip
-    alt = f"{example.organ} in {example.case}, {title}"
+def _figure(panel: Panel, row: Row, hue: str) -> str:
+    alt = escape(f"{row.organ} in {row.case}, {panel.title}")
     return (
-        f'<figure><img alt="{escape(alt)}" src="{_picture(image, mask, aspect, hue)}">'
-        f"<figcaption>{title}</figcaption></figure>"
+        f'<figure><img alt="{alt}" src="{_picture(panel, hue)}">'
+        f"<figcaption>{escape(panel.title)}</figcaption></figure>"
     )
 
 
-def _picture(image: np.ndarray, mask: np.ndarray, aspect: float, hue: str) -> str:
-    """A slice with the outline of a mask, as a data URI."""
+def _picture(panel: Panel, hue: str) -> str:
+    """A slice with the outline of its labels, as a data URI."""
     from PIL import Image
     from scipy import ndimage
 
-    scale = min(_SIDE, _SIDE / aspect)
-    size = (max(1, round(scale)), max(1, round(scale * aspect)))
+    assert panel.labels is not None
+    image, mask = panel.image, panel.labels.astype(np.uint8)
+    scale = min(_SIDE, _SIDE / panel.aspect)
+    size = (max(1, round(scale)), max(1, round(scale * panel.aspect)))
     low, high = float(image.min()), float(image.max())
     grey = ((image - low) * (255 / (high - low or 1))).astype(np.uint8)
     pixels = np.array(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB"))
-    inside = np.array(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
+    inside = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
     edge = (inside > 0) & ~ndimage.binary_erosion(inside > 0, iterations=2)
     pixels[edge] = [int(hue[i : i + 2], 16) for i in (1, 3, 5)]
     file = io.BytesIO()

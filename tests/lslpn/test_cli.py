@@ -781,8 +781,8 @@ def test_segment_tells_what_it_had_to_guess_at_and_why_nothing_is_found(
     code, out, err = run(*common, "--query", b, "--out", tmp_path / "b_out.nii.gz")
     assert code == 0
     assert "note: b.nii.gz: taken for CT stored as HU + 1024" in err
-    assert "label 1: 0 voxels" not in out
+    assert "label 1: not found" not in out
     code, out, err = run(*common, "--query", grey, "--out", tmp_path / "grey_out.nii.gz")
     assert code == 0
     assert "note: grey.nii.gz: not taken for CT in HU, while a.nii.gz is" in err
-    assert ("note: grey.nii.gz: nothing was found" in err) == (out.count(": 0 voxels") == 3)
+    assert ("note: grey.nii.gz: nothing was found" in err) == (out.count(": not found") == 3)

@@ -204,7 +204,7 @@ def test_shares_are_the_batch(data: Path) -> None:
     )
     whole = episodes.batch(7)
     shares = [episodes.batch(7, World(rank, 2).share(4)) for rank in range(2)]
-    for name in vars(whole):
+    for name in whole._fields:
         parts = torch.cat([getattr(share, name) for share in shares])
         assert torch.equal(getattr(whole, name), parts)
     assert not torch.equal(shares[0].query_images, shares[1].query_images)

@@ -13,14 +13,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lslpn.assets import trunk_weights
+from lslpn.config import BatchNormMode, ModelConfig
 from lslpn.errors import InputError
 from lslpn.models import encoder as encoder_module
-from lslpn.models.encoder import BatchNormMode, Encoder, feature_size
+from lslpn.models.encoder import Encoder, feature_size
+
+
+def made(
+    *, generator: torch.Generator | None = None, weights: str | Path = "imagenet", **options: object
+) -> Encoder:
+    return Encoder(ModelConfig(weights=str(weights), **options), generator=generator)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def pretrained() -> Encoder:
-    return Encoder(generator=torch.Generator().manual_seed(0)).eval()
+    return made(generator=torch.Generator().manual_seed(0)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def test_layers_are_where_the_paper_puts_them(pretrained: Encoder) -> None:
 
 
 def test_stride_on_3x3_moves_the_stride_and_nothing_else(image: torch.Tensor) -> None:
-    moved = Encoder(stride_on="3x3", generator=torch.Generator().manual_seed(0)).eval()
+    moved = made(stride_on="3x3", generator=torch.Generator().manual_seed(0)).eval()
     assert moved.layer2[0].conv1.stride == (1, 1)
     assert moved.layer2[0].conv2.stride == (2, 2)
     with torch.no_grad():
@@ -81,7 +88,7 @@ def test_shipped_weights_arrive_in_the_trunk(pretrained: Encoder) -> None:
 
 def test_reduction_layer_is_small_noise_from_the_generator() -> None:
     first, second, other = (
-        Encoder(pretrained=False, generator=torch.Generator().manual_seed(s)).reduction
+        made(weights="random", generator=torch.Generator().manual_seed(s)).reduction
         for s in (5, 5, 6)
     )
     assert torch.equal(first.weight, second.weight)
@@ -93,7 +100,7 @@ def test_reduction_layer_is_small_noise_from_the_generator() -> None:
 def test_folding_stored_statistics_into_the_convolutions_changes_nothing(
     image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = Encoder(batch_norm="frozen", dropout=0.0).double().train()
+    encoder = made(batch_norm="frozen", dropout=0.0).double().train()
 
     def features_and_gradients() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         encoder.zero_grad()
@@ -115,7 +122,7 @@ def test_folding_stored_statistics_into_the_convolutions_changes_nothing(
 
 def test_live_batch_norm_moves_its_statistics_and_frozen_does_not(image: torch.Tensor) -> None:
     for mode, moves in (("live", True), ("frozen", False)):
-        encoder = Encoder(batch_norm=mode)
+        encoder = made(batch_norm=mode)
         encoder.eval()
         encoder.train()
         before = {k: v.clone() for k, v in encoder.state_dict().items()}
@@ -127,7 +134,7 @@ def test_live_batch_norm_moves_its_statistics_and_frozen_does_not(image: torch.T
 
 
 def test_only_the_affine_parameters_of_batch_norm_are_frozen(image: torch.Tensor) -> None:
-    encoder = Encoder().train()
+    encoder = made().train()
     encoder(image).sum().backward()
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -144,7 +151,7 @@ def test_synchronised_batch_norm_takes_the_place_of_the_plain_one(
     image: torch.Tensor, batch_norm: BatchNormMode
 ) -> None:
     """As on several GPUs; SyncBatchNorm trains on GPUs only, so this compares evaluation."""
-    plain = Encoder(pretrained=False, batch_norm=batch_norm)
+    plain = made(weights="random", batch_norm=batch_norm)
     for name, buffer in plain.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)
@@ -158,7 +165,7 @@ def test_synchronised_batch_norm_takes_the_place_of_the_plain_one(
 
 
 def test_dropout_zeroes_whole_channels_in_training_alone(image: torch.Tensor) -> None:
-    encoder = Encoder(batch_norm="frozen").train()
+    encoder = made(batch_norm="frozen").train()
     torch.manual_seed(0)
     with torch.no_grad():
         dead = (encoder(image) == 0).all(-1).all(-1)
@@ -172,7 +179,7 @@ def test_dropout_zeroes_whole_channels_in_training_alone(image: torch.Tensor) ->
 def test_a_users_torchvision_state_dict_loads(
     tmp_path: Path, suffix: str, dtype: torch.dtype
 ) -> None:
-    source = Encoder(pretrained=False)
+    source = made(weights="random")
     state = {
         k: v.to(dtype) if v.is_floating_point() else v
         for k, v in source.state_dict().items()
@@ -185,19 +192,19 @@ def test_a_users_torchvision_state_dict_loads(
         safetensors.torch.save_file(state, path)
     else:
         torch.save(state, path)
-    encoder = Encoder(weights=path)
+    encoder = made(weights=path)
     for key, tensor in encoder.state_dict().items():
         if key in state:
             assert torch.equal(tensor, state[key].to(tensor.dtype)), key
 
 
 def _state() -> dict[str, torch.Tensor]:
-    state = Encoder(pretrained=False).state_dict()
+    state = made(weights="random").state_dict()
     return {k: v for k, v in state.items() if not k.startswith("reduction.")}
 
 
 def test_weights_that_do_not_fit_are_refused_by_name() -> None:
-    encoder = Encoder(pretrained=False)
+    encoder = made(weights="random")
     missing = _state()
     del missing["layer3.5.conv3.weight"]
     with pytest.raises(InputError, match=r"missing.*layer3\.5\.conv3\.weight"):
@@ -209,7 +216,7 @@ def test_weights_that_do_not_fit_are_refused_by_name() -> None:
 
 
 def test_a_refused_state_dict_leaves_the_encoder_as_it_was() -> None:
-    encoder = Encoder(pretrained=False)
+    encoder = made(weights="random")
     before = encoder.conv1.weight.clone()
     with pytest.raises(InputError):
         encoder.load_trunk({**_state(), "other": torch.zeros(1)})
@@ -226,11 +233,11 @@ def test_a_refused_state_dict_leaves_the_encoder_as_it_was() -> None:
 def test_weights_that_nothing_can_be_computed_with_are_refused(
     tmp_path: Path, name: str, value: float, said: str
 ) -> None:
-    state = {k: v for k, v in Encoder().state_dict().items() if not k.startswith("reduction")}
+    state = {k: v for k, v in made().state_dict().items() if not k.startswith("reduction")}
     state[name].view(-1)[3] = value
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(InputError, match=rf"w\.safetensors: is damaged: {name} .*{said}"):
-        Encoder(weights=tmp_path / "w.safetensors")
+        made(weights=tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -248,7 +255,7 @@ def test_unreadable_weights_are_one_clear_error(tmp_path: Path, suffix: str, kin
             safetensors.torch.save_file(_state(), path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=r"weights\.") as caught:
-        Encoder(weights=path)
+        made(weights=path)
     assert "\n" not in str(caught.value)
 
 
@@ -256,4 +263,4 @@ def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "module.pt"
     torch.save(nn.Linear(2, 2), path)  # a whole module needs unpickling of classes
     with pytest.raises(InputError, match="cannot be read"):
-        Encoder(weights=path)
+        made(weights=path)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import SYNTHETIC_ORGANS, synthetic_ct, write_nifti, write_synthetic_dataset
 
-from lslpn.config import Config, preset, with_overrides
+from lslpn.config import Config, TrainConfig, preset, with_overrides
 from lslpn.data import episodes as episodes_module
 from lslpn.data.augment import augment
 from lslpn.data.dataset import Dataset
@@ -43,7 +43,7 @@ def load(dataset: Dataset, config: Config, **arguments: object) -> Episodes:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(("N", "K", "Q"), [(1, 1, 1), (2, 1, 1), (1, 3, 2), (3, 2, 4)])
@@ -334,13 +334,13 @@ def test_fingerprint_is_of_the_voxels_as_read(
 ) -> None:
     """Resizing differs in the last bit from one processor to another."""
     value = load(dataset, small()).fingerprint()
-    real = episodes_module.prepare_for
+    real = episodes_module.prepare
 
     def otherwise(*arguments: object, **options: object) -> Prepared:
         prepared = real(*arguments, **options)  # type: ignore[arg-type]
         return dataclasses.replace(prepared, slices=prepared.slices * np.float32(0.999))
 
-    monkeypatch.setattr(episodes_module, "prepare_for", otherwise)
+    monkeypatch.setattr(episodes_module, "prepare", otherwise)
     assert load(dataset, small()).fingerprint() == value
 
 
@@ -400,7 +400,9 @@ def test_augmented_images_stay_in_range_and_do_not_touch_the_original(
     image: np.ndarray, seed: int, probability: float
 ) -> None:
     before = image.copy()
-    after = augment(image, np.random.default_rng(seed), probability=probability)
+    after = augment(
+        image, np.random.default_rng(seed), TrainConfig(augment_probability=probability)
+    )
     assert np.array_equal(image, before)
     assert after.dtype == np.float32
     assert after.shape == image.shape
@@ -412,9 +414,10 @@ def test_augmentation_never_and_always() -> None:
     image = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        assert np.array_equal(augment(image, rng, probability=0), image)
-        assert not np.array_equal(augment(image, rng, probability=1), image)
-        assert np.allclose(augment(image, rng, probability=1, low=1, high=1), image, atol=1e-6)
+        assert np.array_equal(augment(image, rng, TrainConfig(augment_probability=0)), image)
+        assert not np.array_equal(augment(image, rng, TrainConfig(augment_probability=1)), image)
+        constant = TrainConfig(augment_probability=1, augment_low=1, augment_high=1)
+        assert np.allclose(augment(image, rng, constant), image, atol=1e-6)
 
 
 def test_each_augmentation_happens_half_of_the_time_with_factors_over_the_range() -> None:
@@ -422,7 +425,8 @@ def test_each_augmentation_happens_half_of_the_time_with_factors_over_the_range(
     image = np.full((4, 4), 0.25, dtype=np.float32)
     image[0, 0], image[0, 1] = 0.2, 0.3  # mean stays 0.25
     rng = np.random.default_rng(0)
-    results = [augment(image, rng) for _ in range(4000)]
+    options = TrainConfig()
+    results = [augment(image, rng, options) for _ in range(4000)]
     same = np.mean([np.array_equal(r, image) for r in results])
     assert same == pytest.approx(1 / 8, abs=0.02)
     middle = np.array([r[2, 2] for r in results])

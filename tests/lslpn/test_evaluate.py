@@ -121,7 +121,6 @@ def test_alpnet_takes_a_sixth_a_half_and_five_sixths() -> None:
 def test_adnet_segments_the_whole_query_with_one_slice() -> None:
     pairs = PROTOCOLS["adnet"].pairs(organ_on(30, _10_20=1), organ_on(6, _2_3=5))
     assert pairs == [Pair(15, (0, 1, 2, 3, 4, 5))]
-    assert not PROTOCOLS["adnet"].needs_query_range
 
 
 def test_how_the_authors_average_and_normalise() -> None:
@@ -382,7 +381,7 @@ def by_forward(model: LSLPN, dataset: Dataset) -> float:
     sets = []
     for case in ("syn_00", "syn_01"):
         image, labels = dataset.load(case)
-        sets.append((prepare(image, labels, size=64, window=None), labels.data == 1))
+        sets.append((prepare(ModelConfig(size=64, window=None), image, labels), labels.data == 1))
     (support, support_truth), (query, query_truth) = sets
     assert support.labels is not None
     pairs = PROTOCOLS["alpnet"].pairs(support_truth.sum((1, 2)), query_truth.sum((1, 2)))

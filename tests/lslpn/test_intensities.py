@@ -11,6 +11,7 @@ import pytest
 from synthetic import synthetic_ct
 
 from lslpn.assets import demo_image
+from lslpn.config import ModelConfig
 from lslpn.data.intensities import Intensities, common_window, interpret
 from lslpn.data.slices import body_boxes, prepare
 from lslpn.data.volumes import Volume, read_image
@@ -139,13 +140,15 @@ def _volume(data: np.ndarray) -> Volume:
 def test_the_network_sees_the_same_however_ct_is_stored(situation: str) -> None:
     scan = synthetic_ct(0)[0].astype(np.float32)
     stored = CT[situation][0](scan)
-    plain, other = (prepare(_volume(data), size=64, align="body") for data in (scan, stored))
+    plain, other = (
+        prepare(ModelConfig(size=64, align="body"), _volume(data)) for data in (scan, stored)
+    )
     assert np.abs(other.boxes - plain.boxes).max() <= 1
     if "240" in situation or "1000" in situation or "voxel" in situation:
         return  # the values themselves differ
     if "padded" in situation:
         scan = _around_circle(scan, -1024)
-    plain, other = (prepare(_volume(data), size=64) for data in (scan, stored))
+    plain, other = (prepare(ModelConfig(size=64), _volume(data)) for data in (scan, stored))
     np.testing.assert_allclose(other.slices, plain.slices, atol=1e-5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +14,24 @@ from hypothesis import strategies as st
 from synthetic import synthetic_ct, write_nifti
 
 from lslpn.assets import demo_image, demo_labels
+from lslpn.config import ModelConfig
 from lslpn.data.dataset import Dataset
+from lslpn.data.intensities import interpret
 from lslpn.data.slices import (
     ABDOMEN_WINDOW,
+    Prepared,
     Treatment,
     body_boxes,
     prepare,
-    resolve_window,
     warn_unlike,
+    window_limits,
 )
 from lslpn.data.volumes import Volume, read_image, read_labels
 from lslpn.errors import InputError
+
+
+def made(image: Volume, labels: Volume | None = None, **options: Any) -> Prepared:
+    return prepare(ModelConfig(**options), image, labels)
 
 
 def _with(volume: Volume, data: np.ndarray) -> Volume:
@@ -51,29 +59,31 @@ def _bounds(boxes: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def test_auto_window_is_for_ct_alone(ct: Volume) -> None:
-    assert resolve_window(ct, "auto") == ABDOMEN_WINDOW == (-125.0, 275.0)
+    of_ct = interpret(ct.data)
+    assert window_limits(of_ct, "auto") == ABDOMEN_WINDOW == (-125.0, 275.0)
     grey = _with(ct, (ct.data.clip(-160, 240) + 160) / 400 * 255)  # an 8-bit export
-    assert resolve_window(grey, "auto") is None
-    assert resolve_window(ct, None) is None
-    assert resolve_window(grey, (-10, 90)) == (-10.0, 90.0)
+    of_grey = interpret(grey.data)
+    assert window_limits(of_grey, "auto") is None
+    assert window_limits(of_ct, None) is None
+    assert window_limits(of_grey, (-10, 90)) == (-10.0, 90.0)
 
 
 def test_a_window_is_in_hu_whatever_offset_is_stored(ct: Volume) -> None:
     shifted = _with(ct, ct.data + 1024)
     for window in ("auto", (-50, 150)):
-        one, other = (prepare(image, size=64, window=window) for image in (ct, shifted))  # type: ignore[arg-type]
+        one, other = (made(image, size=64, window=window) for image in (ct, shifted))
         np.testing.assert_array_equal(one.slices, other.slices)
     for image in (ct, shifted):
         with pytest.raises(InputError, match=r"ct\.nii\.gz: every voxel lies on one side"):
-            prepare(image, size=64, window=(5000, 6000))
+            made(image, size=64, window=(5000, 6000))
 
 
 def test_scans_that_were_not_treated_alike_are_named(
     ct: Volume, recwarn: pytest.WarningsRecorder
 ) -> None:
     def treatment(name: str, data: np.ndarray) -> Treatment:
-        made = prepare(_with(ct, data), size=16, align="body").treatment
-        return dataclasses.replace(made, name=name)
+        how = made(_with(ct, data), size=32, align="body").treatment
+        return dataclasses.replace(how, name=name)
 
     whole, windowed = treatment("whole", ct.data), treatment("windowed", ct.data.clip(-200, 400))
     warn_unlike([whole, windowed])
@@ -92,7 +102,7 @@ def test_slices_run_from_0_to_1_each(ct: Volume) -> None:
     dim = ct.data.copy()
     dim[3] = dim[3].clip(-125, 275) / 2  # one slice of half the contrast
     dim[5] = 40  # one constant slice
-    slices = prepare(_with(ct, dim), size=64).slices
+    slices = made(_with(ct, dim), size=64).slices
     assert slices.dtype == np.float32
     assert slices.shape == (14, 64, 64)
     lows, highs = slices.min(axis=(1, 2)), slices.max(axis=(1, 2))
@@ -104,28 +114,28 @@ def test_slices_run_from_0_to_1_each(ct: Volume) -> None:
 def test_normalise_by_volume_and_by_window(ct: Volume) -> None:
     same = ct.data.shape[1]
     square = _with(ct, ct.data[:, :, :same])
-    raw = prepare(square, size=same, window=None, normalise="volume").slices
+    raw = made(square, size=same, window=None, normalise="volume").slices
     low, high = square.data.min(), square.data.max()
     np.testing.assert_allclose(raw, (square.data - low) / (high - low), rtol=1e-5, atol=1e-6)
-    window = prepare(square, size=same, window=(-50, 150), normalise="window").slices
+    window = made(square, size=same, window=(-50, 150), normalise="window").slices
     np.testing.assert_allclose(window, (square.data.clip(-50, 150) + 50) / 200, atol=1e-6)
     with pytest.raises(InputError, match="needs a window"):
-        prepare(_with(ct, (ct.data + 1024) / 20), size=64, normalise="window")
+        made(_with(ct, (ct.data + 1024) / 20), size=64, normalise="window")
 
 
 def test_wrong_options(ct: Volume, labels: Volume) -> None:
     with pytest.raises(ValueError, match="size"):
-        prepare(ct, size=0)
+        made(ct, size=0)
     with pytest.raises(ValueError, match="align"):
-        prepare(ct, size=8, align="head")  # type: ignore[arg-type]
+        made(ct, size=32, align="head")
     with pytest.raises(ValueError, match="normalise"):
-        prepare(ct, size=8, normalise="z")  # type: ignore[arg-type]
+        made(ct, size=32, normalise="z")
     for window in ((5, 5), "ct"):
         with pytest.raises(ValueError, match="window"):
-            prepare(ct, size=8, window=window)  # type: ignore[arg-type]
+            made(ct, size=32, window=window)
     grid = dataclasses.replace(labels.grid, shape=(64, 56, 13))
     with pytest.raises(InputError, match="shape"):
-        prepare(ct, dataclasses.replace(labels, data=labels.data[1:], grid=grid), size=8)
+        made(ct, dataclasses.replace(labels, data=labels.data[1:], grid=grid), size=32)
 
 
 # --- there and back ----------------------------------------------------------------------------
@@ -134,7 +144,7 @@ def test_wrong_options(ct: Volume, labels: Volume) -> None:
 def test_own_size_is_left_alone(ct: Volume, labels: Volume) -> None:
     image = _with(ct, ct.data[:, :, :56])
     mask = dataclasses.replace(labels, data=labels.data[:, :, :56])
-    prepared = prepare(image, mask, size=56)
+    prepared = made(image, mask, size=56)
     assert prepared.labels is not None
     np.testing.assert_array_equal(prepared.labels, mask.data)
     np.testing.assert_array_equal(prepared.restore(prepared.labels), mask.data)
@@ -154,8 +164,8 @@ def test_labels_survive_enlarging_and_restoring(
     path = write_nifti(tmp_path_factory.mktemp("p") / "a.nii", data)
     labels = read_labels(path)
     image = _with(labels, np.pad(data, 0) + np.arange(data.size).reshape(shape) * 1e-3)
-    size = factor * max(shape[1:])
-    prepared = prepare(image, labels, size=size, window=None)
+    size = max(32, factor * max(shape[1:]))
+    prepared = made(image, labels, size=size, window=None)
     assert prepared.slices.shape == (shape[0], size, size)
     assert prepared.slices.min() >= 0
     assert prepared.slices.max() <= 1
@@ -168,7 +178,7 @@ def test_labels_survive_enlarging_and_restoring(
 def test_image_and_labels_stay_on_top_of_each_other(ct: Volume, labels: Volume, size: int) -> None:
     # The labels' own centres, through the image's resizing: both must land at the same place.
     as_image = _with(ct, (labels.data == 1) * 100.0)
-    prepared = prepare(as_image, labels, size=size, window=None, normalise="volume")
+    prepared = made(as_image, labels, size=size, window=None, normalise="volume")
     assert prepared.labels is not None
     for z in (6, 8):
         y, x = (c.mean() for c in np.nonzero(prepared.labels[z] == 1))
@@ -180,14 +190,14 @@ def test_image_and_labels_stay_on_top_of_each_other(ct: Volume, labels: Volume, 
 
 
 def test_shrinking_averages(ct: Volume) -> None:
-    stripes = np.zeros((1, 64, 64), np.float32)
+    stripes = np.zeros((1, 128, 128), np.float32)
     stripes[:, ::2] = 100
-    small = prepare(_with(ct, stripes), size=16, normalise="volume").slices
+    small = made(_with(ct, stripes), size=32, normalise="volume").slices
     np.testing.assert_allclose(small[:, 1:-1], 0.5, atol=0.02)
 
 
 def test_restore_after_the_body_crop(ct: Volume, labels: Volume) -> None:
-    prepared = prepare(ct, labels, size=128, align="body")
+    prepared = made(ct, labels, size=128, align="body")
     assert prepared.labels is not None
     back = prepared.restore(prepared.labels)
     assert back.shape == ct.data.shape

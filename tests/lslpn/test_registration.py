@@ -1,4 +1,4 @@
-"""Supports that are registered to the query: where they lie, and windows in three dimensions."""
+"""Registration of supports to the query, and windows in three dimensions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lslpn.config import preset
 from lslpn.data.volumes import Volume
 from lslpn.errors import InputError
 from lslpn.models import LSLPN, FewShotNetwork, untrained
-from lslpn.segmentation.correspondence import begin, trunk_to_trunk
-from lslpn.segmentation.frames import frames_of, restored
+from lslpn.segmentation.frames import frames_of, labels_in_source
+from lslpn.segmentation.initial_alignment import initial_alignment, trunk_to_trunk
 from lslpn.segmentation.registration import (
     Field,
     Registration,
@@ -25,8 +25,8 @@ from lslpn.segmentation.registration import (
     fitted,
     lattice_shape,
 )
+from lslpn.segmentation.result import Segmentation
 from lslpn.segmentation.segment import segment, segment_matched
-from lslpn.segmentation.volumetric import Segmentation
 from lslpn_kernels import reference
 
 _SIZE = (240.0, 240.0, 264.0)
@@ -57,7 +57,7 @@ def _anatomy(positions: Tensor) -> Tensor:
 
 
 def _scan(map_: Tensor | None = None, spacing: float = 3.0) -> Scan:
-    """The anatomy, or what a scan shows whose places lie at `map_` of it."""
+    """The anatomy, or a scan whose positions are at `map_` of it."""
     places = centres(lattice_shape(_SIZE, spacing), _SIZE)
     image = _anatomy(places if map_ is None else map_)[None]
     field = Field(image, _SIZE)
@@ -97,14 +97,14 @@ def test_a_deformation_is_found_and_does_not_fold() -> None:
     assert off < 0.4 * before
     assert found.folding < 0.01
     assert found.overlap > 0.95
-    plain = registration.aligned(registration.places)
-    assert found.likeness > plain.likeness
+    plain = registration.aligned(registration.positions)
+    assert found.similarity > plain.similarity
 
 
 def test_folds_and_missing_overlap_are_measured() -> None:
     scan = _scan()
     registration = Registration(scan, scan)
-    places = registration.places
+    places = registration.positions
     turned = places * places.new_tensor([-1.0, 1.0, 1.0]) + places.new_tensor([_SIZE[0], 0, 0])
     assert registration.aligned(turned).folding > 0.99
     assert registration.aligned(places).folding == 0
@@ -123,7 +123,7 @@ def test_folds_and_missing_overlap_are_measured() -> None:
     )
 
 
-# --- where it begins -----------------------------------------------------------------------------
+# --- initial alignment ---------------------------------------------------------------------------
 
 
 def _slices(count: int, seed: int = 0) -> Tensor:
@@ -134,36 +134,36 @@ def _slices(count: int, seed: int = 0) -> Tensor:
 
 def test_a_part_of_a_scan_is_found_in_the_whole() -> None:
     scan = _slices(80)
-    found = begin(scan[30:70], scan, 40 * 5.0, 80 * 5.0)
+    found = initial_alignment(scan[30:70], scan, 40 * 5.0, 80 * 5.0)
     assert abs(found.shift - 150) <= 5
-    assert found.stretch == 1
-    assert found.likeness > 0.9
+    assert found.scale == 1
+    assert found.similarity > 0.9
     assert not found.mirrored
-    back = begin(scan, scan[30:70], 80 * 5.0, 40 * 5.0)
+    back = initial_alignment(scan, scan[30:70], 80 * 5.0, 40 * 5.0)
     assert abs(back.shift + 150) <= 5
 
 
 def test_a_few_slices_that_differ_little_are_found_in_the_whole() -> None:
-    """What they have in common tells where they lie, and not what sets them apart."""
+    """Their mean tells where they are, not how they differ from it."""
     scan, noise = _slices(80), torch.randn(8, 6, 8, 8, generator=torch.Generator().manual_seed(5))
     few = scan[40:48].mean(0) + 0.3 * noise
     for query, support, sign in ((few, scan, 1), (scan, few, -1)):
-        found = begin(query, support, len(query) * 5.0, len(support) * 5.0)
+        found = initial_alignment(query, support, len(query) * 5.0, len(support) * 5.0)
         assert abs(found.shift - sign * 200) <= 15
-        assert found.likeness > 0.4
+        assert found.similarity > 0.4
 
 
 @pytest.mark.parametrize(("name", "axis"), [("x", 3), ("y", 2), ("z", 0)])
-def test_a_mirrored_scan_is_told(name: str, axis: int) -> None:
+def test_a_mirrored_scan_is_reported(name: str, axis: int) -> None:
     scan = _slices(60)
-    assert begin(scan, scan.flip(axis), 300.0, 300.0).mirrored == (name,)
+    assert initial_alignment(scan, scan.flip(axis), 300.0, 300.0).mirrored == (name,)
 
 
-def test_trunk_goes_to_trunk() -> None:
-    start = begin(_slices(20), _slices(20), 100.0, 100.0)
+def test_the_trunk_is_mapped_to_the_trunk() -> None:
+    start = initial_alignment(_slices(20), _slices(20), 100.0, 100.0)
     query, support = torch.tensor([[0.0, 100, 0, 200]]), torch.tensor([[50.0, 250, 10, 410]])
     places = torch.tensor([[[[50.0, 25.0, 150.0]]]])
-    found = trunk_to_trunk(places, start.stretch, start.shift, query, 100.0, support, 100.0)
+    found = trunk_to_trunk(places, start.scale, start.shift, query, 100.0, support, 100.0)
     np.testing.assert_allclose(found[0, 0, 0, 1:], [100, 310])
 
 
@@ -171,10 +171,10 @@ def test_trunk_goes_to_trunk() -> None:
 
 
 @pytest.mark.parametrize("reach", [0, 1, 3, 20])
-def test_a_window_weighs_all_pixels_of_all_its_slices_alike(
+def test_a_window_is_the_mean_over_all_pixels_of_all_its_slices(
     reach: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slices of a run laid beside each other are one slice, whose masked average is the oracle."""
+    """The oracle weighs each slice's masked average by its pixels."""
     generator = torch.Generator().manual_seed(reach)
     depth, height, width = 7, 40, 36
     network = _model(channels=5, min_pixels=4)
@@ -219,7 +219,7 @@ def test_a_window_weighs_all_pixels_of_all_its_slices_alike(
 
 
 @pytest.mark.parametrize("method", ["panet", "alpnet", "senet"])
-def test_methods_without_windows_take_the_slices_near(method: str) -> None:
+def test_methods_without_windows_pool_nearby_slices(method: str) -> None:
     network: FewShotNetwork = untrained(
         dataclasses.replace(preset("published").model, size=64, method=method)
     )
@@ -242,18 +242,18 @@ def test_a_frame_and_back(
     (frame,), _ = frames_of(model.config, [support], query[0])
     assert float(frame.slices.min()) >= 0
     assert float(frame.slices.max()) <= 1
-    # A small patient's millimetres grow: the trunk, 154 mm wide, counts for 300.
+    # A small patient is scaled up: the trunk, 154 mm wide, becomes 300.
     assert frame.size[2] == pytest.approx(300)
     at = frame.labels_at(centres(frame.slices.shape, frame.size))
-    leads = torch.stack([torch.where(at == value, 1.0, -1.0) for value in (1, 2, 3)], 1)
-    back = restored(frame, leads, [1, 2, 3])
+    logits = torch.stack([torch.where(at == value, 1.0, -1.0) for value in (1, 2, 3)], 1)
+    back = labels_in_source(frame, logits, [1, 2, 3])
     for label in (1, 2, 3):
         assert dice_of(back, support[1].data, label) > 0.85
     outside = frame.labels_at(torch.tensor([[-1.0, 5, 5], [5, 5, 1e6]]))
     assert outside.tolist() == [0, 0]
 
 
-# --- segmenting ----------------------------------------------------------------------------------
+# --- segmentation --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("align", ["affine", "deformable"])
@@ -266,8 +266,15 @@ def test_organs_are_found_in_another_scan(
     assert result.confidence is not None
     for label in (1, 2, 3):
         assert dice_of(result.labels, query[1].data, label) > 0.75
-        assert 0.4 < result.confidence[label] <= 1
+        assert 0.5 < result.confidence[label] <= 1
     assert result.matches.shape == (1, 14)
+    assert not result.doubtful
+
+
+def test_organs_of_low_confidence_are_doubtful() -> None:
+    none = np.zeros((1, 2, 2), np.uint8)
+    assert Segmentation(none, none[0], confidence={1: 0.0, 4: 0.49, 7: 0.5}).doubtful == [4]
+    assert not Segmentation(none, none[0]).doubtful
 
 
 @pytest.mark.parametrize("align", ["body", "deformable"])
@@ -296,17 +303,17 @@ def test_a_support_of_several_queries_is_encoded_once(
     encoded = []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda x: encoded.append(len(x)) or encode(x))
-    kept: dict[int, Scan] = {}
-    options = {"align": "affine", "kept": kept}
+    cache: dict[int, Scan] = {}
+    options = {"align": "affine", "cache": cache}
     first = segment_matched(model, [support], query[0], **options)  # type: ignore[arg-type]
     both = sum(encoded)
     again = segment_matched(model, [support], query[0], **options)  # type: ignore[arg-type]
     np.testing.assert_array_equal(first.labels, again.labels)
     assert sum(encoded) < 1.6 * both
-    # What was kept is of no use to a scan that asks for another window, and is not taken.
+    # Cached features are not used for a scan that needs another window.
     darker = dataclasses.replace(query[0], data=query[0].data.clip(-1024, 0) + 1500)
     alone, beside = (
-        segment_matched(model, [support], darker, align="affine", kept=k) for k in (None, kept)
+        segment_matched(model, [support], darker, align="affine", cache=c) for c in (None, cache)
     )
     np.testing.assert_array_equal(alone.labels, beside.labels)
 
@@ -341,14 +348,14 @@ def test_the_files_own_orientation_does_not_matter(
 
 
 @pytest.mark.parametrize("small", ["one slice", "low"])
-def test_a_scan_too_small_to_be_aligned_is_matched_slice_by_slice(
+def test_a_scan_too_small_to_be_registered_is_matched_slice_by_slice(
     model: LSLPN, support: tuple[Volume, Volume], small: str
 ) -> None:
     if small == "one slice":
         image, labels = (part(volume, 7, 8) for volume in support)
     else:  # 14 slices of 1 mm in a patient who is 192 mm wide
         image, labels = (dataclasses.replace(v, spacing=(1.0, 3.0, 3.0)) for v in support)
-    with pytest.warns(UserWarning, match="too small to be aligned in three dimensions"):
+    with pytest.warns(UserWarning, match="too small to be registered"):
         result = segment_matched(model, [(image, labels)], image)
     body = segment_matched(model, [(image, labels)], image, align="body")
     assert np.array_equal(result.labels, body.labels)
@@ -381,10 +388,10 @@ def test_where_nothing_is_found_in_a_few_slices_they_are_matched_one_by_one(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_decided_is_told_in_places_of_the_support(
+def test_the_windows_that_decided_are_in_the_right_place_of_the_support(
     model: LSLPN, support: tuple[Volume, Volume]
 ) -> None:
-    """By itself: each window of the query lies where it lies in the support."""
+    """Of a scan by itself: each window is where it is in the support."""
     image = support[0]
     found = segment_matched(model, [support], image, align="affine", explain=True)
     why = found.why
@@ -400,23 +407,23 @@ def test_what_decided_is_told_in_places_of_the_support(
     assert why.cosines[middle, 0][liver].min() > 0.5
 
 
-def test_scans_that_show_different_things_are_told(
+def test_dissimilar_scans_are_reported(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     noise = np.random.default_rng(0).normal(0, 60, query[0].data.shape).astype(np.float32)
     body = np.where(query[0].data > -300, noise, -1000).astype(np.float32)
-    with pytest.warns(UserWarning, match="hardly alike"):
+    with pytest.warns(UserWarning, match="are dissimilar"):
         _found(model, [support], dataclasses.replace(query[0], data=body))
 
 
-def test_a_second_support_that_shows_nothing_alike_takes_nothing_away(
+def test_a_second_support_that_is_dissimilar_does_no_harm(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     noise = np.random.default_rng(0).normal(40, 60, support[0].data.shape).astype(np.float32)
     body = np.where(support[0].data > -300, noise, -1000).astype(np.float32)
     poor = dataclasses.replace(support[0], data=body), support[1]
     image, truth = query
-    with pytest.warns(UserWarning, match="hardly alike"):
+    with pytest.warns(UserWarning, match="are dissimilar"):
         both = segment_matched(model, [support, poor], image, align="affine")
     alone = segment_matched(model, [support], image, align="affine")
     for organ in (1, 2, 3):

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from synthetic import dice_of, part, synthetic_ct, synthetic_scan, write_nifti
 
 import lslpn.segmentation.segment
-from lslpn.config import preset
+import lslpn.segmentation.slicewise
+from lslpn.config import ModelConfig, preset
 from lslpn.data.slices import Prepared, prepare
 from lslpn.data.volumes import Volume, read_image, read_labels, write_labels
 from lslpn.errors import InputError
 from lslpn.models import LSLPN, untrained
-from lslpn.segmentation.segment import _prepare
 from lslpn.segmentation.slice_matching import (
     _STRETCH_COST,
     BEYOND,
@@ -31,6 +31,7 @@ from lslpn.segmentation.slice_matching import (
     match_slices,
     slice_similarity,
 )
+from lslpn.segmentation.slicewise import _prepare
 
 # Slice by slice; test_registration.py has the rest.
 segment = functools.partial(lslpn.segmentation.segment.segment, align="body")
@@ -347,9 +348,9 @@ def test_two_scans_are_limited_to_what_both_still_hold(
     limited = _changed(query, query[0].data.clip(-60, 180))
     ready, target = _prepare(model, [support], limited[0], "none")
     (scan,) = ready
-    whole = prepare(support[0], size=64, window=(-60, 180)).slices
+    whole = prepare(ModelConfig(size=64, window=(-60, 180)), support[0]).slices
     np.testing.assert_array_equal(scan.slices, whole)
-    np.testing.assert_array_equal(target.slices, prepare(limited[0], size=64).slices)
+    np.testing.assert_array_equal(target.slices, prepare(ModelConfig(size=64), limited[0]).slices)
 
 
 def test_the_offset_is_told(
@@ -404,16 +405,14 @@ def test_matches_that_collapse_are_tried_without_the_crop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain = segment(model, [support], query[0], align="none")
-    real = lslpn.segmentation.segment._match
+    real = lslpn.segmentation.slicewise._match
 
     def stuck_if_cropped(model: LSLPN, supports: list[Prepared], *rest: Any) -> np.ndarray:
         matches = real(model, supports, *rest)
         return _stuck(matches) if supports[0].treatment.body_found else matches
 
-    monkeypatch.setattr(lslpn.segmentation.segment, "_match", stuck_if_cropped)
-    with pytest.warns(
-        UserWarning, match=r"resemble the same few of 0RAS\.nii\.gz; the whole slices"
-    ):
+    monkeypatch.setattr(lslpn.segmentation.slicewise, "_match", stuck_if_cropped)
+    with pytest.warns(UserWarning, match=r"match the same few of 0RAS\.nii\.gz; whole slices"):
         found = segment(model, [support], query[0])
     np.testing.assert_array_equal(found, plain)
 
@@ -424,15 +423,15 @@ def test_matches_that_collapse_and_an_empty_result_are_told(
     query: tuple[Volume, Volume],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = lslpn.segmentation.segment._match
-    monkeypatch.setattr(lslpn.segmentation.segment, "_match", lambda *given: _stuck(real(*given)))
+    real = lslpn.segmentation.slicewise._match
+    monkeypatch.setattr(lslpn.segmentation.slicewise, "_match", lambda *given: _stuck(real(*given)))
     with pytest.warns(UserWarning) as caught:  # noqa: PT030
         found = segment(model, [support], query[0])
     assert not found.any()
     notes = [str(one.message) for one in caught]
     assert len(notes) == 2
     assert "so that the result is doubtful" in notes[0]
-    assert "nothing was found, every voxel is 0: none of its slices resembles one" in notes[1]
+    assert "nothing was found, every voxel is 0: none of its slices matches one" in notes[1]
 
 
 def test_an_organ_that_the_background_outdoes_is_told(

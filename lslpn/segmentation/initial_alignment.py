@@ -1,8 +1,8 @@
-"""Which part of one scan shows what another shows: where registration begins.
+"""Initial alignment of two scans: which part of the body each of them shows.
 
-Every slice is described by its features in cells of the patient's trunk. Scans are moved along
-each other in z, and stretched a little, to where their slices are most alike; in the plane, trunk
-goes to trunk.
+Every slice is described by its features on a grid of cells over the patient's trunk. The support is
+shifted along z and scaled a little, to where the slices that face each other are most similar; in
+the plane, the trunk's bounding box is mapped to the trunk's bounding box.
 """
 
 from __future__ import annotations
@@ -18,53 +18,55 @@ from .slice_matching import line_through, match_slices, slice_similarity
 
 _CELLS = 8
 _STEP_MM = 5.0
-_STRETCHES = (0.85, 0.92, 1.0, 1.08, 1.16)
-_STRETCH_COST = 0.2  # cosine that a stretch by the factor e costs
-# Scans must overlap by so much of the shorter, or so many mm if that is less. Least is best: with
-# it, the best of 30 ordered pairs of six scans lies 20 mm off in the median, 84 at most.
+_SCALES = (0.85, 0.92, 1.0, 1.08, 1.16)
+_SCALE_PENALTY = 0.2  # cosine that a scale of e costs
+# Scans must overlap by this share of the shorter one, or by this many mm if that is less. With
+# these, the error over 30 ordered pairs of six scans is 20 mm in the median and 84 mm at most.
 _LEAST_SHARE, _LEAST_MM = 0.6, 150.0
-SHORT_MM = 150.0  # along z: a scan that shows part of the abdomen
-_MIRRORED = 0.1  # a mirrored scan has to be so much more alike
+SHORT_MM = 150.0  # height below which a scan shows only a part of the abdomen
+_MIRRORED = 0.1  # a mirrored support must be more similar by this cosine to be reported
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """How a support lies to a query, roughly.
+class InitialAlignment:
+    """Position of a support relative to a query along z.
 
     Attributes:
-        stretch: mm of the support for each of the query along z.
+        scale: mm of the support for each mm of the query along z.
         shift: mm, the height in the support of the query's lowest point.
-        likeness: mean cosine of the slices that go together, -1 to 1.
-        mirrored: the axes ("x", "y", "z") along which a mirrored support would be more alike.
+        similarity: mean cosine of the slices that face each other, -1 to 1.
+        mirrored: the axes ("x", "y", "z") along which a mirrored support would be more similar.
     """
 
-    stretch: float
+    scale: float
     shift: float
-    likeness: float
+    similarity: float
     mirrored: tuple[str, ...]
 
 
-def begin(query: Tensor, support: Tensor, query_mm: float, support_mm: float) -> Beginning:
-    """Move and stretch the support along z to where it is most like the query.
+def initial_alignment(
+    query: Tensor, support: Tensor, query_mm: float, support_mm: float
+) -> InitialAlignment:
+    """Shift and scale the support along z to where it is most similar to the query.
 
     Args:
-        query: [Z, D, 8, 8] of `describe`.
+        query: [Z, D, 8, 8] of `slice_descriptors`.
         support: [Z', D, 8, 8].
         query_mm: height of the query.
         support_mm: height of the support.
     """
-    stretch, shift, likeness = _best(query, support, query_mm, support_mm)
+    scale, shift, similarity = _best(query, support, query_mm, support_mm)
     mirrored = []
     for name, axis in (("x", 3), ("y", 2), ("z", 0)):
         other = _best(query, support.flip(axis), query_mm, support_mm)[2]
-        if other > likeness + _MIRRORED:
+        if other > similarity + _MIRRORED:
             mirrored.append(name)
-    return Beginning(stretch, shift, likeness, tuple(mirrored))
+    return InitialAlignment(scale, shift, similarity, tuple(mirrored))
 
 
 def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float, float]:
-    # What all slices of a scan have in common says nothing of where they lie, but for those of a
-    # short scan, in which it is most of what there is.
+    # The mean over a scan's slices does not depend on z and is subtracted. A short scan differs
+    # little from its mean, so the mean of the taller scan is subtracted from both.
     means = [a.mean(0), b.mean(0)]
     if min(a_mm, b_mm) < SHORT_MM:
         means = [means[0] if a_mm > b_mm else means[1]] * 2
@@ -76,30 +78,33 @@ def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float,
     heights = (torch.arange(len(a)) + 0.5) * (a_mm / len(a))
     least = min(_LEAST_SHARE * min(a_mm, b_mm), _LEAST_MM)
     best = (-torch.inf, 1.0, 0.0, -1.0)
-    for stretch in _STRETCHES:
-        cost = _STRETCH_COST * abs(float(torch.tensor(stretch).log()))
-        for shift in torch.arange(-stretch * a_mm, b_mm + _STEP_MM, _STEP_MM).tolist():
-            row = ((heights * stretch + shift) / (b_mm / len(b))).floor().long()
+    for scale in _SCALES:
+        penalty = _SCALE_PENALTY * abs(float(torch.tensor(scale).log()))
+        for shift in torch.arange(-scale * a_mm, b_mm + _STEP_MM, _STEP_MM).tolist():
+            row = ((heights * scale + shift) / (b_mm / len(b))).floor().long()
             inside = (row >= 0) & (row < len(b))
             if int(inside.sum()) * a_mm / len(a) < least:
                 continue
-            likeness = float(cosine[inside, row[inside]].mean())
-            if likeness - cost > best[0]:
-                best = (likeness - cost, stretch, shift, likeness)
+            similarity = float(cosine[inside, row[inside]].mean())
+            if similarity - penalty > best[0]:
+                best = (similarity - penalty, scale, shift, similarity)
     return best[1], best[2], best[3]
 
 
 def matched_line(
     query: Tensor, support: Tensor, query_mm: float, support_mm: float
 ) -> tuple[float, float] | None:
-    """Stretch and shift of a line through slices matched one by one, or None; as `begin`."""
+    """Scale and shift of a line through slices that were matched one by one, or None.
+
+    Arguments as for `initial_alignment`.
+    """
     steps = query_mm / len(query), support_mm / len(support)
     cells = F.avg_pool2d(query, 2), F.avg_pool2d(support, 2)
     return line_through(match_slices(slice_similarity(*cells, *steps), *steps), *steps)
 
 
-def describe(features: Field, boxes: Tensor) -> Tensor:
-    """Features in cells of the trunk on each slice: [Z, D, 8, 8].
+def slice_descriptors(features: Field, boxes: Tensor) -> Tensor:
+    """Features on a grid of cells over the trunk, for each slice: [Z, D, 8, 8].
 
     Args:
         features: [D, Z, h, w].
@@ -121,33 +126,33 @@ def describe(features: Field, boxes: Tensor) -> Tensor:
 
 
 def trunk_to_trunk(
-    places: Tensor,
-    stretch: float,
+    positions: Tensor,
+    scale: float,
     shift: float,
     query: Tensor,
     query_mm: float,
     support: Tensor,
     support_mm: float,
 ) -> Tensor:
-    """The map that lays trunk to trunk: positions [Z, Y, X, 3] in the support.
+    """Map the query's trunk to the support's trunk: positions [Z, Y, X, 3] in the support.
 
     Args:
-        places: positions in the query; those of a plane have one height.
-        stretch: mm of the support for each of the query along z.
+        positions: in the query; those of a plane have one height.
+        scale: mm of the support for each mm of the query along z.
         shift: mm, the height in the support of the query's lowest point.
         query: boxes of the query's trunk, [Zq, 4] mm.
         query_mm: height of the query.
         support: boxes of the support's trunk, [Zs, 4].
         support_mm: height of the support.
     """
-    z = places[..., 0]
-    height = z * stretch + shift
+    z = positions[..., 0]
+    height = z * scale + shift
     own, other = (
         boxes[(at / (mm / len(boxes))).long().clamp(0, len(boxes) - 1)]
         for boxes, at, mm in ((query, z, query_mm), (support, height, support_mm))
     )
     out = [height]
     for axis, (low, high) in ((1, (0, 1)), (2, (2, 3))):
-        share = (places[..., axis] - own[..., low]) / (own[..., high] - own[..., low])
+        share = (positions[..., axis] - own[..., low]) / (own[..., high] - own[..., low])
         out.append(other[..., low] + share * (other[..., high] - other[..., low]))
     return torch.stack(out, -1)

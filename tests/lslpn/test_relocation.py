@@ -1,4 +1,4 @@
-"""Organs that registration left off are found again by their templates."""
+"""Organs that registration has misplaced are found by template matching."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lslpn.segmentation.registration import centres
-from lslpn.segmentation.templates import correlation, organs_found_again
+from lslpn.segmentation.relocation import correlation, relocate_organs
 
 _CELL = torch.tensor([6.0, 5.0, 5.5])
 _SHAPE = (24, 26, 28)
@@ -22,7 +22,7 @@ def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _scene(seed: int, corner: tuple[int, int, int], level: float) -> Tensor:
-    """Descriptors of a place of its own with one organ of 7 x 6 x 5 cells in it."""
+    """Descriptors with one organ of 7 x 6 x 5 cells in them."""
     out = 0.3 * _noise(seed, _SHAPE)
     z, y, x = corner
     out[:, z : z + 9, y : y + 8, x : x + 7] = _noise(9, (9, 8, 7)) + level
@@ -46,7 +46,7 @@ def _at(values: Tensor, positions: Tensor) -> Tensor:
 
 def _found(query: Tensor, corner: tuple[int, int, int]) -> Tensor:
     support, labels = _scene(1, corner, 0.0), _labels(corner)
-    return organs_found_again(
+    return relocate_organs(
         _PLACES, _AFFINE, _PLACES, lambda p: _at(labels, p), query, lambda p: _at(support, p), _CELL
     )
 
@@ -77,7 +77,7 @@ def test_an_organ_that_lies_elsewhere_and_is_brighter_is_found() -> None:
     assert (map_ - _PLACES)[:, -4:, :4].norm(dim=-1).max() < 12
 
 
-def test_an_organ_that_lies_right_or_is_not_there_leaves_the_map_alone() -> None:
+def test_an_organ_in_place_or_absent_leaves_the_map_unchanged() -> None:
     here = (8, 8, 8)
     for query in (_scene(2, here, level=1.0), 0.3 * _noise(3, _SHAPE), torch.ones(6, *_SHAPE)):
         assert torch.equal(_found(query, here), _PLACES)

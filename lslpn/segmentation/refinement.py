@@ -1,0 +1,235 @@
+"""Refine the boundaries of organs by the grey values of the scan itself.
+
+Registration leaves a boundary some millimetres off, and the network's features lie too far apart to
+correct that. The middle of an organ is right in most cases, however, and gives the grey values of
+the organ in this very scan. The log-odds of organ n at a voxel x with grey value g(x) are
+
+    o_n(x) = d_n(x) / 8 mm + smooth(log p(g(x) | inside n) - log p(g(x) | near n))
+
+where d_n is the signed distance to the current boundary, positive inside, and the p are histograms,
+estimated again in each of a few rounds. A voxel gets the organ of the highest log-odds above 0.
+Signed distances as log-odds of a prior are those of
+
+    Pohl et al., "Using the logarithm of odds to define a vector space on probabilistic atlases",
+    Medical Image Analysis 2007
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..data.volumes import Volume
+from .frames import Frame, frames_of, labels_in_source, probabilities_in_source, values_of
+from .registration import centres
+
+_DISTANCE_MM = 8.0  # distance that weighs as much as a likelihood ratio of e
+_REACH_MM = 25.0  # a boundary moves outwards by no more than this
+_CORE_MM = 2.0  # voxels nearer to the boundary are left out of the organ's histogram
+_LEAST_CORE = 50  # voxels; of smaller organs all voxels are used
+_SMOOTH_MM = 2.5
+_BINS = 48
+_FLOOR = 0.003  # added to every bin: grey values that were never seen are not impossible
+_LARGEST_RATIO = 3.0  # log-likelihood ratios of one voxel are clipped to this
+_ROUNDS = 3
+_NEAR_MM = 12.0  # an organ's contrast is that to voxels at most so far outside
+OUTSIDE = -_REACH_MM / _DISTANCE_MM - _LARGEST_RATIO  # the lowest log-odds
+
+
+def refined_labels(
+    config: ModelConfig,
+    supports: Sequence[tuple[Volume, Volume]],
+    query: Volume,
+    labels: np.ndarray,
+    *,
+    probabilities: bool,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Refine the boundaries of labels that were found slice by slice.
+
+    Args:
+        config: of the model.
+        supports: pairs of an image and its labels.
+        query: the scan.
+        labels: [Z, Y, X] in the frame of its data, with values of the supports' labels.
+        probabilities: return them as well.
+
+    Returns:
+        labels as they were given; and probabilities, see `probabilities_in_source`, or None.
+    """
+    frames, target = frames_of(config, supports, query)
+    values = values_of(frames)
+    positions = centres(_grey(target)[0].shape, target.size)
+    at = replace(target, labels=labels).labels_at(positions)
+    found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
+    # Without the supports' histograms: with them, labels found slice by slice lose too much.
+    logits = refined_logits(target, (), found, values)
+    shares = probabilities_in_source(target, logits) if probabilities else None
+    return labels_in_source(target, logits, values), shares
+
+
+def refined_logits(
+    query: Frame, supports: Sequence[Frame], found: Tensor, values: Sequence[int]
+) -> Tensor:
+    """Logits [Z, N, h, w] of each organ against the background, with refined boundaries.
+
+    Args:
+        query: the scan.
+        supports: the labelled ones.
+        found: int [Z, h, w] at half the resolution, 0 or n for the n-th of the values.
+        values: the N labels.
+    """
+    histograms: dict[int, list[np.ndarray]] = {}
+    if query.treatment.intensities.hu:  # other modalities have no common scale of grey values
+        for support in supports:
+            grey, cell = _grey(support)
+            labels = support.labels_at(centres(grey.shape, support.size)).numpy()
+            for number, value in enumerate(values, 1):
+                if (labels == value).any():
+                    histogram = grey_histogram(grey, labels == value, cell)
+                    histograms.setdefault(number, []).append(histogram)
+    known = {number: np.mean(each, 0) for number, each in histograms.items()}
+    return torch.from_numpy(refined_log_odds(*_grey(query), found.numpy(), len(values), known))
+
+
+def contrast(query: Frame, found: Tensor, count: int) -> Tensor:
+    """Contrast of each organ to its surroundings, 0 to 1: float64 [count].
+
+    1 - exp(-KL), with the Kullback-Leibler divergence of the grey values near the organ from those
+    in it; 0 for an organ that was not found.
+
+    Args:
+        query: the scan.
+        found: int [Z, h, w] at half the resolution, 0 or the number of the organ, 1 to `count`.
+        count: organs.
+    """
+    grey, cell = _grey(query)
+    margin = [int(np.ceil(_NEAR_MM / mm)) + 1 for mm in cell]
+    out = torch.zeros(count, dtype=torch.float64)
+    for number in found.unique().tolist():
+        if not number:
+            continue
+        organ = (found == number).numpy()
+        box = _box(organ, margin)
+        mask, bins = organ[box], _bins(grey[box])
+        near = (_signed_distance(mask, cell) > -_NEAR_MM) & ~mask
+        if near.any():
+            outside = _histogram(bins, near)
+            ratio = _log_ratio(_histogram(bins, _core(mask, cell)), outside)
+            out[number - 1] = 1 - np.exp(min(0.0, float((outside * ratio).sum())))
+    return out
+
+
+def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
+    """Grey values [Z, h, w] at half the resolution, and mm (z, y, x) of a voxel."""
+    size = [(side + 1) // 2 for side in frame.slices.shape[1:]]
+    grey = F.interpolate(frame.slices[:, None], size=size, mode="area")[:, 0].numpy()
+    return grey, [mm / n for mm, n in zip(frame.size, grey.shape, strict=True)]
+
+
+def grey_histogram(grey: np.ndarray, mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
+    """Histogram of the grey values in the middle of an organ.
+
+    Args:
+        grey: [Z, Y, X] in [0, 1].
+        mask: bool [Z, Y, X], the organ, at least one voxel.
+        cell: mm (z, y, x) of a voxel.
+
+    Returns:
+        float64 [bins], smoothed, sum 1.
+    """
+    box = _box(mask, [1, 1, 1])
+    return _histogram(_bins(grey[box]), _core(mask[box], cell))
+
+
+def refined_log_odds(
+    grey: np.ndarray,
+    cell: Sequence[float],
+    found: np.ndarray,
+    count: int,
+    known: Mapping[int, np.ndarray],
+) -> np.ndarray:
+    """Log-odds of each organ against the background, see the equation above.
+
+    Args:
+        grey: float32 [Z, Y, X] in [0, 1].
+        cell: mm (z, y, x) of a voxel.
+        found: int [Z, Y, X], 0 or the number of the organ found there, 1 to `count`.
+        count: organs.
+        known: of some organs, the histogram (see `grey_histogram`) in the supports, in the same
+            units; it is averaged with that of this scan.
+
+    Returns:
+        float32 [Z, count, Y, X], above 0 inside. An organ that was not found stays so, and one
+        that its grey values do not set apart from its surroundings stays where it is.
+    """
+    log_odds = np.full((len(grey), count, *grey.shape[1:]), OUTSIDE, np.float32)
+    bins = _bins(grey)
+    margin = [int(np.ceil(_REACH_MM / mm)) + 1 for mm in cell]
+    boxes = {
+        number: _box(found == number, margin)
+        for number in range(1, count + 1)
+        if (found == number).any()
+    }
+    distances = {n: _signed_distance(found[box] == n, cell) for n, box in boxes.items()}
+    sigma = [_SMOOTH_MM / mm for mm in cell]
+    for _ in range(_ROUNDS):
+        for number, box in boxes.items():
+            distance, grey_values, mask = distances[number], bins[box], found[box] == number
+            if not mask.any():
+                continue
+            inside = _histogram(grey_values, _core(mask, cell))
+            if number in known:
+                inside = (inside + known[number]) / 2
+            near = _histogram(grey_values, (distance > -_REACH_MM) & ~mask)
+            ratio = _log_ratio(inside, near).astype(np.float32)
+            prior = distance.clip(-_REACH_MM, _REACH_MM) / _DISTANCE_MM
+            new = prior + ndimage.gaussian_filter(ratio[grey_values], sigma)
+            new = new if (new > 0).any() else prior
+            new[distance <= -_REACH_MM] = OUTSIDE
+            log_odds[box[0], number - 1, box[1], box[2]] = new
+        found = np.where(log_odds.max(1) > 0, log_odds.argmax(1) + 1, 0)
+    return log_odds
+
+
+def _box(mask: np.ndarray, margin: Sequence[int]) -> tuple[slice, ...]:
+    """The bounding box of the voxels, and a margin."""
+    out = []
+    for axis, more in enumerate(margin):
+        shown = np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis})))
+        out.append(slice(max(0, int(shown[0]) - more), int(shown[-1]) + 1 + more))
+    return tuple(out)
+
+
+def _signed_distance(mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
+    """mm to the boundary, positive inside: float32."""
+    inside, outside = (
+        ndimage.distance_transform_edt(part, sampling=cell) for part in (mask, ~mask)
+    )
+    return (inside - outside).astype(np.float32)
+
+
+def _core(mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
+    core: np.ndarray = ndimage.distance_transform_edt(mask, sampling=cell) > _CORE_MM
+    return core if core.sum() >= _LEAST_CORE else mask
+
+
+def _bins(grey: np.ndarray) -> np.ndarray:
+    return (grey * (_BINS - 1)).round().astype(np.int16).clip(0, _BINS - 1)
+
+
+def _log_ratio(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    ratio: np.ndarray = np.log((inside + _FLOOR) / (outside + _FLOOR))
+    return ratio.clip(-_LARGEST_RATIO, _LARGEST_RATIO)
+
+
+def _histogram(bins: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    counts = np.bincount(bins[mask], minlength=_BINS).astype(np.float64)
+    smooth: np.ndarray = ndimage.gaussian_filter1d(counts, 1.5, mode="nearest") + 1e-3
+    return smooth / smooth.sum()
