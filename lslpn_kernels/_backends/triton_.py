@@ -79,9 +79,9 @@ _BI, _BJ = 4, 8  # locations of a block of `scatter`, which with those around th
 
 def _group(C: int, geometry: Geometry, episodes: int) -> tuple[int, int, int]:
     """GY, GX and BN of the programs that sum over windows: groups of 2 x 2 to get many programs
-    out of few episodes, 4 x 2, which read each location less often, for more."""
+    out of few episodes, 4 x 2, which read each location less often, from four on."""
     GX = min(2, _power(geometry.x.windows, 1, 2))
-    GY = min(_power(geometry.y.windows, 1, 4), 4 if episodes >= 16 else 2)
+    GY = min(_power(geometry.y.windows, 1, 4), 4 if episodes >= 4 else 2)
     classes = _power(C, max(1, 16 // (GY * GX)), max(16, 64 // (GY * GX)))
     return GY, GX, classes * GY * GX
 
@@ -176,7 +176,7 @@ class _Pool:
             "LONG": long,
             "DOT": _dot(features.dtype),
         }
-        BD = _power(D, 16, 256)
+        BD = _power(D, 16, 128 if min_pixels is None else 256)
         if min_pixels is None:
             row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
             self.back = Launch(
@@ -188,7 +188,7 @@ class _Pool:
                     "EVEN": D % BD == 0,
                     "BI": _BI,
                     "BJ": _BJ,
-                    "BN": 16,
+                    "BN": 32,
                     "BD": BD,
                     **common,
                 },
@@ -329,7 +329,7 @@ class _Match:
         long = _needs_long(features, strides, C * Gy * Gx * D, C * H * W, geometry.dots(C), h * w)
         row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
         common = {"NY": rows.near, "NX": columns.near}
-        BK = _power(D, 16, 16 if features.dtype == torch.float32 else 32)  # of more, they spill
+        BK = _power(D, 16, 32)
         self.dots = Launch(
             "dots_kernel",
             B * Q * row_blocks * column_blocks,
@@ -553,6 +553,7 @@ class _MatchBack:
         groups_y, groups_x = -(-Gy // GY), -(-Gx // GX)
         groups = groups_y * groups_x * -(-C * GY * GX // BN)
         BD = _power(D, 16, 256)
+        full = features.dtype == torch.float32
         self.splits = _splits(B * groups, Q)
         self.shape = (self.splits, B, C, Gy, Gx, D)
         self.back = Launch(
@@ -575,8 +576,8 @@ class _MatchBack:
                 "GATHER_BN": BN,
                 "BI": _BI,
                 "BJ": _BJ,
-                "BN": 16,
-                "BD": _power(D, 16, 128),  # with more, registers spill
+                "BN": 32,
+                "BD": _power(D, 16, 64 if full else 128),  # with more, registers spill
                 "GATHER_BD": BD,
                 "REACH": (rows.near_pieces, columns.near_pieces),
                 "PLACES": reduce == "max",

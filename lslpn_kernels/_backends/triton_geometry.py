@@ -7,6 +7,7 @@ pixels of a piece with the same lower location are a `run`; a `strip` is 8 of th
 
 from __future__ import annotations
 
+import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -31,8 +32,10 @@ ROWS = (
     # a feature location
     "NEAR_FIRST",  # first and last window near it; where none is: many, -1
     "NEAR_LAST",
-    "NEAR_PIECE_FIRST",  # first and last piece near it; where none is: 0, -1
-    "NEAR_PIECE_LAST",
+    # the n-th piece near location i, at i * near_pieces + n
+    "RUN",  # the location's run in it
+    "RUN_FIRST",  # first and last window over the piece; where there is no such piece: 0, -1
+    "RUN_LAST",
     # a piece
     "PIECE_BEGIN",  # its pixels
     "PIECE_END",
@@ -107,19 +110,21 @@ def axis_facts(axis: Axis) -> AxisFacts:
 
     # First and last of something near each location, or in each window.
     near = _Spans(axis.cells, missing=1 << 30)
-    near_pieces = _Spans(axis.cells)
+    near_runs: list[list[tuple[int, int, int]]] = [[] for _ in range(axis.cells)]
     window_cells, window_pieces = _Spans(axis.windows), _Spans(axis.windows)
     for number, (begin, end) in enumerate(pieces):
         first, last = covering[begin]
         # Every location from the first tap to the last, though of locations that lie closer than
         # pixels some are needed by none.
         for i in range(lower[begin], upper[end - 1] + 1):
-            near_pieces.add(i, number, number)
+            near_runs[i].append((number * cells + i - lower[begin], first, last))
             near.add(i, first, last)
         for m in range(first, last + 1):
             window_cells.add(m, lower[begin], upper[end - 1])
             window_pieces.add(m, number, number)
 
+    near_pieces = max(map(len, near_runs))
+    flat = [run for of in near_runs for run in (*of, *[(0, 0, -1)] * (near_pieces - len(of)))]
     rows: dict[str, Iterable[int]] = {
         "LOWER": lower,
         "WEIGHT": [struct.unpack("<i", struct.pack("<f", weight))[0] for _, weight in taps],
@@ -127,8 +132,9 @@ def axis_facts(axis: Axis) -> AxisFacts:
         "LAST": [last for _, last in covering],
         "NEAR_FIRST": near.first,
         "NEAR_LAST": near.last,
-        "NEAR_PIECE_FIRST": near_pieces.first,
-        "NEAR_PIECE_LAST": near_pieces.last,
+        "RUN": [run for run, _, _ in flat],
+        "RUN_FIRST": [first for _, first, _ in flat],
+        "RUN_LAST": [last for _, _, last in flat],
         "PIECE_BEGIN": [begin for begin, _ in pieces],
         "PIECE_END": [end for _, end in pieces],
         "PIECE_LOWER": [lower[begin] for begin, _ in pieces],
@@ -153,7 +159,7 @@ def axis_facts(axis: Axis) -> AxisFacts:
         cells=cells,
         strips=len(strips),
         strip=max(end - begin for begin, end in strips),
-        near_pieces=near_pieces.longest,
+        near_pieces=near_pieces,
         window_pieces=window_pieces.longest,
         between=any(weight > 0 for _, weight in taps),
     )
@@ -198,9 +204,10 @@ class Geometry:
         return self.rows.pieces * self.columns.pieces
 
     @property
-    def block(self) -> int:
-        """Locations of a tile, as its weights have room for them."""
-        return self.rows.cells * self.columns.cells
+    def runs(self) -> tuple[int, int]:
+        """Runs along either axis, as many of a piece as the longest has."""
+        rows, columns = self.rows, self.columns
+        return rows.pieces * rows.cells, columns.pieces * columns.cells
 
     @property
     def between(self) -> bool:
@@ -213,11 +220,11 @@ class Geometry:
 
     def pool_weights(self, C: int) -> int:
         """Numbers kept of an image for pooling."""
-        return self.tiles * C * self.block
+        return C * math.prod(self.runs)
 
     def match_weights(self, C: int, reduce: str) -> int:
         """Numbers kept of an image for the backward direction of matching."""
-        return self.tiles * (C * self.places(reduce) + 4) * self.block
+        return (C * self.places(reduce) + 4) * math.prod(self.runs)
 
     def dots(self, C: int) -> int:
         """Inner products kept of an image."""

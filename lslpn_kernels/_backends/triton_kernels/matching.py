@@ -40,86 +40,70 @@ from .shared import (
 
 
 @triton.jit
-def _store_gram(
-    features,
-    gram,
-    i,
-    j,
-    h,
-    w,
-    D,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    BK: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    LONG: tl.constexpr,
-):
-    """The Gram maps of M locations, [M]. Beyond the edges, where no pixel asks for them, a location
-    is its own neighbour."""
-    inside = (i < h) & (j < w)
-    i = tl.minimum(i, h - 1)
-    j = tl.minimum(j, w - 1)
-    at = features + (wide(i, LONG) * STRIDES[1] + wide(j, LONG) * STRIDES[2])
-    gram += i * w + j
-    square = tl.zeros((i.shape[0], BK), tl.float32)
+def _neighbours(sums, f, k: tl.constexpr, BETWEEN: tl.constexpr):
+    """What the k-th location of 2 x 2 adds to its sums; `f` are those with their neighbours."""
+    HERE: tl.constexpr = (3 if BETWEEN else 2) * (k // 2) + k % 2
+    own = f[HERE]
     if BETWEEN:
-        to_right = tl.where(j + 1 < w, STRIDES[2], 0)
-        below = at + tl.where(i + 1 < h, STRIDES[1], 0)
-        right = tl.zeros_like(square)
-        lower = tl.zeros_like(square)
-        diagonals = tl.zeros_like(square)
-        for start in range(0, D, BK):
-            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
-            fr = load_features(at + to_right, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
-            fb = load_features(below, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
-            fd = load_features(below + to_right, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
-            square += f * f
-            right += f * fr
-            lower += f * fb
-            diagonals += f * fd
-            diagonals += fr * fb
-        tl.store(gram + h * w, tl.sum(right, 1), mask=inside)
-        tl.store(gram + 2 * h * w, tl.sum(lower, 1), mask=inside)
-        tl.store(gram + 3 * h * w, tl.sum(diagonals, 1), mask=inside)
+        right, lower, across = f[HERE + 1], f[HERE + 3], f[HERE + 4]
+        diagonals = sums[4 * k + 3] + own * across + right * lower
+        added = (
+            sums[4 * k] + own * own,
+            sums[4 * k + 1] + own * right,
+            sums[4 * k + 2] + own * lower,
+            diagonals,
+        )
     else:
-        for start in range(0, D, BK):
-            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG).to(tl.float32)
-            square += f * f
-    tl.store(gram, tl.sum(square, 1), mask=inside)
+        added = (sums[k] + own * own,)
+    return added
+
+
+@triton.jit
+def _store_gram(
+    features, gram, corner, shape, D, STRIDES: tl.constexpr, EVEN: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, BETWEEN: tl.constexpr,
+    LONG: tl.constexpr,
+):  # fmt: skip
+    """The Gram maps of BI x BJ locations, 2 x 2 at a time. Beyond the edges, where no pixel asks
+    for them, a location is its own neighbour."""
+    h, w = shape[0], shape[1]
+    n = tl.arange(0, BI * BJ // 4)
+    i = corner[0] + n // (BJ // 2) * 2
+    j = corner[1] + n % (BJ // 2) * 2
+    SIDE: tl.constexpr = 3 if BETWEEN else 2
+    MAPS: tl.constexpr = 4 if BETWEEN else 1
+    at = ()
+    for k in tl.static_range(SIDE * SIDE):
+        row = wide(tl.minimum(i + k // SIDE, h - 1), LONG) * STRIDES[1]
+        at += (features + row + wide(tl.minimum(j + k % SIDE, w - 1), LONG) * STRIDES[2],)
+    sums = ()
+    for _ in tl.static_range(4 * MAPS):
+        sums += (tl.zeros((BK, BI * BJ // 4), tl.float32),)
+    for start in range(0, D, BK):
+        f = ()
+        for k in tl.static_range(SIDE * SIDE):
+            x = load_features(at[k], start, D, STRIDES, EVEN, BK, LONG, True)
+            f += (x.to(tl.float32),)
+        added = ()
+        for k in tl.static_range(4):
+            added += _neighbours(sums, f, k, BETWEEN)
+        sums = added
+    for k in tl.static_range(4):
+        own = (i + k // 2) * w + j + k % 2
+        inside = (i + k // 2 < h) & (j + k % 2 < w)
+        for m in tl.static_range(MAPS):
+            tl.store(gram + m * h * w + own, tl.sum(sums[MAPS * k + m], 0), mask=inside)
 
 
 @triton.jit
 def dots_kernel(
     features,  # [B, Q, D, h, w], any strides
     prototypes,  # [B, C, Gy, Gx, D]
-    dots,
-    gram,
-    table,
-    length,
-    Q,
-    C,
-    D,
-    h,
-    w,
-    Gy,
-    Gx,
-    stride_b,
-    stride_q,
-    row_blocks,
-    column_blocks,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    NY: tl.constexpr,
-    NX: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GRAM_BK: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    dots, gram, table, length, Q, C, D, h, w, Gy, Gx, stride_b, stride_q, row_blocks,
+    column_blocks, STRIDES: tl.constexpr, EVEN: tl.constexpr, NY: tl.constexpr, NX: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GRAM_BK: tl.constexpr,
+    BETWEEN: tl.constexpr, LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """One program: BI x BJ locations and all windows near them."""
     pid = tl.program_id(0)
     image = (pid // (column_blocks * row_blocks)).to(tl.int64)
@@ -133,7 +117,9 @@ def dots_kernel(
     prototypes += image // Q * (C * Gy * Gx) * D
     dots += image * (C * NY * NX) * h * w
     gram += image * 4 * h * w
-    _store_gram(features, gram, i, j, h, w, D, STRIDES, EVEN, GRAM_BK, BETWEEN, LONG)
+    _store_gram(
+        features, gram, (i_begin, j_begin), (h, w), D, STRIDES, EVEN, BI, BJ, GRAM_BK, BETWEEN, LONG
+    )
 
     y_first, y_windows = windows_near(axes, Y, i_begin, tl.minimum(i_begin + BI, h), BI)
     x_first, x_windows = windows_near(axes, X, j_begin, tl.minimum(j_begin + BJ, w), BJ)
@@ -151,23 +137,23 @@ def dots_kernel(
         n = tl.minimum(n, count - 1)  # the last one again
         c, my, mx = window_of(n, y_first, x_first, y_windows, x_windows)
         row = prototypes + wide((c * Gy + my) * Gx + mx, LONG) * D
-        acc = tl.zeros((BI * BJ, BN), tl.float32)
-        squares = tl.zeros((BK, BN), tl.float32)
+        acc = tl.zeros((BN, BI * BJ), tl.float32)
+        squares = tl.zeros((BN, BK), tl.float32)
         for start in range(0, D, BK):
-            d = start + tl.arange(0, BK)[:, None]
-            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG)
+            d = tl.arange(0, BK)[None, :]
+            f = load_features(at, start, D, STRIDES, EVEN, BK, LONG, True)
             if EVEN:
-                p = tl.load(row[None, :] + d)
+                p = tl.load((row + start)[:, None] + d)
             else:
-                p = tl.load(row[None, :] + d, mask=d < D, other=0.0)
-            acc += dot(f, p, DOT)
+                p = tl.load((row + start)[:, None] + d, mask=start + d < D, other=0.0)
+            acc += dot(p, f, DOT)
             squares += p * p
-        acc *= inverse_length(tl.sum(squares, 0))[None, :]
+        acc *= inverse_length(tl.sum(squares, 1))[:, None]
         my, mx = my[:, None], mx[:, None]
         near = (my >= y_near) & (my <= y_near_last) & (mx >= x_near) & (mx <= x_near_last)
         slot = ((c[:, None] * NY + my) * NX + mx) - (y_near * NX + x_near)
         to = dots + (wide(slot, LONG) * (h * w) + (i * w + j)[None, :])
-        tl.store(to, tl.trans(acc), mask=near & used)
+        tl.store(to, acc, mask=near & used)
 
 
 @triton.jit
@@ -201,17 +187,9 @@ def _cross_entropy(
     first,  # logits of class 0 and of the last one
     last,
     slopes,  # of this image, with the logits of the classes 1 .. C - 1 if there are more than two
-    radial,
-    labels,
-    class_weights,
-    pixel,
-    mask,
-    C,
-    size,
-    ignore_index,
-    PAIR: tl.constexpr,
+    radial, labels, class_weights, pixel, mask, C, size, ignore_index, PAIR: tl.constexpr,
     LONG: tl.constexpr,
-):
+):  # fmt: skip
     """Of a block of pixels: writes what `gpu_loss` says, and returns the sums of the losses and of
     the weights."""
     y = tl.load(labels + pixel, mask=mask, other=0)
@@ -254,37 +232,19 @@ def _cross_entropy(
 
 @triton.jit
 def scores_kernel(
-    dots,
-    gram,
+    dots, gram,
     scores,  # [B, Q, C, H, W]; LOSS: the slopes, [B, Q, C - 1, H, W]
     winners,  # [B, Q, C, H, W], uint8 or int32
-    table,
-    logit_scale,
+    table, logit_scale,
     radial,  # of the loss, see `gpu_loss`: [B, Q, H, W]
     labels,  # [B, Q, H, W]
     class_weights,  # [C], or None
     sums,  # of each program: of the losses and of the weights of its pixels
-    length,
-    ignore_index,
-    C,
-    H,
-    h,
-    w,
-    strips,
-    column_blocks,
-    W: tl.constexpr,
-    OX: tl.constexpr,
-    NY: tl.constexpr,
-    NX: tl.constexpr,
-    T: tl.constexpr,
-    BX: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    MEAN: tl.constexpr,
-    WINNERS: tl.constexpr,
-    LOSS: tl.constexpr,
-    PAIR: tl.constexpr,
+    length, ignore_index, C, H, h, w, strips, column_blocks, W: tl.constexpr, OX: tl.constexpr,
+    NY: tl.constexpr, NX: tl.constexpr, T: tl.constexpr, BX: tl.constexpr, BETWEEN: tl.constexpr,
+    MEAN: tl.constexpr, WINNERS: tl.constexpr, LOSS: tl.constexpr, PAIR: tl.constexpr,
     LONG: tl.constexpr,
-):
+):  # fmt: skip
     """One program: BX columns of a strip of up to T rows, all classes. LOSS: the cross-entropy of
     the scores in place of these, of which no more than a PAIR are held in registers."""
     pid = tl.program_id(0)
@@ -373,19 +333,9 @@ def scores_kernel(
         if not PAIR:
             tl.debug_barrier()  # what one thread has written, another may read
         loss, total = _cross_entropy(
-            first,
-            last,
-            scores,
-            radial + image * H * W,
-            labels + image * H * W,
-            class_weights,
-            wide(y, LONG)[:, None] * W + x[None, :],
-            mask,
-            C,
-            wide(H, LONG) * W,
-            ignore_index,
-            PAIR,
-            LONG,
-        )
+            first, last, scores, radial + image * H * W, labels + image * H * W, class_weights,
+            wide(y, LONG)[:, None] * W + x[None, :], mask, C, wide(H, LONG) * W, ignore_index,
+            PAIR, LONG,
+        )  # fmt: skip
         tl.store(sums + 2 * pid, loss)
         tl.store(sums + 2 * pid + 1, total)

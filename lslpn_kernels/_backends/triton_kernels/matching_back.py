@@ -54,43 +54,16 @@ def match_weights_kernel(
     grad,  # [B, Q, C, H, W]; LOSS: the slopes, [B, Q, C - 1, H, W]
     scores,  # [B, Q, C, H, W]; LOSS: the radial parts, [B, Q, H, W]
     winners,  # [B, Q, C, H, W]
-    gram,
-    prototypes,
+    gram, prototypes,
     inverse_lengths,  # [B, C, Gy, Gx]: 1 / |p|
-    weights,
-    table,
-    logit_scale,
+    weights, table, logit_scale,
     grad_loss,  # of the loss, and the sum of its weights: numbers
-    total,
-    length,
-    C,
-    D,
-    H,
-    h,
-    w,
-    pieces_y,
-    pieces_x,
-    RY,
-    RX,
-    rows,
-    row_programs,
-    class_chunks,
-    place_chunks,
-    W: tl.constexpr,
-    T_Y: tl.constexpr,
-    T_X: tl.constexpr,
-    N: tl.constexpr,
-    CB: tl.constexpr,
-    PB: tl.constexpr,
-    P: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    MEAN: tl.constexpr,
-    ALL: tl.constexpr,
-    LOSS: tl.constexpr,
-    PAIR: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    total, length, C, D, H, h, w, pieces_y, pieces_x, RY, RX, rows, row_programs, class_chunks,
+    place_chunks, W: tl.constexpr, T_Y: tl.constexpr, T_X: tl.constexpr, N: tl.constexpr,
+    CB: tl.constexpr, PB: tl.constexpr, P: tl.constexpr, BETWEEN: tl.constexpr,
+    MEAN: tl.constexpr, ALL: tl.constexpr, LOSS: tl.constexpr, PAIR: tl.constexpr,
+    LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """One program: a tile, CB classes and PB of their P places; the first of a tile the Gram maps
     as well (ALL says that there are no others). The first `row_programs` take the lengths of 16
     prototypes each instead.
@@ -116,7 +89,9 @@ def match_weights_kernel(
     scores += image * (1 if LOSS else C) * H * W
     winners += image * C * H * W
     gram += image * 4 * h * w
-    weights += tile.to(tl.int64) * (C * P + 4) * (RY * RX)
+    runs_x = pieces_x * RX
+    size = pieces_y * RY * runs_x  # of a block
+    weights += image * (C * P + 4) * size + piece_y * RY * runs_x + piece_x * RX
     c = first + tl.arange(0, CB)
     plane = wide(c, LONG)[:, None, None] * (H * W)
     place = first_place + tl.arange(0, PB)
@@ -214,13 +189,13 @@ def match_weights_kernel(
         r = tl.arange(0, 2 * R)
         block = (first + r // PB) * P + first_place + r % PB
         used = (r < R) & (first + r // PB < C) & (first_place + r % PB < P)
-        to = weights + row * RX
-        at = block[:, None] * (RY * RX) + n[None, :]
+        to = weights + row * runs_x
+        at = wide(block, LONG)[:, None] * size + n[None, :]
         tl.store(to + at, scale * classes, mask=used[:, None] & (n < RX)[None, :])
         if ALL or (first == 0) & (first_place == 0):
             n2 = tl.arange(0, 2 * N)[None, :]
             number = (r[:, None] - R) * 2 + n2 // N
-            to_maps = to + (C * P + number) * (RY * RX) + n2 % N
+            to_maps = to + (wide(C * P + number, LONG) * size + n2 % N)
             half = tl.where(number == 3, 0.5, 1.0)
             mask = (number >= 0) & (number < 4) & (n2 % N < RX)
             tl.store(to_maps, half * maps, mask=mask)
@@ -234,50 +209,14 @@ def match_back_kernel(
     inverse_lengths,  # [B, C, Gy, Gx]
     to,  # gradient of the features, any strides
     to_prototypes,  # gradient of the prototypes, or a part of it for each of `splits` parts of Q
-    table,
-    length,
-    B,
-    Q,
-    C,
-    D,
-    h,
-    w,
-    Gy,
-    Gx,
-    stride_b,
-    stride_q,
-    to_stride_b,
-    to_stride_q,
-    pieces_y,
-    pieces_x,
-    RY,
-    RX,
-    groups_y,
-    groups_x,
-    group_programs,
-    splits,
-    row_blocks,
-    column_blocks,
-    STRIDES: tl.constexpr,
-    TO_STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    P: tl.constexpr,
-    OX: tl.constexpr,
-    GY: tl.constexpr,
-    GX: tl.constexpr,
-    M: tl.constexpr,
-    GATHER_BN: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    GATHER_BD: tl.constexpr,
-    REACH: tl.constexpr,
-    PLACES: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    table, length, B, Q, C, D, h, w, Gy, Gx, stride_b, stride_q, to_stride_b, to_stride_q,
+    pieces_y, pieces_x, RY, RX, groups_y, groups_x, group_programs, splits, row_blocks,
+    column_blocks, STRIDES: tl.constexpr, TO_STRIDES: tl.constexpr, EVEN: tl.constexpr,
+    P: tl.constexpr, OX: tl.constexpr, GY: tl.constexpr, GX: tl.constexpr, M: tl.constexpr,
+    GATHER_BN: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, GATHER_BD: tl.constexpr, REACH: tl.constexpr, PLACES: tl.constexpr,
+    WHOLE: tl.constexpr, LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Of each episode, first the programs for its prototypes, a group of windows each; then those
     for its features, BI x BJ locations each. All channels, BD or GATHER_BD at a time."""
     pid = tl.program_id(0)
@@ -292,29 +231,12 @@ def match_back_kernel(
         pid -= gathers
         q = (pid // blocks).to(tl.int64)
         scatter(
-            axes,
-            (weights + (b * Q + q) * size, pieces_x, C * P + 4, RY, RX),
-            prototypes + b * windows * D,
-            inverse_lengths + b * windows,
-            (C, D, h, w, Gy, Gx),
+            axes, (weights + (b * Q + q) * size, pieces_y * RY, pieces_x * RX),
+            prototypes + b * windows * D, inverse_lengths + b * windows, (C, D, h, w, Gy, Gx),
             (pid // column_blocks % row_blocks * BI, pid % column_blocks * BJ),
-            features + b * stride_b + q * stride_q,
-            to + b * to_stride_b + q * to_stride_q,
-            STRIDES,
-            TO_STRIDES,
-            EVEN,
-            P,
-            BI,
-            BJ,
-            BN,
-            BD,
-            REACH,
-            OX,
-            PLACES,
-            True,
-            LONG,
-            DOT,
-        )
+            features + b * stride_b + q * stride_q, to + b * to_stride_b + q * to_stride_q,
+            STRIDES, TO_STRIDES, EVEN, P, BI, BJ, BN, BD, REACH, OX, PLACES, True, LONG, DOT,
+        )  # fmt: skip
     else:
         group = pid % group_programs
         split = pid // group_programs
@@ -336,25 +258,11 @@ def match_back_kernel(
                 for q in range(first, last):
                     image = b * Q + q
                     acc += gather(
-                        axes,
-                        (weights + image * size, pieces_x, C * P + 4, RY, RX),
-                        c * P,
-                        window,
-                        region,
-                        features + b * stride_b + (image - b * Q) * stride_q,
-                        start,
-                        D,
-                        STRIDES,
-                        EVEN,
-                        M,
-                        GATHER_BN,
-                        GATHER_BD,
-                        REACH,
-                        OX,
-                        PLACES,
-                        LONG,
-                        DOT,
-                    )
+                        axes, (weights + image * size, pieces_y * RY, pieces_x * RX), c * P,
+                        window, region, features + b * stride_b + (image - b * Q) * stride_q,
+                        start, D, STRIDES, EVEN, M, GATHER_BN, GATHER_BD, REACH, OX, PLACES,
+                        LONG, DOT,
+                    )  # fmt: skip
                 mask = used[:, None] & (d < D)[None, :]
                 at = row[:, None] * D + d[None, :]
                 p = tl.load(prototypes + at, mask=mask, other=0.0)

@@ -61,24 +61,10 @@ def mask_weights_kernel(
     masks,  # of one of `mask_kind`: uint8, float32 or (labels only) int64
     weights,
     counts,  # [B, K, pieces of rows, pieces of columns, C], the sum of the mask
-    table,
-    length,
-    C,
-    H,
-    pieces_y,
-    pieces_x,
-    RY,
-    RX,
-    chunks,
-    W: tl.constexpr,
-    T_Y: tl.constexpr,
-    T_X: tl.constexpr,
-    N: tl.constexpr,
-    CB: tl.constexpr,
-    KIND: tl.constexpr,
-    LONG: tl.constexpr,
+    table, length, C, H, pieces_y, pieces_x, RY, RX, chunks, W: tl.constexpr, T_Y: tl.constexpr,
+    T_X: tl.constexpr, N: tl.constexpr, CB: tl.constexpr, KIND: tl.constexpr, LONG: tl.constexpr,
     DOT: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a tile, CB classes. Rows of pixels are summed into rows of locations one after
     the other, then columns in a product with the matrix of their interpolation."""
     pid = tl.program_id(0)
@@ -92,6 +78,8 @@ def mask_weights_kernel(
     plane = tl.cast(H, tl.int64) * W
     masks += image * stored * plane
     record = tile.to(tl.int64) * C
+    runs_x = pieces_x * RX
+    weights += (image * C * pieces_y + piece_y) * RY * runs_x + piece_x * RX
     c = first + tl.arange(0, CB)
     x, x_in, j, wx = tile_columns(axes, piece_x, T_X)
     j -= one(axes, X, PIECE_LOWER, piece_x)
@@ -115,24 +103,17 @@ def mask_weights_kernel(
             count += total
             here += total - high
             carry += high
-        at = (record + c).to(tl.int64)[:, None] * (RY * RX) + row * RX + n[None, :]
         mask = (c < C)[:, None] & (n < RX)[None, :]
-        tl.store(weights + at, dot(here, columns, DOT), mask=mask)
+        to = weights + row * runs_x + wide(c, LONG)[:, None] * (pieces_y * RY * runs_x)
+        tl.store(to + n[None, :], dot(here, columns, DOT), mask=mask)
     tl.store(counts + record + c, tl.sum(count, 1), mask=c < C)
 
 
 @triton.jit
 def _window_counts(
-    axes,
-    counts,
-    pieces_x,
-    C,
-    c,
-    window,
-    PIECES_Y: tl.constexpr,
-    PIECES_X: tl.constexpr,
+    axes, counts, pieces_x, C, c, window, PIECES_Y: tl.constexpr, PIECES_X: tl.constexpr,
     LONG: tl.constexpr,
-):
+):  # fmt: skip
     """Sums of the mask over windows, of up to PIECES_Y x PIECES_X tiles each."""
     my, mx = window[0], window[1]
     used = my >= 0
@@ -150,44 +131,16 @@ def _window_counts(
 
 @triton.jit
 def pool_kernel(
-    weights,
-    counts,
+    weights, counts,
     features,  # [B, K, D, h, w], any strides
     prototypes,  # [B, C, Gy, Gx, D], or a part of it for each of `splits` parts of K
     factors,  # [B, K, C, Gy, Gx]
-    table,
-    length,
-    min_pixels,
-    B,
-    K,
-    C,
-    D,
-    Gy,
-    Gx,
-    stride_b,
-    stride_k,
-    pieces_y,
-    pieces_x,
-    RY,
-    RX,
-    groups_y,
-    groups_x,
-    group_programs,
-    d_blocks,
-    splits,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    GY: tl.constexpr,
-    GX: tl.constexpr,
-    M: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    PIECES_Y: tl.constexpr,
-    PIECES_X: tl.constexpr,
-    REACH: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    table, length, min_pixels, B, K, C, D, Gy, Gx, stride_b, stride_k, pieces_y, pieces_x, RY, RX,
+    groups_y, groups_x, group_programs, d_blocks, splits, STRIDES: tl.constexpr,
+    EVEN: tl.constexpr, GY: tl.constexpr, GX: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, PIECES_Y: tl.constexpr, PIECES_X: tl.constexpr, REACH: tl.constexpr,
+    LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """One program: a group of windows, BD channels, the support images of one split of K."""
     pid = tl.program_id(0)
     d_block = pid % d_blocks
@@ -211,25 +164,10 @@ def pool_kernel(
         if d_block == 0:
             tl.store(factors + image * C * Gy * Gx + row, factor, mask=used)
         part = gather(
-            axes,
-            (weights + image * tiles * C * (RY * RX), pieces_x, C, RY, RX),
-            c,
-            window,
-            region,
-            features + b * stride_b + (image - b * K) * stride_k,
-            d_block * BD,
-            D,
-            STRIDES,
-            EVEN,
-            M,
-            BN,
-            BD,
-            REACH,
-            1,
-            False,
-            LONG,
-            DOT,
-        )
+            axes, (weights + image * tiles * C * (RY * RX), pieces_y * RY, pieces_x * RX), c,
+            window, region, features + b * stride_b + (image - b * K) * stride_k, d_block * BD,
+            D, STRIDES, EVEN, M, BN, BD, REACH, 1, False, LONG, DOT,
+        )  # fmt: skip
         # Not `part * factor`: where too few pixels are in a window, NaN under others must not show.
         acc += tl.where(enough[:, None], part * factor[:, None], 0.0)
     to = prototypes + (split * B + b) * (C * Gy * Gx) * D
@@ -242,33 +180,11 @@ def pool_back_kernel(
     grad,  # [B, C, Gy, Gx, D]
     factors,  # [B, K, C, Gy, Gx]
     to,  # gradient of the features, [B, K, D, h, w], any strides
-    table,
-    length,
-    K,
-    C,
-    D,
-    h,
-    w,
-    Gy,
-    Gx,
-    stride_b,
-    stride_k,
-    pieces_y,
-    pieces_x,
-    RY,
-    RX,
-    row_blocks,
-    column_blocks,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    REACH: tl.constexpr,
-    LONG: tl.constexpr,
+    table, length, K, C, D, h, w, Gy, Gx, stride_b, stride_k, pieces_y, pieces_x, RY, RX,
+    row_blocks, column_blocks, STRIDES: tl.constexpr, EVEN: tl.constexpr, BI: tl.constexpr,
+    BJ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, REACH: tl.constexpr, LONG: tl.constexpr,
     DOT: tl.constexpr,
-):
+):  # fmt: skip
     """One program: BI x BJ locations, all channels."""
     pid = tl.program_id(0)
     image = (pid // (column_blocks * row_blocks)).to(tl.int64)
@@ -276,25 +192,8 @@ def pool_back_kernel(
     to += image // K * stride_b + image % K * stride_k
     scatter(
         (table, length),
-        (weights + image * (pieces_y * pieces_x) * C * (RY * RX), pieces_x, C, RY, RX),
-        grad + image // K * windows * D,
-        factors + image * windows,
-        (C, D, h, w, Gy, Gx),
-        (pid // column_blocks % row_blocks * BI, pid % column_blocks * BJ),
-        to,
-        to,
-        STRIDES,
-        STRIDES,
-        EVEN,
-        1,
-        BI,
-        BJ,
-        BN,
-        BD,
-        REACH,
-        1,
-        False,
-        False,
-        LONG,
-        DOT,
-    )
+        (weights + image * (pieces_y * pieces_x) * C * (RY * RX), pieces_y * RY, pieces_x * RX),
+        grad + image // K * windows * D, factors + image * windows, (C, D, h, w, Gy, Gx),
+        (pid // column_blocks % row_blocks * BI, pid % column_blocks * BJ), to, to, STRIDES,
+        STRIDES, EVEN, 1, BI, BJ, BN, BD, REACH, 1, False, False, LONG, DOT,
+    )  # fmt: skip

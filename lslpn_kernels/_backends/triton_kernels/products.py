@@ -2,10 +2,9 @@
 into windows, `scatter` windows into locations.
 
 Both take `weights` from what the pixels left of each tile, the crossing of a piece of rows and a
-piece of columns: [image, piece of rows, piece of columns, blocks, RY, RX] float32, one number for
-each of the tile's RY x RX locations, in one block for each class and each of the P places that a
-window can have among those over the tile (P = 1 where all windows get the same); see `pooling` and
-`matching_back`.
+piece of columns: [image, blocks, runs of rows, runs of columns] float32, a run being a location of
+a piece; one block for each class and each of the P places that a window can have among those over
+the tile (P = 1 where all windows get the same); see `pooling` and `matching_back`.
 """
 
 # mypy: ignore-errors
@@ -19,11 +18,9 @@ import triton.language as tl
 from .shared import (
     NEAR_FIRST,
     NEAR_LAST,
-    NEAR_PIECE_FIRST,
-    NEAR_PIECE_LAST,
-    PIECE_FIRST,
-    PIECE_LAST,
-    PIECE_LOWER,
+    RUN,
+    RUN_FIRST,
+    RUN_LAST,
     WINDOW_CELL_BEGIN,
     WINDOW_CELL_END,
     X,
@@ -39,53 +36,42 @@ from .shared import (
 
 
 @triton.jit
-def _piece_near(axes, axis: tl.constexpr, i, number, inside):
-    """Of the pieces near a location the one of this number: which it is, the location's place in
-    it, its first and last window (-1 where there is no such piece)."""
-    piece = look(axes, axis, NEAR_PIECE_FIRST, i, inside) + number
-    there = inside & (piece <= look(axes, axis, NEAR_PIECE_LAST, i, inside, -1))
-    row = i - look(axes, axis, PIECE_LOWER, piece, there)
-    first = look(axes, axis, PIECE_FIRST, piece, there)
-    return piece, row, first, look(axes, axis, PIECE_LAST, piece, there, -1)
+def _run_near(axes, axis: tl.constexpr, i, number, REACH: tl.constexpr):
+    """Of the pieces near locations the one of this number: the location's run, its first and last
+    window (-1 where there is no such piece)."""
+    n = i * REACH[axis] + number
+    first = look(axes, axis, RUN_FIRST, n, None, None)
+    last = look(axes, axis, RUN_LAST, n, None, None)
+    return look(axes, axis, RUN, n, None, None), first, last
 
 
 @triton.jit
 def region_weights(
-    axes,
-    tiles,
-    block,
-    window,
-    cell,
-    SHAPE: tl.constexpr,
-    REACH: tl.constexpr,
-    OX: tl.constexpr,
-    PLACES: tl.constexpr,
-    LONG: tl.constexpr,
-):
+    axes, tiles, block, window, cell, SHAPE: tl.constexpr, REACH: tl.constexpr, OX: tl.constexpr,
+    PLACES: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
     """Weights of locations for windows, [windows, locations], summed over the tiles that are near
     the one and in the other.
 
-    `tiles` is (those of an image, pieces of columns, blocks of a tile, RY, RX); `block` the first
-    block of each window's class; `window` (my, mx), -1 where there is none, `cell` (i, j, which are
-    real). A location is near no more than REACH pieces of either axis.
+    `tiles` is (weights of an image, runs of rows, runs of columns); `block` the first block of each
+    window's class; `window` (my, mx), -1 where there is none; `cell` (i, j). A location is near no
+    more than REACH pieces of either axis.
     """
     my, mx = window[0], window[1]
-    size = tiles[3] * tiles[4]
+    size = tiles[1] * tiles[2]
     total = tl.zeros(SHAPE, tl.float32)
-    from_window = wide(block, LONG) * size
-    if PLACES:
-        from_window += (my * OX + mx) * size
+    place = block + my * OX + mx if PLACES else block
+    from_window = tiles[0] + wide(place, LONG) * size
     for a in range(REACH[0]):
-        piece_y, row, first_y, last_y = _piece_near(axes, Y, cell[0], a, cell[2])
+        row, first_y, last_y = _run_near(axes, Y, cell[0], a, REACH)
         over_y = (my[:, None] >= first_y[None, :]) & (my[:, None] <= last_y[None, :])
         for b in tl.range(0, REACH[1], loop_unroll_factor=REACH[1] if REACH[1] <= 2 else 1):
-            piece_x, column, first_x, last_x = _piece_near(axes, X, cell[1], b, cell[2])
+            column, first_x, last_x = _run_near(axes, X, cell[1], b, REACH)
             over_x = (mx[:, None] >= first_x[None, :]) & (mx[:, None] <= last_x[None, :])
-            at = wide((piece_y * tiles[1] + piece_x) * tiles[2], LONG) * size
-            at += row * tiles[4] + column
+            at = row * tiles[2] + column
             if PLACES:
-                at -= (first_y * OX + first_x) * size
-            at = tiles[0] + (from_window[:, None] + at[None, :])
+                at -= wide(first_y * OX + first_x, LONG) * size
+            at = from_window[:, None] + at[None, :]
             total += tl.load(at, mask=over_y & over_x, other=0.0)
     return total
 
@@ -131,25 +117,10 @@ def group_of(
 
 @triton.jit
 def gather(
-    axes,
-    tiles,
-    block,
-    window,
-    region,
-    features,
-    d_begin,
-    D,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    M: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    REACH: tl.constexpr,
-    OX: tl.constexpr,
-    PLACES: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    axes, tiles, block, window, region, features, d_begin, D, STRIDES: tl.constexpr,
+    EVEN: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, REACH: tl.constexpr,
+    OX: tl.constexpr, PLACES: tl.constexpr, LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Sums over the locations of a region, of weight times F: [BN, BD]. Row by row, M at a time."""
     width = tl.maximum(region[3] - region[2], 1)
     count = (region[1] - region[0]) * width
@@ -160,11 +131,12 @@ def gather(
         n = tl.minimum(n, count - 1)  # the last one again, without weight
         i = region[0] + n // width
         j = region[2] + n % width
-        cell = (i, j, inside)
         at = wide(i, LONG) * STRIDES[1] + wide(j, LONG) * STRIDES[2]
         f = load_features(features + at, d_begin, D, STRIDES, EVEN, BD, LONG)
-        weight = region_weights(axes, tiles, block, window, cell, (BN, M), REACH, OX, PLACES, LONG)
-        acc += dot(weight, f, DOT)
+        weight = region_weights(
+            axes, tiles, block, window, (i, j), (BN, M), REACH, OX, PLACES, LONG
+        )
+        acc += dot(tl.where(inside[None, :], weight, 0.0), f, DOT)
     if _spoilt(acc):
         acc = tl.zeros((BN, BD), tl.float32)
         for n in range(count):
@@ -173,7 +145,7 @@ def gather(
             at = wide(i, LONG) * STRIDES[1] + wide(j, LONG) * STRIDES[2]
             f = load_features(features + at, d_begin, D, STRIDES, EVEN, BD, LONG).to(tl.float32)
             weight = region_weights(
-                axes, tiles, block, window, (i, j, i >= 0), (BN, 1), REACH, OX, PLACES, LONG
+                axes, tiles, block, window, (i, j), (BN, 1), REACH, OX, PLACES, LONG
             )
             acc += tl.where(_near(axes, window, (i, j)), weight * f, 0.0)
     return acc
@@ -181,16 +153,9 @@ def gather(
 
 @triton.jit
 def _stencil(
-    axes,
-    tiles,
-    first_block,
-    corner,
-    shape,
-    K: tl.constexpr,
-    HALO_X: tl.constexpr,
-    REACH: tl.constexpr,
-    LONG: tl.constexpr,
-):
+    axes, tiles, first_block, corner, shape, K: tl.constexpr, HALO_X: tl.constexpr,
+    REACH: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
     """Derivatives by the four Gram maps at the K locations around a block, [4 K]. Those by |F|^2
     are doubled."""
     n = tl.arange(0, 4 * K)
@@ -198,51 +163,66 @@ def _stencil(
     i = corner[0] + place // HALO_X
     j = corner[1] + place % HALO_X
     inside = (i >= 0) & (i < shape[0]) & (j >= 0) & (j < shape[1])
-    size = tiles[3] * tiles[4]
+    i = tl.where(inside, i, 0)
+    j = tl.where(inside, j, 0)
     total = tl.zeros((4 * K,), tl.float32)
-    from_map = wide(first_block + n // K, LONG) * size
+    from_map = tiles[0] + wide(first_block + n // K, LONG) * (tiles[1] * tiles[2])
     for a in tl.range(0, REACH[0], loop_unroll_factor=REACH[0] if REACH[0] <= 2 else 1):
-        piece_y, row, _first, last_y = _piece_near(axes, Y, i, a, inside)
+        row, _first, last_y = _run_near(axes, Y, i, a, REACH)
         for b in tl.range(0, REACH[1], loop_unroll_factor=REACH[1] if REACH[1] <= 2 else 1):
-            piece_x, column, _first, last_x = _piece_near(axes, X, j, b, inside)
-            at = wide((piece_y * tiles[1] + piece_x) * tiles[2], LONG) * size + from_map
-            at += row * tiles[4] + column
-            total += tl.load(tiles[0] + at, mask=(last_y >= 0) & (last_x >= 0), other=0.0)
+            column, _first, last_x = _run_near(axes, X, j, b, REACH)
+            there = inside & (last_y >= 0) & (last_x >= 0)
+            total += tl.load(from_map + row * tiles[2] + column, mask=there, other=0.0)
     return tl.where(n < K, 2 * total, total)
 
 
 @triton.jit
+def _ring(stencil, BI: tl.constexpr, BJ: tl.constexpr, K: tl.constexpr):
+    """What the K locations around a block of BI x BJ give to those of the block, [BI BJ, K]. Each
+    product of neighbours has two sides, and is kept where its upper left one is.
+    """
+    cell = tl.arange(0, BI * BJ)[:, None]
+    n = tl.arange(0, K)[None, :]
+    own_i, own_j = cell // BJ + 1, cell % BJ + 1
+    i, j = n // (BJ + 2), n % (BJ + 2)
+    di, dj = i - own_i, j - own_j
+    near = (di >= -1) & (di <= 1) & (dj >= -1) & (dj <= 1)
+    of = tl.where(di == 0, 0, 2 * K) + tl.where(dj == 0, 0, K)
+    of += tl.minimum(i, own_i) * (BJ + 2) + tl.minimum(j, own_j)
+    of = tl.where(near, of, 0).reshape((BI * BJ * K,))
+    return tl.where(near, tl.gather(stencil, of, 0).reshape((BI * BJ, K)), 0.0)
+
+
+@triton.jit
+def _windows(
+    axes, tiles, coefficients, shape, near, first, cell, P: tl.constexpr, SHAPE: tl.constexpr,
+    REACH: tl.constexpr, OX: tl.constexpr, PLACES: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """Of the windows near a block, those from the `first` on: their weights times coefficients,
+    their numbers among all, and which there are."""
+    n = first + tl.arange(0, SHAPE[0])
+    used = n < shape[0] * near[2] * near[3]
+    c, my, mx = window_of(n, near[0], near[1], near[2], near[3])
+    row = wide((c * shape[4] + my) * shape[5] + mx, LONG)
+    my = tl.where(used, my, -1)
+    weight = region_weights(axes, tiles, c * P, (my, mx), cell, SHAPE, REACH, OX, PLACES, LONG)
+    return weight * tl.load(coefficients + row, mask=used, other=0.0)[:, None], row, used
+
+
+@triton.jit
 def scatter(
-    axes,
-    tiles,
-    vectors,
-    coefficients,
-    shape,
-    corner,
-    features,
-    to,
-    STRIDES: tl.constexpr,
-    TO_STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    P: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    REACH: tl.constexpr,
-    OX: tl.constexpr,
-    PLACES: tl.constexpr,
-    GRAM: tl.constexpr,
-    LONG: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    axes, tiles, vectors, coefficients, shape, corner, features, to, STRIDES: tl.constexpr,
+    TO_STRIDES: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr, BI: tl.constexpr,
+    BJ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, REACH: tl.constexpr, OX: tl.constexpr,
+    PLACES: tl.constexpr, GRAM: tl.constexpr, LONG: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """The gradient of a block of BI x BJ locations: sums over the windows near it, of weight times
     coefficient times vector; with GRAM, the Gram maps' part as well.
 
     `shape` is (C, D, h, w, Gy, Gx), `corner` the block's first location, `vectors` [C, Gy, Gx, D]
     and `coefficients` [C, Gy, Gx].
     """
-    C, D, h, w, Gy, Gx = shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]
+    C, D, h, w = shape[0], shape[1], shape[2], shape[3]
     M: tl.constexpr = BI * BJ
     cell = tl.arange(0, M)
     y_first, y_windows = windows_near(axes, Y, corner[0], tl.minimum(corner[0] + BI, h), BI)
@@ -250,67 +230,44 @@ def scatter(
     i = corner[0] + cell // BJ
     j = corner[1] + cell % BJ
     inside = (i < h) & (j < w)
+    to += wide(i, LONG) * TO_STRIDES[1] + wide(j, LONG) * TO_STRIDES[2]
+    i = tl.minimum(i, h - 1)
+    j = tl.minimum(j, w - 1)
     count = C * y_windows * x_windows
-    to_at = wide(i, LONG) * TO_STRIDES[1] + wide(j, LONG) * TO_STRIDES[2]
-    # The block with the locations around it, in rows of HALO_X.
-    HALO_X: tl.constexpr = BJ + 2
-    HALO: tl.constexpr = (BI + 2) * HALO_X
+    VECTORS: tl.constexpr = "ieee" if DOT == "ieee" else "tf32"
     K: tl.constexpr = 64
     if GRAM:
-        tl.static_assert(HALO <= K)
+        tl.static_assert((BI + 2) * (BJ + 2) <= K)
         stencil = _stencil(
-            axes, tiles, C * P, (corner[0] - 1, corner[1] - 1), (h, w), K, HALO_X, REACH, LONG
+            axes, tiles, C * P, (corner[0] - 1, corner[1] - 1), (h, w), K, BJ + 2, REACH, LONG
         )
+        ring = _ring(stencil, BI, BJ, K)
+        # Beyond the edges there is nothing to weigh: any location will do.
+        n = tl.arange(0, K)
+        around_i = tl.minimum(tl.maximum(corner[0] - 1 + n // (BJ + 2), 0), h - 1)
+        around_j = tl.minimum(tl.maximum(corner[1] - 1 + n % (BJ + 2), 0), w - 1)
+        around = features + wide(around_i, LONG) * STRIDES[1] + wide(around_j, LONG) * STRIDES[2]
+    near = (y_first, x_first, y_windows, x_windows)
+    weight, row, used = _windows(
+        axes, tiles, coefficients, shape, near, 0, (i, j), P, (BN, M), REACH, OX, PLACES, LONG
+    )
     for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        there = ((d < D) | EVEN)[None, :]
-        acc = tl.zeros((M, BD), tl.float32)
-        for first in range(0, count, BN):
-            n = first + tl.arange(0, BN)
-            used = n < count
-            c, my, mx = window_of(n, y_first, x_first, y_windows, x_windows)
-            row = wide((c * Gy + my) * Gx + mx, LONG)
-            vector = tl.load(
-                vectors + (row[:, None] * D + d[None, :]), mask=used[:, None] & there, other=0.0
+        d = tl.arange(0, BD)
+        there = ((start + d < D) | EVEN)[None, :]
+        at = (vectors + row * D + start)[:, None] + d[None, :]
+        vector = tl.load(at, mask=used[:, None] & there, other=0.0)
+        acc = dot(tl.trans(weight), vector, VECTORS)
+        for first in range(BN, count, BN):
+            others, at, here = _windows(
+                *(axes, tiles, coefficients, shape, near, first, (i, j)),
+                *(P, (BN, M), REACH, OX, PLACES, LONG),
             )
-            weight = region_weights(
-                axes,
-                tiles,
-                c * P,
-                (tl.where(used, my, -1), mx),
-                (i, j, inside),
-                (BN, M),
-                REACH,
-                OX,
-                PLACES,
-                LONG,
-            )
-            weight *= tl.load(coefficients + row, mask=used, other=0.0)[:, None]
-            acc += dot(tl.trans(weight), vector, DOT)
+            at = (vectors + at * D + start)[:, None] + d[None, :]
+            vector = tl.load(at, mask=here[:, None] & there, other=0.0)
+            acc += dot(tl.trans(others), vector, VECTORS)
         if GRAM:
-            # Each product of neighbours has two sides, and is kept where its upper left one is.
-            for first in range(0, K, BN):
-                n = first + tl.arange(0, BN)
-                halo_i = n // HALO_X
-                halo_j = n % HALO_X
-                # Beyond the edges there is nothing to weigh: any location will do.
-                i_there = tl.minimum(tl.maximum(corner[0] - 1 + halo_i, 0), h - 1)
-                j_there = tl.minimum(tl.maximum(corner[1] - 1 + halo_j, 0), w - 1)
-                at = wide(i_there, LONG) * STRIDES[1] + wide(j_there, LONG) * STRIDES[2]
-                f = load_features(features + at, start, D, STRIDES, EVEN, BD, LONG)
-                own_i = (cell // BJ + 1)[:, None]
-                own_j = (cell % BJ + 1)[:, None]
-                di = halo_i[None, :] - own_i
-                dj = halo_j[None, :] - own_j
-                near = (di >= -1) & (di <= 1) & (dj >= -1) & (dj <= 1)
-                of = tl.where(di == 0, 0, 2 * K) + tl.where(dj == 0, 0, K)
-                of += tl.minimum(halo_i[None, :], own_i) * HALO_X
-                of += tl.minimum(halo_j[None, :], own_j)
-                of = tl.where(near, of, 0)
-                value = tl.gather(stencil, of.reshape((M * BN,)), 0).reshape((M, BN))
-                acc += dot(tl.where(near, value, 0.0), f, DOT)
-        tl.store(
-            to + (to_at[:, None] + wide(d, LONG)[None, :] * TO_STRIDES[0]),
-            acc.to(to.dtype.element_ty),
-            mask=inside[:, None] & there,
-        )
+            f = load_features(around, start, D, STRIDES, EVEN, BD, LONG)
+            acc += dot(ring, f, DOT)
+        at = to + tl.cast(start, tl.int64) * TO_STRIDES[0]
+        at = at[:, None] + (wide(d, LONG) * TO_STRIDES[0])[None, :]
+        tl.store(at, acc.to(to.dtype.element_ty), mask=inside[:, None] & there)

@@ -10,29 +10,11 @@ import triton.language as tl
 
 # Both axes are described by one table, int32 [2, ROWS, length]: y, then x. Its rows are those of
 # `triton_geometry.ROWS`, which says what they hold.
-LOWER = tl.constexpr(0)
-WEIGHT = tl.constexpr(1)
-FIRST = tl.constexpr(2)
-LAST = tl.constexpr(3)
-NEAR_FIRST = tl.constexpr(4)
-NEAR_LAST = tl.constexpr(5)
-NEAR_PIECE_FIRST = tl.constexpr(6)
-NEAR_PIECE_LAST = tl.constexpr(7)
-PIECE_BEGIN = tl.constexpr(8)
-PIECE_END = tl.constexpr(9)
-PIECE_LOWER = tl.constexpr(10)
-PIECE_UPPER = tl.constexpr(11)
-PIECE_FIRST = tl.constexpr(12)
-PIECE_LAST = tl.constexpr(13)
-RUN_BEGIN = tl.constexpr(14)
-RUN_END = tl.constexpr(15)
-STRIP_BEGIN = tl.constexpr(16)
-STRIP_END = tl.constexpr(17)
-WINDOW_CELL_BEGIN = tl.constexpr(18)
-WINDOW_CELL_END = tl.constexpr(19)
-WINDOW_PIECE_FIRST = tl.constexpr(20)
-WINDOW_PIECE_LAST = tl.constexpr(21)
-ROWS = tl.constexpr(22)
+(
+    LOWER, WEIGHT, FIRST, LAST, NEAR_FIRST, NEAR_LAST, RUN, RUN_FIRST, RUN_LAST, PIECE_BEGIN,
+    PIECE_END, PIECE_LOWER, PIECE_UPPER, PIECE_FIRST, PIECE_LAST, RUN_BEGIN, RUN_END, STRIP_BEGIN,
+    STRIP_END, WINDOW_CELL_BEGIN, WINDOW_CELL_END, WINDOW_PIECE_FIRST, WINDOW_PIECE_LAST, ROWS,
+) = map(tl.constexpr, range(24))  # fmt: skip
 
 Y = tl.constexpr(0)
 X = tl.constexpr(1)
@@ -119,21 +101,33 @@ def load_features(
     EVEN: tl.constexpr,
     BK: tl.constexpr,
     LONG: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr = False,
 ):
-    """BK channels from `start` on of the locations at these addresses, [locations, channels].
-    Neighbouring lanes read what lies next to each other in memory. EVEN says that there are
-    so many. The start is added to the addresses first: what is left to add to them for a channel
-    is then a constant, which costs no instruction."""
-    d = tl.arange(0, BK)
+    """BK channels from `start` on of the locations at these addresses, [locations, channels], or
+    CHANNELS_FIRST. Neighbouring lanes read what lies next to each other in memory. EVEN says that
+    there are so many. The start is added to the addresses first: what is left to add to them for a
+    channel is then a constant, which costs no instruction."""
     at += tl.cast(start, tl.int64) * STRIDES[0]
+    d = tl.arange(0, BK)
     step = wide(d, LONG) * STRIDES[0]
     if STRIDES[0] == 1:
         at = at[:, None] + step[None, :]
-        return tl.load(at) if EVEN else tl.load(at, mask=(start + d < D)[None, :], other=0.0)
+        f = tl.load(at) if EVEN else tl.load(at, mask=(start + d < D)[None, :], other=0.0)
+        f = tl.trans(f) if CHANNELS_FIRST else f
     else:
-        at = at[None, :] + step[:, None]
-        mask = (start + d < D)[:, None]
-        return tl.trans(tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0))
+        # Each of 4 warps reads a quarter of the channels: a thread then has neighbours, and puts
+        # them into shared memory at once.
+        HALF: tl.constexpr = at.dtype.element_ty.primitive_bitwidth == 16
+        WARPS: tl.constexpr = 4 if HALF and BK >= 64 else 1
+        step = step.reshape((WARPS, BK // WARPS)).permute(1, 0)
+        at = at[None, None, :] + step[:, :, None]
+        there = (start + d < D).reshape((WARPS, BK // WARPS)).permute(1, 0)[:, :, None]
+        f = tl.load(at) if EVEN else tl.load(at, mask=there, other=0.0)
+        if CHANNELS_FIRST:
+            f = f.permute(1, 0, 2).reshape((BK, f.shape[2]))
+        else:
+            f = f.permute(2, 1, 0).reshape((f.shape[2], BK))
+    return f
 
 
 @triton.jit
@@ -163,7 +157,9 @@ def window_of(n, first_y, first_x, windows_y, windows_x):
     """The n-th of the windows near a block: class, row and column."""
     nx = tl.maximum(windows_x, 1)
     ny = tl.maximum(windows_y, 1)
-    return n // (ny * nx), first_y + n // nx % ny, first_x + n % nx
+    row = n // nx
+    c = row // ny
+    return c, first_y + row - c * ny, first_x + n - row * nx
 
 
 # The pixels of a tile
