@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -63,6 +64,12 @@ class Frame:
     source: Volume
     labels: np.ndarray | None
     treatment: Treatment
+
+    @cached_property
+    def half(self) -> tuple[np.ndarray, list[float]]:
+        """Grey values [Z, h, w] at half the resolution, and mm (z, y, x) of a voxel of them."""
+        grey = halved(self.slices[:, None])[:, 0].numpy()
+        return grey, [mm / n for mm, n in zip(self.size, grey.shape, strict=True)]
 
     def labels_at(self, positions: Tensor) -> Tensor:
         """Labels, int64 [...], of the voxels that contain positions [..., 3]; 0 outside."""
@@ -188,6 +195,12 @@ def _frame(
         labels,
         treatment,
     )
+
+
+def halved(planes: Tensor) -> Tensor:
+    """[Z, N, H, W] at half the resolution in the slice, averaged."""
+    size = [(side + 1) // 2 for side in planes.shape[2:]]
+    return F.interpolate(planes, size=size, mode="area")
 
 
 def _resized(data: Tensor, shape: tuple[int, int, int]) -> Tensor:

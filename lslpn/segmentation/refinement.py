@@ -21,7 +21,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -65,7 +64,7 @@ def refined_labels(
     """
     frames, target = frames_of(config, supports, query)
     values = values_of(frames)
-    positions = centres(_grey(target)[0].shape, target.size)
+    positions = centres(target.half[0].shape, target.size)
     at = replace(target, labels=labels).labels_at(positions)
     found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
     # Without the supports' histograms: with them, labels found slice by slice lose too much.
@@ -88,14 +87,14 @@ def refined_logits(
     histograms: dict[int, list[np.ndarray]] = {}
     if query.treatment.intensities.hu:  # other modalities have no common scale of grey values
         for support in supports:
-            grey, cell = _grey(support)
+            grey, cell = support.half
             labels = support.labels_at(centres(grey.shape, support.size)).numpy()
             for number, value in enumerate(values, 1):
                 if (labels == value).any():
                     histogram = grey_histogram(grey, labels == value, cell)
                     histograms.setdefault(number, []).append(histogram)
     known = {number: np.mean(each, 0) for number, each in histograms.items()}
-    return torch.from_numpy(refined_log_odds(*_grey(query), found.numpy(), len(values), known))
+    return torch.from_numpy(refined_log_odds(*query.half, found.numpy(), len(values), known))
 
 
 def contrast(query: Frame, found: Tensor, count: int) -> Tensor:
@@ -109,8 +108,8 @@ def contrast(query: Frame, found: Tensor, count: int) -> Tensor:
         found: int [Z, h, w] at half the resolution, 0 or the number of the organ, 1 to `count`.
         count: organs.
     """
-    grey, cell = _grey(query)
-    margin = [int(np.ceil(_NEAR_MM / mm)) + 1 for mm in cell]
+    grey, cell = query.half
+    margin = _margin(_NEAR_MM, cell)
     out = torch.zeros(count, dtype=torch.float64)
     for number in found.unique().tolist():
         if not number:
@@ -124,13 +123,6 @@ def contrast(query: Frame, found: Tensor, count: int) -> Tensor:
             ratio = _log_ratio(_histogram(bins, _core(mask, cell)), outside)
             out[number - 1] = 1 - np.exp(min(0.0, float((outside * ratio).sum())))
     return out
-
-
-def _grey(frame: Frame) -> tuple[np.ndarray, list[float]]:
-    """Grey values [Z, h, w] at half the resolution, and mm (z, y, x) of a voxel."""
-    size = [(side + 1) // 2 for side in frame.slices.shape[1:]]
-    grey = F.interpolate(frame.slices[:, None], size=size, mode="area")[:, 0].numpy()
-    return grey, [mm / n for mm, n in zip(frame.size, grey.shape, strict=True)]
 
 
 def grey_histogram(grey: np.ndarray, mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
@@ -171,7 +163,7 @@ def refined_log_odds(
     """
     log_odds = np.full((len(grey), count, *grey.shape[1:]), OUTSIDE, np.float32)
     bins = _bins(grey)
-    margin = [int(np.ceil(_REACH_MM / mm)) + 1 for mm in cell]
+    margin = _margin(_REACH_MM, cell)
     boxes = {
         number: _box(found == number, margin)
         for number in range(1, count + 1)
@@ -196,6 +188,11 @@ def refined_log_odds(
             log_odds[box[0], number - 1, box[1], box[2]] = new
         found = np.where(log_odds.max(1) > 0, log_odds.argmax(1) + 1, 0)
     return log_odds
+
+
+def _margin(reach: float, cell: Sequence[float]) -> list[int]:
+    """Voxels along each axis that cover `reach` mm, and one more."""
+    return [int(np.ceil(reach / mm)) + 1 for mm in cell]
 
 
 def _box(mask: np.ndarray, margin: Sequence[int]) -> tuple[slice, ...]:

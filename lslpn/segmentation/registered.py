@@ -13,14 +13,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
-from .frames import Frame, frames_of, labels_in_source, probabilities_in_source, values_of
+from .frames import (
+    Frame,
+    frames_of,
+    halved,
+    labels_in_source,
+    probabilities_in_source,
+    values_of,
+)
 from .initial_alignment import (
     SHORT_MM,
     initial_alignment,
@@ -328,7 +334,7 @@ def _label_log_odds(query: Frame, masks: Tensor) -> Tensor:
 
 def _halved_and_smoothed(query: Frame, planes: Tensor, sigmas: tuple[float, float]) -> Tensor:
     """[Z, N, H, W] at half the resolution, smoothed by Gaussians of mm along z and in the slice."""
-    planes = F.interpolate(planes, size=[(side + 1) // 2 for side in planes.shape[2:]], mode="area")
+    planes = halved(planes)
     z, y, x = (n / mm for n, mm in zip((len(planes), *planes.shape[2:]), query.size, strict=True))
     sigma = (sigmas[0] * z, 0.0, sigmas[1] * y, sigmas[1] * x)
     return torch.from_numpy(

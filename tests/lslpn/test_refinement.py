@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -78,9 +77,9 @@ def test_histograms_of_the_supports_correct_an_organ_that_is_mostly_off() -> Non
 def test_contrast_is_that_of_an_organ_to_its_surroundings() -> None:
     organ, other = ball((60, 40, 60), 20), ball((60, 90, 60), 20)
     grey = torch.from_numpy(scan((organ, 0.3), (other, 0.05)))
-    size = tuple(n * mm for n, mm in zip(SHAPE, CELL, strict=True))
-    doubled = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)  # `contrast` halves it
-    frame = cast(Frame, SimpleNamespace(slices=doubled, size=size))
+    size = (24 * 5.0, 40 * 3.0, 40 * 3.0)
+    doubled = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)  # a frame is halved again
+    frame = Frame(doubled, size, *[cast(Any, None)] * 6)
     found = torch.zeros(SHAPE, dtype=torch.int64)
     found[torch.from_numpy(organ)], found[torch.from_numpy(other)] = 1, 2
     found[20:22, 2:10, 2:10] = 4  # nothing but noise, as around it
