@@ -33,13 +33,4 @@ LSLPN_HD A inverse_length(A square) {
 //   row(i)     = p^2 own(i, j) + q^2 own(i, j + 1) + 2 p q right(i, j),         p = 1 - q
 //   between(i) = p^2 below(i, j) + q^2 below(i, j + 1) + p q (diagonal(i, j) + other(i, j))
 
-// |Up F|^2 from row(i), row(i + 1), between(i) and the upper weight b. Where terms cancel, rounding
-// could make it negative. A row of weight 0 is not read: a NaN there must not reach this pixel.
-template <class A>
-LSLPN_HD A squared_length(A row, A next_row, A between, A b) {
-  const A a = A(1) - b;
-  const A square = b > A(0) ? a * a * row + b * b * next_row + A(2) * a * b * between : row;
-  return square < A(0) ? A(0) : square;
-}
-
 LSLPN_END

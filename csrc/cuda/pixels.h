@@ -24,8 +24,8 @@ using RowTaps = RowTap[kTilePixels];
 struct Norm {
   float row, next, between;
 
-  // A row of weight 0 may hold a NaN that is none of this pixel's business. Negative where rounding
-  // makes it so.
+  // A row of weight 0 is not read: a NaN there must not reach this pixel. Where terms cancel,
+  // rounding can make it negative.
   LSLPN_DEVICE float square(const RowTap& t) const {
     return t.here * row + (t.upper > 0 ? t.next * next + t.between * between : 0.0f);
   }
