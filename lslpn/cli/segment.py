@@ -21,7 +21,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..segmentation.registration import Scan
+    from ..segmentation.descriptors import Scan
     from ..segmentation.result import Segmentation
 
 

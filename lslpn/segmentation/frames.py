@@ -37,6 +37,7 @@ _WIDE_MM = 300.0  # patients narrower than this are scaled up to it
 FIELD_MM = 360.0  # what `ModelConfig.size` pixels show of a patient
 SLICE_MM = 5.0  # slices that lie closer are resampled to this
 _LARGEST = 1.5  # a side has at most this many times `size` pixels
+_SOFT_HU = 25.0  # soft tissue has more, fat and air have less
 _BRIGHTEST = 99.5  # percentile of the body's grey values that is mapped to 1, where it is not CT
 
 
@@ -54,6 +55,8 @@ class Frame:
         source: the volume that the frame was made from.
         labels: its labels [Z, Y, X], in the source's own grid, or None.
         treatment: how it was made, see `slices.warn_unlike`.
+        tissue: float32 [Z, H, W], 0 for air (the low end of the window) to 1 for soft tissue; None
+            where the scan is not CT or the window begins above soft tissue.
     """
 
     slices: Tensor
@@ -64,6 +67,7 @@ class Frame:
     source: Volume
     labels: np.ndarray | None
     treatment: Treatment
+    tissue: Tensor | None
 
     @cached_property
     def half(self) -> tuple[np.ndarray, list[float]]:
@@ -178,6 +182,9 @@ def _frame(
         max(32, round(size[2] / pixel)),
     )
     slices = _resized(torch.from_numpy(values), shape)
+    tissue = None
+    if treatment.intensities.hu and low < _SOFT_HU:
+        tissue = (slices * ((high - low) / (_SOFT_HU - low))).clamp_max(1)
     if config.normalise == "slice":
         least = slices.amin((1, 2), keepdim=True)
         range_ = slices.amax((1, 2), keepdim=True) - least
@@ -194,6 +201,7 @@ def _frame(
         image,
         labels,
         treatment,
+        tissue,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registration import Field
+from .descriptors import Field
 from .slice_matching import line_through, match_slices, slice_similarity
 
 _CELLS = 8

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..data.volumes import Volume
+from .descriptors import centres
 from .frames import Frame, frames_of, labels_in_source, probabilities_in_source, values_of
-from .registration import centres
 
 _DISTANCE_MM = 8.0  # distance that weighs as much as a likelihood ratio of e
 _REACH_MM = 25.0  # a boundary moves outwards by no more than this

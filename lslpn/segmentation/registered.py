@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
+from .descriptors import Field, Scan, centres
 from .frames import (
     Frame,
     frames_of,
@@ -36,7 +37,7 @@ from .initial_alignment import (
 )
 from .refinement import contrast, refined_logits
 from .registered_why import heights_of, record, recorder_of
-from .registration import Alignment, Field, Registration, Scan, centres, fitted
+from .registration import Alignment, Registration, fitted
 from .result import Segmentation
 
 Align = Literal["affine", "deformable"]
@@ -132,7 +133,8 @@ def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Scan
     values = torch.cat(out)
     check_features(values)
     features = Field(values.transpose(0, 1).contiguous(), frame.size)
-    return Scan(Field(frame.slices[None], frame.size), features)
+    tissue = None if frame.tissue is None else Field(frame.tissue[None], frame.size)
+    return Scan(Field(frame.slices[None], frame.size), features, tissue)
 
 
 def _same(scan: Scan, frame: Frame) -> bool:

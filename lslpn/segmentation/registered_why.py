@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..models import LSLPN
+from .descriptors import Field, centres
 from .frames import Frame
-from .registration import Alignment, Field, centres
+from .registration import Alignment
 from .why import Recorder
 
 

@@ -7,15 +7,11 @@ squares; then finer lattices deform it, from several initial maps where the offs
 certain; organs that were misplaced are relocated (see `relocation`), and gradient descent refines
 the result. Nothing is learnt.
 
-What is compared are descriptors of each position: features of the network, reduced to their
-principal components, tell organs apart; MIND-SSC, the self-similarity of a small patch, finds their
-edges in scans of any contrast.
+What is compared are descriptors of each position, see `descriptors`.
 
     Heinrich et al., "Non-parametric discrete registration with convex optimisation", WBIR 2014
     Siebert, Hansen, Heinrich, "Fast 3D registration with accurate optimisation and little
         learning for Learn2Reg 2021" (convexAdam)
-    Heinrich et al., "Towards realtime multimodal fusion for image-guided interventions using
-        self-similarities", MICCAI 2013 (MIND-SSC)
 
 Positions are millimetres (z, y, x) from the corner of a scan's frame; a map over the query's
 frame holds a position in the support for each of its points.
@@ -31,11 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .descriptors import Field, Scan, box_mean, centres, lattice_shape, principal_components
 from .relocation import relocate_organs
 
-SPACING = 6.0  # mm, of the lattice that maps and descriptors live on
-_MIND_SPACING = 3.0
-_COMPONENTS = 24
+_SPACING = 6.0  # mm, of the lattice that maps and their displacements live on
 # Stages, in order: points of the 6 mm lattice that are averaged, reach of the search in these.
 _AFFINE_STAGES = ((3, 4), (3, 3), (2, 3))
 _COARSE_STAGES = ((3, 4), (2, 3))  # of deformation; the best initial map is chosen after them
@@ -44,56 +39,6 @@ _COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # those of convexAdam
 _INLIERS = 0.8  # share of the displacements that an affine map is fitted to
 _LEAST_POINTS = 60
 _STEPS, _RATE, _SMOOTHNESS = 50, 1.0, 0.5  # of gradient descent
-
-
-@dataclass(frozen=True)
-class Field:
-    """A quantity over a scan's frame.
-
-    Attributes:
-        values: float32 [C, Z, Y, X].
-        size: mm (z, y, x) of the frame; values are those at the centres of its cells.
-    """
-
-    values: Tensor
-    size: tuple[float, float, float]
-
-    def at(self, positions: Tensor) -> Tensor:
-        """Interpolated values [C, ...] at positions [..., 3]; beyond the frame, the edge's."""
-        grid = (2 * positions / positions.new_tensor(self.size) - 1).flip(-1)
-        return F.grid_sample(
-            self.values[None], grid[None], padding_mode="border", align_corners=False
-        )[0]
-
-
-def centres(shape: Sequence[int], size: Sequence[float]) -> Tensor:
-    """Positions [Z, Y, X, 3] of the centres of a frame's cells, `shape` of them."""
-    axes = [(torch.arange(n) + 0.5) * (mm / n) for n, mm in zip(shape, size, strict=True)]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-
-
-def lattice_shape(size: Sequence[float], spacing: float = SPACING) -> tuple[int, int, int]:
-    """Cells of about `spacing` mm along each axis of a frame."""
-    z, y, x = (max(1, round(mm / spacing)) for mm in size)
-    return z, y, x
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A scan for registration.
-
-    Attributes:
-        image: [1, Z, Y, X] grey values, 0 to 1 over the window, 0 outside of the body.
-        features: [D, Z, h, w] of the network, of the same frame.
-    """
-
-    image: Field
-    features: Field
-
-    @cached_property
-    def mind(self) -> Field:
-        """Its MIND-SSC descriptors, see `mind`; computed once for all registrations of the scan."""
-        return mind(self.image)
 
 
 @dataclass(frozen=True)
@@ -115,6 +60,14 @@ class Alignment:
     folding: float
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """One kind of descriptor: the query's on its lattice, the support's at any position."""
+
+    query: Tensor
+    support: Field
+
+
 class Registration:
     """Registration of a support to a query; their descriptors are computed once.
 
@@ -128,8 +81,9 @@ class Registration:
 
     def __init__(self, query: Scan, support: Scan) -> None:
         self.query, self.support = query, support
-        self.positions = centres(lattice_shape(query.image.size), query.image.size)
-        self._body = _box((query.image.at(self.positions) > 0.05).float())[0] > 0.5
+        size = query.image.size
+        self.positions = centres(lattice_shape(size, _SPACING), size)
+        self._body = box_mean((query.image.at(self.positions) > 0.05).float())[0] > 0.5
 
     def affine(self, start: Tensor) -> Tensor:
         """Affine registration.
@@ -216,8 +170,16 @@ class Registration:
     @cached_property
     def _pairs(self) -> list[_Pair]:
         features = principal_components(self.query.features, self.support.features)
-        kinds = [features, (self.query.mind, self.support.mind)]
-        return [_Pair(own.at(self.positions), other) for own, other in kinds]
+        kinds = [
+            features,
+            (self.query.mind, self.support.mind),
+            (self.query.soft_tissue, self.support.soft_tissue),
+        ]
+        return [
+            _Pair(own.at(self.positions), other)
+            for own, other in kinds
+            if own is not None and other is not None
+        ]
 
     @cached_property
     def _cell(self) -> Tensor:
@@ -250,57 +212,6 @@ def fitted(positions: Tensor, mapped: Tensor) -> Tensor:
     known, wanted = (each.reshape(-1, 3).double() for each in (positions, mapped))
     known = torch.cat([known, torch.ones(len(known), 1).double()], 1)
     return torch.linalg.lstsq(known, wanted).solution.float()
-
-
-# --- descriptors ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One kind of descriptor: the query's on its lattice, the support's at any position."""
-
-    query: Tensor
-    support: Field
-
-
-def principal_components(a: Field, b: Field) -> tuple[Field, Field]:
-    """Features of two scans, centred, normalised, and projected on their principal components."""
-    flat = torch.cat([f.values.flatten(1)[:, ::3] for f in (a, b)], 1).double()
-    mean = flat.mean(1)
-    centred = flat - mean[:, None]
-    axes = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -_COMPONENTS:].float()
-
-    def reduced(field: Field) -> Field:
-        unit = F.normalize(field.values - mean.float()[:, None, None, None], dim=0)
-        return Field(torch.einsum("dzyx,dk->kzyx", unit, axes), field.size)
-
-    return reduced(a), reduced(b)
-
-
-def mind(image: Field) -> Field:
-    """MIND-SSC, averaged over 9 mm: [12, Z, Y, X] in (0, 1], at 3 mm."""
-    size = image.size
-    grey = image.at(centres(lattice_shape(size, _MIND_SPACING), size))
-    # The six neighbours at 2 cells; those of a pair are at right angles.
-    shifts = [
-        tuple(sign * 2 * (axis == a) for a in range(3)) for axis in range(3) for sign in (-1, 1)
-    ]
-    padded = F.pad(grey[None], (2,) * 6, mode="replicate")[0, 0]
-    z, y, x = grey.shape[1:]
-    neighbours = [padded[2 + dz :, 2 + dy :, 2 + dx :][:z, :y, :x] for dz, dy, dx in shifts]
-    pairs = [(i, j) for i in range(6) for j in range(i) if i // 2 != j // 2]
-    distances = torch.stack([(neighbours[i] - neighbours[j]).square() for i, j in pairs])
-    distances = _box(distances)
-    distances = distances - distances.amin(0)
-    spread = distances.mean(0)
-    typical = float(spread.mean())
-    distances /= spread.clamp(typical * 1e-3 + 1e-12, typical * 1e3 + 1e-12)
-    return Field(_box((-distances).exp()), size)
-
-
-def _box(values: Tensor) -> Tensor:
-    """Mean over 3 x 3 x 3 cells, edges repeated."""
-    return F.avg_pool3d(F.pad(values[None], (1,) * 6, mode="replicate"), 3, stride=1)[0]
 
 
 # --- search --------------------------------------------------------------------------------------
@@ -366,7 +277,7 @@ def _gradient_descent(pairs: Sequence[_Pair], map_: Tensor) -> Tensor:
         for _ in range(_STEPS):
             optimizer.zero_grad()
             smooth = _smoothed(moved)
-            here = start + smooth.movedim(0, -1) * SPACING
+            here = start + smooth.movedim(0, -1) * _SPACING
             distance = sum(
                 ((field.at(here) - query).square().sum(0).mean() for query, field in own),
                 start.new_zeros(()),
@@ -376,7 +287,7 @@ def _gradient_descent(pairs: Sequence[_Pair], map_: Tensor) -> Tensor:
             )
             (distance + _SMOOTHNESS * roughness).backward()
             optimizer.step()
-        return _smoothed(moved.detach()).movedim(0, -1) * SPACING
+        return _smoothed(moved.detach()).movedim(0, -1) * _SPACING
 
 
 def _smoothed(field: Tensor) -> Tensor:

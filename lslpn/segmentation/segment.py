@@ -16,8 +16,8 @@ import numpy as np
 from ..data.volumes import Volume, as_volume
 from ..errors import InputError
 from ..models import FewShotNetwork
+from .descriptors import Scan
 from .registered import DEPTH_MM, segment_registered
-from .registration import Scan
 from .result import Segmentation
 from .slicewise import segment_slicewise
 

@@ -79,7 +79,7 @@ def test_contrast_is_that_of_an_organ_to_its_surroundings() -> None:
     grey = torch.from_numpy(scan((organ, 0.3), (other, 0.05)))
     size = (24 * 5.0, 40 * 3.0, 40 * 3.0)
     doubled = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)  # a frame is halved again
-    frame = Frame(doubled, size, *[cast(Any, None)] * 6)
+    frame = Frame(doubled, size, *[cast(Any, None)] * 7)
     found = torch.zeros(SHAPE, dtype=torch.int64)
     found[torch.from_numpy(organ)], found[torch.from_numpy(other)] = 1, 2
     found[20:22, 2:10, 2:10] = 4  # nothing but noise, as around it

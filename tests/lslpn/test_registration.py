@@ -15,16 +15,10 @@ from lslpn.config import preset
 from lslpn.data.volumes import Volume
 from lslpn.errors import InputError
 from lslpn.models import LSLPN, FewShotNetwork, untrained
+from lslpn.segmentation.descriptors import Field, Scan, centres, lattice_shape
 from lslpn.segmentation.frames import frames_of, labels_in_source
 from lslpn.segmentation.initial_alignment import initial_alignment, trunk_to_trunk
-from lslpn.segmentation.registration import (
-    Field,
-    Registration,
-    Scan,
-    centres,
-    fitted,
-    lattice_shape,
-)
+from lslpn.segmentation.registration import Registration, fitted
 from lslpn.segmentation.result import Segmentation
 from lslpn.segmentation.segment import segment, segment_matched
 from lslpn_kernels import reference
@@ -99,6 +93,22 @@ def test_a_deformation_is_found_and_does_not_fold() -> None:
     assert found.overlap > 0.95
     plain = registration.aligned(registration.positions)
     assert found.similarity > plain.similarity
+
+
+def test_soft_tissue_alone_is_registered() -> None:
+    """Organs of any brightness, which features and edges do not show, in fat and air."""
+    places = centres(lattice_shape(_SIZE, 3.0), _SIZE)
+    truth = torch.tensor([15.0, -18.0, 12.0])
+    nothing = Field(torch.ones(4, 10, 10, 10), _SIZE)
+    query, support = (
+        Scan(nothing, nothing, Field((2 * _anatomy(at)[None]).clamp_max(1), _SIZE))
+        for at in (places + truth, places)
+    )
+    start = torch.cat([torch.eye(3), torch.zeros(1, 3)])
+    found = Registration(query, support).affine(start)
+    middle = places[20:-20, 20:-20, 20:-20].reshape(-1, 3)
+    off = (middle @ found[:3] + found[3] - middle - truth).norm(dim=1).mean()
+    assert off < 0.3 * truth.norm()
 
 
 def test_folds_and_missing_overlap_are_measured() -> None:
@@ -251,6 +261,29 @@ def test_a_frame_and_back(
         assert dice_of(back, support[1].data, label) > 0.85
     outside = frame.labels_at(torch.tensor([[-1.0, 5, 5], [5, 5, 1e6]]))
     assert outside.tolist() == [0, 0]
+
+
+def test_tissue_in_ct_does_not_depend_on_contrast_agent(
+    model: LSLPN, support: tuple[Volume, Volume]
+) -> None:
+    image, labels = support
+    enhanced = dataclasses.replace(image, data=np.where(labels.data == 3, 270, image.data))
+    (plain,), bright = frames_of(model.config, [(image, labels)], enhanced)
+    assert plain.tissue is not None
+    assert bright.tissue is not None
+    assert (plain.slices - bright.slices).abs().max() > 0.1
+    assert (plain.tissue - bright.tissue).abs().max() < 0.05
+    # Air, fat of -100 HU, soft tissue: (HU + 125) / 150 in a window from -125 HU.
+    for share, least in ((0, 0.1), (1 / 6, 0.05), (1, 0.4)):
+        assert ((plain.tissue - share).abs() < 0.08).float().mean() > least
+
+
+def test_tissue_is_known_in_ct_alone(model: LSLPN, support: tuple[Volume, Volume]) -> None:
+    image, labels = support
+    bright = dataclasses.replace(model.config, window=(30.0, 300.0))
+    mr = dataclasses.replace(image, data=(image.data.clip(-1000, 1000) + 1000) ** 2 / 1e3)
+    for config, scan in ((bright, image), (model.config, mr)):
+        assert frames_of(config, [(scan, labels)], scan)[1].tissue is None
 
 
 # --- segmentation --------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lslpn.segmentation.registration import centres
+from lslpn.segmentation.descriptors import centres
 from lslpn.segmentation.relocation import correlation, relocate_organs
 
 _CELL = torch.tensor([6.0, 5.0, 5.5])
