@@ -59,13 +59,13 @@ def survey(source: Path, organs: Sequence[str] = (), allow_missing: bool = False
         if not result.finished(entry, None):
             continue
         if not entry.is_dir():
-            result.ignore("beside the cases (meta.csv and the like)")
+            result.ignored["beside the cases (meta.csv and the like)"] += 1
         elif _CASE.fullmatch(entry.name):
             known |= _case(entry, chosen, allow_missing, result)
         elif (entry / "segmentations").is_dir() or any(entry.glob("ct*")):
             result.problems.misnamed(entry, "s0001 for a case's folder")
         else:
-            result.ignore("folders that are no case")
+            result.ignored["folders that are no case"] += 1
     check_organs(chosen, known or chosen)
     return result
 

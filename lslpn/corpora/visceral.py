@@ -126,7 +126,7 @@ def _corpus(
     for case, match, path in _files(folder / "Segmentations", _MASK, expected, cases, result):
         organ = RADLEX.get(int(match["radlex"]))
         if organ is None or organ not in result.labels:
-            result.ignore("masks of organs that were not chosen")
+            result.ignored["masks of organs that were not chosen"] += 1
         else:
             by = masks.setdefault(case, {}).setdefault(organ, {})
             by.setdefault(match["by"] or "", []).append(path)
@@ -156,7 +156,7 @@ def _files(
             or (match["modality"], match["region"]) not in ((None, None), ("CTce", "ThAb"))
         ):
             what = "volumes" if pattern is _VOLUME else "masks"
-            result.ignore(f"{what} of another patient, modality or region")
+            result.ignored[f"{what} of another patient, modality or region"] += 1
         else:
             yield case, match, path
 
