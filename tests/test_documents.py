@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show is what the code does."""
+"""The README and the pages of docs/ agree with the code."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_kernels_are_equivalent_to_the_code_shown() -> None:
 
 @pytest.fixture
 def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with the files that pages name, and a small network for the one that ships."""
+    """A folder with the files that pages name; a small network replaces the shipped one."""
     monkeypatch.chdir(tmp_path)
     affine = np.diag([-6.0, -6.0, 2.0, 1.0])  # too flat to be registered, which takes longer
     z, y, x = np.indices((18, 32, 32))

@@ -193,7 +193,7 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert error <= allowed * length + 1e-30, f"{name}: {error / max(length, 1e-30):.2e}"
 
 
-# What may hold a NaN or an infinity.
+# The tensors that may hold a NaN or an infinity.
 SPOILT = ("support", "query", "prototypes", "grad_prototypes", "grad_scores")
 
 

@@ -65,7 +65,7 @@ def build(
             shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    # Another process may want the same; and what is killed leaves nothing that looks whole.
+    # Another process may build the same; and a killed build leaves no file that looks complete.
     with FileLock(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as aside:
         if made.exists():
             return made
@@ -88,7 +88,7 @@ def build(
 
 
 def _digest(*parts: object) -> str:
-    """Of what parts say, and of the bytes of those that are files."""
+    """A digest of the parts, and of the content of those that are files."""
     seen = hashlib.sha256()
     for part in parts:
         seen.update(repr(part).encode())
@@ -114,7 +114,7 @@ def launcher(sanitizer: str) -> list[str]:
             _run([cxx, f"-fsanitize={sanitizer}", str(source), "-o", str(program)])
         except RuntimeError:
             raise RuntimeError(f"{cxx} has no runtime for -fsanitize={sanitizer}") from None
-        # ThreadSanitizer does not get along with addresses as random as some kernels make them.
+        # ThreadSanitizer fails with the randomised addresses of some Linux kernels.
         for prefix in ([], ["setarch", "-R"]):
             if prefix and shutil.which(prefix[0]) is None:
                 continue

@@ -1,4 +1,4 @@
-"""A plugin of pytest that spares Triton's interpreter a third of its time.
+"""A plugin of pytest that saves a third of the time of Triton's interpreter.
 
 Before every call of a device function, `tl.sum` and `tl.cdiv` among them, the interpreter walks
 through all members of triton.language to put its own in their place, although they are there since

@@ -298,8 +298,8 @@ def test_fullgraph(backend: str, mode: str) -> None:
     """In one graph, with two results kept, as those of two batches of one step are."""
     torch.compiler.reset()
     call = LocalPrototypeHead(GridSpec(1.0), 2.0, backend=backend)
-    # Variable sizes suit the operators; in the plain PyTorch of `reference`, Inductor thinks for
-    # minutes about the bounds of each window.
+    # Variable sizes suit the operators; for the plain PyTorch of `reference`, Inductor takes
+    # minutes to work out the bounds of each window.
     dynamic = False if backend == "reference" else None
     compiled = torch.compile(call, fullgraph=True, mode=mode, dynamic=dynamic)
     first, second = episode(), episode(Q=1)

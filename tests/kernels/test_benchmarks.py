@@ -1,4 +1,4 @@
-"""The benchmark runs, and its record says what benchmarks/results/README.md says it does."""
+"""The benchmark runs, and its record has what benchmarks/results/README.md describes."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_an_interrupt_keeps_what_the_same_size_has(
     assert record["rounds"] == []
 
 
-def test_a_record_of_another_commit_is_not_gone_on_with(
+def test_a_record_of_another_commit_is_not_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "head.json"
@@ -248,7 +248,7 @@ def test_slots_take_turns() -> None:
     assert all(math.isfinite(t) for row in slots[0].samples for t in row)
 
 
-def test_a_failing_step_is_told_and_left_out() -> None:
+def test_a_failing_step_is_reported_and_left_out() -> None:
     def step() -> None:
         raise RuntimeError("no such kernel\nand more")
 
@@ -275,7 +275,7 @@ def test_preparations_are_not_timed() -> None:
         (["--report", "nowhere.json"], "no such file"),
     ],
 )
-def test_mistakes_are_told(
+def test_mistakes_are_reported(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -137,7 +137,7 @@ def test_lower_precision(dtype: torch.dtype, C: int) -> None:
         close(found, [t.double() for t in in_two(case, inputs)], 1e-5)
 
 
-def test_far_from_the_right_class_and_near_to_it() -> None:
+def test_logits_far_from_and_near_the_right_class() -> None:
     """Logits of +-2000: the loss stays exact where every probability rounds to 0 or 1."""
     case = Case(D=8, kind="positive")
     query, prototypes, labels, weight = drawn(case, torch.float32)

@@ -113,8 +113,8 @@ def active(arch: int, name_tensor: Callable[[Any], None]) -> Iterator[None]:
     def loading(module: Any, function: Any, name: str, group: dict[str, str], hash_: str) -> None:
         ours.ptx = Path(next(path for file, path in group.items() if file.endswith(".ptx")))
 
-    # Machine code is not needed, and takes half of the time. The compiled kernels are of no use to
-    # anybody else and have a folder of their own.
+    # Machine code is not needed, and takes half of the time. The compiled kernels are of no use
+    # elsewhere and have a separate folder.
     def no_machine_code(self: Any, src: Any, metadata: Any, *args: Any) -> bytes:
         return b"none"
 
