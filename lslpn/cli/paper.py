@@ -243,6 +243,7 @@ _SET_BY = {
     "supervision": "--classes none (METHOD.supervision is for one method)",
 }
 
+
 @contextmanager
 def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Store]:
     """The experiment's folder, with everything that was given checked."""

@@ -248,11 +248,7 @@ def segmentation_loss(
 
 
 def check_features(features: Tensor) -> None:
-    """Refuse features that no weights in good order give.
-
-    Raises:
-        InputError: some are NaN or infinite.
-    """
+    """Refuse features that are NaN or infinite."""
     if not features.isfinite().all():
         raise InputError(
             "model: its features hold NaN or infinite values, so that nothing can be segmented; "
@@ -261,11 +257,7 @@ def check_features(features: Tensor) -> None:
 
 
 def check_one_shot(method: str, *, ways: int, shots: int) -> None:
-    """Refuse more than one class or support image.
-
-    Raises:
-        InputError: `ways` or `shots` is not 1.
-    """
+    """Refuse more than one class or support image."""
     if (ways, shots) != (1, 1):
         raise InputError(
             f"{method}: is defined for 1 way and 1 shot, got {ways} ways and {shots} support "
