@@ -52,19 +52,14 @@ def prepare_corpus(
 ) -> Outcome:
     """Turn a corpus as it is distributed into a data set in nnU-Net's raw layout.
 
-    All files are looked at, whatever is wrong with some. Without `skip_bad` a corpus with
-    problems gets no dataset.json; its good cases are written and stay for a `resume`.
+    All files are read, whatever is wrong with some. Without `skip_bad` a corpus with problems gets
+    no dataset.json; its good cases are written and kept for a `resume`, into the same `target`.
 
     Args:
         name: one of `NAMES`.
-        source: the corpus, unpacked.
-        target: a folder that is new or empty, or, with `resume`, holds an earlier run.
         cases: those to take, by the names they get; default: all that the corpus should have.
-        skip_bad: make a data set of the good cases.
-        resume: keep the cases that an earlier run into `target` finished.
-        progress: show a bar with rate and time left, on stderr.
-        options: of the recipe: `corpus`, `organs`, `annotator`, `allow_missing`
-            (visceral), `organs`, `allow_missing` (totalsegmentator).
+        options: of the corpus: `corpus`, `organs`, `annotator`, `allow_missing` (visceral),
+            `organs`, `allow_missing` (totalsegmentator).
 
     Raises:
         InputError: no corpus of this kind in `source`, `target` holds something else or cannot be

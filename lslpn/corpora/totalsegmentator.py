@@ -39,12 +39,8 @@ _CASE = re.compile(r"s\d{4,}")
 
 
 def survey(source: Path, organs: Sequence[str] = (), allow_missing: bool = False) -> Survey:
-    """Find the cases.
-
-    Args:
-        source: the folder of the cases, or one above it.
-        organs: names of masks, in the order of their label values; default: `ABDOMEN`.
-        allow_missing: take a case though an organ has no file in it.
+    """Find the cases in `source` or a folder below it; `organs`, by default `ABDOMEN`, are in the
+    order of their label values.
 
     Raises:
         InputError: no case at all, or no case has a mask of one of the organs.

@@ -229,13 +229,7 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
 
     The JSON holds a list "evaluations", one for each grid of windows. A figure has a row for each
     organ: the support slice with its mask, the query slice, the ground truth, and the prediction
-    of each grid.
-
-    Returns:
-        the files written.
-
-    Raises:
-        InputError: the folder cannot be written.
+    of each grid. Returns the files written.
     """
     root = Path(folder)
     content = {"versions": versions(), "evaluations": [e.to_dict() for e in evaluations]}

@@ -251,18 +251,13 @@ def subject_folds(
     test: Sequence[str] = (),
     support: str | None = None,
 ) -> tuple[SubjectFold, ...]:
-    """Who is trained on, and who is tested.
+    """The cases to train on and to test on.
 
-    Args:
-        dataset: the cases.
-        parts: cut the sorted cases into so many equal parts, test on one, train on the others;
-            the case after a part (after the last: the first) is its support, as ALPNet's folds
-            have it.
-        train: cases to train on, names or patterns such as "silver_*"; default: all that are
-            neither tested nor the support.
-        test: cases to test on, likewise; default: all but those to train on and the support.
-        support: the support case; default: the first case to train on. It may be one of those to
-            train on, of which it is one then; of those to test on it is taken out.
+    With `parts` the sorted cases are cut into so many equal parts, each tested by a network that
+    is trained on the others; the case after a part (after the last: the first) is its support, as
+    in ALPNet's folds. Otherwise `train` and `test` are names or patterns such as "silver_*", by
+    default all other cases. The support, by default the first case to train on, may be one of
+    those to train on, and is never tested.
 
     Raises:
         InputError: neither `parts` nor `train` nor `test`, or `parts` with one of the others; an
@@ -305,11 +300,10 @@ def subject_folds(
         trained = tuple(c for c in cases if c not in tested and c != support)
     if not test:
         tested = tuple(c for c in cases if c not in trained and c != support)
-    if not trained or (support is None and not tested):
-        missing = "train" if not trained else "test"
-        raise InputError(f"{missing}: no case is left to {missing} on")
+    if not trained:
+        raise InputError("train: no case is left to train on")
     if not tested:
-        raise InputError("test: no case but the support is left to test on")
+        raise InputError(f"test: no case{' but the support' * bool(support)} is left to test on")
     return (SubjectFold("", trained, tested, support or trained[0]),)
 
 
