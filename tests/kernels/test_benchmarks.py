@@ -83,7 +83,7 @@ def test_wrong_backend_is_found_and_not_timed(
 
 
 class _Stop:
-    """Lets `build` go on until a name comes up, and is interrupted then, as by the end of the time.
+    """Let `build` run until it reaches a name, and interrupt it there, as at the end of the time.
     `torch.compile` is replaced by what it compiles."""
 
     def __init__(self, at: str, size: str) -> None:
@@ -106,8 +106,7 @@ needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is
 def test_kernels_are_timed_before_any_baseline_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all sizes; and an interrupt while one compiles keeps all that was measured, to go on
-    with."""
+    """For all sizes; and an interrupt during compilation keeps all measurements, to continue."""
     path = tmp_path / "head.json"
     arguments = [*ROUNDS, "--record", str(path), "--backends", *NAMES_OF_ROUNDS]
     stop = _Stop("torch.compile", "tiny float64")

@@ -152,7 +152,7 @@ def test_ties_go_to_the_lowest_window() -> None:
         # upper left quarter of it, or more at the upper and left borders.
         assert prototypes.grad is not None
         moved = prototypes.grad[0, 0].norm(dim=-1) > 0
-        assert moved.all()  # each window is somebody's first
+        assert moved.all()  # each window is the first of some pixel
         expected = cosine_match(query, prototypes.detach(), grid, size, backend="reference")
         torch.testing.assert_close(scores.detach(), expected, rtol=1e-5, atol=1e-5)
 

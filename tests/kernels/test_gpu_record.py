@@ -88,7 +88,7 @@ def test_the_plan_times_the_kernels_before_all_that_takes_long(tmp_path: Path) -
     for name, number in (("benchmark", "1"), ("baselines", "2")):
         record = ("--record", str(tmp_path / "head.json"), "--round", number)
         assert by_name[name].command[-4:] == record
-    # Though everything takes all of its time, the kernels have been checked and timed by then.
+    # Even if every step takes all of its time, the kernels have been checked and timed by then.
     assert sum(step.seconds for step in steps[:5]) < 8 * 60
 
 

@@ -224,8 +224,8 @@ def test_triton_not_finite(triton: Callable[..., Any], where: str) -> None:
 def test_instruction_budget(backend: str) -> None:
     """Each kernel's warp instructions are within its budget, and the budget is not far above them.
 
-    A compiler may change some; who changes more runs `python -m benchmarks.instructions --budgets`,
-    and has a look at the difference.
+    A compiler may change some; after larger changes run `python -m benchmarks.instructions
+    --budgets`, and check the difference.
     """
     if reason := cuda.obstacle() if backend == "cuda" else triton_driver.obstacle():
         pytest.skip(reason)
@@ -243,8 +243,8 @@ def test_instruction_budget(backend: str) -> None:
 def test_two_operands_of_one_matrix_product_exchanged(
     kernels: cuda.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layouts of fragments are checked: of the product that is issued most often, the parts of
-    a that hold the lower rows and the right columns change places."""
+    """The tests detect wrong layouts of fragments: in the most frequent matrix product, the parts
+    of a with the lower rows and with the right columns are exchanged."""
     case = Case(D=64, h=9, w=9, H=64, W=64, grid=PAPER)
     close(case, "cuda", torch.bfloat16)
     _, launch, place = max(

@@ -226,7 +226,7 @@ def test_pairs_of_support_must_match(scans: Scans, run: Run) -> None:
 
 
 def test_the_output_is_checked_before_any_work(scans: Scans, run: Run, tmp_path: Path) -> None:
-    scans.b.unlink()  # would be the next thing found
+    scans.b.unlink()  # would be the next error
     (tmp_path / "file").write_text("x")
     scans.out = tmp_path / "file" / "b_mask.nii.gz"
     code, _, err = run(*scans.words())
@@ -562,7 +562,9 @@ def test_names_that_contain_commas_are_not_split(
     for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
         folder = synthetic_dataset / part
         (folder / f"syn_01{ending}").rename(folder / f"syn,01{ending}")
-    (synthetic_dataset / "labelsTr" / "syn_03.nii.gz").unlink()  # not asked for: a note
+    (
+        synthetic_dataset / "labelsTr" / "syn_03.nii.gz"
+    ).unlink()  # a case that is not evaluated: a note
     words = ["evaluate", f"--data={synthetic_dataset}", "--untrained", "--support=syn_00", "-q"]
     more = ["--organ=liver,spleen, left", "--query=syn,01,syn_02", "--size=32", "--align=body"]
     code, _, err = run(*words, *more, f"--out={tmp_path / 'e'}")

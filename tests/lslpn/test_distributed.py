@@ -245,7 +245,7 @@ def test_compiling_changes_nothing_but_the_time(
 
     def eager(module: nn.Module, **_: object) -> None:
         compiled.append(type(module).__name__)
-        real(module, backend="eager")  # traced as any, but no compiler is waited for
+        real(module, backend="eager")  # traced as with any backend, but without a compiler
 
     monkeypatch.setattr(nn.Module, "compile", eager)
     for name in ("plain", "compiled"):

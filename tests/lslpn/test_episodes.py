@@ -170,7 +170,7 @@ def test_at_most_some_slices_are_kept_where_many_qualify(dataset: Dataset) -> No
             assert set(few.z[few.rows[organ]]) <= set(all_.z[rows])
             assert few.ranges[organ] == all_.ranges[organ]
             sizes.add(kept == 3)
-    assert sizes == {True, False}  # both branches were met
+    assert sizes == {True, False}  # both branches were taken
     for first, second in zip(some._scans[1:], again._scans, strict=True):
         assert np.array_equal(first.z, second.z)  # whichever other cases there are
 
@@ -430,7 +430,7 @@ def test_each_augmentation_happens_half_of_the_time_with_factors_over_the_range(
     same = np.mean([np.array_equal(r, image) for r in results])
     assert same == pytest.approx(1 / 8, abs=0.02)
     middle = np.array([r[2, 2] for r in results])
-    # Contrast leaves the mean; neither gamma nor brightness has happened in a quarter.
+    # Contrast keeps the mean; a quarter have neither gamma nor brightness.
     assert np.mean(np.isclose(middle, 0.25, atol=1e-4)) == pytest.approx(1 / 4, abs=0.03)
     spread = np.array([r[0, 1] - r[0, 0] for r in results])
     contrast = spread[np.isclose(middle, 0.25, atol=1e-4) & ~np.isclose(spread, 0.1)] / 0.1

@@ -489,7 +489,7 @@ def test_support_slices_on_which_an_organ_is_too_small_are_named(squares: Datase
         data = np.asarray(image.dataobj).copy()
         kept = np.argwhere(data[..., 3])
         data[..., 3] = 0
-        data[(*kept[0], 3)] = 1  # one pixel of a window is taken for none
+        data[(*kept[0], 3)] = 1  # a window with one pixel counts as empty
         nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
     grids = [GridSpec(1, 1), GridSpec(1 / 4, 1)]
     model = untrained(ModelConfig(size=32, min_pixels=1, channels=8, weights="random"))

@@ -74,7 +74,7 @@ def test_ct_is_recognised_however_it_is_stored(scan: np.ndarray, situation: str)
     if "voxel" in situation:
         same[len(scan) // 2, 30, 30] = False
     off = np.abs(hu[same] - scan[same]) > (24 if "1000" in situation else 1e-3)
-    assert off.mean() < 1e-3  # what is 0 HU and touches a padding of 0 cannot be told from it
+    assert off.mean() < 1e-3  # of 0 HU, where it touches a padding of 0
     if "padded" in situation:
         assert (hu[:, 0, 0] < -900).all()
 

@@ -237,7 +237,7 @@ def test_arms_are_left_out_even_where_they_touch(ct: Volume) -> None:
     y, x = np.indices(ct.data.shape[1:])
     for column in (4, 59):  # the body runs from column 6 to 57
         with_arms[:, (y - 27) ** 2 + (x - column) ** 2 <= 20] = 40
-    assert (with_arms[:, 27, :9] > 0).all()  # they do touch
+    assert (with_arms[:, 27, :9] > 0).all()  # the arms do touch the body
     assert np.abs(body_boxes(_with(ct, with_arms)) - body_boxes(ct)).max() <= 1
 
 
@@ -263,11 +263,11 @@ def test_whole_slice_where_no_body_stands_out(ct: Volume) -> None:
     whole = (0, 56, 0, 64)
     noise = np.random.default_rng(0).normal(100, 10, ct.data.shape)
     y0, y1, x0, x1 = _bounds(body_boxes(_with(ct, noise)))
-    assert (y1 - y0) * (x1 - x0) > 0.85 * 56 * 64  # ragged at the edges, no more
+    assert (y1 - y0) * (x1 - x0) > 0.85 * 56 * 64  # only the edges differ
     speck = np.full(ct.data.shape, -1000.0)
     speck[:, 20:24, 20:24] = 50
     assert _bounds(body_boxes(_with(ct, speck))) == whole
-    head_close_up = ct.data[:, 25:35, 25:40]  # tissue all over
+    head_close_up = ct.data[:, 25:35, 25:40]  # tissue everywhere
     assert _bounds(body_boxes(_with(ct, head_close_up))) == (0, 10, 0, 15)
 
 
@@ -294,7 +294,7 @@ def test_body_boxes_of_the_demo_scans() -> None:
 
 def test_body_boxes_of_sabs(shared_path: Callable[[str], Path]) -> None:
     data = Dataset.open(shared_path("data/Dataset101_SABS"))
-    # A slice, the first row of the body and the last before the table, read off by eye.
+    # A slice, the first row of the body and the last before the table, measured by hand.
     for case, z, top, bottom in (("sabs_00", 84, 40, 226), ("sabs_15", 64, 35, 207)):
         image, labels = data.load(case)
         boxes = body_boxes(image)

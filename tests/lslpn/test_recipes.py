@@ -513,7 +513,7 @@ def test_totalsegmentator(tmp_path: Path, run: Run) -> None:
     for k, organ in enumerate(totalsegmentator.ABDOMEN):
         assert (labels[at(k)] == data.labels[organ]).all()
     assert np.count_nonzero(labels) == 3 * 13
-    # A folder above the cases will do; organs get values in the order given.
+    # A folder above the cases is accepted; organs get values in the order given.
     words = ("--organ", "iliopsoas_left", "--organ", "liver", "--cases", "s0002")
     assert run("totalsegmentator", tmp_path, tmp_path.parent / f"{tmp_path.name}_e", *words)[0] == 0
     data = Dataset.open(tmp_path.parent / f"{tmp_path.name}_e")
@@ -564,7 +564,7 @@ def test_everything_wrong_with_totalsegmentator_is_listed_at_once(tmp_path: Path
     assert len(err) == 7 + 13
     options = {"allow_missing": True, "cases": ["s0001"], "progress": False}
     outcome = prepare_corpus("totalsegmentator", source, tmp_path / "e", **options)
-    assert outcome.complete  # what belongs to no case is no matter when cases are named
+    assert outcome.complete  # problems of no case are ignored when cases are named
     assert outcome.done == ("s0001",)
     assert outcome.problems == ()
 
@@ -599,7 +599,7 @@ def dicom(path: Path, k: int, pixels: np.ndarray, **changes: Any) -> None:
         meta.MediaStorageSOPClassUID,
         meta.MediaStorageSOPInstanceUID,
     )
-    data.SeriesInstanceUID = generate_uid()  # one of its own, as in the corpus
+    data.SeriesInstanceUID = generate_uid()  # a different one for each file, as in the corpus
     data.Modality = "MR"
     data.Rows, data.Columns = pixels.shape
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"

@@ -82,7 +82,7 @@ def test_contrast_is_that_of_an_organ_to_its_surroundings() -> None:
     frame = Frame(doubled, size, *[cast(Any, None)] * 6)
     found = torch.zeros(SHAPE, dtype=torch.int64)
     found[torch.from_numpy(organ)], found[torch.from_numpy(other)] = 1, 2
-    found[20:22, 2:10, 2:10] = 4  # nothing but noise, as around it
+    found[20:22, 2:10, 2:10] = 4  # only noise, as around it
     clear, faint, absent, none = contrast(frame, found, 4).tolist()
     assert 0.8 < clear < 1
     assert 0.05 < faint < 0.7 * clear

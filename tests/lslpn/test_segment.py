@@ -219,7 +219,7 @@ def test_nibabel_images_give_the_same_result_as_their_files(
 
     monkeypatch.setattr(lslpn.segmentation.segment, "segment_matched", found)
     image, drawn, scan = (nib.load(volume.path) for volume in (*support, query[0]))
-    scan.header["cal_max"] = 400  # how a scan is to be shown
+    scan.header["cal_max"] = 400  # the display range of a scan
     labels = segment(model, [(image, drawn)], scan)
     assert isinstance(labels, nib.Nifti1Image)
     truth = nib.load(query[1].path)

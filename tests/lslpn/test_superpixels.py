@@ -65,7 +65,7 @@ def test_regions_are_the_grey_values_within_the_body() -> None:
         others = inner & ~np.isclose(image, value)
         assert there[0] not in np.unique(found[others])
     assert (found[image == 0] == 0).all()
-    assert (found[:8, :8] == 0).all()  # the speck is no part of the body
+    assert (found[:8, :8] == 0).all()  # the bright spot is not part of the body
     assert sorted(np.unique(found)) == list(range(found.max() + 1))
 
 
@@ -128,7 +128,7 @@ def test_an_episode_is_several_views_of_one_region(dataset: Dataset) -> None:
         assert max(support.max(), query.max()) / min(support.min(), query.min()) < 2.5
         assert not torch.equal(batch.support_images[b, 0], batch.support_images[b, 1])
     again = episodes(dataset, shots=2, queries=3, batch=4)
-    again.batch(3)  # what was drawn before makes no difference
+    again.batch(3)  # a batch does not depend on those before it
     for one, other in zip(batch, again.batch(7), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(batch.query_images, source.batch(8).query_images)

@@ -347,7 +347,7 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
         elif "DISPLAY" not in os.environ:
             pytest.skip("Firefox draws no WebGL without a display; try xvfb-run pytest")
         else:
-            try:  # as its makers ship it, by WebDriver BiDi
+            try:  # an unpatched one, by WebDriver BiDi
                 started = driver.firefox.launch(
                     executable_path=program, channel="moz-firefox", headless=False
                 )
@@ -369,9 +369,9 @@ class Tab:
     def __init__(
         self, browser: Any, file: Path, mark: str | None = "body[data-ready]", before: str = ""
     ) -> None:
-        self.own = [file.as_uri()]  # what it asks for
+        self.own = [file.as_uri()]  # its requests
         if firefox(browser):
-            self.own = []  # is not told of files
+            self.own = []  # reports no requests of files
             # The policy of the page forbids what Playwright does to inspect it.
             policy = r"(<|&lt;)meta http-equiv=\S*Content-Security-Policy.*"
             file.write_text(re.sub(policy, "", file.read_text("utf-8")), "utf-8")

@@ -414,7 +414,7 @@ def test_a_singular_sform_beside_a_good_qform(tmp_path: Path) -> None:
     volume = _noted(path, "sform is singular", "qform is used")
     np.testing.assert_allclose(volume.grid.affine, _GOOD, atol=1e-5)
     write_labels(tmp_path / "b.nii", np.ones(volume.data.shape, np.uint8), volume)
-    ours = nib.load(tmp_path / "b.nii")  # usable by all, with the qform as it was
+    ours = nib.load(tmp_path / "b.nii")  # usable by every reader, with the qform unchanged
     np.testing.assert_allclose(ours.affine, _GOOD, atol=1e-5)
     assert int(ours.header["qform_code"]) == 1
 

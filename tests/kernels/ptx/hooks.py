@@ -1,5 +1,5 @@
 """Where the backends of lslpn_kernels are made to launch their kernels in the machine, on tensors
-of the CPU. All that this package knows of them stands here."""
+of the CPU. Nothing else in this package depends on them."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class Kernel:
             parameters: as the PTX lays them out.
 
         Raises:
-            ExecutionError: it did what it must not do.
+            ExecutionError: it broke a rule of the machine.
         """
         program = self.program
         if len(parameters) != program.parameters:
@@ -169,7 +169,7 @@ def _pointer(numbers: array[int]) -> ctypes.c_void_p:
     return ctypes.c_void_p(numbers.buffer_info()[0])
 
 
-LAUNCHES: list[Launch] = []  # that were made since somebody cleared the list
+LAUNCHES: list[Launch] = []  # since the list was last cleared
 
 
 def name_memory(begin: int, size: int) -> None:

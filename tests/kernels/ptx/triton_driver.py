@@ -102,7 +102,7 @@ def active(arch: int, name_tensor: Callable[[Any], None]) -> Iterator[None]:
 
     Args:
         arch: compute capability to compile for, 90 for 9.0.
-        name_tensor: says that kernels may touch a tensor.
+        name_tensor: allows kernels to access a tensor.
     """
     from triton import knobs
     from triton.backends.nvidia.compiler import CUDABackend
