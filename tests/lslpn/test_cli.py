@@ -741,6 +741,8 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_half_written(
         "--untrained",
         "--support=syn_00",
         "--organ=liver",
+        "--protocol=adnet",  # one slice is encoded before the bar appears
+        "--batch=1",
         "--size=512",
         f"--out={tmp_path / 'out'}",
     )
