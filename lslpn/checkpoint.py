@@ -21,14 +21,7 @@ import torch
 from .assets import trained_weights
 from .config import Config
 from .errors import InputError
-from .files import (
-    first_unusable,
-    is_file,
-    load_safetensors,
-    load_tensors,
-    look_up,
-    write_bytes,
-)
+from .files import first_unusable, is_file, load_safetensors, load_tensors, look_up, write_bytes
 from .models import METHODS, FewShotNetwork, build
 
 FILE_NAME = "checkpoint.pt"
@@ -38,31 +31,18 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds.
-
-    Attributes:
-        config: the run's configuration.
-        step: gradient steps done.
-        model: the network's state dict.
-        optimizer: the optimizer's state dict, for going on.
-        data: what it was trained on: "dataset", "cases", "organs", "hold_out", "checksum".
-        versions: of lslpn's dependencies, for the record.
-    """
+    """What a checkpoint file holds."""
 
     config: Config
-    step: int
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
-    data: dict[str, Any]
-    versions: dict[str, str]
+    step: int  # gradient steps done
+    model: dict[str, Any]  # state dict of the network
+    optimizer: dict[str, Any]  # and of the optimizer, to resume
+    data: dict[str, Any]  # "dataset", "cases", "organs", "hold_out", "checksum" of the training
+    versions: dict[str, str]  # of lslpn's dependencies, for the record
 
 
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint, whole or not at all.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
+    """Writes a checkpoint, whole or not at all; raises as `files.write_bytes`."""
     content = {
         **vars(checkpoint),
         "config": checkpoint.config.to_dict(),
@@ -118,11 +98,7 @@ def pretrained() -> FewShotNetwork:
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that `path`, a RUN folder or the file itself, stands for.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The checkpoint file that `path`, a RUN folder or the file itself, stands for."""
     given = Path(path)
     if is_file(given):
         return given
@@ -193,21 +169,10 @@ def _checked(content: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def load_weights(
+def check_weights(
     model: FewShotNetwork, checkpoint: Checkpoint, name: str | os.PathLike[str]
 ) -> None:
-    """Fills `model` from `checkpoint`, strictly; `name` is for the message.
-
-    Raises:
-        InputError: it is of another architecture, or holds values that are not finite.
-    """
-    _check_weights(model, checkpoint, name)
-    model.load_state_dict(checkpoint.model)
-
-
-def _check_weights(
-    model: FewShotNetwork, checkpoint: Checkpoint, name: str | os.PathLike[str]
-) -> None:
+    """Refuse weights of another architecture, or that are not finite; `name` is for the message."""
     own, given = model.state_dict(), checkpoint.model
     if unusable := first_unusable(given):
         raise InputError(
@@ -235,7 +200,7 @@ def load_model(
     The network's and its input's configuration come from the file: `model.config`.
 
     Raises:
-        InputError: as `load_checkpoint` and `load_weights`.
+        InputError: as `load_checkpoint`; weights of another architecture, or not finite.
     """
     if str(path).endswith(".safetensors"):
         return _load_weights_file(Path(path)).to(device)
@@ -243,11 +208,7 @@ def load_model(
 
 
 def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNetwork:
-    """The network of a checkpoint, on the CPU and in evaluation mode; `name` is for messages.
-
-    Raises:
-        InputError: as `load_weights`.
-    """
+    """The network of a checkpoint, on the CPU and in evaluation mode; as `check_weights`."""
     # The trunk's first weights are overwritten anyway, and their file may be gone.
     config = dataclasses.replace(checkpoint.config.model, weights="random")
     # First without memory: the configuration may ask for more of it than there is.
@@ -259,9 +220,9 @@ def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNet
             f"{name}: no network can be built from its configuration "
             f"({str(error).splitlines()[0]}); use the file as it was written"
         ) from error
-    _check_weights(shapes, checkpoint, name)
+    check_weights(shapes, checkpoint, name)
     with torch.random.fork_rng(devices=[]):
         model = build(config)
-    load_weights(model, checkpoint, name)
+    model.load_state_dict(checkpoint.model)
     model.config = checkpoint.config.model
     return model.eval()

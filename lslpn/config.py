@@ -100,12 +100,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        require(
-            self.normalise != "window" or self.window is not None,
-            "window",
-            "given when normalise is 'window'",
-            self.window,
-        )
+        given = self.normalise != "window" or self.window is not None
+        require(given, self, "window", "given when normalise is 'window'")
 
 
 @dataclass(frozen=True)
@@ -185,30 +181,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        require(
-            self.batch % self.accumulate == 0,
-            "accumulate",
-            f"a divisor of batch ({self.batch})",
-            self.accumulate,
-        )
-        require(
-            self.supervision == "labels" or self.ways == 1,
-            "ways",
-            "1 with superpixels, one of which is an episode's class",
-            self.ways,
-        )
-        require(
-            0 < self.augment_low <= self.augment_high,
-            "augment_low",
-            f"positive and at most augment_high ({self.augment_high})",
-            self.augment_low,
-        )
-        require(
-            not 0 <= self.ignore_index <= self.ways,
-            "ignore_index",
-            f"another value than the labels of the classes, 0 to {self.ways}",
-            self.ignore_index,
-        )
+        divides = self.batch % self.accumulate == 0
+        require(divides, self, "accumulate", f"a divisor of batch ({self.batch})")
+        one_way = self.supervision == "labels" or self.ways == 1
+        require(one_way, self, "ways", "1 with superpixels, one of which is an episode's class")
+        rising = 0 < self.augment_low <= self.augment_high
+        expected = f"positive and at most augment_high ({self.augment_high})"
+        require(rising, self, "augment_low", expected)
+        expected = f"another value than the labels of the classes, 0 to {self.ways}"
+        require(not 0 <= self.ignore_index <= self.ways, self, "ignore_index", expected)
 
 
 @dataclass(frozen=True)
@@ -221,14 +202,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        one_shot = self.train.ways == self.train.shots == 1
-        require(
-            one_shot or self.model.method != "senet",
-            "method",
-            f"another than 'senet', which is for 1 way and 1 shot, with {self.train.ways} ways and "
-            f"{self.train.shots} shots",
-            self.model.method,
-        )
+        ways, shots = self.train.ways, self.train.shots
+        expected = "another than 'senet', which is for 1 way and 1 shot, with "
+        expected += f"{ways} ways and {shots} shots"
+        fits = self.model.method != "senet" or ways == shots == 1
+        require(fits, self.model, "method", expected)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings, ready for JSON."""

@@ -37,17 +37,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Segment demo scan B by demo scan A and write the result.
 
-    Writes into the folder `out`, each file whole or not at all:
-
-    - prediction.nii.gz: the labels, in B's own grid;
-    - overlay.png: support, ground truth and prediction side by side;
-    - report.json: what this function returns;
-    - result.html: a page that shows all of it in any browser, see `lslpn.viewer`.
-
-    Args:
-        out: a folder, created where it does not exist.
-        device: of the network.
-        progress: show progress bars on stderr.
+    Writes into the folder `out`, each file whole or not at all: prediction.nii.gz, the labels in
+    B's own grid; overlay.png, support, ground truth and prediction side by side; report.json, what
+    this function returns; result.html, a page that shows all of it, see `lslpn.viewer`.
 
     Returns:
         dice: organ to its 3-D Dice, for the organs in B's labels, the largest first;

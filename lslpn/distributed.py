@@ -26,19 +26,14 @@ _PATIENCE = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together.
+    """The processes that work together."""
 
-    Attributes:
-        rank: this one's number, from 0; number 0 writes the files and shows progress.
-        size: how many there are.
-    """
-
-    rank: int = 0
+    rank: int = 0  # this one's number
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes the files and shows progress."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
@@ -67,11 +62,7 @@ class World:
         return held[0]
 
     def agree(self, value: Any, what: str) -> None:
-        """Check that all processes hold an equal value.
-
-        Raises:
-            InputError: they do not.
-        """
+        """Refuse values that are not equal in all processes."""
         if self.size == 1:
             return
         import torch.distributed as dist
@@ -108,12 +99,8 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     Within, only the first process gives warnings. Where one fails the others end as well, and
     only the one that failed first raises its error: the others leave with SystemExit.
 
-    Args:
-        device: "auto", "cpu" or "cuda[:N]".
-        environment: where torchrun says who is who.
-
     Yields:
-        the device of this process.
+        the device of this process, of "auto", "cpu" or "cuda[:N]".
 
     Raises:
         InputError: a GPU was named by number, or there are fewer GPUs than processes.

@@ -127,11 +127,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write `data` to `path`, whole or not at all.
-
-    Raises:
-        InputError: the folder cannot be made or written to, or the disk refuses.
-    """
+    """Write `data` to `path`, whole or not at all; raises as `replacing` does."""
     with replacing(path) as aside:
         aside.write_bytes(data)
 
@@ -147,11 +143,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
-    """Append `text` as UTF-8 to `path`; a kill may cut it, so a reader must leave out what is cut.
-
-    Raises:
-        InputError: the disk refuses.
-    """
+    """Append `text` as UTF-8 to `path`; a kill may cut it, so readers leave out what is cut."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
@@ -160,13 +152,7 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Find out that `path` cannot be written before the work is done, not after it.
-
-    Makes the folder of `path` if need be, and leaves nothing else behind.
-
-    Raises:
-        InputError: as `write_bytes` would.
-    """
+    """Raise what `write_bytes` would, before the work is done; makes the folder of `path`."""
     target = Path(path)
     try:
         _beside(target).unlink()
@@ -232,11 +218,7 @@ def load_tensors(path: str | os.PathLike[str], expected: str) -> Any:
 
 
 def load_safetensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata; as `load_tensors`.
-
-    Raises:
-        InputError: the file is missing, damaged or something else.
-    """
+    """The tensors of a safetensors file, on the CPU, and its metadata; as `load_tensors`."""
     from safetensors import SafetensorError, safe_open
 
     if not is_file(path):
@@ -249,11 +231,8 @@ def load_safetensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[st
 
 
 def first_unusable(state: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first tensor of a state dict that no network can compute with.
-
-    Returns:
-        such as "conv1.weight holds values that are not finite", or None where all can be used.
-    """
+    """The first tensor of a state dict that no network can compute with, and what is wrong with it;
+    None where all can be used."""
     import torch
 
     for name, value in state.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,14 +49,7 @@ def commit() -> str | None:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, processor, GPUs and backends, ready for JSON.
-
-    Returns:
-        ``versions`` (package to version), ``platform``, ``cpu`` (name, usable cores, torch's
-        threads), ``gpus`` (name, memory in GiB, compute capability; empty without), ``cuda``
-        (the version torch was built with, or None) and ``backends`` (name to usable, devices,
-        and the reason where it is not usable).
-    """
+    """Versions, processor, GPUs and backends, ready for JSON."""
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -75,12 +70,8 @@ def report(facts: dict[str, Any]) -> str:
         f"{g['name']}, {g['memory_gib']:.0f} GiB, compute capability {g['capability']}"
         for g in facts["gpus"]
     ]
-    if not gpus:
-        gpus = [
-            "none: this torch is built without CUDA"
-            if facts["cuda"] is None
-            else "none: torch finds no usable GPU"
-        ]
+    why = "this torch is built without CUDA" if not facts["cuda"] else "torch finds no usable GPU"
+    gpus = gpus or [f"none: {why}"]
     lines = [*facts["versions"].items(), ("platform", facts["platform"])]
     lines.append(("processor", f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']}"))
     if facts["cuda"] is not None:
@@ -107,27 +98,22 @@ def _cores() -> int:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            for line in stream:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+        if match := re.search(r"^model name\s*:\s*(.+)", text, re.MULTILINE):
+            return match[1].strip()
     return platform.processor() or platform.machine()
 
 
 def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "name": device.name,
-                "memory_gib": device.total_memory / 2**30,
-                "capability": f"{device.major}.{device.minor}",
-            }
-        )
-    return found
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": device.name,
+            "memory_gib": device.total_memory / 2**30,
+            "capability": f"{device.major}.{device.minor}",
+        }
+        for device in devices
+    ]

@@ -24,9 +24,10 @@ def at_least(low: int, what: str = "{} or more") -> Rule:
     return Rule(what.format(low), lambda value: value >= low)
 
 
-def require(ok: bool, name: str, expected: str, given: object) -> None:
+def require(ok: bool, config: object, name: str, expected: str) -> None:
     """Raise InputError unless `ok`."""
     if not ok:
+        given = getattr(config, name)
         raise InputError(f"The option {name} must be {expected}; {given!r} was given.")
 
 
@@ -56,10 +57,10 @@ def check(config: Any) -> None:
         if rules:
             kind = kind.__origin__
         if typing.get_origin(kind) is Literal:
-            require(value in typing.get_args(kind), name, _words(kind), value)
+            require(value in typing.get_args(kind), config, name, _words(kind))
         for rule in rules:
             optional = value is None and type(None) in typing.get_args(kind)
-            require(optional or rule.holds(value), name, rule.expected, value)
+            require(optional or rule.holds(value), config, name, rule.expected)
 
 
 def known(given: Mapping[str, Any], names: set[str], what: str) -> None:

@@ -127,12 +127,8 @@ def load_optimizer(optimizer: torch.optim.SGD, before: Checkpoint, file: Path) -
 
 
 def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
-    """What the log of a run adds up to.
-
-    Returns:
-        seconds of all its steps, and how many of them it waited for its batches, which is the
-        share of reading and host work that training did not hide; None without a readable log.
-    """
+    """Seconds of all steps of a run by its log, and how many of them it waited for its batches;
+    None without a readable log."""
     total, waited, before = 0.0, 0.0, 0
     for line in _whole_lines(Path(folder) / "log.csv"):
         step, _, _, seconds, waiting = (float(value) for value in line.split(","))

@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .checkpoint import FILE_NAME, Checkpoint, load_weights, save_checkpoint
+from .checkpoint import FILE_NAME, Checkpoint, check_weights, save_checkpoint
 from .config import Config, TrainConfig
 from .data.dataset import Dataset
 from .data.episodes import Batch, Episodes
@@ -102,7 +102,8 @@ def train(
         model = untrained(config, seed=options.seed) if model is None else model
         if before is not None:
             check_same_data(file, before.data, data)
-            load_weights(model, before, file)
+            check_weights(model, before, file)
+            model.load_state_dict(before.model)
         model.amp = options.amp
         if not options.channels_last:
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -122,13 +123,8 @@ def train(
         log = None
         if processes.first:
             log = Log(folder / "log.csv", first)
-            record = {
-                "config": config.to_dict(),
-                "data": data,
-                "processes": processes.size,
-                "versions": versions(),
-            }
-            write_json(folder / "config.json", record)
+            record = {"config": config.to_dict(), "data": data, "processes": processes.size}
+            write_json(folder / "config.json", {**record, "versions": versions()})
 
         def make(step: int) -> Batch:
             batch = episodes.batch(step, processes.share(options.batch))
@@ -138,15 +134,8 @@ def train(
         stack.enter_context(contextlib.closing(batches))
         # Dropout draws from torch's own generator; leave the caller's as it was.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        bar = stack.enter_context(
-            tqdm(
-                total=options.steps,
-                initial=first,
-                desc="training",
-                unit="step",
-                disable=not progress,
-            )
-        )
+        shown = {"total": options.steps, "initial": first, "disable": not progress}
+        bar = stack.enter_context(tqdm(desc="training", unit="step", **shown))
         pending: list[Tensor] = []
         since, waited = time.perf_counter(), 0.0
         for step in range(first, options.steps):
@@ -247,20 +236,14 @@ def train_step(
     options: TrainConfig,
     parallel: DistributedDataParallel | None = None,
 ) -> Tensor:
-    """One gradient step over a batch.
+    """One gradient step over a batch: this process's part, on the network's device.
 
     The loss is the mean over the pixels with a label of the whole batch, in however many parts and
-    processes it is computed; a method whose loss is another mean is weighted likewise.
-
-    Args:
-        model: the network.
-        optimizer: of its parameters.
-        batch: of this process, on the network's device.
-        options: of the run.
-        parallel: the network in the midst of several processes.
+    processes it is computed; a method whose loss is another mean is weighted likewise. `parallel`
+    wraps the network where there are several processes.
 
     Returns:
-        the loss, a scalar that is still on the device; of several processes, this one's part in
+        the loss, a scalar that is still on the device; of several processes, this one's part of
         the sum.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -273,8 +256,8 @@ def train_step(
     for number, part in enumerate(parts, 1):
         weight = (part.query_labels != options.ignore_index).sum() / whole
         # Gradients are summed up here and exchanged once, with the last part.
-        waits = parallel is not None and number < len(parts)
-        with parallel.no_sync() if waits and parallel is not None else contextlib.nullcontext():
+        last = number == len(parts)
+        with contextlib.nullcontext() if parallel is None or last else parallel.no_sync():
             loss = compute(part) * weight
             # DistributedDataParallel takes the mean over the processes.
             (loss * processes.size).backward()
@@ -288,14 +271,12 @@ def make_optimizer(model: FewShotNetwork, options: TrainConfig) -> torch.optim.S
     fresh = model.fresh_parameters()
     mine = {id(p) for p in fresh}
     trunk = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
+    groups = [
+        {"params": trunk, "factor": 1.0},
+        {"params": fresh, "factor": options.reduction_lr_factor},
+    ]
     return torch.optim.SGD(
-        [
-            {"params": trunk, "factor": 1.0},
-            {"params": fresh, "factor": options.reduction_lr_factor},
-        ],
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
+        groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
 
 

@@ -1,4 +1,4 @@
-"""What is packed, what is declared, and what happens where something to build with is missing."""
+"""Packages and their declarations, and builds without a compiler or other tools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytest.importorskip("setuptools", reason="builds with setuptools")
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """The package without anything built."""
+    """The package without compiled backends."""
     for name in ("csrc", "lslpn_kernels"):
         skipped = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=skipped)
@@ -48,7 +48,7 @@ def build(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def status(sources: Path) -> str:
-    # An editable installation would lend these sources the module that it has built.
+    # An editable installation would provide the module that it has built.
     program = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
@@ -87,7 +87,7 @@ def test_required_backends_fail_the_install(sources: Path) -> None:
     assert "LSLPN_REQUIRE must name cpu or cuda, got tpu" in done.stderr
 
 
-def test_what_was_never_built_says_so(sources: Path) -> None:
+def test_a_backend_that_was_not_built_says_so(sources: Path) -> None:
     assert "run `pip install .`" in status(sources)
 
 
@@ -119,7 +119,7 @@ def pack(sources: Path, kind: str, **environment: str) -> Path:
     return sources / "dist" / done.stdout.split()[-1]
 
 
-def test_a_wheel_from_the_sdist_is_whole(tmp_path: Path) -> None:
+def test_a_wheel_from_the_sdist_is_complete(tmp_path: Path) -> None:
     files = tracked()
     pytest.importorskip("setuptools", minversion="77", reason="of licence files in pyproject.toml")
     pytest.importorskip("pybind11")
@@ -130,7 +130,7 @@ def test_a_wheel_from_the_sdist_is_whole(tmp_path: Path) -> None:
     for name in files:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
-    # What an earlier build leaves in a checkout is not part of the sources.
+    # Files of an earlier build in a checkout are not part of the sources.
     (checkout / "lslpn_kernels" / "_build.json").write_text("{}")
     (checkout / "lslpn_kernels" / "_native.so").touch()
     with tarfile.open(pack(checkout, "sdist")) as sdist:
@@ -166,7 +166,7 @@ def test_a_wheel_from_the_sdist_is_whole(tmp_path: Path) -> None:
     assert status(tmp_path / "wheel") == "usable on cpu"
 
 
-def test_packages_tell_their_version_and_carry_their_types() -> None:
+def test_packages_have_a_version_and_types() -> None:
     assert lslpn.__version__ == lslpn_kernels.__version__ == version("lslpn")
     with pytest.raises(AttributeError, match="has no attribute 'version'"):
         _ = lslpn.version  # type: ignore[attr-defined]
@@ -252,7 +252,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     }
     build = {normalised(r) for r in settings["build-system"]["requires"]}
 
-    # torch brings Triton, and all but the Triton backend does without.
+    # torch brings Triton, which only the Triton backend needs.
     assert imported("lslpn_kernels") == {"torch", "triton"}
     optional = set().union(*(extras[name] for name in extras.keys() - {"test", "docs", "dev"}))
     assert imported("lslpn", "lslpn_kernels") - {"triton"} == always | optional
@@ -261,6 +261,6 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     used = imported("tests")
     assert used <= always | extras["test"]
     # ninja is run by setup.py, and the optional packages are needed where the tests call lslpn.
-    # Triton and the browser's driver are looked at by their names; pytest-xdist is pytest's -n.
+    # Triton and Playwright are found by name; pytest-xdist is pytest's -n.
     by_name = {"triton", "playwright", "pytest-xdist"}
     assert extras["test"] <= used | build | optional | by_name

@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show is what the code does."""
+"""The README and the pages of docs/ agree with the code."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_kernels_are_equivalent_to_the_code_shown() -> None:
 
 @pytest.fixture
 def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with the files that pages name, and a small network for the one that ships."""
+    """A folder with the files that pages name; a small network replaces the shipped one."""
     monkeypatch.chdir(tmp_path)
     affine = np.diag([-6.0, -6.0, 2.0, 1.0])  # too flat to be registered, which takes longer
     z, y, x = np.indices((18, 32, 32))
@@ -69,7 +69,7 @@ def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, name in enumerate("AB"):
         body = ((y - 16) / 12) ** 2 + ((x - 16) / 14) ** 2 < 1
         organ = ((z - 8) / 6) ** 2 + ((y - 15) / 7) ** 2 + ((x - 11 - i) / 6) ** 2 < 1
-        image = np.where(organ, 120.0, np.where(body, 30.0, -1000.0)) + x  # no two columns alike
+        image = np.where(organ, 120.0, np.where(body, 30.0, -1000.0)) + x  # no equal columns
         files = (f"{name}.nii.gz", image.T), (f"{name}_mask.nii.gz", organ.T.astype(np.uint8))
         for file, data in files:
             nib.save(nib.Nifti1Image(data, affine), file)
@@ -82,7 +82,7 @@ def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)])
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of a network that has learned nothing
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of an untrained network
 def test_the_python_of_a_page_runs(page: str, scans: None) -> None:
     """Each block by itself, with a head and tensors of the names and shapes that the pages give."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The examples run as they are, and learn what they are meant to."""
+"""The examples run as they are, and their loss falls."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_the_loss_falls(name: str, options: dict[str, str]) -> None:
     assert losses[-1] < losses[0] / 2
 
 
-def test_an_encoder_and_arrays_of_ones_own_segment() -> None:
+def test_a_custom_encoder_segments_arrays() -> None:
     torch.manual_seed(0)
     assert importlib.import_module("own_encoder").main() > 0.7
 
 
 def run_notebook(name: str) -> dict[str, object]:
-    """What the code cells define; Jupyter is not needed."""
+    """The names that the code cells define; Jupyter is not needed."""
     names: dict[str, object] = {}
     for cell in json.loads((EXAMPLES / name).read_text())["cells"]:
         if cell["cell_type"] == "code":
@@ -72,7 +72,7 @@ def test_the_notebook_of_the_viewer_runs_in_jupyter() -> None:
     nbclient = importlib.import_module("nbclient")
     nbformat = importlib.import_module("nbformat")
     notebook = nbformat.read(EXAMPLES / "view.ipynb", as_version=4)
-    # The kernel tells what this process cannot look at.
+    # The check runs in the kernel, whose objects this process cannot inspect.
     check = f"{inspect.getsource(check_view)}\ncheck_view(shown)"
     notebook.cells.append(nbformat.v4.new_code_cell("from lslpn.viewer import View\n" + check))
     at = {"metadata": {"path": str(EXAMPLES)}}

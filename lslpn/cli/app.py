@@ -72,14 +72,9 @@ for _function in (demo, sharing(Network, segment), view, train, sharing(Network,
 app.add_typer(prepare_app, name="prepare")
 app.add_typer(experiment_app, name="experiment")
 
-# --- the way out ----------------------------------------------------------------------------
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the words after `lslpn`; default: those of the process.
+    """Run the command line: the words after `lslpn`, by default those of the process.
 
     Returns:
         the exit code: 0, 1, 2 or 130 as the module's docstring has them.
@@ -104,43 +99,34 @@ def _run(words: list[str], debug: bool) -> int:
         return code if isinstance(code, int) else 0
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else 1
-    except (KeyboardInterrupt, InterruptedByUserError, typer.Abort):
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        say("interrupted; nothing was left half-written")
-        return 130
-    except InputError as error:
-        if debug:
-            traceback.print_exc()
-        say(f"error: {error}")
-        return 2
-    except OSError as error:
+        code, message = _explained(error)
+        if code == 1 and not debug:
+            message += "; --debug shows where it happened"
+        if message:
+            say(message)
+        return code
+
+
+def _explained(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and the line that says what it is."""
+    if isinstance(error, (KeyboardInterrupt, InterruptedByUserError, typer.Abort)):
+        return 130, "interrupted; nothing was left half-written"
+    if isinstance(error, InputError):
+        return 2, f"error: {error}"
+    if isinstance(error, OSError) and error.filename is not None:
         # A path that the system does not take or give, wherever it was first used.
-        if error.filename is None:
-            return _unforeseen(error, debug)
-        if debug:
-            traceback.print_exc()
-        say(
+        return 2, (
             f"error: {error.filename}: cannot be used ({error.strerror or error}); check the path "
             "and whether you may read and write there"
         )
-        return 2
-    except Exception as error:
-        # Wrong options: typer has carried two classes of this name, so it is known by its shape.
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            context = getattr(error, "ctx", None)
-            path = context.command_path if context is not None else "lslpn"
-            # A group of commands without one has printed its help, and has nothing to add.
-            if message := error.format_message().rstrip("."):
-                say(f"error: {message}; see `{path} --help`")
-            return 2
-        return _unforeseen(error, debug)
-
-
-def _unforeseen(error: Exception, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-        say(f"error: {type(error).__name__}: {error}")
-    else:
-        say(f"error: {type(error).__name__}: {error}; --debug shows where it happened")
-    return 1
+    # Wrong options: typer has had two classes of this name, so it is known by its attributes.
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "lslpn"
+        # A group of commands without one has printed its help, and has nothing to add.
+        message = error.format_message().rstrip(".")
+        return 2, f"error: {message}; see `{path} --help`" if message else ""
+    return 1, f"error: {type(error).__name__}: {error}"

@@ -116,20 +116,13 @@ def evaluate(
     check_new(result, force)
 
     from ..data.dataset import Dataset
-
-    dataset = Dataset.open(data)
-    dataset.check_case(support)
-    wanted, asked = split(organ, dataset.organs), split(query, dataset.cases)
-    for name in wanted:
-        dataset.label_of(name)
-    for name in asked:
-        dataset.check_case(name)
-
     from ..evaluation.results import save, summary
     from ..evaluation.scoring import evaluate_grids
     from ..viewer import view
     from ..viewer.evaluation import write_evaluation
 
+    dataset = Dataset.open(data)
+    wanted, asked = split(organ, dataset.organs), split(query, dataset.cases)
     model, trained = given.load(untrained=untrained, method=method)
     grids = _grids(scale, spacing, model)
     organs, queries = _choices(trained, dataset, support, wanted, asked)

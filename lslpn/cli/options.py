@@ -79,11 +79,11 @@ def in_options(message: str, function: Callable[..., None], values: Sequence[obj
     }
 
     def option(match: re.Match[str]) -> str:
+        if match[1] in map(str, values):  # a file, called as an option is
+            return match[0]
         name = match[1] or match[2]
         names = _OPTIONS.get(name, (f"--{name.replace('_', '-')}",))
-        # A file may be called as an option is.
-        found = [] if match[1] in map(str, values) else [one for one in names if one in own]
-        return found[0] if found else match[0]
+        return next((one for one in names if one in own), match[0])
 
     return re.sub(r"^(\w+)(?=: )|`(\w+)(?:=\w+)?`", option, message)
 
@@ -237,20 +237,18 @@ def torch_device(name: str) -> torch.device:
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wrong = InputError(f"--device: expected auto, cpu or cuda[:N], got {name!r}")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise wrong from error
+    except RuntimeError:
+        device = torch.device("meta")  # refused, as every other type
     if device.type not in ("cpu", "cuda"):
-        raise wrong
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise InputError(
-                f"--device: {name} is not there, torch finds {count} GPUs; "
-                "take cpu, or see `lslpn info`"
-            )
+        raise InputError(f"--device: expected auto, cpu or cuda[:N], got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(
+            f"--device: {name} is not there, torch finds {count} GPUs; take cpu, or see `lslpn "
+            "info`"
+        )
     return device
 
 
@@ -300,11 +298,8 @@ class Network:
 
     def __post_init__(self) -> None:
         """Refuse weights that name no network, and what a trained network settles beside it."""
-        describing = [
-            name
-            for name, value in (("--preset", self.preset), ("--seed", self.seed))
-            if value is not None
-        ]
+        options = {"--preset": self.preset, "--seed": self.seed}
+        describing = [name for name, value in options.items() if value is not None]
         if self.checkpoint is not None and describing:
             raise InputError(
                 f"{describing[0]}: a checkpoint has its own; give it without --checkpoint only"
@@ -320,6 +315,10 @@ class Network:
                 "--weights: expected ct, imagenet or a file that ends in .safetensors, got "
                 f"{self.weights}"
             )
+
+    @property
+    def _seed(self) -> int:
+        return DEFAULT_SEED if self.seed is None else self.seed
 
     def load(
         self, *, untrained: bool = False, method: Method | None = None
@@ -341,7 +340,7 @@ class Network:
             model = restored(trained, self.checkpoint)
         elif untrained or self.preset is not None or self.seed is not None:
             config = preset(self.preset or "published", method=method or "lslpn")
-            model = models.untrained(config, seed=DEFAULT_SEED if self.seed is None else self.seed)
+            model = models.untrained(config, seed=self._seed)
         else:
             model = trained_network(self.weights or "ct")
         if self.size is not None:
@@ -356,8 +355,7 @@ class Network:
         if self.weights is not None:
             return f"weights {self.weights}"
         which = "" if method is None else f"{method}, "
-        seed = DEFAULT_SEED if self.seed is None else self.seed
-        return f"untrained ({which}{self.preset or 'published'}, seed {seed})"
+        return f"untrained ({which}{self.preset or 'published'}, seed {self._seed})"
 
 
 def trained_network(weights: str) -> FewShotNetwork:

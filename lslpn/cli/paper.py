@@ -234,6 +234,15 @@ def figures(
 
 # --- parts ----------------------------------------------------------------------------------
 
+# Settings that have an option of their own.
+_SET_BY = {
+    "method": "--method",
+    "seed": "--seeds",
+    "organs": "--fold and --classes",
+    "drop_test_slices": "--setting",
+    "supervision": "--classes none (METHOD.supervision is for one method)",
+}
+
 
 @contextmanager
 def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Store]:
@@ -251,28 +260,14 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
             "`torchrun -m lslpn train` and give them with --run"
         )
     dataset = Dataset.open(given.data)
-    changes: dict[str, str] = {}  # of all methods, and of one: METHOD.NAME=VALUE
-    own_changes: dict[str, dict[str, str]] = {}
-    set_by = {
-        "method": "--method",
-        "seed": "--seeds",
-        "organs": "--fold and --classes",
-        "drop_test_slices": "--setting",
-    }
+    changes: dict[str, dict[str, str]] = {"": {}}  # by method; those of all methods by ""
     for key, value in settings_of(given.sets).items():
         method, _, name = key.rpartition(".")
-        if name in set_by:
-            raise InputError(f"--set {name}: is set by {set_by[name]}; use that")
-        (own_changes.setdefault(method, {}) if method else changes)[name] = value
-    if "supervision" in changes:
-        raise InputError(
-            "--set supervision: is set by --classes none; use that, or METHOD.supervision for one "
-            "method alone"
-        )
-    # Scans are trained on as they are tested, unless --set says otherwise.
-    changes = {"align": given.align, **changes}
-    if given.setting == "II":
-        changes["drop_test_slices"] = "true"
+        if name in _SET_BY and not (method and name == "supervision"):
+            raise InputError(f"--set {name}: is set by {_SET_BY[name]}; use that")
+        changes.setdefault(method, {})[name] = value
+    common = {"align": given.align, "drop_test_slices": str(given.setting == "II")}
+    common.update(changes.pop(""))  # scans are trained on as they are tested, unless --set differs
     # Organs whose names hold commas are taken whole, joined ones too.
     known = set(dataset.organs)
     known |= {
@@ -280,7 +275,7 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
     }
     setup = Setup(
         dataset=dataset,
-        config=with_overrides(PRESETS[given.preset], **changes),
+        config=with_overrides(PRESETS[given.preset], **common),
         organ_folds=organ_folds(dataset, split(given.fold, known)),
         subject_folds=subject_folds(
             dataset,
@@ -292,9 +287,9 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
         rule=protocol_of(given.protocol, given.chunks),
         align=given.align,
         batch=given.batch,
-        own=own_changes,
+        own=changes,
     )
-    for method in own_changes:
+    for method in changes:
         setup.config_of(method, 0)  # refuses what is not known
     store = Store(
         given.out,
@@ -313,9 +308,8 @@ def _seeds(given: list[str] | None) -> list[int]:
     from ..paper.plan import DEFAULT_SEEDS
 
     texts = split(given)
-    for text in texts:
-        if not text.isdecimal():
-            raise InputError(f"--seeds: expected whole numbers from 0, got {text!r}")
+    if wrong := next((text for text in texts if not text.isdecimal()), None):
+        raise InputError(f"--seeds: expected whole numbers from 0, got {wrong!r}")
     return [int(text) for text in texts] or list(DEFAULT_SEEDS)
 
 

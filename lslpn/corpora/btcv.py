@@ -97,17 +97,15 @@ def _folders(source: Path) -> tuple[Path, Path]:
 
 
 def _numbered(folder: Path, kind: str, result: Survey) -> dict[int, list[Path]]:
-    def number_of(name: str) -> re.Match[str] | None:
-        return re.match(rf"{kind}(\d{{4}})(?!\d)", name)
+    pattern = re.compile(rf"{kind}(\d{{4}})(?!\d)")
 
     def case_of(name: str) -> str | None:
-        match = number_of(name)
+        match = pattern.match(name)
         return f"btcv_{match[1]}" if match else None
 
     found: dict[int, list[Path]] = {}
     for path, name in result.nifti_files(folder, case_of):
-        match = number_of(name)
-        if match and name == match[0]:
+        if match := pattern.fullmatch(name):
             found.setdefault(int(match[1]), []).append(path)
         else:
             result.problems.misnamed(path, f"{kind}0001.nii.gz", case_of(name))

@@ -42,11 +42,7 @@ _GAP_TOLERANCE = 0.05
 
 
 def survey(source: Path) -> Survey:
-    """Find the 20 cases.
-
-    Raises:
-        InputError: no case at all, or pydicom is not installed.
-    """
+    """Find the 20 cases; raises InputError without any case, or without pydicom."""
     _pydicom()
     root = _root(source)
     result = Survey(source, dict(LABELS))
@@ -56,24 +52,22 @@ def survey(source: Path) -> Survey:
         folder = root / str(number) / "T2SPIR"
         slices, drawings = folder / "DICOM_anon", folder / "Ground"
         if not folder.is_dir() and number not in CASES:
-            result.ignore("cases that are not among the 20, without T2SPIR")
+            result.ignored["cases that are not among the 20, without T2SPIR"] += 1
             continue
         again = "unpack CHAOS_Train_Sets.zip again"
-        found: dict[str, dict[str, Path]] = {"dcm": {}, "png": {}}
-        for kind, where, what in (("dcm", slices, "slices"), ("png", drawings, "drawings")):
-            if where.is_dir():
-                found[kind] = _numbered(where, kind, case, result)
-            if not found[kind]:
-                result.problems.missing(where, f"the {what} of {case}", case, again)
-        if found["dcm"] and found["png"]:
-            for key in sorted(set(found["dcm"]) ^ set(found["png"])):
-                kind, where = ("png", drawings) if key in found["dcm"] else ("dcm", slices)
-                path = where / f"{key}.{kind}"
-                text = f"every slice of {case} has an image and a drawing"
-                result.problems.missing(path, text, case, again)
-        result.cases[case] = functools.partial(
-            _load, case=case, slices=found["dcm"], drawings=found["png"]
+        images, drawn = (
+            _numbered(where, kind, case, result) if where.is_dir() else {}
+            for where, kind in ((slices, "dcm"), (drawings, "png"))
         )
+        if not images:
+            result.problems.missing(slices, f"the slices of {case}", case, again)
+        if not drawn:
+            result.problems.missing(drawings, f"the drawings of {case}", case, again)
+        for key in sorted(set(images) ^ set(drawn)) if images and drawn else ():
+            path = drawings / f"{key}.png" if key in images else slices / f"{key}.dcm"
+            text = f"every slice of {case} has an image and a drawing"
+            result.problems.missing(path, text, case, again)
+        result.cases[case] = functools.partial(_load, case=case, slices=images, drawings=drawn)
     return result
 
 
@@ -106,7 +100,7 @@ def _numbered(folder: Path, kind: str, case: str, result: Survey) -> dict[str, P
         if not result.finished(path, case):
             continue
         if ending.lower() != kind:
-            result.ignore(f"not {kind.upper()}")
+            result.ignored[f"not {kind.upper()}"] += 1
         elif not re.fullmatch(r"IMG-\d+-\d+", name):
             result.problems.misnamed(path, f"IMG-0002-00001.{kind}", case)
         elif name in found:

@@ -30,21 +30,13 @@ REPORT = "prepared.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a recipe ended.
+    """What a conversion gave."""
 
-    Attributes:
-        done: cases in the data set, those of an interrupted earlier run included.
-        left_out: sound cases that show none of the organs, with the reason.
-        problems: all that is wrong, over all files.
-        complete: dataset.json was written.
-        notes: overlaps, choices and absent organs, one line each.
-    """
-
-    done: tuple[str, ...]
-    left_out: dict[str, str]
+    done: tuple[str, ...]  # cases in the data set, those of an earlier run included
+    left_out: dict[str, str]  # sound cases that show none of the organs, with the reason
     problems: tuple[Problem, ...]
-    complete: bool
-    notes: tuple[str, ...]
+    complete: bool  # dataset.json was written
+    notes: tuple[str, ...]  # overlaps, choices and absent organs, one line each
 
 
 def prepare_corpus(
@@ -60,19 +52,14 @@ def prepare_corpus(
 ) -> Outcome:
     """Turn a corpus as it is distributed into a data set in nnU-Net's raw layout.
 
-    All files are looked at, whatever is wrong with some. Without `skip_bad` a corpus with
-    problems gets no dataset.json; its good cases are written and stay for a `resume`.
+    All files are read, whatever is wrong with some. Without `skip_bad` a corpus with problems gets
+    no dataset.json; its good cases are written and kept for a `resume`, into the same `target`.
 
     Args:
         name: one of `NAMES`.
-        source: the corpus, unpacked.
-        target: a folder that is new or empty, or, with `resume`, holds an earlier run.
         cases: those to take, by the names they get; default: all that the corpus should have.
-        skip_bad: make a data set of the good cases.
-        resume: keep the cases that an earlier run into `target` finished.
-        progress: show a bar with rate and time left, on stderr.
-        options: of the recipe: `corpus`, `organs`, `annotator`, `allow_missing`
-            (visceral), `organs`, `allow_missing` (totalsegmentator).
+        options: of the corpus: `corpus`, `organs`, `annotator`, `allow_missing` (visceral),
+            `organs`, `allow_missing` (totalsegmentator).
 
     Raises:
         InputError: no corpus of this kind in `source`, `target` holds something else or cannot be
@@ -98,13 +85,9 @@ def prepare_corpus(
     check_writable(target / REPORT)
 
     # A file that belongs to no case is no matter to whoever names the cases.
+    named = [None, *wanted] if not cases else wanted
     problems = Faults(source)
-    problems += [
-        problem
-        for problem in survey.problems
-        if (not cases if problem.case is None else problem.case in wanted)
-        and problem.case not in records
-    ]
+    problems += [p for p in survey.problems if p.case in named and p.case not in records]
     bad = {problem.case for problem in problems}
     left_out: dict[str, str] = {}
 
@@ -174,32 +157,26 @@ def _earlier(target: Path, what: dict[str, Any], resume: bool) -> dict[str, Any]
         return {}
     path = target / REPORT
     if not resume or not path.is_file():
-        mend = "give another folder"
-        if path.is_file():
-            mend += ", or go on with what was begun there with `resume=True`"
+        begun = ", or go on with what was begun there with `resume=True`" * path.is_file()
         raise InputError(
             f"{target}: is not empty (it holds {held[0]}), expected a new or empty folder, "
-            f"because nothing is written over; {mend}"
+            f"because nothing is written over; give another folder{begun}"
         )
     try:
         earlier = json.loads(path.read_text("utf-8"))
         records = dict(earlier["cases"])
-        same = {key: earlier[key] for key in what}
+        before = {key: earlier[key] for key in what}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: is not a report of `lslpn prepare` ({error}); give another DST"
         ) from error
     for key, value in what.items():
-        if same[key] != value:
+        if before[key] != value:
             raise InputError(
-                f"{target}: was begun with {key} {json.dumps(same[key])}, got "
+                f"{target}: was begun with {key} {json.dumps(before[key])}, got "
                 f"{json.dumps(value)}; resume with the same options, or give another DST"
             )
-    return {
-        case: record
-        for case, record in records.items()
-        if all(path.is_file() for path in _paths(target, case))
-    }
+    return {c: record for c, record in records.items() if all(map(Path.is_file, _paths(target, c)))}
 
 
 def _paths(target: Path, case: str) -> tuple[Path, Path]:
@@ -222,12 +199,11 @@ def _write(target: Path, case: str, loaded: Loaded) -> None:
 def _notes(records: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
     """What a user should know about the labels, counted over the cases."""
     notes = []
-    overlaps = [o for record in records.values() for o in record.get("overlaps", ())]
+    overlaps = [found for record in records.values() if (found := record.get("overlaps"))]
     if overlaps:
-        voxels = sum(o["voxels"] for o in overlaps)
-        cases = sum(bool(record.get("overlaps")) for record in records.values())
+        voxels = sum(one["voxels"] for found in overlaps for one in found)
         notes.append(
-            f"{voxels} voxels in {cases} cases were drawn as two organs; "
+            f"{voxels} voxels in {len(overlaps)} cases were drawn as two organs; "
             "the smaller organ of the two has them"
         )
     for key, text in (

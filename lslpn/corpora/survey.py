@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,17 +28,11 @@ _UNFINISHED = (".part", ".partial", ".crdownload", ".download", ".filepart", ".a
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a corpus.
+    """One thing that is wrong with a corpus."""
 
-    Attributes:
-        what: a sentence that begins with the file or folder, and says how to correct it.
-        case: the case that cannot be used because of it; None if it belongs to no case.
-        file: the file or folder, relative to the corpus where it lies inside.
-    """
-
-    what: str
-    case: str | None
-    file: str
+    what: str  # a sentence that begins with the file or folder, and says how to correct it
+    case: str | None  # the case that cannot be used because of it; None if it belongs to none
+    file: str  # relative to the corpus where it lies inside
 
 
 class FaultsError(Exception):
@@ -95,57 +90,37 @@ class Faults(list[Problem]):
         return self.one_of(paths, what, case)
 
     def nothing_drawn(self, path: Path, case: str) -> None:
-        self.add(
-            path,
-            "no organ is drawn in its labels, expected at least one labelled voxel; download the "
-            "labels of this case again",
-            case,
-        )
+        what = "no organ is drawn in its labels, expected at least one labelled voxel"
+        self.add(path, f"{what}; download the labels of this case again", case)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A case that was read and found sound.
+    """A case that was read and found sound."""
 
-    Attributes:
-        image: the file to copy (.nii.gz) or pack (.nii), or an image to write.
-        labels: a label map to write, or uint8 [Z, Y, X] with the volume whose grid it lies in.
-        record: what prepared.json says of it.
-    """
-
-    image: Path | nib.Nifti1Image
-    labels: nib.Nifti1Image | tuple[np.ndarray, Volume]
-    record: dict[str, Any]
+    image: Path | nib.Nifti1Image  # a file to copy (.nii.gz) or compress (.nii), or an image
+    labels: nib.Nifti1Image | tuple[np.ndarray, Volume]  # or uint8 [Z, Y, X] and its volume
+    record: dict[str, Any]  # for prepared.json
 
 
 @dataclass
 class Survey:
-    """What the names of a corpus tell.
+    """What is known of a corpus from the names of its files.
 
-    Attributes:
-        source: its folder.
-        labels: organ to value, from 1.
-        cases: name of a case to the function that reads it and enters into the given `Faults` what
-            is wrong with it; raises `FaultsError` or `LeftOutError`; files may be missing.
-        problems: what is wrong with the names; a case named here is read, for what else is
-            wrong with it, but not written.
-        ignored: files that are no part of the task, by reason.
-        settings: the choices that decide what is written of a case; a resumed run must have the
-            same. What only lets more cases pass is none of them.
+    A function of `cases` reads a case, of which files may be missing, enters what is wrong with it
+    into the given `Faults`, and raises `FaultsError` or `LeftOutError`. A case that is named in
+    `problems` is read, for what else is wrong with it, but not written.
     """
 
     source: Path
-    labels: dict[str, int]
+    labels: dict[str, int]  # organ to value, from 1
     cases: dict[str, Callable[[Faults], Loaded]] = field(default_factory=dict)
-    ignored: dict[str, int] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)  # files that are not used, by reason
+    # The choices that decide what is written of a case; a resumed run must have the same.
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.problems = Faults(self.source)
-
-    def ignore(self, reason: str) -> None:
-        """Count a file that is no part of the task."""
-        self.ignored[reason] = self.ignored.get(reason, 0) + 1
 
     def finished(self, path: Path, case: str | None) -> bool:
         """Whether no download manager left this behind unfinished, which is a fault."""
@@ -167,7 +142,7 @@ class Survey:
                 if match := re.fullmatch(r"(.*)\.nii(\.gz)?", path.name):
                     yield path, match[1]
                 else:
-                    self.ignore("not NIfTI")
+                    self.ignored["not NIfTI"] += 1
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -218,17 +193,11 @@ def merge_case(
 
     A voxel that two masks claim goes to the organ with fewer voxels in this case (the lower value
     if they have as many): a small organ would lose more of itself to a large one than the reverse.
-    The rule does not depend on the order of the files.
-
-    Args:
-        faults: takes everything that is wrong with the image and each of the masks.
-        image_path: None if it is missing: the masks are checked, and no case comes out.
-        masks: organ to file.
-        record: extended by organs, overlaps and empty masks.
-        empty_is_fault: whether it is one that no mask holds a voxel.
+    The rule does not depend on the order of the files. `record` is extended by organs, overlaps
+    and empty masks.
 
     Raises:
-        FaultsError: something was entered into `faults`, or the image is missing.
+        FaultsError: something was entered into `faults`, or the image is missing (None).
         LeftOutError: no mask holds a voxel, if that is no fault.
     """
     before = len(faults)
@@ -294,11 +263,7 @@ def merge_case(
 def read_both(
     faults: Faults, case: str, image: Path | None, labels: Path | None, known: int
 ) -> Loaded:
-    """Read an image and its label map, with values from 0 to `known`; None is a missing file.
-
-    Raises:
-        FaultsError: something is wrong with either, which is in `faults` now.
-    """
+    """Read an image and its label map, with values from 0 to `known`; None is a missing file."""
     volume = None if image is None else faults.read(image, case, read_image)
 
     def read_drawn(path: Path) -> Volume:

@@ -39,12 +39,8 @@ _CASE = re.compile(r"s\d{4,}")
 
 
 def survey(source: Path, organs: Sequence[str] = (), allow_missing: bool = False) -> Survey:
-    """Find the cases.
-
-    Args:
-        source: the folder of the cases, or one above it.
-        organs: names of masks, in the order of their label values; default: `ABDOMEN`.
-        allow_missing: take a case though an organ has no file in it.
+    """Find the cases in `source` or a folder below it; `organs`, by default `ABDOMEN`, are in the
+    order of their label values.
 
     Raises:
         InputError: no case at all, or no case has a mask of one of the organs.
@@ -59,13 +55,13 @@ def survey(source: Path, organs: Sequence[str] = (), allow_missing: bool = False
         if not result.finished(entry, None):
             continue
         if not entry.is_dir():
-            result.ignore("beside the cases (meta.csv and the like)")
+            result.ignored["beside the cases (meta.csv and the like)"] += 1
         elif _CASE.fullmatch(entry.name):
             known |= _case(entry, chosen, allow_missing, result)
         elif (entry / "segmentations").is_dir() or any(entry.glob("ct*")):
             result.problems.misnamed(entry, "s0001 for a case's folder")
         else:
-            result.ignore("folders that are no case")
+            result.ignored["folders that are no case"] += 1
     check_organs(chosen, known or chosen)
     return result
 

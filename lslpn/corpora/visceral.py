@@ -75,15 +75,11 @@ def survey(
     annotator: str | None = None,
     allow_missing: bool = False,
 ) -> Survey:
-    """Find the cases of one corpus or both.
+    """Find the cases of one corpus or both (gold, silver or both).
 
-    Args:
-        source: the folder of Anatomy3-trainingset and SilverCorpus, or, for one of them, itself.
-        corpus: gold, silver or both.
-        organs: those to take, in the order of their label values; default: all 20.
-        annotator: whose drawing (gold) or fusion (silver) to take where an organ has several and
-            this is one of them; else the lowest number, then words, then the one without a name.
-        allow_missing: take a case though an organ has no file in it.
+    `organs`, by default all 20, are in the order of their label values. Where an organ has several
+    drawings (gold) or fusions (silver), that of `annotator` is taken, else the lowest number, then
+    words, then the one without a name.
 
     Raises:
         InputError: a corpus is not in `source`, or an organ is not one of the 20.
@@ -104,11 +100,8 @@ def _corpus(
 ) -> None:
     title, cases = CORPORA[name]
     source = result.source
-    for folder in (
-        source / title,
-        source / "visceral-dataset" / title,
-        *(() if both else (source,)),
-    ):
+    folders = [source / title, source / "visceral-dataset" / title, source][: 2 if both else 3]
+    for folder in folders:
         if (folder / "Volumes").is_dir() and (folder / "Segmentations").is_dir():
             break
     else:
@@ -126,15 +119,13 @@ def _corpus(
     for case, match, path in _files(folder / "Segmentations", _MASK, expected, cases, result):
         organ = RADLEX.get(int(match["radlex"]))
         if organ is None or organ not in result.labels:
-            result.ignore("masks of organs that were not chosen")
+            result.ignored["masks of organs that were not chosen"] += 1
         else:
             by = masks.setdefault(case, {}).setdefault(organ, {})
             by.setdefault(match["by"] or "", []).append(path)
     for case in cases:
-        _case(
-            case, name, folder, volumes.get(case, []), masks.get(case, {}), annotator,
-            allow_missing, result,
-        )  # fmt: skip
+        found = volumes.get(case, []), masks.get(case, {})
+        _case(case, name, folder, *found, annotator, allow_missing, result)
 
 
 def _files(
@@ -156,7 +147,7 @@ def _files(
             or (match["modality"], match["region"]) not in ((None, None), ("CTce", "ThAb"))
         ):
             what = "volumes" if pattern is _VOLUME else "masks"
-            result.ignore(f"{what} of another patient, modality or region")
+            result.ignored[f"{what} of another patient, modality or region"] += 1
         else:
             yield case, match, path
 

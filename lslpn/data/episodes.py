@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,23 +67,14 @@ class Batch(NamedTuple):
 class TrainingScans(ABC):
     """The scans to train on, read once, and the batches drawn from them.
 
-    Args:
-        dataset: where the scans lie.
-        config: of the run.
-        cases: the scans to train on.
-        hold_out: organs that are never a class.
-        progress: show a bar while reading.
-
-    Attributes:
-        organs: the classes that there are.
-        slice_count: slices held in memory.
+    `hold_out` are organs that are never a class.
 
     Raises:
         InputError: no case, an unknown or doubled one, an unknown organ, or an unreadable scan.
     """
 
-    organs: tuple[str, ...] = ()
-    slice_count: int
+    organs: tuple[str, ...] = ()  # the classes that there are
+    slice_count: int  # in memory
 
     def __init__(
         self,
@@ -129,11 +120,9 @@ class TrainingScans(ABC):
         """One episode: the arrays of a `Batch` without their first axis."""
 
     def batch(self, step: int, share: Sequence[int] | None = None) -> Batch:
-        """The batch of training step `step`; the same whenever it is asked for.
+        """The batch of training step `step`, from 0; the same whenever it is asked for.
 
-        Args:
-            step: from 0.
-            share: which of its episodes to make, counted from 0; default: all.
+        `share` are the numbers of its episodes to make, from 0; default: all.
         """
         share = range(self.config.train.batch) if share is None else share
         episodes = [self._episode(step, index) for index in share]
@@ -326,14 +315,13 @@ class Episodes(TrainingScans):
         scan: _Scan,
         organ: str,
         anchor: float | None,
-        taken: set[int] | None = None,
+        taken: Collection[int] = (),
     ) -> int:
         """A random slice of the organ, near `anchor` where one is given, not among `taken` unless
         there is no other."""
         rows = scan.rows[organ]
-        free = np.array([row for row in rows if row not in (taken or ())], dtype=rows.dtype)
-        if len(free):
-            rows = free
+        free = np.setdiff1d(rows, list(taken))
+        rows = free if len(free) else rows
         if anchor is not None:
             gaps = np.abs(np.array([scan.position(row, organ) for row in rows]) - anchor)
             rows = rows[gaps <= max(self.config.train.max_position_gap, gaps.min())]
@@ -347,8 +335,6 @@ def _training_labels(
     dataset: Dataset, train: TrainConfig, hold_out: tuple[str, ...]
 ) -> dict[str, int]:
     """Organ to label value of the organs to train on."""
-    for organ in hold_out:
-        dataset.label_of(organ)
     wanted = dataset.organs if train.organs is None else train.organs
     both = [organ for organ in train.organs or () if organ in hold_out]
     if both:

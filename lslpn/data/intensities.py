@@ -42,23 +42,14 @@ _SAMPLE = 1 << 21  # voxels that are looked at, spread over the scan
 
 @dataclass(frozen=True)
 class Intensities:
-    """How the grey values of a scan are read.
+    """How the grey values of a scan are read."""
 
-    Attributes:
-        hu: whether it is CT.
-        offset: what is subtracted from the file's values to get HU; 0 where it is not CT.
-        air: the value up to which a voxel is air or background, after `offset`; -inf where no
-            background stands out.
-        limits: the ends of the window that the scan was limited to before, after `offset`;
-            infinite where it was not.
-        padding: a value denser than air that nevertheless marks what lies outside of the image,
-            such as 0 HU around the reconstructed circle, or None. As in the file.
-    """
-
-    hu: bool
-    offset: float
-    air: float
-    limits: tuple[float, float]
+    hu: bool  # whether it is CT
+    offset: float  # subtracted from the file's values to get HU; 0 where it is not CT
+    air: float  # after `offset`: a voxel up to this is air or background; -inf without any
+    limits: tuple[float, float]  # after `offset`: the window that the scan was limited to, or inf
+    # A value of the file, denser than air, that marks what is outside of the image, such as 0 HU
+    # around the reconstructed circle.
     padding: float | None
 
     def apply(self, data: np.ndarray) -> np.ndarray:

@@ -45,47 +45,28 @@ _WORKING_SIZE = 256  # larger slices are thinned out before the body is sought
 
 @dataclass(frozen=True)
 class Treatment:
-    """What `prepare` made of a scan.
+    """What `prepare` made of a scan."""
 
-    Attributes:
-        name: of the scan's file; for messages.
-        intensities: how its grey values were read.
-        body_found: whether the patient's body was found, or None if it was not looked for.
-    """
-
-    name: str
+    name: str  # of the scan's file; for messages
     intensities: Intensities
-    body_found: bool | None
+    body_found: bool | None  # None if the body was not looked for
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A volume as the network sees it.
+    """A volume as the network's input."""
 
-    Attributes:
-        slices: float32 [Z, S, S] in [0, 1].
-        labels: uint8 or int16 [Z, S, S], or None when the volume has none.
-        boxes: int [Z, 4], the part of each slice that was kept: rows y0 to y1, columns x0 to x1,
-            the ends left out.
-        source: the volume that this came from.
-        air: float32 [Z], the value in each of `slices` up to which a pixel is air or background.
-        treatment: how it was made, to be compared with that of other scans, see `warn_unlike`.
-    """
-
-    slices: np.ndarray
-    labels: np.ndarray | None
-    boxes: np.ndarray
+    slices: np.ndarray  # float32 [Z, S, S] in [0, 1]
+    labels: np.ndarray | None  # uint8 or int16 [Z, S, S]
+    boxes: np.ndarray  # int [Z, 4], what was kept of each slice: y0, y1, x0, x1, ends excluded
     source: Volume
-    air: np.ndarray
-    treatment: Treatment
+    air: np.ndarray  # float32 [Z]: a pixel of each slice up to this value is air or background
+    treatment: Treatment  # to be compared with that of other scans, see `warn_unlike`
 
     def restore(self, labels: np.ndarray) -> np.ndarray:
         """Bring labels [Z, S, S] back to [Z, Y, X] of the source, by nearest neighbours.
 
         Outside the boxes they are zero; the dtype stays.
-
-        Raises:
-            ValueError: `labels` is not of the shape of `slices`.
         """
         if labels.shape != self.slices.shape:
             raise ValueError(f"labels: expected shape {self.slices.shape}, got {labels.shape}")
@@ -170,22 +151,13 @@ def shared_window(window: Window, read: Sequence[Intensities]) -> Window:
 
 def window_limits(how: Intensities, window: Window) -> tuple[float, float] | None:
     """The limits that `prepare` applies for `window`: (low, high), or None for no window."""
-    if window is None:
-        return None
     if window == "auto":
         return ABDOMEN_WINDOW if how.hu else None
-    return float(window[0]), float(window[1])
+    return None if window is None else (float(window[0]), float(window[1]))
 
 
 def warn_not_cropped(without: Sequence[str], scans: int) -> None:
-    """Warn that none of the scans is cut to the body, since some of them show none.
-
-    Nothing is said where no scan shows one.
-
-    Args:
-        without: names of the scans in which no body stands out.
-        scans: how many there are.
-    """
+    """Warn that none of the scans is cut to the body where some, `without`, show none."""
     if 0 < len(without) < scans:
         warnings.warn(
             f"{without[0]}: no body stands out in it, so that no scan is cut to the body",
@@ -194,10 +166,7 @@ def warn_not_cropped(without: Sequence[str], scans: int) -> None:
 
 
 def warn_unlike(treatments: Sequence[Treatment]) -> None:
-    """Warn where scans that are used together were not treated alike, or had to be guessed at.
-
-    Nothing is said of scans that are all CT in HU, or all not, with a body found in all or none.
-    """
+    """Warn where scans that are used together were not treated alike, or had to be guessed at."""
     read = [(t.name, t.intensities) for t in treatments]
     for offset in sorted({how.offset for _, how in read if how.offset}):
         names = [name for name, how in read if how.offset == offset]
@@ -279,9 +248,7 @@ def trunk_boxes(
     limits = np.array([data.shape[1], data.shape[1], data.shape[2], data.shape[2]])
     boxes = np.minimum(np.round(bounds).astype(np.int64), limits)
     extents = boxes[:, 1::2] - boxes[:, ::2]
-    if (extents < _LEAST_EXTENT * limits[::2]).any():
-        return None
-    return boxes
+    return None if (extents < _LEAST_EXTENT * limits[::2]).any() else boxes
 
 
 def whole_boxes(data: np.ndarray) -> np.ndarray:

@@ -42,9 +42,6 @@ def superpixels(image: np.ndarray, air: float = 0.0) -> np.ndarray:
 
     Returns:
         int32 [S, S]: 0 off the body, then 1, 2, ...
-
-    Raises:
-        InputError: scikit-image is not installed.
     """
     felzenszwalb = _felzenszwalb()
     pieces, count = ndimage.label(image > air)

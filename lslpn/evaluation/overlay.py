@@ -39,14 +39,7 @@ PALETTE: tuple[str, ...] = (
 
 
 def colour(label: int) -> str:
-    """The colour of a label, as ``#RRGGBB``: the same for the same label in every figure.
-
-    Args:
-        label: the label's number, 1 or more (0 is background and has none).
-
-    Raises:
-        ValueError: for a label below 1.
-    """
+    """The colour of a label from 1, as ``#RRGGBB``: the same for the same label in every figure."""
     if label < 1:
         raise ValueError(f"label: expected 1 or more, got {label}")
     return PALETTE[(label - 1) % len(PALETTE)]
@@ -54,22 +47,13 @@ def colour(label: int) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure.
+    """One picture of a figure."""
 
-    Attributes:
-        image: [H, W] grey values of any range; shown from its own minimum to its maximum, or
-            over ``limits``.
-        labels: [H, W] whole numbers (0 background) drawn over it, or None.
-        title: the line above it.
-        aspect: height of a pixel over its width, for slices whose pixels are not square.
-        limits: grey values shown as black and white; default: minimum and maximum of the image.
-    """
-
-    image: np.ndarray
-    labels: np.ndarray | None = None
+    image: np.ndarray  # [H, W] grey values of any range
+    labels: np.ndarray | None = None  # [H, W] whole numbers, 0 background, drawn over it
     title: str = ""
-    aspect: float = 1.0
-    limits: tuple[float, float] | None = None
+    aspect: float = 1.0  # height of a pixel over its width
+    limits: tuple[float, float] | None = None  # black and white; default: minimum and maximum
 
 
 def overlay(
@@ -82,16 +66,9 @@ def overlay(
 ) -> Path:
     """Draw rows of panels with their labels over them and write a PNG file.
 
-    Each organ is a translucent area with an outline in its colour, named in a legend below.
-    The file is written aside and renamed, so a reader never sees half of it.
-
-    Args:
-        path: the file to write; its folder is made if need be.
-        rows: rows of panels; rows may differ in length.
-        names: names of the labels, for the legend; labels that no panel shows are left out,
-            and labels without a name are called ``label 3``.
-        title: the line above the whole figure.
-        panel_size: the width of a panel in inches, of 110 pixels.
+    Each organ is a translucent area with an outline in its colour, named in a legend below by
+    `names`, else as ``label 3``. Rows may differ in length; `panel_size` is the width of a panel
+    in inches, of 110 pixels.
 
     Returns:
         the path written.
@@ -154,11 +131,8 @@ def overlay(
     if title:
         figure.suptitle(title, fontsize=10)
     if shown:
-        names = names or {}
-        patches = [
-            Patch(color=colour(v), label=names.get(v, f"label {v}").replace("_", " "))
-            for v in sorted(shown)
-        ]
+        named = {v: (names or {}).get(v, f"label {v}").replace("_", " ") for v in sorted(shown)}
+        patches = [Patch(color=colour(v), label=name) for v, name in named.items()]
         figure.legend(
             handles=patches,
             loc="outside lower center",

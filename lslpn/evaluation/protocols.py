@@ -17,12 +17,7 @@ _REFERENCE_PIXELS = 512 * 512
 
 @dataclass(frozen=True)
 class Pair:
-    """Query slices that one support slice segments.
-
-    Attributes:
-        support: index of the support slice.
-        queries: indices of the query slices, rising, at least one.
-    """
+    """The index of a support slice, and those of the query slices that it segments, rising."""
 
     support: int
     queries: tuple[int, ...]
@@ -51,23 +46,14 @@ class Protocol:
             raise InputError(f"chunks: expected 1 or more, got {self.chunks}")
 
     def pairs(self, support_areas: np.ndarray, query_areas: np.ndarray) -> list[Pair]:
-        """The pairs of support and query slices for one organ.
+        """The pairs of support and query slices for one organ, in rising order.
 
-        Areas are in pixels of a slice of 512 x 512, as the protocols' thresholds are; see `areas`.
-
-        Args:
-            support_areas: [Zs] area of the organ on each slice of the support.
-            query_areas: [Zq] area of the organ on each slice of the query.
-
-        Returns:
-            pairs whose query slices do not overlap, in rising order; empty where the protocol
-            finds the organ in the support or in the query on no slice.
+        The organ's `areas` on each slice of support and query are in pixels of 512 x 512. No query
+        slice is in two pairs; there is no pair where either scan shows too little of the organ.
         """
         supports = self.support_slices(np.asarray(support_areas))
         groups = self.query_groups(np.asarray(query_areas)) if supports else []
-        return [
-            Pair(support, group) for support, group in zip(supports, groups, strict=True) if group
-        ]
+        return [Pair(s, group) for s, group in zip(supports, groups, strict=True) if group]
 
     def support_slices(self, areas: np.ndarray) -> list[int]:
         """The support slice of each chunk; empty where the organ is on no slice."""

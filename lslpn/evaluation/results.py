@@ -41,22 +41,14 @@ def average_of(values: Iterable[float], average: str = "mean") -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One organ in one query case.
-
-    Attributes:
-        organ: its name in the data set.
-        case: the query.
-        dice: 2 |P n T| / (|P| + |T|) over the voxels of the protocol's slices, 0 to 1.
-        slices: how many slices that were.
-        truth_voxels, predicted_voxels: |T| and |P|.
-    """
+    """One organ in one query case."""
 
     organ: str
     case: str
-    dice: float
+    dice: float  # 2 |P n T| / (|P| + |T|) over the voxels of the protocol's slices
     slices: int
-    truth_voxels: int
-    predicted_voxels: int
+    truth_voxels: int  # |T|
+    predicted_voxels: int  # |P|
 
 
 @dataclass(frozen=True)
@@ -167,19 +159,12 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON takes it; a score that is missing is None."""
-        fields = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("rows", "skipped", "examples")
-        }
-        names = (*self.organs, None)
-        return {
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
-            "mean": {n or "all": _or_none(self.mean(n)) for n in names},
-            "median": {n or "all": _or_none(self.median(n)) for n in names},
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "skipped": [dataclasses.asdict(skip) for skip in self.skipped],
-        }
+        plain = dataclasses.asdict(dataclasses.replace(self, examples=()))
+        del plain["examples"]
+        for average in ("mean", "median"):
+            values = {organ or "all": self._over(organ, average) for organ in (*self.organs, None)}
+            plain[average] = {name: None if v != v else v for name, v in values.items()}  # NaN
+        return plain
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Evaluation:
@@ -188,15 +173,13 @@ class Evaluation:
         Raises:
             KeyError, TypeError: `given` is not what `to_dict` made.
         """
-        names = {f.name for f in dataclasses.fields(cls)} - {"rows", "skipped", "examples"}
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names
-        }
-        return cls(
-            **fields,
-            rows=tuple(Row(**row) for row in given["rows"]),
-            skipped=tuple(Skipped(**skip) for skip in given["skipped"]),
-        )
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in given.items() if name in names}
+        for name in ("queries", "organs"):
+            values[name] = tuple(values[name])
+        values["rows"] = tuple(Row(**row) for row in given["rows"])
+        values["skipped"] = tuple(Skipped(**skip) for skip in given["skipped"])
+        return cls(**values)
 
     def table(self, *, markdown: bool = False) -> str:
         """Organs down, cases across, with mean and median; plain text or Markdown."""
@@ -209,18 +192,12 @@ class Evaluation:
         # Many cases do not fit on a line; their rows are in the JSON.
         cases = self.queries if len(self.queries) <= 10 else ()
         header = ["organ", *cases, "mean", "median"]
-        lines = [
-            [
-                organ,
-                *(dice.get((organ, case)) for case in cases),
-                self.mean(organ),
-                self.median(organ),
-            ]
-            for organ in self.organs
-        ]
+        lines = []
+        for organ in self.organs:
+            scores = [dice.get((organ, case)) for case in cases]
+            lines.append([organ, *scores, self.mean(organ), self.median(organ)])
         if len(self.organs) > 1:
-            blank = [""] * len(cases)
-            lines.append(["all", *blank, self.mean(), self.median()])
+            lines.append(["all", *[""] * len(cases), self.mean(), self.median()])
         text = render_table(title, header, lines, markdown)
         for skip in self.skipped:
             text += f"\nskipped: {skip.organ} in {skip.case}: {skip.reason}"
@@ -240,12 +217,7 @@ def summary(evaluations: Sequence[Evaluation], *, markdown: bool = False) -> str
     first = evaluations[0]
     header = ["scale", "spacing", *first.organs, "all"]
     lines = [
-        [
-            fraction(e.scale),
-            fraction(e.spacing),
-            *(e.headline(o) for o in first.organs),
-            e.headline(),
-        ]
+        [fraction(e.scale), fraction(e.spacing), *map(e.headline, (*first.organs, None))]
         for e in evaluations
     ]
     title = f"{first.dataset}: {first.average} Dice over {len(first.queries)} cases, by grid"
@@ -257,13 +229,7 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
 
     The JSON holds a list "evaluations", one for each grid of windows. A figure has a row for each
     organ: the support slice with its mask, the query slice, the ground truth, and the prediction
-    of each grid.
-
-    Returns:
-        the files written.
-
-    Raises:
-        InputError: the folder cannot be written.
+    of each grid. Returns the files written.
     """
     root = Path(folder)
     content = {"versions": versions(), "evaluations": [e.to_dict() for e in evaluations]}
@@ -292,10 +258,6 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
             names = dict(enumerate(first.organs, 1))
             written.append(overlay(root / "figures" / f"{case}.png", rows, names))
     return written
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def cell(value: Any) -> str:

@@ -39,17 +39,12 @@ Plan = dict[str, dict[int, int]]  # organ to query slice to the support slice th
 @dataclass
 class View:
     """One way to read the support, the model's own or LSLPN's with another grid of windows, and
-    what came of it.
-
-    Attributes:
-        described: organ and support slice to what the model's `describe` made of it.
-        too_small: organs of which no support slice says anything.
-    """
+    its results."""
 
     describe: Callable[[Tensor, Tensor], Any]
     grid: GridSpec | None
-    described: dict[tuple[str, int], Any] = field(default_factory=dict)
-    too_small: set[str] = field(default_factory=set)
+    described: dict[tuple[str, int], Any] = field(default_factory=dict)  # by organ, support slice
+    too_small: set[str] = field(default_factory=set)  # organs without any prototype
     rows: list[Row] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
@@ -60,26 +55,19 @@ class View:
 
 @dataclass
 class Runner:
-    """What the support's slices say, and the loop over query slices.
-
-    Attributes:
-        labels: the organs to segment, and their values.
-        support: the labelled scan, once `load_support` has read it.
-        support_areas: organ to pixels on each slice of the support.
-        skipped: organs that no view can score.
-    """
+    """The description of the support's slices, and the loop over query slices."""
 
     model: FewShotNetwork
     dataset: Dataset
     rule: Protocol
     align: Align
     views: list[View]
-    labels: dict[str, int]
+    labels: dict[str, int]  # the organs to segment, and their values
     batch: int
     treatments: list[Treatment] = field(default_factory=list)
-    support_areas: dict[str, np.ndarray] = field(default_factory=dict)
-    skipped: list[Skipped] = field(default_factory=list)
-    support: Prepared = field(init=False)
+    support_areas: dict[str, np.ndarray] = field(default_factory=dict)  # by organ, [Z]
+    skipped: list[Skipped] = field(default_factory=list)  # what no view can score
+    support: Prepared = field(init=False)  # once `load_support` has read it
 
     def _prepare(self, image: Volume, truth: Volume) -> Prepared:
         other = {"normalise": self.rule.normalise} if self.rule.normalise else {}
@@ -148,13 +136,13 @@ class Runner:
         for organ, label in self.labels.items():
             shown = areas(truth, label)
             pairs = self.rule.pairs(self.support_areas[organ], shown)
-            if shown.any() and pairs:
-                plan[organ] = {z: pair.support for pair in pairs for z in pair.queries}
-                continue
-            reason = "its labels do not show the organ"
-            if shown.any():
+            if not shown.any():
+                self.skipped.append(Skipped(organ, case, "its labels do not show the organ"))
+            elif not pairs:
                 reason = f"no slice shows enough of it for protocol {self.rule.name}"
-            self.skipped.append(Skipped(organ, case, reason))
+                self.skipped.append(Skipped(organ, case, reason))
+            else:
+                plan[organ] = {z: pair.support for pair in pairs for z in pair.queries}
         return plan
 
     def run(self, case: str, plan: Plan, bar: tqdm, observe: Observer | None) -> None:
@@ -183,16 +171,8 @@ class Runner:
                     drawn = maps[v][zs]
                     drawn[found & (drawn == 0)] = label
                     maps[v][zs] = drawn
-                view.rows.append(
-                    Row(
-                        organ=organ,
-                        case=case,
-                        dice=dice(found, wanted),
-                        slices=len(zs),
-                        truth_voxels=int(wanted.sum()),
-                        predicted_voxels=int(found.sum()),
-                    )
-                )
+                score, voxels = dice(found, wanted), (int(wanted.sum()), int(found.sum()))
+                view.rows.append(Row(organ, case, score, len(zs), *voxels))
                 view.examples.append(self._example(organ, case, supports, ready, full))
         if observe:
             observe(case, image, truth, maps)

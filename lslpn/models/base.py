@@ -144,15 +144,12 @@ class FewShotNetwork(nn.Module, ABC):
         self, support_images: Tensor, support_masks: Tensor, query_images: Tensor
     ) -> Tensor:
         """Of support and query together, [B, K + Q, D, h, w]."""
-        name = type(self).__name__
-        if support_images.ndim != 4 or query_images.ndim != 4 or support_masks.ndim != 5:
+        given = [tuple(one.shape) for one in (support_images, support_masks, query_images)]
+        if [len(shape) for shape in given] != [4, 5, 4]:
             raise InputError(
-                f"{name}: expected support_images [B, K, S, S], support_masks [B, K, N, S, S] and "
-                f"query_images [B, Q, S, S], got {tuple(support_images.shape)}, "
-                f"{tuple(support_masks.shape)} and {tuple(query_images.shape)}"
+                f"{type(self).__name__}: expected support_images [B, K, S, S], support_masks "
+                f"[B, K, N, S, S] and query_images [B, Q, S, S], got {', '.join(map(str, given))}"
             )
-        if self.one_shot:
-            check_one_shot(name, ways=support_masks.shape[2], shots=support_masks.shape[1])
         # One batch for both: fewer, larger convolutions, and with live batch norm support and
         # query are normalised alike.
         return self.encode(torch.cat((support_images, query_images), dim=1))
@@ -248,26 +245,9 @@ def segmentation_loss(
 
 
 def check_features(features: Tensor) -> None:
-    """Refuse features that no weights in good order give.
-
-    Raises:
-        InputError: some are NaN or infinite.
-    """
+    """Refuse features that are NaN or infinite."""
     if not features.isfinite().all():
         raise InputError(
             "model: its features hold NaN or infinite values, so that nothing can be segmented; "
             "its weights are damaged or its training diverged: use another checkpoint"
-        )
-
-
-def check_one_shot(method: str, *, ways: int, shots: int) -> None:
-    """Refuse more than one class or support image.
-
-    Raises:
-        InputError: `ways` or `shots` is not 1.
-    """
-    if (ways, shots) != (1, 1):
-        raise InputError(
-            f"{method}: is defined for 1 way and 1 shot, got {ways} ways and {shots} support "
-            "images; set ways and shots to 1, or take another method"
         )

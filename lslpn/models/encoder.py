@@ -180,15 +180,12 @@ class Encoder(nn.Module):
             name, state = str(source), _read_state_dict(Path(source))
         state = {k: v for k, v in state.items() if not k.startswith(_IGNORED_LAYERS)}
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("reduction.")}
-        missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-        unknown = [k for k in state if k not in own]
-        wrong = [k for k in state if k in own and state[k].shape != own[k].shape]
         faults = []
-        if missing:
-            faults.append(f"{len(missing)} tensors are missing (the first: {missing[0]})")
-        if unknown:
-            faults.append(f"{len(unknown)} are unknown (the first: {unknown[0]})")
-        if wrong:
+        if missing := [k for k in own.keys() - state if not k.endswith("num_batches_tracked")]:
+            faults.append(f"{len(missing)} tensors are missing (such as {min(missing)})")
+        if unknown := state.keys() - own:
+            faults.append(f"{len(unknown)} are unknown (such as {min(unknown)})")
+        if wrong := [k for k in own if k in state and state[k].shape != own[k].shape]:
             k = wrong[0]
             faults.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
         if faults:

@@ -91,17 +91,11 @@ class LSLPN(EncoderNetwork):
     def volume_prototypes(
         self, support: Tensor, masks: Tensor, reach: int
     ) -> Iterator[tuple[range, Tensor]]:
-        """Prototypes of windows that reach over 2 reach + 1 slices, some slices at a time.
+        """Prototypes of windows of 2 reach + 1 slices, some slices at a time.
 
-        Args:
-            support: features, [Z, D, h, w].
-            masks: bool [Z, N, H, W].
-            reach: slices either way.
-
-        Yields:
-            the slices in the middle of the windows, and for each of them their prototypes
-            [len(slices), N + 1, Gy, Gx, D], zero where no more than `config.min_pixels` pixels of
-            a window show the class.
+        Takes features [Z, D, h, w] and bool masks [Z, N, H, W]; yields the slices in the middle of
+        the windows, and for each of them prototypes [len(slices), N + 1, Gy, Gx, D], zero where no
+        more than `config.min_pixels` pixels of a window show the class.
         """
         grid = self.head.grid
         gy, gx = grid.shape(*masks.shape[-2:])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, TrainConfig
 from ..data.episodes import Batch
-from .base import FewShotNetwork, check_one_shot
+from ..errors import InputError
+from .base import FewShotNetwork
 
 _CONDITIONER, _SEGMENTER = 16, 64  # channels of the arms
 _LEVELS = 4
@@ -63,7 +64,12 @@ class SENet(FewShotNetwork):
         Raises:
             InputError: more than one class or support image.
         """
-        check_one_shot("SENet", ways=masks.shape[2], shots=masks.shape[1])
+        _, shots, ways = masks.shape[:3]
+        if (ways, shots) != (1, 1):
+            raise InputError(
+                f"SENet: is defined for 1 way and 1 shot, got {ways} ways and {shots} support "
+                "images; set ways and shots to 1, or take another method"
+            )
         given = torch.cat((features[:, 0], masks[:, 0].to(features.dtype)), 1)
         with self._autocast(given):
             found = self.conditioner(given)

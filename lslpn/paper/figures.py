@@ -32,14 +32,10 @@ def run(
     classes: Classes = "all",
     untrained: bool = False,
 ) -> list[Path]:
-    """Train where needed, segment the chosen cases, and draw them.
+    """Train where needed, segment the chosen cases, and draw them; as `table1.run`.
 
-    Args and errors: those of `table1.run`, of one seed and one kind of classes.
-
-    Args:
-        cases: test cases to show; default: the first two of each subject fold.
-        organs: organs to show; default: all that are tested.
-        untrained: a column for the first method's network before training.
+    Shows `cases`, by default the first two of each subject fold, and `organs`, by default all that
+    are tested; with `untrained` a column for the first method's network before training.
 
     Returns:
         figures.json, .csv, .md and .html in the folder; fig2.png with the first method's results,
@@ -58,9 +54,8 @@ def run(
             raise unknown("organ", organ, "the folds that are held out", setup.organs)
     tasks = []
     for one in plan_runs(setup, methods, [seed], classes=[classes], untrained=untrained):
-        shown = tuple(c for c in one.subjects.test if c in cases) or (
-            () if cases else one.subjects.test[:DEFAULT_CASES]
-        )
+        test = one.subjects.test
+        shown = tuple(c for c in test if c in cases) if cases else test[:DEFAULT_CASES]
         wanted = tuple(organ for organ in one.organs if not organs or organ in organs)
         if shown and wanted:
             tasks.append(Task(one, setup.align, organs=wanted, queries=shown, pictures=True))
@@ -91,22 +86,20 @@ def _rows(done: Sequence[Done]) -> Iterable[tuple[Run, dict[str, Any]]]:
     for one in done:
         evaluation, run = one.evaluations[0], one.task.run
         for shown in evaluation.examples:
-            yield (
-                run,
-                {
-                    "label": run.label,
-                    "method": run.method,
-                    "seed": run.seed,
-                    "subject_fold": run.subjects.name,
-                    "organ": shown.organ,
-                    "case": shown.case,
-                    "support": evaluation.support,
-                    "support_slice": shown.support_slice,
-                    "query_slice": shown.query_slice,
-                    "dice_of_slice": dice(shown.prediction > 0, shown.truth > 0),
-                    "dice": evaluation.dice[shown.organ, shown.case],
-                },
-            )
+            row = {
+                "label": run.label,
+                "method": run.method,
+                "seed": run.seed,
+                "subject_fold": run.subjects.name,
+                "organ": shown.organ,
+                "case": shown.case,
+                "support": evaluation.support,
+                "support_slice": shown.support_slice,
+                "query_slice": shown.query_slice,
+                "dice_of_slice": dice(shown.prediction > 0, shown.truth > 0),
+                "dice": evaluation.dice[shown.organ, shown.case],
+            }
+            yield run, row
 
 
 def _draw(
@@ -129,7 +122,7 @@ def _draw(
                 title = f"{column}\n3-D Dice {evaluation.dice[shown.organ, case]:.2f}"
                 row.append(shown.panel(title, shown.prediction * label))
         rows.append(row)
-    small = "\n".join(textwrap.wrap(report.small_print(content), 28 * (3 + len(columns))))
+    small = textwrap.fill(report.small_print(content), 28 * (3 + len(columns)))
     return overlay(path, rows, dict(enumerate(organs, 1)), title=small)
 
 

@@ -23,13 +23,8 @@ from .store import Done, Store, Task
 NAME = "grid-scale"
 OVERLAP = 1 / 2
 DEFAULT_GRIDS = (
-    GridSpec(1 / 16, OVERLAP),
-    GridSpec(1 / 8, OVERLAP),
-    GridSpec(1 / 4, OVERLAP),
-    GridSpec(1, OVERLAP),
-    GridSpec(1 / 16, 1),
-    GridSpec(1 / 8, 1),
-    GridSpec(1 / 4, 1),
+    *(GridSpec(scale, OVERLAP) for scale in (1 / 16, 1 / 8, 1 / 4, 1)),
+    *(GridSpec(scale, 1) for scale in (1 / 16, 1 / 8, 1 / 4)),
 )
 
 
@@ -48,11 +43,7 @@ def run(
 ) -> list[Path]:
     """Train LSLPN where it is not trained yet, evaluate every grid, and write the comparison.
 
-    Args and errors: those of `table1.run`, of one kind of classes.
-
-    Args:
-        grids: windows to compare; default: those of `DEFAULT_GRIDS`.
-        untrained: the network before training, in the place of the trained one.
+    As `table1.run`, but `untrained` takes the network before training instead of the trained one.
 
     Returns:
         grid-scale.json, .csv, .md, .html and .png in the folder; their names end in -untrained,

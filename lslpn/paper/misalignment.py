@@ -44,11 +44,8 @@ def run(
 ) -> list[Path]:
     """Train where needed, evaluate with and without body boxes, and write points and plot.
 
-    Args and errors: those of `table1.run`, of one method and one kind of classes; a point's
-    segmentation Dice is the mean over the seeds.
-
-    Args:
-        untrained: the network before training, in the place of the trained one.
+    As `table1.run` for one method, but `untrained` takes the network before training instead of
+    the trained one. A point's segmentation Dice is the mean over the seeds.
 
     Returns:
         misalignment.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
@@ -66,7 +63,11 @@ def run(
     }
     found = points(done, alike)
     run_of = {one.task.run.subjects.name: one.task.run for one in done}
-    shared = {"method": methods[0], "classes": "untrained" if untrained else classes}
+    shared = {
+        "method": methods[0],
+        "classes": "untrained" if untrained else classes,
+        "seeds": " ".join(map(str, seeds)),
+    }
     return report.publish(
         store,
         NAME + report.suffix(classes, untrained),
@@ -81,12 +82,7 @@ def run(
         title=f"Misalignment on {setup.dataset.name}",
         sections=[_table],
         rows=lambda content: [
-            {
-                **shared,
-                "seeds": " ".join(map(str, seeds)),
-                **point,
-                **report.origin(content, run_of[point["subject_fold"]]),
-            }
+            {**shared, **point, **report.origin(content, run_of[point["subject_fold"]])}
             for point in found
         ],
         draw=_draw,
@@ -101,28 +97,20 @@ def alignment(
     label: int,
     ignore: int | None = None,
 ) -> float | None:
-    """The Dice of an organ's masks in support and query, as the protocol pairs their slices.
+    """The Dice of an organ's masks in support and query, over all pairs of slices of a protocol.
 
-    Args:
-        rule: the protocol.
-        support: labels in the file's own slices [Z, Y, X], from which the protocol chooses, and
-            in the network's square [Z, S, S], where they are compared.
-        query: likewise.
-        label: the organ's value.
-        ignore: the value of query pixels that are left out.
-
-    Returns:
-        2 |A n B| / (|A| + |B|) over all pairs of slices, or None where there is no pair.
+    Support and query are labels in the file's own slices [Z, Y, X], from which the protocol
+    chooses, and in the network's square [Z, S, S], where they are compared. Query pixels of the
+    value `ignore` are left out. None where no pair of slices shows the organ.
     """
     drawn, copied = [], []
     for pair in rule.pairs(areas(support[0], label), areas(query[0], label)):
         slices = query[1][list(pair.queries)]
         drawn.append(slices == label)
         copied.append((support[1][pair.support] == label) & (slices != ignore))
-    if not drawn:
+    if not any(mask.any() for mask in (*drawn, *copied)):
         return None
-    mask, label_of_query = np.concatenate(copied), np.concatenate(drawn)
-    return dice(mask, label_of_query) if mask.any() or label_of_query.any() else None
+    return dice(np.concatenate(copied), np.concatenate(drawn))
 
 
 def points(
@@ -228,23 +216,15 @@ def _table(content: report.Content) -> str:
         ]
         for row in content["summary"]
     ]
-    network = (
-        f"{content['method']} before training"
-        if content["classes"] is None
-        else f"{content['method']} trained on {in_words(content['classes'])}"
-    )
+    classes = content["classes"]
+    trained = "before training" if classes is None else f"trained on {in_words(classes)}"
     return report.table(
         "A point for each support-query pair and organ. Alignment Dice: of the organ's masks in "
         "support and query, in the network's square, slice by slice as the protocol pairs them. "
-        f"Segmentation Dice: of {network}, {report.of_seeds(content, 'mean')}. The last column: "
-        f"how many of the points with an alignment Dice below {_POORLY_ALIGNED} have a "
-        f"segmentation Dice above {_WELL_FOUND}.",
-        [
-            "organ",
-            "align",
-            *_COLUMNS.values(),
-            "well found",
-        ],
+        f"Segmentation Dice: of {content['method']} {trained}, "
+        f"{report.of_seeds(content, 'mean')}. The last column: how many of the points with an "
+        f"alignment Dice below {_POORLY_ALIGNED} have a segmentation Dice above {_WELL_FOUND}.",
+        ["organ", "align", *_COLUMNS.values(), "well found"],
         lines,
     )
 

@@ -31,43 +31,26 @@ _LONGEST_NAME = 200  # bytes; file systems take 255
 
 @dataclass(frozen=True)
 class SubjectFold:
-    """Cases to train on, cases to test on, and the one whose labels are given at the test.
+    """Cases to train on, cases to test on, and the one whose labels are given at the test."""
 
-    Attributes:
-        name: empty where there is only one, else "1", "2", ...
-        train: cases to train on; none of them is tested on.
-        test: cases to test on, without the support.
-        support: the support case.
-    """
-
-    name: str
+    name: str  # empty where there is only one, else "1", "2", ...
     train: tuple[str, ...]
-    test: tuple[str, ...]
+    test: tuple[str, ...]  # neither trained on nor the support
     support: str
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs and evaluations of an experiment have in common.
-
-    Attributes:
-        dataset: the scans.
-        config: the preset with its changes; a run replaces `method`, `seed` and `organs`.
-        organ_folds: groups of organs, each held out and tested together.
-        subject_folds: who is trained on, and who tested.
-        rule: the protocol of the evaluation.
-        align: of the evaluation.
-        batch: query slices encoded at once.
-        own: changes of the configuration for one method alone, by the method's name.
-    """
+    """What all runs and evaluations of an experiment have in common."""
 
     dataset: Dataset
-    config: Config
+    config: Config  # the preset with its changes; a run replaces `method`, `seed` and `organs`
     organ_folds: tuple[tuple[str, ...], ...]
     subject_folds: tuple[SubjectFold, ...]
     rule: Protocol = PROTOCOLS["published"]
-    align: Align = "none"
-    batch: int = 8
+    align: Align = "none"  # of the evaluation
+    batch: int = 8  # query slices encoded at once
+    # By method: changes of the configuration for that one alone.
     own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def config_of(self, method: str, seed: int) -> Config:
@@ -97,27 +80,20 @@ class Setup:
 
 @dataclass(frozen=True)
 class Run:
-    """One network: how it is trained, and which organs of which cases it is then asked for.
+    """One network: how it is trained, and which organs of which cases it then segments.
 
-    Attributes:
-        method: the network's name.
-        classes: "all": trained on every label that is not held out (the paper's "added classes");
-            "tested": on the organs of the other organ folds alone; "none": on superpixels, without
-            any label.
-        organs: the organ fold.
-        subjects: the subject fold.
-        seed: of training, and of the untrained layers.
-        config: the whole configuration.
-        trained: False for the network before training.
+    With `classes` "all" it is trained on every label that is not held out (the paper's "added
+    classes"), with "tested" on the organs of the other organ folds only, and with "none" on
+    superpixels, without any label.
     """
 
     method: str
     classes: Classes
-    organs: tuple[str, ...]
+    organs: tuple[str, ...]  # the organ fold
     subjects: SubjectFold
-    seed: int
+    seed: int  # of training, and of the untrained layers
     config: Config
-    trained: bool = True
+    trained: bool = True  # False for the network before training
 
     @property
     def hold_out(self) -> tuple[str, ...]:
@@ -174,13 +150,9 @@ def in_words(classes: Classes) -> str:
 def common_settings(config: Config) -> dict[str, Any]:
     """`fixed`, without what differs from run to run of one experiment."""
     plain = fixed(config)
-    for group, name in (
-        ("model", "method"),
-        ("train", "seed"),
-        ("train", "organs"),
-        ("train", "supervision"),
-    ):
-        del plain[group][name]
+    del plain["model"]["method"]
+    for name in ("seed", "organs", "supervision"):
+        del plain["train"][name]
     return plain
 
 
@@ -194,13 +166,8 @@ def plan_runs(
 ) -> list[Run]:
     """All runs, those of the first seed first, so that a table can be made early.
 
-    Args:
-        setup: what they have in common.
-        methods: names of networks. One that is set to superpixels is trained on no classes, once,
-            whatever `classes` says.
-        seeds: one run each.
-        classes: some of "all", "tested" and "none".
-        untrained: the first method's network before training, too.
+    A method that is set to superpixels is trained on no classes, once, whatever `classes` says.
+    `untrained` adds the first method's network before training.
 
     Raises:
         InputError: an unknown method; "tested" with organ folds that leave nothing to train on.
@@ -284,18 +251,13 @@ def subject_folds(
     test: Sequence[str] = (),
     support: str | None = None,
 ) -> tuple[SubjectFold, ...]:
-    """Who is trained on, and who is tested.
+    """The cases to train on and to test on.
 
-    Args:
-        dataset: the cases.
-        parts: cut the sorted cases into so many equal parts, test on one, train on the others;
-            the case after a part (after the last: the first) is its support, as ALPNet's folds
-            have it.
-        train: cases to train on, names or patterns such as "silver_*"; default: all that are
-            neither tested nor the support.
-        test: cases to test on, likewise; default: all but those to train on and the support.
-        support: the support case; default: the first case to train on. It may be one of those to
-            train on, of which it is one then; of those to test on it is taken out.
+    With `parts` the sorted cases are cut into so many equal parts, each tested by a network that
+    is trained on the others; the case after a part (after the last: the first) is its support, as
+    in ALPNet's folds. Otherwise `train` and `test` are names or patterns such as "silver_*", by
+    default all other cases. The support, by default the first case to train on, may be one of
+    those to train on, and is never tested.
 
     Raises:
         InputError: neither `parts` nor `train` nor `test`, or `parts` with one of the others; an
@@ -338,11 +300,10 @@ def subject_folds(
         trained = tuple(c for c in cases if c not in tested and c != support)
     if not test:
         tested = tuple(c for c in cases if c not in trained and c != support)
-    if not trained or (support is None and not tested):
-        missing = "train" if not trained else "test"
-        raise InputError(f"{missing}: no case is left to {missing} on")
+    if not trained:
+        raise InputError("train: no case is left to train on")
     if not tested:
-        raise InputError("test: no case but the support is left to test on")
+        raise InputError(f"test: no case{' but the support' * bool(support)} is left to test on")
     return (SubjectFold("", trained, tested, support or trained[0]),)
 
 

@@ -47,40 +47,30 @@ def publish(
 ) -> list[Path]:
     """Write NAME.json, NAME.csv, NAME.md, NAME.html and, with `draw`, NAME.png.
 
-    Args:
-        store: the experiment's folder.
-        name: of the experiment.
-        done: the evaluations that it was made of; the page has a section for each.
-        results: what the experiment found, ready for JSON; with the circumstances it is the
-            `content` of which everything else is made.
-        title: of the Markdown.
-        sections: its text, before what it was made from.
-        rows: of the CSV; all with the same names.
-        pictures: draws PNG files into the folder.
-        draw: makes a plot on the axes that it is given.
-        size: of the plot, width and height in inches.
-
-    Returns:
-        the files.
+    `results`, ready for JSON, and the circumstances are the `content` from which `sections` make
+    the Markdown, `rows` the CSV (all with the same names), `draw` a plot of `size` inches, and
+    `pictures` PNG files in the folder. The page has a section for each evaluation in `done`.
     """
     content = {**_circumstances(store, name, done), **results}
-    files = [store.folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
-    write_json(files[0], content)
-    write_text(files[1], _csv(list(rows(content))))
+    record, lines, markdown, page, plot = (
+        store.folder / f"{name}.{ending}" for ending in ("json", "csv", "md", "html", "png")
+    )
+    write_json(record, content)
+    write_text(lines, _csv(list(rows(content))))
     drawn = [] if pictures is None else pictures(content)
     links = [f"![{picture.stem}]({picture.name})" for picture in drawn]
     text = [text for section in (*sections, _made_from) if (text := section(content).strip())]
-    write_text(files[2], "\n\n".join([f"# {title}", *links, *text]) + "\n")
+    write_text(markdown, "\n\n".join([f"# {title}", *links, *text]) + "\n")
     if draw is not None:
-        drawn.append(_plot(store.folder / f"{name}.png", content, draw, size))
+        drawn.append(_plot(plot, content, draw, size))
     # Without pictures of cases, which an evaluation that is read back does not have.
     named = [
         (_name(one, evaluation), replace(evaluation, examples=()))
         for one in done
         for evaluation in one.evaluations
     ]
-    page = store.folder / f"{name}.html"
-    return [*files, write_experiment(page, title, "\n\n".join(text), drawn, named), *drawn]
+    write_experiment(page, title, "\n\n".join(text), drawn, named)
+    return [record, lines, markdown, page, *drawn]
 
 
 def _circumstances(store: Store, name: str, done: Sequence[Done]) -> dict[str, Any]:
@@ -227,34 +217,25 @@ def _made_from(content: Content) -> str:
             f"{name}rained on {', '.join(fold['train'])}; tested on {', '.join(fold['test'])}; "
             f"support {fold['support']}."
         )
+    changed = f" with {_changes(content)}" if _changes(content) else ""
+    software = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
     facts += [
         f"Protocol {content['protocol']}, {content['chunks']} chunks, "
         f"{content['average']} over the cases; align {content['align']}.",
-        f"Preset {content['preset']}"
-        + (f" with {_changes(content)}." if _changes(content) else "."),
-        f"Commit {content['commit'] or 'unknown'}; "
-        + ", ".join(f"{k} {v}" for k, v in content["versions"].items())
-        + ".",
+        f"Preset {content['preset']}{changed}.",
+        f"Commit {content['commit'] or 'unknown'}; {software}.",
     ]
-    evaluated = {run["evaluated_by_commit"] for run in content["runs"]} - {content["commit"]}
-    if evaluated:
+    runs = content["runs"]
+    if evaluated := {run["evaluated_by_commit"] for run in runs} - {content["commit"]}:
         facts.append(f"Some evaluations were made at commit {', '.join(map(str, evaluated))}.")
-    times = {
-        run["run"]: run["training_seconds"]
-        for run in content["runs"]
-        if run["training_seconds"] is not None
-    }
+    times = {run["run"]: spent for run in runs if (spent := run["training_seconds"]) is not None}
     if times:
         took = timedelta(seconds=round(sum(times.values())))
         facts.append(
             f"{len(times)} training runs took {took} (h:min:s) together, by their own logs."
         )
-    skipped = {
-        f"{skip['organ']} in {skip['case']}: {skip['reason']}"
-        for run in content["runs"]
-        for skip in run["skipped"]
-    }
-    facts += [f"Not scored: {skip}." for skip in sorted(skipped)]
+    skipped = [skip for run in runs for skip in run["skipped"]]
+    facts += sorted({f"Not scored: {s['organ']} in {s['case']}: {s['reason']}." for s in skipped})
     settings = [
         f"{name}={value}" for group in ("model", "train") for name, value in content[group].items()
     ]
@@ -281,11 +262,8 @@ def _plot(
     axes.grid(axis="y", linewidth=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize=7, frameon=False, ncols=2)
-    figure.supxlabel(
-        "\n".join(textwrap.wrap(small_print(content), int(size[0] * 20))),
-        fontsize=5.5,
-        color="0.35",
-    )
+    small = textwrap.fill(small_print(content), int(size[0] * 20))
+    figure.supxlabel(small, fontsize=5.5, color="0.35")
     return write_figure(path, figure)
 
 

@@ -82,22 +82,14 @@ def mean_of_folds(seeds: Sequence[Evaluation], folds: Sequence[Sequence[str]]) -
 
 @dataclass(frozen=True)
 class Comparison:
-    """Wilcoxon's signed-rank test, two-sided, of paired scores.
-
-    Attributes:
-        first, second: what is compared.
-        pairs: how many pairs there are.
-        difference: mean of first minus second; None without a pair.
-        p: probability of ranks as uneven as these if neither were better; None without a pair.
-        p_holm: p after Holm's correction for the comparisons made together.
-    """
+    """Wilcoxon's signed-rank test, two-sided, of paired scores; numbers are None without a pair."""
 
     first: str
     second: str
     pairs: int
-    difference: float | None
-    p: float | None
-    p_holm: float | None = None
+    difference: float | None  # mean of first minus second
+    p: float | None  # probability of ranks as uneven as these if neither were better
+    p_holm: float | None = None  # after Holm's correction for the comparisons made together
 
 
 def compare(first: str, second: str, a: Mapping[Any, float], b: Mapping[Any, float]) -> Comparison:

@@ -43,60 +43,34 @@ SETTINGS = "experiment.json"
 
 @dataclass(frozen=True)
 class Task:
-    """An evaluation of a run.
-
-    Attributes:
-        run: of which network.
-        align: how the scans are aligned.
-        grids: windows in the place of the model's own; empty: those.
-        organs, queries: what is asked for; None: the run's own organs and test cases.
-        pictures: keep the pictures of the middle slices as well.
-    """
+    """An evaluation of a run."""
 
     run: Run
     align: Align
-    grids: tuple[GridSpec, ...] = ()
-    organs: tuple[str, ...] | None = None
-    queries: tuple[str, ...] | None = None
-    pictures: bool = False
+    grids: tuple[GridSpec, ...] = ()  # instead of the model's own windows
+    organs: tuple[str, ...] | None = None  # default: the run's own
+    queries: tuple[str, ...] | None = None  # default: the run's test cases
+    pictures: bool = False  # keep the pictures of the middle slices as well
 
 
 @dataclass(frozen=True)
 class Done:
-    """A task that is done.
-
-    Attributes:
-        task: which.
-        evaluations: one, or one per grid; with examples where the task asked for pictures.
-        training_seconds: what the log of the run adds up to; None for an untrained network or
-            a run whose log is gone.
-        commit: of the code that evaluated.
-    """
+    """A task that is done."""
 
     task: Task
-    evaluations: tuple[Evaluation, ...]
-    training_seconds: float | None
-    commit: str | None
+    evaluations: tuple[Evaluation, ...]  # one per grid; examples only if the task wants pictures
+    training_seconds: float | None  # None for an untrained network or a run without its log
+    commit: str | None  # of the code that evaluated
 
 
 @dataclass
 class Store:
-    """The folder of an experiment, to be used within `opened`.
+    """The folder of an experiment, to be used within `opened`."""
 
-    Attributes:
-        folder: made if need be.
-        setup: what all runs have in common.
-        runs: where the trained runs lie, default OUT/runs; several experiments may share it.
-        given: runs that lie elsewhere, by METHOD:FOLD:SEED.
-        device: where to compute.
-        progress: show bars.
-        say: takes lines on what is being done.
-    """
-
-    folder: Path
+    folder: Path  # made if need be
     setup: Setup
-    runs: Path | None = None
-    given: Mapping[str, Path] = field(default_factory=dict)
+    runs: Path | None = None  # of trained networks, default OUT/runs; experiments may share it
+    given: Mapping[str, Path] = field(default_factory=dict)  # other runs, by METHOD:FOLD:SEED
     device: str | torch.device = "cpu"
     progress: bool = True
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
@@ -166,10 +140,7 @@ class Store:
         before = load_checkpoint(folder)
         changed = changes(before.config, run.config)
         was = {**before.data, "cases": sorted(before.data["cases"])}
-        now: dict[str, Any] = {
-            "dataset": self.setup.dataset.name,
-            "cases": sorted(run.subjects.train),
-        }
+        now = {"dataset": self.setup.dataset.name, "cases": sorted(run.subjects.train)}
         if run.hold_out:  # where no label is read, it makes no difference what was held out
             was["hold_out"], now["hold_out"] = sorted(was["hold_out"]), sorted(run.hold_out)
         changed += differences({name: was.get(name) for name in now}, now)

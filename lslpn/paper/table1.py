@@ -27,12 +27,8 @@ def run(
 ) -> list[Path]:
     """Train and evaluate everything that is not there yet, and write the table.
 
-    Args:
-        store: the experiment's folder.
-        methods: the networks to compare.
-        seeds: of their runs.
-        classes: some of "all" (with added classes), "tested" (without) and "none" (no label).
-        untrained: a line for the first method's network before training.
+    `classes` are some of "all" (with added classes), "tested" (without) and "none" (no label);
+    `untrained` adds a line for the first method's network before training.
 
     Returns:
         table1.json, .csv, .md, .html and .png in the folder.
@@ -72,8 +68,6 @@ def summarise(setup: Setup, lines: Mapping[str, Sequence[Evaluation]]) -> dict[s
 
 def _table(content: report.Content) -> str:
     organs = report.organs(content)
-    # The paper counts a pair of kidneys as one organ in its mean, others count two.
-    folded = len(content["organ_folds"]) < len(organs)
     text = (
         f"Three-dimensional Dice, {content['average']} over the test cases; "
         f"{report.of_seeds(content)}. A network is never trained on the organs that it is tested "
@@ -82,7 +76,8 @@ def _table(content: report.Content) -> str:
         "label."
     )
     means = ["mean"]
-    if folded:
+    # The paper counts a pair of kidneys as one organ in its mean, others count two.
+    if len(content["organ_folds"]) < len(organs):
         text += " Mean of folds counts organs that are held out together once, as the paper does."
         means.append("mean_of_folds")
     header = ["", *organs, *(name.replace("_", " ") for name in means)]
@@ -96,16 +91,10 @@ def _table(content: report.Content) -> str:
 def _comparisons(content: report.Content) -> str:
     if not content["comparisons"]:
         return ""
+    forms = {"difference": "+.3f", "p": ".2g", "p_holm": ".2g"}
     lines = [
-        [
-            test["first"],
-            test["second"],
-            test["pairs"],
-            *(
-                "-" if test[name] is None else format(test[name], form)
-                for name, form in (("difference", "+.3f"), ("p", ".2g"), ("p_holm", ".2g"))
-            ),
-        ]
+        [test["first"], test["second"], test["pairs"]]
+        + ["-" if test[name] is None else format(test[name], form) for name, form in forms.items()]
         for test in content["comparisons"]
     ]
     return report.table(

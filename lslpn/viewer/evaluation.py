@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,15 +28,11 @@ def write_evaluation(
     evaluations: Sequence[Evaluation],
     views: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write evaluations as one HTML page that needs neither network nor script.
+    """Write evaluations, one for each grid of windows, as one HTML page that needs neither network
+    nor script.
 
-    Args:
-        path: the file; replaced whole or not at all.
-        evaluations: one for each grid of windows; pictures are of those that hold `examples`.
-        views: case to the address of its own page, relative to this one; see `write_page`.
-
-    Returns:
-        the path written.
+    Pictures are of evaluations that hold `examples`; `views` has the address, relative to the page,
+    of each case's own page. The file is replaced whole or not at all.
 
     Raises:
         InputError: the file cannot be written.
@@ -53,18 +51,8 @@ def write_experiment(
 ) -> Path:
     """Write the tables and figures of an experiment as one HTML page, like `write_evaluation`.
 
-    Args:
-        path: the file; replaced whole or not at all.
-        title: plain text.
-        text: Markdown below it; links and HTML in it are shown as text.
-        pictures: PNG files, which the page holds after the text.
-        evaluations: what the tables were made from, each with its name; folded up.
-
-    Returns:
-        the path written.
-
-    Raises:
-        InputError: the file cannot be written.
+    `text` is Markdown, of which links and HTML are shown as text; `pictures` are PNG files, which
+    follow it; `evaluations`, from which the tables were made, are folded up below their names.
     """
     from markdown_it import MarkdownIt
 
@@ -100,43 +88,32 @@ def _section(evaluation: Evaluation, views: Mapping[str, str], several: bool) ->
         "Query cases": str(len(evaluation.queries)),
     }
     parts = [f"<h2>Windows: {grid}</h2>"] if several else []
-    parts.append(
-        "<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
-    )
-    parts += [_table(evaluation), _boxes(evaluation), _worst(evaluation, views)]
+    listed = "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    parts += [f"<dl>{listed}</dl>", _table(evaluation), _boxes(evaluation)]
+    parts.append(_worst(evaluation, views))
     if evaluation.skipped:
-        parts.append("<h2>Not scored</h2><ul>")
-        parts += [
-            f"<li>{escape(s.organ)} in {escape(s.case)}: {escape(s.reason)}</li>"
-            for s in evaluation.skipped
-        ]
-        parts.append("</ul>")
+        lines = (f"{skip.organ} in {skip.case}: {skip.reason}" for skip in evaluation.skipped)
+        listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+        parts.append(f"<h2>Not scored</h2><ul>{listed}</ul>")
     return "<section>" + "\n".join(parts) + "</section>"
 
 
 def _table(evaluation: Evaluation) -> str:
     heads = ("organ", "cases", "mean", "median", "least", "greatest")
-    rows = []
+    parts = ["<table><caption>Dice over the query cases</caption><thead><tr>"]
+    parts += [f'<th scope="col">{head}</th>' for head in heads]
+    parts.append("</tr></thead><tbody>")
+    rows: list[tuple[str, list[Any]]] = []
     for organ in evaluation.organs:
-        scores = evaluation.scores(organ) or [float("nan")]
-        cells = [str(len(evaluation.scores(organ)))]
-        cells += [cell(f(scores)) for f in (statistics.fmean, statistics.median, min, max)]
-        rows.append((organ, cells))
+        scores = evaluation.scores(organ)
+        measures = (statistics.fmean, statistics.median, min, max)
+        rows.append((organ, [len(scores), *(f(scores or [math.nan]) for f in measures)]))
     if len(evaluation.organs) > 1:
-        average = [cell(evaluation.mean()), cell(evaluation.median())]
-        rows.append(("all", ["", *average, "", ""]))
-    return (
-        "<table><caption>Dice over the query cases</caption><thead><tr>"
-        + "".join(f'<th scope="col">{head}</th>' for head in heads)
-        + "</tr></thead><tbody>"
-        + "".join(
-            f'<tr><th scope="row">{escape(organ)}</th>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + "</tr>"
-            for organ, cells in rows
-        )
-        + "</tbody></table>"
-    )
+        rows.append(("all", ["", evaluation.mean(), evaluation.median(), "", ""]))
+    for organ, values in rows:
+        cells = "".join(f"<td>{cell(value)}</td>" for value in values)
+        parts.append(f'<tr><th scope="row">{escape(organ)}</th>{cells}</tr>')
+    return "".join([*parts, "</tbody></table>"])
 
 
 def _boxes(evaluation: Evaluation) -> str:

@@ -30,11 +30,8 @@ def _source(text: str) -> str:
 def document(title: str, body: str, *, scripts: tuple[str, ...] = (), data: str = "") -> str:
     """A whole document in the viewer's style.
 
-    Args:
-        title: plain text.
-        body: HTML; whoever makes it escapes it.
-        scripts: names of assets, run in this order after the body.
-        data: HTML in front of the scripts; elements that hold data.
+    `title` is plain text, `body` and `data` are HTML, escaped by the caller; after them run the
+    `scripts`, names of assets.
     """
     style = _asset("page.css")
     code = [_asset(name) for name in scripts]

@@ -78,19 +78,18 @@ def contents(
         notes.append(f"Of {len(values)} labels the first {_LARGEST_LABEL} are shown.")
         values = values[:_LARGEST_LABEL]
     counts = {name: _Counts(labels, values) for name, labels in layers.items()}
-    organs = []
-    for rank, value in enumerate(values, 1):
-        organs.append(
-            {
-                "value": int(value),
-                "name": names.get(int(value), f"label {value}"),
-                "colour": colour(int(value)),
-                "ml": [round(float(c.voxels[rank]) * image.voxel_ml, 2) for c in counts.values()],
-                "dice": _dice(layers, truth, counts, int(value), rank),
-                "confidence": confidence.get(int(value)),
-                "at": next((c.at[rank] for c in counts.values() if rank in c.at), None),
-            }
-        )
+    organs = [
+        {
+            "value": value,
+            "name": names.get(value, f"label {value}"),
+            "colour": colour(value),
+            "ml": [round(float(c.voxels[rank]) * image.voxel_ml, 2) for c in counts.values()],
+            "dice": _dice(layers, truth, counts, value, rank),
+            "confidence": confidence.get(value),
+            "at": next((c.at[rank] for c in counts.values() if rank in c.at), None),
+        }
+        for rank, value in enumerate(values.tolist(), 1)
+    ]
     if not layers:
         notes.append("No labels were given: the scan alone is shown.")
     for name, one in counts.items():
@@ -106,7 +105,7 @@ def contents(
             f"{_ordinal(step[0])} slice are in this page. Volumes are those of the whole scan."
         )
     facts: dict[str, Any] = {
-        "image": {**_geometry(image, step), "name": file_stem(image), **_grey(image)},
+        "image": _scan(image, step, file_stem(image)),
         "layers": list(layers),
         "truth": truth,
         "organs": organs,
@@ -119,14 +118,8 @@ def contents(
         blocks[f"layer-{i}"] = _pack(labels, image, step, values)
     for i, support in enumerate(supports):
         thin = _step(support.image, _SUPPORT_VOXELS)
-        facts["supports"].append(
-            {
-                **_geometry(support.image, thin),
-                "name": support.title,
-                "match": [int(z) for z in support.match],
-                **_grey(support.image),
-            }
-        )
+        match = [int(z) for z in support.match]
+        facts["supports"].append({**_scan(support.image, thin, support.title), "match": match})
         blocks[f"support-{i}"] = _pack(support.image.data, support.image, thin)
         blocks[f"support-{i}-labels"] = _pack(support.labels, support.image, thin, values)
     if why is not None:
@@ -209,11 +202,13 @@ def _ordinal(n: int) -> str:
     return {1: "", 2: "2nd", 3: "3rd"}.get(n, f"{n}th")
 
 
-def _geometry(volume: Volume, step: tuple[int, int, int]) -> dict[str, Any]:
+def _scan(volume: Volume, step: tuple[int, int, int], name: str) -> dict[str, Any]:
     return {
+        "name": name,
         "shape": list(volume.data.shape),
         "spacing": [round(float(v), 4) for v in volume.spacing],
         "step": list(step),
+        **_grey(volume),
     }
 
 
@@ -292,11 +287,7 @@ def _pack_why(why: Why, values: np.ndarray) -> tuple[dict[str, Any], str]:
 
 
 def check_labels(name: str, labels: np.ndarray, image: Volume) -> None:
-    """Refuse labels that cannot belong to an image.
-
-    Raises:
-        InputError: another shape, values that are negative or no whole numbers.
-    """
+    """Refuse labels of another shape than the image's, negative ones, and no whole numbers."""
     if labels.shape != image.data.shape:
         given, wanted = (" x ".join(map(str, a.shape)) for a in (labels, image.data))
         raise InputError(

@@ -1,6 +1,6 @@
 """What the tests of all backends share: golden files, one case of each situation, comparison.
 
-It imports PyTorch alone, for machines that have no more than that and pytest.
+It imports PyTorch only, for machines that have nothing else than that and pytest.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Case:
             )
             if self.kind == "positive":
                 values = values.abs()
-            elif self.kind == "with_zeros":  # whole locations of zeros: features without a length
+            elif self.kind == "with_zeros":  # whole locations of zeros: features of length 0
                 values *= torch.rand(values[:, :, :1].shape, generator=generator) > 0.5
             values = values.to(rounded).to(dtype)
             if self.channels_last:
@@ -93,7 +93,7 @@ def _within(values: Tensor) -> Tensor:
 
 def shortest(case: Case) -> float:
     """The least length of an interpolated query feature, of those that have any. Near 0 all the
-    gradients of the cosine grow without bounds, and with them the rounding of any formula."""
+    gradients of the cosine are unbounded, and with them the rounding errors of any formula."""
     length = upsample(case.draw()[2], (case.H, case.W)).norm(dim=2)
     return min(length[length > 1e-6].tolist(), default=1.0)
 
@@ -137,8 +137,7 @@ def run(
     rounded: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Prototypes, scores and every gradient of a case, see `Case.draw`. Matching starts from
-    prototypes of its own, so that an error in the pooling does not hide behind one in the
-    matching."""
+    separate prototypes, so that an error of the pooling and one of the matching are told apart."""
     support, masks, query, grad = (_to(t, device) for t in case.draw(dtype, rounded))
     support, query = (t.detach().requires_grad_() for t in (support, query))
     pooled = masked_average_pool(support, masks, case.grid, case.min_pixels, backend=backend)
@@ -184,7 +183,7 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         got = actual[name].double().cpu()
         assert got.shape == value.shape, name
         assert got.isfinite().all(), f"{name}: not finite"
-        # A half type rounds by half of its eps at most; as a mean square it is less than that.
+        # A half type rounds by at most half of its eps; the root mean square is less than that.
         allowed = tolerance + (
             torch.finfo(actual[name].dtype).eps / 2 if actual[name].element_size() == 2 else 0
         )
@@ -193,7 +192,7 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert error <= allowed * length + 1e-30, f"{name}: {error / max(length, 1e-30):.2e}"
 
 
-# What may hold a NaN or an infinity.
+# The tensors that may hold a NaN or an infinity.
 SPOILT = ("support", "query", "prototypes", "grad_prototypes", "grad_scores")
 
 

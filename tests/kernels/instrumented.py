@@ -1,5 +1,5 @@
 """Compiles native sources for tests that run them outside of the package: under sanitizers, or in
-the machine of ptx/. What has been built once is kept under build/ until a source changes."""
+the machine of ptx/. Results are kept under build/ until a source changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compiler() -> str | None:
 @dataclass(frozen=True)
 class Unit:
     """A source file and how it is compiled: by `compiler`, or else by the C++ compiler. `name`
-    tells compilations of one source apart."""
+    distinguishes compilations of one source."""
 
     source: Path
     flags: tuple[str, ...]
@@ -39,7 +39,7 @@ def build(
     name: str, target: str, units: Sequence[Unit], link: Sequence[str], headers: Iterable[Path]
 ) -> Path:
     """Compiles two units at a time and links them. Targets of one name and the same headers share
-    the units that they are compiled from alike.
+    units that are compiled in the same way.
 
     Args:
         name: of the folder under build/.
@@ -65,7 +65,7 @@ def build(
             shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    # Another process may want the same; and what is killed leaves nothing that looks whole.
+    # Another process may build the same; and a killed build leaves no file that looks complete.
     with FileLock(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as aside:
         if made.exists():
             return made
@@ -88,7 +88,7 @@ def build(
 
 
 def _digest(*parts: object) -> str:
-    """Of what parts say, and of the bytes of those that are files."""
+    """A digest of the parts, and of the content of those that are files."""
     seen = hashlib.sha256()
     for part in parts:
         seen.update(repr(part).encode())
@@ -99,7 +99,7 @@ def _digest(*parts: object) -> str:
 
 @functools.cache
 def launcher(sanitizer: str) -> list[str]:
-    """What to put before a program compiled with -fsanitize=`sanitizer`, so that it runs here.
+    """The command prefix with which a program compiled with -fsanitize=`sanitizer` runs here.
 
     Raises:
         RuntimeError: it cannot be built or run; one line on why.
@@ -114,7 +114,7 @@ def launcher(sanitizer: str) -> list[str]:
             _run([cxx, f"-fsanitize={sanitizer}", str(source), "-o", str(program)])
         except RuntimeError:
             raise RuntimeError(f"{cxx} has no runtime for -fsanitize={sanitizer}") from None
-        # ThreadSanitizer does not get along with addresses as random as some kernels make them.
+        # ThreadSanitizer fails with the randomised addresses of some Linux kernels.
         for prefix in ([], ["setarch", "-R"]):
             if prefix and shutil.which(prefix[0]) is None:
                 continue

@@ -1,8 +1,8 @@
-"""A plugin of pytest that spares Triton's interpreter a third of its time.
+"""A plugin of pytest that saves a third of the time of Triton's interpreter.
 
 Before every call of a device function, `tl.sum` and `tl.cdiv` among them, the interpreter walks
-through all members of triton.language to put its own in their place, although they are there since
-the kernel was launched. Here it does so once in a launch for each module that functions come from.
+through all members of triton.language to replace them, although they are replaced since the kernel
+was launched. Here it does so once in a launch for each module that functions come from.
 """
 
 from __future__ import annotations

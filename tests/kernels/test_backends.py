@@ -1,4 +1,4 @@
-"""What each backend can do in the training loops of others: one test a row of docs/backends.md.
+"""What each backend supports in training loops: one test for each row of docs/backends.md.
 
 Every test runs on the CPU: `cuda` as ptx/ executes it, `triton` in its interpreter, for which
 test_triton.py runs this file in a process of its own. What a backend cannot do is in `NO`, and the
@@ -203,7 +203,7 @@ def test_layouts(backend: str) -> None:
         dense = tuple(t.detach().contiguous().requires_grad_(t.requires_grad) for t in inputs)
         actual = results(head(backend), inputs)
         close(actual, results(head(backend), dense), 1e-6)
-    # A view that is negated only when it is read, and masks that are one.
+    # A view that PyTorch negates on reading, as features and as masks.
     negated = torch.complex(torch.zeros_like(query), -query).conj().imag
     seen = torch.complex(torch.zeros(masks.shape), -masks.float()).conj().imag
     assert negated.is_neg()
@@ -298,8 +298,8 @@ def test_fullgraph(backend: str, mode: str) -> None:
     """In one graph, with two results kept, as those of two batches of one step are."""
     torch.compiler.reset()
     call = LocalPrototypeHead(GridSpec(1.0), 2.0, backend=backend)
-    # Variable sizes suit the operators; in the plain PyTorch of `reference`, Inductor thinks for
-    # minutes about the bounds of each window.
+    # Variable sizes suit the operators; for the plain PyTorch of `reference`, Inductor takes
+    # minutes to work out the bounds of each window.
     dynamic = False if backend == "reference" else None
     compiled = torch.compile(call, fullgraph=True, mode=mode, dynamic=dynamic)
     first, second = episode(), episode(Q=1)
@@ -414,7 +414,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif(INTERPRETED, reason="there is nothing to see of Triton without a GPU")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_worker_process(method: str, tmp_path: Path) -> None:
-    """All backends of this machine, "auto" among them, in one process for all: it takes seconds.
+    """All backends of this machine and "auto" in one process, since starting it takes seconds.
     CUDA must not be started for tensors of the CPU: a forked process could not."""
     script = tmp_path / "worker.py"
     script.write_text(_WORKER)
@@ -508,7 +508,7 @@ def test_masks_with_a_gradient(backend: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite(backend: str, value: float) -> None:
     """In the pixels that are interpolated from it, and in no others; also where features are as
-    large as the image, and a pixel is interpolated from one location alone."""
+    large as the image, and a pixel is interpolated from a single location."""
     for size, touched in (((h, w), 1), ((H, W), None)):
         support, _, query = (t.detach() for t in episode(K=1))
         masks = torch.zeros(1, 1, 1, *size, dtype=torch.bool)

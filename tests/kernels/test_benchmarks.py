@@ -1,4 +1,4 @@
-"""The benchmark runs, and its record says what benchmarks/results/README.md says it does."""
+"""The benchmark runs, and its record has what benchmarks/results/README.md describes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_wrong_backend_is_found_and_not_timed(
 
 
 class _Stop:
-    """Lets `build` go on until a name comes up, and is interrupted then, as by the end of the time.
+    """Let `build` run until it reaches a name, and interrupt it there, as at the end of the time.
     `torch.compile` is replaced by what it compiles."""
 
     def __init__(self, at: str, size: str) -> None:
@@ -106,8 +106,7 @@ needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is
 def test_kernels_are_timed_before_any_baseline_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all sizes; and an interrupt while one compiles keeps all that was measured, to go on
-    with."""
+    """For all sizes; and an interrupt during compilation keeps all measurements, to continue."""
     path = tmp_path / "head.json"
     arguments = [*ROUNDS, "--record", str(path), "--backends", *NAMES_OF_ROUNDS]
     stop = _Stop("torch.compile", "tiny float64")
@@ -164,7 +163,7 @@ def test_an_interrupt_keeps_what_the_same_size_has(
     assert record["rounds"] == []
 
 
-def test_a_record_of_another_commit_is_not_gone_on_with(
+def test_a_record_of_another_commit_is_not_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "head.json"
@@ -248,7 +247,7 @@ def test_slots_take_turns() -> None:
     assert all(math.isfinite(t) for row in slots[0].samples for t in row)
 
 
-def test_a_failing_step_is_told_and_left_out() -> None:
+def test_a_failing_step_is_reported_and_left_out() -> None:
     def step() -> None:
         raise RuntimeError("no such kernel\nand more")
 
@@ -275,7 +274,7 @@ def test_preparations_are_not_timed() -> None:
         (["--report", "nowhere.json"], "no such file"),
     ],
 )
-def test_mistakes_are_told(
+def test_mistakes_are_reported(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:

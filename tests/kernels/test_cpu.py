@@ -41,7 +41,7 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """torch.empty is full of NaN, or of the largest integer: nobody may count on zeros."""
+    """torch.empty is full of NaN, or of the largest integer: kernels must not rely on zeros."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -139,7 +139,7 @@ def test_gradcheck_of_each_input(reduce: str) -> None:
 
 
 def test_ties_go_to_the_lowest_window() -> None:
-    """Equal prototypes in all windows: every score is a tie, and the first window has it all."""
+    """Equal prototypes in all windows: every score is a tie, and goes to the first window."""
     for dtype in (torch.float32, torch.float64):
         grid, size = GridSpec(1 / 4, 1 / 2), (64, 64)
         generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ def test_ties_go_to_the_lowest_window() -> None:
         # upper left quarter of it, or more at the upper and left borders.
         assert prototypes.grad is not None
         moved = prototypes.grad[0, 0].norm(dim=-1) > 0
-        assert moved.all()  # each window is somebody's first
+        assert moved.all()  # each window is the first of some pixel
         expected = cosine_match(query, prototypes.detach(), grid, size, backend="reference")
         torch.testing.assert_close(scores.detach(), expected, rtol=1e-5, atol=1e-5)
 
@@ -335,8 +335,8 @@ print((most() - before) / 1024 - outputs / 2**20)
     assert float(done.stdout) < 32
 
 
-def test_memory_stays_bounded_where_windows_crowd() -> None:
-    """Thousands of windows over each pixel: what is kept does not grow with their number."""
+def test_memory_is_bounded_with_thousands_of_windows_over_a_pixel() -> None:
+    """Thousands of windows over each pixel: memory does not grow with their number."""
     grid = GridSpec(0.9, 0.001)
     size = (60, 50)
     prototypes = torch.randn(1, 1, *grid.shape(*size), 4)
@@ -395,7 +395,7 @@ def test_calls_from_several_threads_at_once() -> None:
 
 
 def test_after_a_fork() -> None:
-    """Workers of a DataLoader are forks: they must not wait for threads that are not theirs."""
+    """Workers of a DataLoader are forks: they must not wait for threads of the parent."""
     program = """
 import os, torch
 from lslpn_kernels import GridSpec, cosine_match

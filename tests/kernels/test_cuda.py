@@ -313,7 +313,7 @@ def test_opcheck(kernels: Any) -> None:
 
 
 def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
-    """The last line of defence: whatever is passed, nothing is read or written out of bounds."""
+    """Whatever is passed to the bindings, nothing is read or written out of bounds."""
     axis = (24, 6, 6, 3, 7)
     good = {
         "features": torch.randn(1, 1, 8, 6, 6),
@@ -369,7 +369,7 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
             call(**change)
 
 
-def test_bindings_survive_anything(kernels: Any) -> None:
+def test_bindings_do_not_crash_on_random_arguments(kernels: Any) -> None:
     """Random arguments raise, or run; they never crash."""
     generator = np.random.default_rng(0)
     dtypes = [torch.float32, torch.float16, torch.uint8, torch.bool, torch.int32, torch.float64]
@@ -402,7 +402,7 @@ def test_bindings_survive_anything(kernels: Any) -> None:
 def test_a_driver_that_refuses_the_kernels_sends_auto_to_the_next_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A driver older than the kernels, say; asked for each GPU of its own."""
+    """Such as a driver older than the kernels; each GPU is asked separately."""
     module = SimpleNamespace(
         with_cuda=True,
         cuda_archs="80;90",

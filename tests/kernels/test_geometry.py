@@ -66,7 +66,9 @@ def test_taps_are_those_of_interpolate(pixels: int, cells: int) -> None:
 
 
 @given(grids(), lengths, st.integers(1, 40))
-def test_all_pixels_of_a_segment_are_alike(grid: GridSpec, pixels: int, cells: int) -> None:
+def test_all_pixels_of_a_segment_have_the_same_windows_and_taps(
+    grid: GridSpec, pixels: int, cells: int
+) -> None:
     axis = grid.axis(pixels, cells)
     seen = []
     for s in axis.segments:

@@ -3,14 +3,14 @@
     python -m pytest --noconftest -m gpu tests/kernels/test_gpu.py
 
 Where there is no GPU, the bodies that need none are rehearsed with the cpu backend on small inputs,
-so that a slip in them does not wait for the day when there is one.
+so that mistakes in them are found without one.
 
-Triton compiles for some ten seconds a case. It is given a dozen, which between them meet every
-branch of its kernels; LSLPN_EVERY_CASE=1 gives it all that the cuda backend has. By way of
-`triton_launches` these are compiled without a GPU, see `benchmarks.compile_ahead`.
+Triton compiles for some ten seconds a case. It runs a dozen, which together cover every branch of
+its kernels; with LSLPN_EVERY_CASE=1 all cases of the cuda backend. Through `triton_launches` these
+are compiled without a GPU, see `benchmarks.compile_ahead`.
 
 The truth is the oracle in float64 on the CPU for small cases, and on the GPU the `torch` backend
-in float64 (which the CPU's tests hold to the oracle to 1e-9) for large ones.
+in float64 (which the tests on the CPU compare with the oracle to 1e-9) for large ones.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def assert_right(
 ) -> None:
     """Length of the difference over that of the truth, on the same (rounded) inputs.
 
-    Sums in float32 come to 1e-7 or so, and 5e-7 over a thousand channels: 2e-6. Half types are
-    multiplied as they are, by float32 numbers in two halves. Two of 8 bits leave 2^-17 of each
+    Sums in float32 have errors of 1e-7 or so, and 5e-7 over a thousand channels: 2e-6. Half types
+    are multiplied as they are, by float32 numbers in two halves. Two of 8 bits leave 2^-17 of each
     product, 4e-6 as a mean square: 2e-5, where a lost second half would make 1e-3. (What is stored
     in a half type is rounded besides, see `assert_near`.)
 
@@ -142,7 +142,7 @@ TRITON_CASES = (
     (PAPERS["channels_last"], torch.bfloat16),
     (PAPERS["contiguous"], torch.float16),
     (OTHERS["one_window"], torch.float32),  # one place and one window: the longest sums
-    (OTHERS["many_channels"], torch.float32),  # channels in more than one part, and a ragged last
+    (OTHERS["many_channels"], torch.float32),  # channels in more than one part, the last incomplete
     (OTHERS["many_episodes"], torch.float32),  # larger groups of windows, runs of blocks
     (OTHERS["many_shots"], torch.float32),  # sums over shots and queries in parts
     (SITUATIONS["features_as_large_as_image"], torch.float32),  # no pixel between locations

@@ -104,7 +104,7 @@ def test_not_finite_as_in_cross_entropy(backend: str, ignored: bool) -> None:
     assert gradient[0, 0, :, 3, 4].isnan().all()
 
 
-def test_far_from_the_right_class_and_near_to_it(backend: str) -> None:
+def test_logits_far_from_and_near_the_right_class(backend: str) -> None:
     """Logits of +-2000: the loss stays exact where every probability rounds to 0 or 1."""
     query, prototypes, labels, weight = drawn(replace(THREE, kind="positive"), torch.float32)
 

@@ -47,13 +47,13 @@ def test_the_record_is_there_after_every_step(tmp_path: Path) -> None:
     assert outcomes[1].tail.strip() == "1"
 
 
-def test_a_step_without_time_is_said_not_to_have_run(tmp_path: Path) -> None:
+def test_a_step_without_time_is_recorded_as_not_run(tmp_path: Path) -> None:
     [outcome] = gpu.run([Step("late", (PYTHON, "-c", "1"), 30)], 1, tmp_path, {})
     assert outcome.outcome == "not run"
 
 
-def test_a_second_call_goes_on(tmp_path: Path) -> None:
-    """What has passed is not repeated, but for what a machine that is new may lack."""
+def test_a_second_call_continues(tmp_path: Path) -> None:
+    """Steps that passed are not repeated, except those that prepare a new machine."""
     count = "import os; f = open({!r}, 'a'); f.write('x'); raise SystemExit({})"
 
     def step(name: str, code: int, always: bool = False) -> Step:
@@ -88,7 +88,7 @@ def test_the_plan_times_the_kernels_before_all_that_takes_long(tmp_path: Path) -
     for name, number in (("benchmark", "1"), ("baselines", "2")):
         record = ("--record", str(tmp_path / "head.json"), "--round", number)
         assert by_name[name].command[-4:] == record
-    # Though everything takes all of its time, the kernels have been checked and timed by then.
+    # Even if every step takes all of its time, the kernels have been checked and timed by then.
     assert sum(step.seconds for step in steps[:5]) < 8 * 60
 
 
@@ -134,7 +134,7 @@ def test_every_selection_of_tests_finds_some(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["test_gpu.py", "test_loss.py", "cases.py"])
 def test_the_gpu_tests_need_no_more_than_torch_and_pytest(name: str) -> None:
-    """What a GPU machine may not have must not be imported, not even by way of conftest.py."""
+    """Packages that a GPU machine may lack must not be imported, not even by conftest.py."""
     allowed = {"torch", "pytest", "cases", "test_loss", "lslpn_kernels", *sys.stdlib_module_names}
     tree = ast.parse((Path(__file__).parent / name).read_text())
     for node in ast.walk(tree):

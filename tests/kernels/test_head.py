@@ -72,7 +72,7 @@ def test_label_maps_that_do_not_fit(
 
 
 def test_the_number_of_classes_of_a_label_map() -> None:
-    """One more than the largest label but 255, and never without a foreground."""
+    """One more than the largest label other than 255, and at least one foreground class."""
     support, labels, query = episode(N=3)
     head = LocalPrototypeHead(GRID)
     assert head(support, labels, query).shape[2] == 4
@@ -140,7 +140,7 @@ def test_a_call_on_the_cpu_asks_nothing_of_cuda(monkeypatch: pytest.MonkeyPatch)
         load.cache_clear()
 
 
-def test_tables_do_not_take_after_the_first_call() -> None:
+def test_cached_tables_do_not_depend_on_the_mode_of_the_first_call() -> None:
     """Fake tensors, another default device, inference mode: the next call is an ordinary one."""
     support, labels, _ = episode()
     for scale, first in (
@@ -149,7 +149,7 @@ def test_tables_do_not_take_after_the_first_call() -> None:
         (0.77, torch.inference_mode()),
     ):
         grid = GridSpec(scale)
-        # Fake tensors cannot make the tables; they must not spoil them either.
+        # Fake tensors cannot make the tables, and must not leave wrong ones in the cache.
         with first, contextlib.suppress(DynamicOutputShapeException):
             masked_average_pool(support, labels, grid, backend="torch", num_classes=2)
         features = support.clone().requires_grad_()

@@ -56,7 +56,7 @@ def drawn(
     support, masks, query, _ = case.draw(dtype, rounded)
     generator = torch.Generator().manual_seed(case.seed + 1)
     prototypes = masked_average_pool(support.double(), masks, case.grid, case.min_pixels, "torch")
-    # No two windows alike, or rounding would choose between them.
+    # No two windows are equal, or rounding would choose between them.
     prototypes *= 1 + 0.1 * torch.randn(prototypes.shape, generator=generator, dtype=torch.float64)
     prototypes = prototypes.to(torch.float64 if dtype == torch.float64 else torch.float32)
     labels = torch.randint(0, case.C, (case.B, case.Q, case.H, case.W), generator=generator)
@@ -78,8 +78,8 @@ def results(case: Case, backend: str, inputs: Any, factor: float = 1.0, **option
 
 
 def in_two(case: Case, inputs: Any) -> Any:
-    """As `results`, by the scores of the same kernels: where two windows score alike to rounding,
-    the same one wins."""
+    """As `results`, by the scores of the same kernels: where the scores of two windows agree to
+    rounding, the same one wins."""
     query, prototypes, labels, weight = inputs
     size = (case.H, case.W)
     logits = cosine_match(query, prototypes, case.grid, size, case.reduce, "cpu", 20.0)
@@ -137,7 +137,7 @@ def test_lower_precision(dtype: torch.dtype, C: int) -> None:
         close(found, [t.double() for t in in_two(case, inputs)], 1e-5)
 
 
-def test_far_from_the_right_class_and_near_to_it() -> None:
+def test_logits_far_from_and_near_the_right_class() -> None:
     """Logits of +-2000: the loss stays exact where every probability rounds to 0 or 1."""
     case = Case(D=8, kind="positive")
     query, prototypes, labels, weight = drawn(case, torch.float32)
@@ -392,7 +392,7 @@ def test_wrong_arguments(name: str) -> None:
     query, prototypes, labels, _ = drawn(case, torch.float32)
     changed, error, message = _wrong()[name]
     given: dict[str, Any] = {"labels": labels, **changed}
-    for _ in range(2):  # also once the right ones have passed
+    for _ in range(2):  # also after a valid call
         with pytest.raises(error, match=message):
             cosine_match_loss(query, prototypes, given.pop("labels"), case.grid, **given)
         given = {"labels": labels, **changed}

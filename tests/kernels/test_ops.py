@@ -342,7 +342,7 @@ def test_only_the_gradients_that_are_wanted() -> None:
 
 
 def test_gradients_of_any_layout() -> None:
-    """What autograd hands back: expanded, strided, or none at all."""
+    """Gradients as autograd passes them: expanded, strided, or none."""
     support, masks, query = episode()
     scores = head(support, masks, query)
     dense = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
@@ -355,7 +355,7 @@ def test_gradients_of_any_layout() -> None:
 
 
 def test_expanded_features() -> None:
-    """One image standing for several, without memory for each."""
+    """One image expanded to several, without memory for each."""
     support, masks, query = (t.detach() for t in episode(K=1, B=1))
     support = support.expand(-1, 2, -1, -1, -1).detach().requires_grad_()
     masks = masks.expand(-1, 2, -1, -1, -1)
@@ -611,7 +611,7 @@ def _cpu_loss(*args: Any) -> Any:
 
 
 def test_fuzz_the_backend() -> None:
-    """Behind the checks: whatever gets there, the binding checks again."""
+    """Called without the public checks: the binding checks again."""
     from lslpn_kernels._backends import cpu
 
     rng = random.Random(1)
@@ -699,7 +699,7 @@ def test_fuzz_the_binding() -> None:
     assert built > 1000
 
 
-def test_capsules_are_read_once_and_wholly_checked() -> None:
+def test_capsules_are_read_once_and_fully_checked() -> None:
     from torch.utils.dlpack import from_dlpack, to_dlpack
 
     from lslpn_kernels._backends import native

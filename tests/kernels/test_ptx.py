@@ -42,7 +42,7 @@ SEEDS = [seed for seed in range(int(os.environ.get("LSLPN_EXAMPLES", "6"))) if s
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads of PyTorch that wait for work would take the cores from the machine."""
+    """Idle threads of PyTorch spin, and would take cores from the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -134,7 +134,7 @@ def test_cuda_drawn_at_random(kernels: cuda.Module, seed: int) -> None:
     close(case, "cuda", dtype, few=False)
 
 
-def test_cuda_takes_no_notice_of_the_strides_of_single_images(kernels: cuda.Module) -> None:
+def test_cuda_ignores_the_strides_of_dimensions_of_length_one(kernels: cuda.Module) -> None:
     """Some releases of torch export 1 for a dimension of length 1; the fast path is kept."""
     dense = torch.randn(1, 1, 9, 9, 32).movedim(-1, 2)
     single = dense.as_strided(dense.shape, (1, 1, *dense.stride()[2:]))
@@ -224,8 +224,8 @@ def test_triton_not_finite(triton: Callable[..., Any], where: str) -> None:
 def test_instruction_budget(backend: str) -> None:
     """Each kernel's warp instructions are within its budget, and the budget is not far above them.
 
-    A compiler may change some; who changes more runs `python -m benchmarks.instructions --budgets`,
-    and has a look at the difference.
+    A compiler may change some; after larger changes run `python -m benchmarks.instructions
+    --budgets`, and check the difference.
     """
     if reason := cuda.obstacle() if backend == "cuda" else triton_driver.obstacle():
         pytest.skip(reason)
@@ -243,8 +243,8 @@ def test_instruction_budget(backend: str) -> None:
 def test_two_operands_of_one_matrix_product_exchanged(
     kernels: cuda.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layouts of fragments are checked: of the product that is issued most often, the parts of
-    a that hold the lower rows and the right columns change places."""
+    """The tests detect wrong layouts of fragments: in the most frequent matrix product, the parts
+    of a with the lower rows and with the right columns are exchanged."""
     case = Case(D=64, h=9, w=9, H=64, W=64, grid=PAPER)
     close(case, "cuda", torch.bfloat16)
     _, launch, place = max(
@@ -325,7 +325,7 @@ PLACES = "shl.b32 %r2, %r1, 2; xor.b32 %r3, %r2, 128; xor.b32 %r4, %r2, 4; "
          "ld.shared.u32 %r3, [%r2]; cp.async.wait_all;", "never written|overwritten"),
     ],
 )  # fmt: skip
-def test_a_broken_rule_is_told(body: str, complaint: str) -> None:
+def test_a_broken_rule_is_reported(body: str, complaint: str) -> None:
     with pytest.raises(ExecutionError, match=complaint) as caught:
         execute(body)
     assert "kernel, block 0,0,0, warp" in str(caught.value)

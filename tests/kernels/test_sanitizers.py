@@ -56,7 +56,7 @@ def problems() -> dict[str, Future[Outcome]]:
         try:
             launcher(sanitizer)
         except RuntimeError:
-            continue  # the tests will say so
+            continue  # the tests skip with the reason
         build_driver(sanitizer)  # with two compilers at a time
         runnable.append(sanitizer)
     with ThreadPoolExecutor(2) as pool:
@@ -160,7 +160,7 @@ def call(rows, columns, grid):
     if B * N * C * G[0] * G[1] * D > 1 << 24 or B * N * D * h * w > 1 << 24:
         return
     module.set_device(draw.choice([1, 16, 132]), draw.choice([48, 99, 227]) << 10)
-    # Pages that nothing touches take no memory.
+    # Pages that are never accessed take no memory.
     x = torch.empty(B, N, D, h, w, dtype=draw.choice([torch.float32, torch.bfloat16]))
     masks = torch.empty(B, N, C, H, W, dtype=torch.uint8)
     prototypes, factor, *kept = backend.masked_average_pool(x, masks, C, grid, 0.0)
@@ -173,7 +173,7 @@ def call(rows, columns, grid):
 with hooks.cuda(module):
     for _ in range(int(sys.argv[2])):
         call(axis(), axis(), grid())
-    # An axis as long as can be cut, and one or some pixels longer.
+    # The longest axis that can be divided, and axes one or some pixels longer.
     longest = (1, 16384), (1, 16385), (2, 12800), (2, 12801), (2, 12900)
     for other in ((5, 2), (1, 1), (7, 7), *longest):
         call(other, (3, 7), GridSpec())
@@ -199,7 +199,7 @@ def test_plans_of_the_cuda_kernels_are_clean() -> None:
 
 def in_python(code: str, *arguments: str) -> Outcome:
     """Runs Python that loads an instrumented module."""
-    # A sanitizer must come before all else, and before the C++ exceptions that it listens to.
+    # A sanitizer must be loaded first, and before the C++ runtime whose exceptions it intercepts.
     preload = [
         subprocess.run(
             [compiler() or "", f"-print-file-name={name}"],

@@ -43,7 +43,7 @@ def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
         assert error < tolerance, name
 
 
-def test_bands_of_tiles_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_of_tiles_give_the_result_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(H=40, W=24)
     whole = run(case, "torch")
     monkeypatch.setattr(torch_, "_GROUP", 1)  # one row of tiles at a time

@@ -21,7 +21,7 @@ from lslpn_kernels._backends import triton_
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
-# What keeps Triton from running at all; a missing GPU does not.
+# Why Triton cannot run at all; a missing GPU is no reason.
 REASON = triton_.unavailable(torch.device("cuda")) or ""
 pytestmark = pytest.mark.skipif(
     "Triton" in REASON, reason=f"the Triton kernels cannot be compiled: {REASON}"
@@ -126,7 +126,7 @@ def test_what_was_compiled_ahead_is_found_again(tmp_path: Path) -> None:
 
 
 def test_the_key_of_another_interpreter(tmp_path: Path) -> None:
-    """Of this Triton it is the same, of another version it is of no use."""
+    """This Triton has the same key; with another version the compiled kernels are not used."""
     text = """
 import sys
 from benchmarks import compile_ahead

@@ -1,11 +1,10 @@
 """The Triton kernels in Triton's interpreter, against the oracle. See test_triton.py, which runs
 this file in a process of its own with TRITON_INTERPRET=1; it is not collected otherwise.
 
-What it shows: that the kernels say the right thing at every branch, wherever there is Triton. What
-a compiler makes of them, sums over many channels and golden files are for test_ptx.py, which
-executes the compiled code. The cases here are as small as they can be: the interpreter takes a
-second for a handful of programs. `LSLPN_INTERPRET=all` adds those that the other backends are
-tested on.
+It tests the source of the kernels at every branch, wherever there is Triton. The compiled code,
+sums over many channels and golden files are tested by test_ptx.py, which executes that code. The
+cases here are as small as they can be: the interpreter takes a second for a handful of programs.
+`LSLPN_INTERPRET=all` adds those that the other backends are tested on.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def synthetic_dataset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def support(tmp_path: Path) -> tuple[Volume, Volume]:
-    """A drawn scan and its labels."""
+    """A synthetic scan and its labels."""
     return synthetic_scan(tmp_path, 0)
 
 

@@ -38,7 +38,7 @@ def synthetic_ct(
     """
     rng = np.random.default_rng(seed)
     z, y, x = np.meshgrid(*(np.arange(n) / (n - 1) for n in shape), indexing="ij")
-    # The body's box, in which everything else is placed.
+    # Coordinates in the body's box, in which everything else is placed.
     by, bx = (y - 0.12 - 0.2 * shift) / 0.7, (x - 0.1 - 0.2 * shift) / 0.8
 
     def ellipsoid(centre: tuple[float, ...], radii: tuple[float, ...]) -> np.ndarray:
@@ -97,7 +97,7 @@ def write_nifti(
 
 
 def write_synthetic_dataset(root: Path, cases: int = 4) -> Path:
-    """A data set in nnU-Net's raw layout: small CT-like volumes, every one laid out otherwise."""
+    """A data set in nnU-Net's raw layout: small CT-like volumes of different orientations."""
     layouts = [("RAS", 0.0), ("LPS", 0.0), ("LAS", 4.0), ("SRP", 0.0), ("PIR", -6.0)]
     for case in range(cases):
         axes, tilt = layouts[case % len(layouts)]
@@ -145,12 +145,12 @@ def synthetic_scan(
 
 
 def part(volume: Volume, first: int, last: int) -> Volume:
-    """Some of its slices."""
+    """The slices first .. last - 1 of a volume."""
     grid = dataclasses.replace(volume.grid, shape=(*volume.data.shape[:0:-1], last - first))
     return dataclasses.replace(volume, data=volume.data[first:last], grid=grid)
 
 
 def dice_of(a: np.ndarray, b: np.ndarray, label: int) -> float:
-    """Of one label in two label maps."""
+    """The Dice of one label in two label maps."""
     x, y = a == label, b == label
     return float(2 * (x & y).sum() / (x.sum() + y.sum()))

@@ -1,4 +1,4 @@
-"""nnU-Net's raw layout: both styles of labels, and what is said about a broken set."""
+"""nnU-Net's raw layout: both styles of labels, and errors of invalid data sets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_open_and_load(synthetic_dataset: Path) -> None:
         image, labels = data.load(case)
         assert image.data.shape == labels.data.shape
         assert set(np.unique(labels.data)) == {0, 1, 2, 3}
-        # Whatever way the file's axes run, the liver lies on the patient's right, shown left.
+        # Whatever the orientation of the file, the liver is on the patient's right, shown left.
         liver, spleen = (np.argwhere(labels.data == v).mean(axis=0) for v in (1, 2))
         assert liver[2] < spleen[2]
         assert image.path.name == f"{case}_0000.nii.gz"
@@ -159,7 +159,7 @@ def test_a_case_without_image_or_labels_is_left_out_with_a_warning(
         data.load("syn_02")
 
 
-def test_a_data_set_without_a_whole_case(synthetic_dataset: Path) -> None:
+def test_a_data_set_without_a_complete_case(synthetic_dataset: Path) -> None:
     for path in (synthetic_dataset / "labelsTr").iterdir():
         path.unlink()
     _refused(synthetic_dataset, "labelsTr/syn_00.nii.gz: missing", "every other case")

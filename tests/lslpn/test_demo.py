@@ -27,7 +27,7 @@ def test_the_organs_are_found(ran: tuple[Path, dict[str, Any]]) -> None:
     assert report["dice"]["liver"] >= 0.85
     assert report["dice"]["spleen"] >= 0.70
     assert list(report["dice"])[:2] == ["liver", "spleen"]  # the largest first
-    # Kidneys and gallbladder are not in scan B; they are not scored, and hardly found.
+    # Kidneys and gallbladder are not in scan B: they are not scored, and almost none is found.
     assert set(report["dice"]) < set(demo_organs())
     for organ in ("kidney_right", "kidney_left", "gallbladder"):
         assert organ not in report["dice"]
@@ -35,20 +35,20 @@ def test_the_organs_are_found(ran: tuple[Path, dict[str, Any]]) -> None:
         assert report["volumes_ml"][organ]["prediction"] < 10
 
 
-def test_prediction_lies_on_the_query(ran: tuple[Path, dict[str, Any]]) -> None:
+def test_prediction_is_in_the_grid_of_the_query(ran: tuple[Path, dict[str, Any]]) -> None:
     out, report = ran
     prediction = read_labels(out / "prediction.nii.gz")
     check_same_grid(read_image(demo_image("b")), prediction)
     assert nib.aff2axcodes(nib.load(out / "prediction.nii.gz").affine) == ("L", "P", "S")
     truth = read_labels(demo_labels("b"))
-    # The file says what the report says.
+    # The file agrees with the report.
     a, b = (volume.data == demo_organs()["liver"] for volume in (prediction, truth))
     assert report["dice"]["liver"] == pytest.approx(
         2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-4
     )
 
 
-def test_report_and_picture(ran: tuple[Path, dict[str, Any]]) -> None:
+def test_report_and_figure(ran: tuple[Path, dict[str, Any]]) -> None:
     out, report = ran
     assert sorted(p.name for p in out.iterdir()) == [
         "overlay.png",
@@ -70,7 +70,7 @@ def test_report_and_picture(ran: tuple[Path, dict[str, Any]]) -> None:
     assert LABELS_NOTE in page
 
 
-def test_folder_that_cannot_be_written_is_told_before_the_work(
+def test_an_unwritable_folder_is_reported_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(*_: object, **__: object) -> None:
@@ -82,7 +82,7 @@ def test_folder_that_cannot_be_written_is_told_before_the_work(
         demo.run_demo(tmp_path / "file")
 
 
-def test_a_stop_in_the_middle_leaves_the_earlier_files(
+def test_an_interrupted_demo_leaves_the_earlier_files(
     ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, _ = ran
@@ -97,7 +97,7 @@ def test_a_stop_in_the_middle_leaves_the_earlier_files(
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_assets_are_there_and_described() -> None:
+def test_assets_exist_and_are_described() -> None:
     assert trunk_weights().stat().st_size > 10_000_000
     for scan in ("a", "b"):
         image, labels = read_image(demo_image(scan)), read_labels(demo_labels(scan))  # type: ignore[arg-type]

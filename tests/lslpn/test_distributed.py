@@ -1,4 +1,4 @@
-"""Training in several processes: the weights of one, and one message where something is wrong."""
+"""Training in several processes: the weights equal those of one, an error has one message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lslpn.models import untrained
 from lslpn.runs import time_spent
 from lslpn.training import make_optimizer, train, train_step
 
-# Nothing that differs by process: no dropout, stored batch-norm statistics.
+# Nothing that differs between processes: no dropout, stored batch-norm statistics.
 SMALL = {
     "size": 32, "channels": 8, "weights": "random", "batch": 4, "steps": 3,
     "batch_norm": "frozen", "dropout": 0, "log_every": 1, "lr": 0.01,
@@ -58,12 +58,12 @@ def two_processes(
 
 
 def moved(run: Checkpoint, config: Config) -> dict[str, torch.Tensor]:
-    """What training did to the weights."""
+    """How much training changed the weights."""
     start = untrained(config, seed=config.train.seed).state_dict()
     return {k: v - start[k] for k, v in run.model.items() if v.is_floating_point()}
 
 
-def test_two_processes_reach_the_weights_of_one_on_the_whole_batch(
+def test_two_processes_give_the_weights_of_one_process_on_the_whole_batch(
     data: Path, tmp_path: Path
 ) -> None:
     done = two_processes(words(data, tmp_path / "two"))
@@ -77,7 +77,7 @@ def test_two_processes_reach_the_weights_of_one_on_the_whole_batch(
     steps, others, fewer = moved(one, one.config), moved(two, two.config), moved(half, half.config)
     for name, step in steps.items():
         torch.testing.assert_close(others[name], step, rtol=1e-3, atol=1e-7, msg=name)
-    # The comparison would notice: half of the batch leads elsewhere.
+    # The comparison is sensitive: half of the batch gives other weights.
     name = "encoder.reduction.weight"
     assert (steps[name] - fewer[name]).norm() > 0.05 * steps[name].norm() > 0
     logs = [list(csv.DictReader((tmp_path / n / "log.csv").open())) for n in ("one", "two")]
@@ -91,7 +91,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / one.norm())
 
 
-def test_live_batch_norm_on_cpus_is_that_of_an_accumulated_batch(
+def test_live_batch_norm_on_cpus_equals_that_of_an_accumulated_batch(
     data: Path, tmp_path: Path
 ) -> None:
     """SyncBatchNorm needs GPUs; on CPUs each process has its own statistics, and says so."""
@@ -111,11 +111,11 @@ def test_live_batch_norm_on_cpus_is_that_of_an_accumulated_batch(
             assert step.norm() > 0
         elif step.any():
             assert apart(step, others[name]) < 0.1, name
-            # The comparison would notice: statistics over the whole batch lead elsewhere.
+            # The comparison is sensitive: statistics over the whole batch give other weights.
             assert apart(step, elsewhere[name]) > 0.5, name
 
 
-# Trains with what SyncBatchNorm does on GPUs, written out for CPUs, in its place.
+# Trains with an implementation of SyncBatchNorm for CPUs in place of torch's.
 _SYNCHRONISED = """
 import sys
 import torch
@@ -152,11 +152,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_synchronised_batch_norm_in_two_processes_is_that_of_one_on_the_whole_batch(
+def test_synchronised_batch_norm_in_two_processes_equals_that_of_one_on_the_whole_batch(
     data: Path, tmp_path: Path
 ) -> None:
     """The default on two GPUs: conversion, encoder, trainer and DistributedDataParallel. Not
-    covered is torch's own SyncBatchNorm, which a stand-in for CPUs replaces."""
+    covered is torch's own SyncBatchNorm, which an implementation for CPUs replaces."""
     script = tmp_path / "synchronised.py"
     script.write_text(_SYNCHRONISED)
     done = two_processes(words(data, tmp_path / "two", batch_norm="live", steps=1), (str(script),))
@@ -171,13 +171,13 @@ def test_synchronised_batch_norm_in_two_processes_is_that_of_one_on_the_whole_ba
     assert steps["encoder.bn1.running_mean"].any()
 
 
-def test_what_is_wrong_is_said_once(data: Path, tmp_path: Path) -> None:
-    # All processes find this out, each by itself.
+def test_an_error_is_reported_by_one_process(data: Path, tmp_path: Path) -> None:
+    # All processes detect this.
     done = two_processes(words(data, tmp_path / "a", "--hold-out", "lung"))
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "error: organ 'lung': not in data set" in done.stderr
-    # Only the first looks at the folder; the other waits for it.
+    # Only the first process reads the folder; the other waits for it.
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     done = two_processes(words(data, tmp_path / "b", "--resume"))
@@ -197,7 +197,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(data: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_shares_are_the_batch(data: Path) -> None:
+def test_shares_of_the_processes_make_up_the_batch(data: Path) -> None:
     config = with_overrides(preset("published"), **SMALL)
     episodes = Episodes(
         Dataset.open(data), config, cases=["syn_00", "syn_01"], hold_out=["liver"], progress=False
@@ -245,7 +245,7 @@ def test_compiling_changes_nothing_but_the_time(
 
     def eager(module: nn.Module, **_: object) -> None:
         compiled.append(type(module).__name__)
-        real(module, backend="eager")  # traced as any, but no compiler is waited for
+        real(module, backend="eager")  # traced as with any backend, but without a compiler
 
     monkeypatch.setattr(nn.Module, "compile", eager)
     for name in ("plain", "compiled"):
@@ -258,7 +258,7 @@ def test_compiling_changes_nothing_but_the_time(
         torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
-def test_a_compiler_that_fails_is_said_in_words(
+def test_a_failing_compiler_is_an_input_error(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -272,7 +272,7 @@ def test_a_compiler_that_fails_is_said_in_words(
     assert "no compiler" in said
 
 
-def test_the_log_says_how_long_training_waited_for_data(
+def test_the_log_has_the_time_spent_waiting_for_data(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import time

@@ -53,7 +53,7 @@ def test_512_gives_65(pretrained: Encoder) -> None:
         assert pretrained(torch.zeros(1, 3, 512, 512)).shape == (1, 256, 65, 65)
 
 
-def test_layers_are_where_the_paper_puts_them(pretrained: Encoder) -> None:
+def test_layers_have_the_strides_and_dilations_of_the_paper(pretrained: Encoder) -> None:
     first = pretrained.layer2[0]
     assert first.conv1.stride == (2, 2)
     assert first.conv2.stride == (1, 1)
@@ -76,7 +76,7 @@ def test_stride_on_3x3_moves_the_stride_and_nothing_else(image: torch.Tensor) ->
         assert moved(image).shape[-2:] == (feature_size(97), feature_size(129))
 
 
-def test_shipped_weights_arrive_in_the_trunk(pretrained: Encoder) -> None:
+def test_shipped_weights_are_loaded_into_the_trunk(pretrained: Encoder) -> None:
     shipped = safetensors.torch.load_file(trunk_weights())
     own = pretrained.state_dict()
     assert {k for k in own if not k.startswith("reduction.")} - set(shipped) == {
@@ -147,7 +147,7 @@ def test_only_the_affine_parameters_of_batch_norm_are_frozen(image: torch.Tensor
 
 
 @pytest.mark.parametrize("batch_norm", ["live", "frozen"])
-def test_synchronised_batch_norm_takes_the_place_of_the_plain_one(
+def test_synchronised_batch_norm_replaces_the_plain_one(
     image: torch.Tensor, batch_norm: BatchNormMode
 ) -> None:
     """As on several GPUs; SyncBatchNorm trains on GPUs only, so this compares evaluation."""
@@ -164,7 +164,7 @@ def test_synchronised_batch_norm_takes_the_place_of_the_plain_one(
     assert not any(p.requires_grad for m in norms for p in m.parameters())
 
 
-def test_dropout_zeroes_whole_channels_in_training_alone(image: torch.Tensor) -> None:
+def test_dropout_zeroes_whole_channels_in_training_only(image: torch.Tensor) -> None:
     encoder = made(batch_norm="frozen").train()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_weights_that_do_not_fit_are_refused_by_name() -> None:
         encoder.load_trunk({**_state(), "conv1.weight": torch.zeros(64, 1, 7, 7)})
 
 
-def test_a_refused_state_dict_leaves_the_encoder_as_it_was() -> None:
+def test_a_refused_state_dict_leaves_the_encoder_unchanged() -> None:
     encoder = made(weights="random")
     before = encoder.conv1.weight.clone()
     with pytest.raises(InputError):
@@ -230,7 +230,7 @@ def test_a_refused_state_dict_leaves_the_encoder_as_it_was() -> None:
         ("bn1.running_var", -1.0, "negative variances"),
     ],
 )
-def test_weights_that_nothing_can_be_computed_with_are_refused(
+def test_weights_that_are_not_finite_real_numbers_are_refused(
     tmp_path: Path, name: str, value: float, said: str
 ) -> None:
     state = {k: v for k, v in made().state_dict().items() if not k.startswith("reduction")}
@@ -259,7 +259,7 @@ def test_unreadable_weights_are_one_clear_error(tmp_path: Path, suffix: str, kin
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "module.pt"
     torch.save(nn.Linear(2, 2), path)  # a whole module needs unpickling of classes
     with pytest.raises(InputError, match="cannot be read"):

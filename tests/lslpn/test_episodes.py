@@ -170,7 +170,7 @@ def test_at_most_some_slices_are_kept_where_many_qualify(dataset: Dataset) -> No
             assert set(few.z[few.rows[organ]]) <= set(all_.z[rows])
             assert few.ranges[organ] == all_.ranges[organ]
             sizes.add(kept == 3)
-    assert sizes == {True, False}  # both branches were met
+    assert sizes == {True, False}  # both branches were taken
     for first, second in zip(some._scans[1:], again._scans, strict=True):
         assert np.array_equal(first.z, second.z)  # whichever other cases there are
 
@@ -186,7 +186,7 @@ def locate(episodes: Episodes, image: np.ndarray) -> tuple[str, int]:
     return found[0]
 
 
-def test_support_lies_in_another_scan_at_a_like_position(dataset: Dataset) -> None:
+def test_support_comes_from_another_scan_at_a_similar_position(dataset: Dataset) -> None:
     episodes = load(dataset, small(organs="liver", batch=8))
     by_case = {scan.case: scan for scan in episodes._scans}
     gaps = []
@@ -240,7 +240,7 @@ def test_masks_and_labels_belong_to_their_images(dataset: Dataset) -> None:
         assert np.array_equal(batch.query_labels[b, 0].numpy(), expected)
 
 
-def test_pixels_labelled_255_carry_no_loss(tmp_path: Path) -> None:
+def test_pixels_labelled_255_have_no_loss(tmp_path: Path) -> None:
     root = write_synthetic_dataset(tmp_path / "data", cases=2)
     for path in (root / "labelsTr").iterdir():
         image = nib.load(path)
@@ -273,7 +273,7 @@ def test_a_held_out_organ_of_value_255_is_background(tmp_path: Path) -> None:
         assert set(labels.unique().tolist()) == {0, 1}
 
 
-def test_the_ignore_label_carries_no_loss(tmp_path: Path) -> None:
+def test_the_ignore_label_has_no_loss(tmp_path: Path) -> None:
     root = write_synthetic_dataset(tmp_path / "data", cases=2)
     meta = json.loads((root / "dataset.json").read_text())
     meta["labels"]["ignore"] = meta["labels"].pop("kidney")
@@ -291,7 +291,7 @@ def test_the_ignore_label_carries_no_loss(tmp_path: Path) -> None:
     assert ignored > 0
 
 
-def test_one_scan_alone_is_said_and_uses_two_of_its_slices(dataset: Dataset) -> None:
+def test_a_single_scan_is_reported_and_two_of_its_slices_are_used(dataset: Dataset) -> None:
     with pytest.warns(UserWarning, match="only one training scan shows liver, spleen, kidney"):
         episodes = load(dataset, small(batch=8), cases=dataset.cases[:1])
     batch = episodes.batch(0)
@@ -299,7 +299,7 @@ def test_one_scan_alone_is_said_and_uses_two_of_its_slices(dataset: Dataset) -> 
         assert not torch.equal(support[0], query[0])
 
 
-def test_an_organ_without_slices_is_said_and_left_out(tmp_path: Path) -> None:
+def test_an_organ_without_slices_is_reported_and_left_out(tmp_path: Path) -> None:
     root = write_synthetic_dataset(tmp_path / "data", cases=2)
     meta = json.loads((root / "dataset.json").read_text())
     meta["labels"]["heart"] = 9
@@ -315,7 +315,7 @@ def test_no_warning_without_a_cause(dataset: Dataset) -> None:
         load(dataset, small())
 
 
-def test_fingerprint_follows_the_data(dataset: Dataset, tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_data(dataset: Dataset, tmp_path: Path) -> None:
     value = load(dataset, small()).fingerprint()
     assert value == load(dataset, small()).fingerprint()
     assert value != load(dataset, small(), cases=dataset.cases[:3]).fingerprint()
@@ -332,7 +332,7 @@ def test_fingerprint_follows_the_data(dataset: Dataset, tmp_path: Path) -> None:
 def test_fingerprint_is_of_the_voxels_as_read(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resizing differs in the last bit from one processor to another."""
+    """Not of resized slices, which differ in the last bit between processors."""
     value = load(dataset, small()).fingerprint()
     real = episodes_module.prepare
 
@@ -365,7 +365,7 @@ def test_body_alignment_crops(tmp_path: Path) -> None:
         ({"min_organ_pixels": 250_000}, {}, "no slice.*min_organ_pixels"),
     ],
 )
-def test_what_cannot_be_trained_on_is_one_clear_error(
+def test_unusable_training_data_is_one_clear_error(
     dataset: Dataset, values: dict[str, object], arguments: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
@@ -396,7 +396,7 @@ images = st.integers(0, 2**32 - 1).map(
 
 
 @given(image=images, seed=st.integers(0, 2**32 - 1), probability=st.floats(0, 1))
-def test_augmented_images_stay_in_range_and_do_not_touch_the_original(
+def test_augmented_images_stay_in_range_and_the_original_is_unchanged(
     image: np.ndarray, seed: int, probability: float
 ) -> None:
     before = image.copy()
@@ -430,7 +430,7 @@ def test_each_augmentation_happens_half_of_the_time_with_factors_over_the_range(
     same = np.mean([np.array_equal(r, image) for r in results])
     assert same == pytest.approx(1 / 8, abs=0.02)
     middle = np.array([r[2, 2] for r in results])
-    # Contrast leaves the mean; neither gamma nor brightness has happened in a quarter.
+    # Contrast keeps the mean; a quarter have neither gamma nor brightness.
     assert np.mean(np.isclose(middle, 0.25, atol=1e-4)) == pytest.approx(1 / 4, abs=0.03)
     spread = np.array([r[0, 1] - r[0, 0] for r in results])
     contrast = spread[np.isclose(middle, 0.25, atol=1e-4) & ~np.isclose(spread, 0.1)] / 0.1

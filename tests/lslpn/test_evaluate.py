@@ -1,4 +1,4 @@
-"""The evaluation: the protocols' arithmetic by hand, and scores that can be counted."""
+"""The evaluation: the protocols by hand, and scores that can be counted."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_single_slice_is_not_dropped() -> None:
     assert pairs == [Pair(4, (7,))]
 
 
-def test_published_steps_over_a_gap_in_the_support_organ() -> None:
+def test_published_skips_a_gap_in_the_support_organ() -> None:
     # 12 slices from 0 to 11 without the last; the middle is 6, and 8 is nearer than 3.
     support = organ_on(20, _0_3=999, _8_12=999)
     assert protocol_of("published", 1).support_slices(support) == [8]
@@ -165,7 +165,7 @@ def test_every_slice_of_the_range_is_segmented_once(
     assert all(support[z] > least for z in supports)
 
 
-def test_protocols_that_do_not_exist() -> None:
+def test_unknown_protocols_are_refused() -> None:
     with pytest.raises(InputError, match="published, senet, alpnet, adnet, got 'alp'"):
         protocol_of("alp")
     with pytest.raises(InputError, match="chunks: expected 1 or more, got 0"):
@@ -189,7 +189,7 @@ def test_dice_by_hand() -> None:
 
 
 class Bright(LSLPN):
-    """A stand-in for the network whose answers can be counted: bright is (1, 0), dark (0, 1)."""
+    """An encoder with known features: (1, 0) for bright pixels, (0, 1) for dark ones."""
 
     def __init__(self, size: int, grid: GridSpec) -> None:
         nn.Module.__init__(self)  # without the encoder
@@ -207,7 +207,7 @@ SIDE = 32
 
 
 def volume(path: Path, data: np.ndarray, dtype: type) -> None:
-    """[Z, Y, X] as the program sees it, written in RAS order."""
+    """[Z, Y, X] in display orientation, written in RAS order."""
     path.parent.mkdir(exist_ok=True, parents=True)
     affine = np.diag([-1.0, -1.0, 3.0, 1.0])
     nib.save(nib.Nifti1Image(data.transpose(2, 1, 0).astype(dtype), affine), path)
@@ -235,7 +235,7 @@ def squares(tmp_path: Path) -> Dataset:
         "e": (other, empty),
     }
     for name, (bright, labels) in cases.items():
-        # A corner that is bright on every slice, so that min-max leaves dark slices alone.
+        # A corner that is bright on every slice, so that min-max does not change dark slices.
         image = bright.astype(float) * 100
         image[:, -1, -1] = 100
         volume(tmp_path / "imagesTr" / f"{name}_0000.nii.gz", image, np.float32)
@@ -257,16 +257,16 @@ def run(dataset: Dataset, queries: str, grid: GridSpec, **options: object) -> Ev
     )
 
 
-def test_what_lies_alike_is_found_whole(squares: Dataset) -> None:
+def test_an_identical_query_is_segmented_exactly(squares: Dataset) -> None:
     found = run(squares, "b", GridSpec(1 / 4, 1))
     # 8 slices, and the last one of the published protocol is dropped: 7 x 64 voxels.
     assert found.rows == (Row("square", "b", 1.0, 7, 7 * 64, 7 * 64),)
 
 
-def test_local_prototypes_only_reach_as_far_as_their_windows(squares: Dataset) -> None:
-    # The square moved by half its width. The global prototype follows it; windows of 8 pixels
-    # without overlap know the organ only where the support has it: half of the square.
-    # The bright corner is far from the support's organ: 7 pixels for the global one alone.
+def test_local_prototypes_apply_within_their_windows_only(squares: Dataset) -> None:
+    # The square is moved by half its width. The global prototype finds it; windows of 8 pixels
+    # without overlap find it only where the support has it: half of the square.
+    # The bright corner is far from the support's organ: 7 pixels with the global one only.
     whole = run(squares, "c", GridSpec(1, 1)).mean("square")
     assert whole == pytest.approx(2 * 448 / (448 + 448 + 7))
     local = run(squares, "c", GridSpec(1 / 4, 1))
@@ -286,7 +286,7 @@ def test_only_adnet_counts_what_is_found_outside_the_organ(squares: Dataset) -> 
     assert whole.dice == pytest.approx(2 * 512 / (512 + 16 + 512))
 
 
-def test_a_query_without_the_organ_is_skipped_and_said(squares: Dataset) -> None:
+def test_a_query_without_the_organ_is_skipped_and_reported(squares: Dataset) -> None:
     found = run(squares, "bec", GridSpec(1, 1))
     assert [row.case for row in found.rows] == ["b", "c"]
     assert found.skipped == (Skipped("square", "e", "its labels do not show the organ"),)
@@ -340,7 +340,7 @@ def test_the_batch_size_changes_nothing(squares: Dataset) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_of_the_model_is_left_as_it_was(squares: Dataset, training: bool) -> None:
+def test_the_mode_of_the_model_is_unchanged(squares: Dataset, training: bool) -> None:
     model = Bright(SIDE, GridSpec(1, 1)).train(training)
     modes = []
     encode = model.encode
@@ -359,7 +359,7 @@ def test_the_mode_of_the_model_is_left_as_it_was(squares: Dataset, training: boo
 
 
 def test_predictions_are_those_of_the_model(synthetic_dataset: Path) -> None:
-    """Against the network's own forward pass, pair by pair, through another path."""
+    """Against the forward pass of the network, pair by pair."""
     dataset = Dataset.open(synthetic_dataset)
     model = untrained(ModelConfig(size=64, min_pixels=0, window=None), seed=1)
     found = evaluate(
@@ -435,7 +435,7 @@ def relabelled(dataset: Dataset, **values: int) -> Dataset:
 def test_voxels_of_the_ignore_label_enter_no_score(synthetic_dataset: Path) -> None:
     dataset = relabelled(Dataset.open(synthetic_dataset), liver=1, spleen=2, ignore=3)
     model = untrained(ModelConfig(size=64, min_pixels=0), seed=1)
-    # A network that finds the organ everywhere: what it says of ignored voxels must not count.
+    # A network that finds the organ everywhere: its result in ignored voxels must not count.
     model.match = lambda features, support, size: torch.tensor([0.0, 1.0])[
         None, None, :, None, None
     ].expand(1, features.shape[1], 2, *size)  # type: ignore[method-assign]
@@ -458,10 +458,10 @@ def test_voxels_of_the_ignore_label_enter_no_score(synthetic_dataset: Path) -> N
 
 
 @pytest.mark.parametrize("method", ["lslpn", "panet"])
-def test_an_organ_that_is_lost_at_the_networks_size_is_skipped_and_said(
+def test_an_organ_too_small_for_the_networks_size_is_skipped_and_reported(
     synthetic_dataset: Path, tmp_path: Path, method: str
 ) -> None:
-    # One voxel, which no pixel centre of the network's square meets.
+    # One voxel, in which no pixel centre of the network's square lies.
     for path in (synthetic_dataset / "labelsTr").iterdir():
         image = nib.load(path)
         data = np.asarray(image.dataobj).copy()
@@ -482,14 +482,14 @@ def test_an_organ_that_is_lost_at_the_networks_size_is_skipped_and_said(
     assert lost in found.table()
 
 
-def test_support_slices_on_which_an_organ_is_lost_are_named(squares: Dataset) -> None:
+def test_support_slices_on_which_an_organ_is_too_small_are_named(squares: Dataset) -> None:
     for case in "ab":
         path = squares.root / "labelsTr" / f"{case}.nii.gz"
         image = nib.load(path)
         data = np.asarray(image.dataobj).copy()
         kept = np.argwhere(data[..., 3])
         data[..., 3] = 0
-        data[(*kept[0], 3)] = 1  # one pixel of a window is taken for none
+        data[(*kept[0], 3)] = 1  # a window with one pixel counts as empty
         nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
     grids = [GridSpec(1, 1), GridSpec(1 / 4, 1)]
     model = untrained(ModelConfig(size=32, min_pixels=1, channels=8, weights="random"))
@@ -507,7 +507,7 @@ def test_support_slices_on_which_an_organ_is_lost_are_named(squares: Dataset) ->
         )
 
 
-def test_figures_of_grids_of_which_one_loses_an_organ(tmp_path: Path, squares: Dataset) -> None:
+def test_figures_of_two_grids_of_which_one_skips_an_organ(tmp_path: Path, squares: Dataset) -> None:
     found = run(squares, "bc", GridSpec(1 / 4, 1))
     without = dataclasses.replace(found, rows=found.rows[1:], examples=found.examples[1:])
     for pair in ([found, without], [without, found]):
@@ -613,7 +613,7 @@ def test_json_is_json_and_the_tables_hold_every_score() -> None:
     assert "[bold]a :smile: [/none]" in named
 
 
-def test_fractions_read_as_people_write_them() -> None:
+def test_fractions_are_written_as_quotients() -> None:
     assert [fraction(v) for v in (1.0, 0.125, 1 / 3, 0.123)] == ["1", "1/8", "1/3", "0.123"]
 
 
@@ -634,8 +634,8 @@ def test_save_writes_json_and_a_figure_per_case(squares: Dataset, tmp_path: Path
 # --- real scans -----------------------------------------------------------------------------
 
 
-def test_the_local_prototypes_pay_on_real_ct(shared_path: Callable[[str], Path]) -> None:
-    """The order of the paper's Fig. 3 (left) on SABS, untrained: 1/8 beats 1 by far."""
+def test_local_prototypes_beat_global_ones_on_real_ct(shared_path: Callable[[str], Path]) -> None:
+    """The order of the paper's Fig. 3 (left) on SABS, untrained: 1/8 is better than 1."""
     dataset = Dataset.open(shared_path("data/Dataset101_SABS"))
     whole, local = evaluate_grids(
         untrained(ModelConfig(size=257)),

@@ -1,4 +1,4 @@
-"""The experiments: what they say is what was measured, and a stopped one ends as any other."""
+"""The experiments: reports agree with the evaluations, and a resumed run with a complete one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ TABLE1 = ("--method", "lslpn,panet", "--seeds", "1,2", "--classes", "all", "--un
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished table1, for reading alone."""
+    """A folder with a finished table1, to be read only."""
     out = tmp_path_factory.mktemp("finished") / "out"
     assert main(words("table1", data, out, *TABLE1)) == 0
     return out
@@ -63,7 +63,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """The same, to work in: links, since a file is replaced and never written into."""
+    """A copy to work in: of links, since files are replaced and never modified."""
     shutil.copytree(finished, tmp_path / "out", copy_function=os.link)
     return tmp_path / "out"
 
@@ -73,7 +73,7 @@ def loaded(out: Path, name: str) -> dict:
 
 
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever trains or evaluates from here on fails."""
+    """Make any further training or evaluation fail."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this was done already")
@@ -85,7 +85,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- table1 ---------------------------------------------------------------------------------
 
 
-def test_the_table_is_what_the_evaluations_say(finished: Path) -> None:
+def test_the_table_equals_the_evaluations(finished: Path) -> None:
     content = loaded(finished, "table1")
     with open(finished / "table1.csv", encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -119,11 +119,11 @@ def test_the_table_is_what_the_evaluations_say(finished: Path) -> None:
         means = [statistics.fmean(pair) for pair in zip(*of_seed.values(), strict=True)]
         assert line["mean"]["mean"] == pytest.approx(statistics.fmean(means), abs=1e-6)
         assert line["mean"]["deviation"] == pytest.approx(statistics.stdev(means), abs=1e-6)
-    # The lines differ, so a mix-up of methods would show.
+    # The rows differ, so that exchanged methods would be noticed.
     assert len({line["mean"]["mean"] for line in content["table"]}) == 3
 
 
-def test_the_markdown_is_what_the_json_says(finished: Path) -> None:
+def test_the_markdown_equals_the_json(finished: Path) -> None:
     content, text = loaded(finished, "table1"), (finished / "table1.md").read_text("utf-8")
     table, comparisons = text.split("## Paired comparisons")
     rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
@@ -149,12 +149,12 @@ def test_the_page_has_the_tables_the_plot_and_every_evaluation(finished: Path) -
     assert page.count("<img ") == page.count(f'src="data:image/png;base64,{plot}"') == 1
     assert page.count("<details>") == page.count("<svg ") == len(content["runs"])
     assert "<summary>panet, all classes; liver held out, seed 2, align none</summary>" in page
-    # The page's own policy would not let these be.
+    # The page's Content-Security-Policy forbids these.
     assert 'style="' not in page
     assert str(finished) not in page
 
 
-def test_every_output_says_what_it_was_made_from(finished: Path) -> None:
+def test_every_output_names_its_data_settings_and_versions(finished: Path) -> None:
     content = loaded(finished, "table1")
     assert content["subject_folds"] == [
         {
@@ -189,7 +189,7 @@ def test_a_finished_experiment_is_read_back(
     assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
     said = capsys.readouterr()
     assert "8 of them trained already; 12 evaluations, 12 of them done already" in said.err
-    # Fewer seeds and methods are a part of what is there.
+    # Fewer seeds and methods are a subset of the finished ones.
     assert main(words("table1", data, copy, "--seeds", "1", "--classes", "all")) == 0
     assert loaded(copy, "table1")["table"][0]["organs"]["liver"]["deviation"] is None
 
@@ -240,13 +240,13 @@ def test_other_settings_in_the_same_folder_are_refused(
         assert expected in said
         assert str(copy) in said
         assert (copy / "table1.json").read_bytes() == before
-    # Neither is a trained network taken that was trained otherwise.
+    # A network that was trained with other settings is not used.
     other = copy.parent / "other"
     assert main(words("table1", data, other, *TABLE1, "--runs", str(copy / "runs"), lr=0.5)) == 2
     assert "lr was 0.001, now 0.5" in capsys.readouterr().err
 
 
-def test_two_at_once_in_one_folder_refuse(
+def test_a_second_process_in_the_same_folder_is_refused(
     data: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with locked(copy):
@@ -281,7 +281,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-def test_a_run_trained_before_is_taken(
+def test_an_existing_training_run_is_reused(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ("--run", f"lslpn:liver:1={finished}/runs/lslpn/liver/seed1")
@@ -307,7 +307,7 @@ def test_a_run_trained_before_is_taken(
     assert "lslpn:spleen:1 is no run of this experiment" in capsys.readouterr().err
 
 
-def test_without_labels_one_network_serves_all_organ_folds(
+def test_without_labels_all_organ_folds_share_one_network(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("skimage")
@@ -328,7 +328,7 @@ def test_without_labels_one_network_serves_all_organ_folds(
         "alpnet, no classes",
     ]
     assert "4 training runs took" in (out / "table1.md").read_text("utf-8")
-    # What lslpn train made is taken, whatever it was told to hold out.
+    # A run of lslpn train is used, whichever organs it held out.
     run = tmp_path / "run"
     settings = {**SMALL, "size": 64, "supervision": "superpixels", "seed": 1}
     assert (
@@ -444,7 +444,7 @@ def test_misalignment_and_figures(data: Path, copy: Path, monkeypatch: pytest.Mo
     ]
     labels = Dataset.open(data).load_labels("syn_03").data
     shows = np.flatnonzero((labels == 1).any(axis=(1, 2)))
-    # The protocol drops the last slice; the middle of the rest, whatever came out there.
+    # The protocol drops the last slice; the middle one of the rest is shown, whatever its Dice.
     assert abs(shown[0]["query_slice"] - shows[len(shows) // 2]) <= 1
     pictures = {name: (copy / name).read_bytes() for name in ("fig2.png", "fig4.png")}
     no_work(monkeypatch)
@@ -476,7 +476,7 @@ def test_subject_folds(data: Path) -> None:
     cases = tuple(f"{i:02d}" for i in range(30))
     dataset = Dataset(data, "made up", {"liver": 1}, cases)
     folds = subject_folds(dataset, parts=5)
-    # ALPNet's on SABS: splits at 0, 6, 12, 18, 24, 30; the scan behind the fold is the support.
+    # ALPNet's on SABS: splits at 0, 6, 12, 18, 24, 30; the scan after the fold is the support.
     assert [fold.test[0] for fold in folds] == ["00", "06", "12", "18", "24"]
     assert [fold.support for fold in folds] == ["06", "12", "18", "24", "00"]
     for fold in folds:

@@ -1,4 +1,4 @@
-"""Figures: what is drawn, what is refused, and that nothing is left half-written."""
+"""Figures: drawings, errors, and no incomplete files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_overlay_draws_the_labels_and_the_legend_names_only_what_is_shown(tmp_pa
     labels = disc(64, 15) * 2
     plain = overlay(tmp_path / "plain.png", [[Panel(grey, None, "query")]])
     drawn = overlay(tmp_path / "drawn.png", [[Panel(grey, labels, "query")]], {2: "liver"})
-    # The outline and the legend's patch are in the pure colour of label 2, and of no other.
+    # The outline and the legend's patch have the exact colour of label 2, and no other.
     assert near(picture(plain), colour(2)) == 0
     assert near(picture(drawn), colour(2)) > 50
     assert near(picture(drawn), colour(1)) == 0
@@ -80,13 +80,13 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_a_file_is_named_and_the_old_figure_stays(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_file_is_named_and_the_old_figure_is_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written"):
         overlay(tmp_path / "file" / "f.png", [[Panel(np.zeros((4, 4)))]])
 
 
-def test_a_failure_while_writing_leaves_the_old_figure_whole(
+def test_a_failure_while_writing_keeps_the_old_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.figure import Figure

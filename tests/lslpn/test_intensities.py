@@ -1,4 +1,4 @@
-"""What grey values mean: CT or not, with which offset, and where its air ends."""
+"""The interpretation of grey values: CT or not, its offset, and the threshold of air."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 def _around_circle(data: np.ndarray, value: float) -> np.ndarray:
-    """What lies outside of the circle within each slice is padded."""
+    """Pad what is outside of the circle in each slice."""
     _, height, width = data.shape
     y, x = (np.arange(n) / (n - 1) * 2 - 1 for n in (height, width))
     return np.where(y[:, None] ** 2 + x[None, :] ** 2 > 1, value, data)
@@ -32,7 +32,7 @@ def _one_voxel(data: np.ndarray, value: float) -> np.ndarray:
     return data
 
 
-# Name, what becomes of the scan, the offset, up to where air is (in HU).
+# Name, change of the scan, offset, threshold of air in HU.
 CT: dict[str, tuple[Change, float, float]] = {
     "as scanned": (lambda d: d, 0, -300),
     "limited to -950..": (lambda d: d.clip(-950), 0, -300),
@@ -62,19 +62,19 @@ def scan(request: pytest.FixtureRequest) -> np.ndarray:
 
 
 @pytest.mark.parametrize("situation", CT)
-def test_ct_is_known_however_it_is_stored(scan: np.ndarray, situation: str) -> None:
+def test_ct_is_recognised_however_it_is_stored(scan: np.ndarray, situation: str) -> None:
     change, offset, air = CT[situation]
     data = change(scan).astype(np.float32)
     how = interpret(data)
     assert how.hu
     assert (how.offset, how.air) == (offset, air)
     hu = how.apply(data)
-    # Off the padding, and within what it was limited to, it is the scan again.
+    # Outside of the padding, and within its limits, the scan is recovered.
     same = (scan > -120) & (scan < 230) & (_around_circle(scan, -5000) > -5000)
     if "voxel" in situation:
         same[len(scan) // 2, 30, 30] = False
     off = np.abs(hu[same] - scan[same]) > (24 if "1000" in situation else 1e-3)
-    assert off.mean() < 1e-3  # what is 0 HU and touches a padding of 0 cannot be told from it
+    assert off.mean() < 1e-3  # of 0 HU, where it touches a padding of 0
     if "padded" in situation:
         assert (hu[:, 0, 0] < -900).all()
 
@@ -122,7 +122,7 @@ def test_exports_of_8_bits_are_not_ct_in_hu(scan: np.ndarray) -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 2.0, 20.0])
 def test_the_body_is_found_over_any_background(scan: np.ndarray, noise: float) -> None:
-    """A background of noise parts from the body as one of exact zeros does."""
+    """A background of noise is separated from the body like one of exact zeros."""
     volume = _volume(scan)
     clean, noisy = (
         body_boxes(dataclasses.replace(volume, data=_mr(scan, n))) for n in (0.0, noise)
@@ -131,7 +131,7 @@ def test_the_body_is_found_over_any_background(scan: np.ndarray, noise: float) -
 
 
 def _volume(data: np.ndarray) -> Volume:
-    """`data` with the geometry of a demo scan, which is not looked at but for the spacing."""
+    """`data` with the geometry of a demo scan, of which only the spacing is used."""
     a = read_image(demo_image("a"))
     return dataclasses.replace(a, data=np.ascontiguousarray(data, np.float32))
 
@@ -152,7 +152,7 @@ def test_the_network_sees_the_same_however_ct_is_stored(situation: str) -> None:
     np.testing.assert_allclose(other.slices, plain.slices, atol=1e-5)
 
 
-def test_what_all_scans_of_a_set_still_hold() -> None:
+def test_common_window_of_several_scans() -> None:
     full = Intensities(True, 0, -300, (-1024, math.inf), None)
     narrow = dataclasses.replace(full, limits=(-100.0, 240.0))
     assert common_window([full], (-125, 275)) == (-125, 275)

@@ -1,4 +1,4 @@
-"""The methods that the paper compares with: each against a plain writing of its definition."""
+"""The methods that the paper compares with, each against a direct implementation."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_alpnet_is_cells_and_a_soft_maximum(K: int, N: int, training: bool) -> N
 
 
 def test_alpnet_takes_the_masks_mean_where_no_cell_passes() -> None:
-    """Small things and a background in shreds: in both the mean over the mask is the prototype."""
+    """Small organs and a background without a full cell: the prototype is the mask's mean."""
     model = network("alpnet")
     support, masks = blobs(1, 1)
     masks.zero_()
@@ -170,7 +170,7 @@ def test_alpnet_takes_the_masks_mean_where_no_cell_passes() -> None:
         torch.testing.assert_close(ours, F.normalize(theirs, dim=1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_class_that_nothing_shows_scores_zero() -> None:
+def test_a_class_absent_from_the_support_scores_zero() -> None:
     support, masks = blobs(1, 1)
     for method in ("panet", "alpnet"):
         with torch.no_grad():
@@ -320,7 +320,9 @@ def test_loss_is_cross_entropy_and_alignment(method: str, K: int, N: int) -> Non
 
 
 @pytest.mark.parametrize("method", [PANet, ALPNet])
-def test_a_class_predicted_nowhere_aligns_in_alpnet_alone(method: type[PANet | ALPNet]) -> None:
+def test_a_class_predicted_nowhere_has_an_alignment_loss_in_alpnet_only(
+    method: type[PANet | ALPNet],
+) -> None:
     class Timid(method):  # type: ignore[misc, valid-type]
         """Finds background everywhere."""
 
@@ -354,8 +356,7 @@ def test_dice_loss_by_hand() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_everything_that_learns_and_steps_lower_the_loss(method: str) -> None:
-    # No dropout, no momentum and small steps: the loss goes down on its own account, whatever the
-    # rounding of the machine.
+    # No dropout, no momentum and small steps: the loss falls with any rounding.
     lr = 0.3 if method == "senet" else 0.001
     settings = config(
         method,
@@ -378,7 +379,7 @@ def test_gradients_reach_everything_that_learns_and_steps_lower_the_loss(method:
             if step == 0 and parameter.requires_grad:
                 assert parameter.grad is not None, name
                 assert parameter.grad.isfinite().all(), name
-                # A bias before batch norm's own shift may have nothing to do.
+                # The gradient of a bias before batch norm may be zero.
                 assert parameter.grad.abs().sum() > 0, name
     assert losses[-1] < 0.9 * losses[0], losses
 
@@ -422,7 +423,7 @@ def test_training_and_evaluating_run_and_the_checkpoint_keeps_the_method(
         assert "scale" not in found[0].table()
 
 
-def test_checkpoints_from_before_there_were_methods_are_lslpns(tmp_path: Path) -> None:
+def test_checkpoints_without_a_method_are_lslpn(tmp_path: Path) -> None:
     model = network("lslpn")
     content = config("lslpn").to_dict()
     del content["model"]["method"]
@@ -436,7 +437,7 @@ def test_checkpoints_from_before_there_were_methods_are_lslpns(tmp_path: Path) -
     stored = torch.load(file, weights_only=True)
     torch.save({**stored, "config": content}, file)
     assert load_checkpoint(file).config.model.method == "lslpn"
-    # PANet has the same tensors: its name alone must not make it of a file of LSLPN.
+    # PANet has the same tensors: a changed name must not turn a file of LSLPN into one.
     torch.save({**stored, "method": "panet"}, file)
     with pytest.raises(InputError, match=r"says method 'panet'.*'lslpn'"):
         load_model(file)
@@ -464,7 +465,9 @@ def test_one_way_and_one_shot_for_senet() -> None:
 
 
 @pytest.mark.parametrize("change", [{"ways": 2}, {"shots": 2}])
-def test_a_run_of_senet_with_more_is_refused_at_once(change: dict[str, int]) -> None:
+def test_senet_with_several_ways_or_shots_is_refused_before_training(
+    change: dict[str, int],
+) -> None:
     with pytest.raises(InputError, match=r"another than 'senet'.*1 way and 1 shot, with"):
         config("senet", **change)
 
@@ -486,7 +489,7 @@ def test_every_method_segments_a_scan(method: str, tmp_path: Path) -> None:
     assert set(found.ravel().tolist()) <= {0, 1, 2, 3}
 
 
-def test_methods_are_named_as_the_option_has_them() -> None:
+def test_names_of_methods_equal_those_of_the_option() -> None:
     with pytest.raises(InputError, match=r"method.*'protonet'.*'lslpn' or 'panet'"):
         with_overrides(preset("published"), method="protonet")
     with pytest.raises(InputError, match=r"method.*'lslpn' or 'panet'"):
@@ -524,8 +527,8 @@ def test_the_command_line_trains_and_evaluates_a_method(
         assert said in capsys.readouterr().err
 
 
-def test_the_settings_as_published_are_settings() -> None:
-    """Those of docs/methods.md, as a shell would hand them over."""
+def test_the_documented_published_settings_are_valid() -> None:
+    """The settings in docs/methods.md, as a shell passes them."""
     text = (CHECKOUT / "docs" / "methods.md").read_text()
     text = text.replace("$(seq -s, 1000 1000 99000)", ",".join(map(str, range(1000, 100000, 1000))))
     commands = [

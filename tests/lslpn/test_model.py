@@ -75,14 +75,14 @@ def test_imagenet_normalisation_is_that_of_the_weights(model: LSLPN) -> None:
     )
     with torch.no_grad():
         torch.testing.assert_close(normalised.encode(grey), normalised.encoder(colour))
-        # The published preset shows the encoder the grey values as they are.
+        # With the published preset the encoder gets the grey values unchanged.
         torch.testing.assert_close(
             model.encode(grey), model.encoder(grey[None].expand(1, 3, 40, 40))
         )
         assert not torch.allclose(normalised.encode(grey), model.encode(grey), atol=1e-2)
 
 
-def test_own_support_images_per_way_give_the_means_over_ways_and_shots(model: LSLPN) -> None:
+def test_separate_support_images_per_way_give_the_means_over_ways_and_shots(model: LSLPN) -> None:
     """Two ways with one image each: each way's prototypes are its own image's, the background's
     is the mean of both images'."""
     support, _, query = episode(B=1, K=2)
@@ -118,7 +118,7 @@ def test_presets_reach_the_head() -> None:
     assert (odd.head.grid.scale, odd.head.grid.spacing, odd.head.reduce) == (0.25, 1.0, "mean")
 
 
-def test_untrained_is_the_same_for_a_seed_and_leaves_torchs_generator_alone() -> None:
+def test_untrained_depends_on_the_seed_and_leaves_torchs_generator_unchanged() -> None:
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)

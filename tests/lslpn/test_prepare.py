@@ -1,4 +1,4 @@
-"""Window, body box, resizing, and the way back."""
+"""Window, body box, resizing, and its inverse."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _bounds(boxes: np.ndarray) -> tuple[int, int, int, int]:
 # --- intensities -------------------------------------------------------------------------------
 
 
-def test_auto_window_is_for_ct_alone(ct: Volume) -> None:
+def test_auto_window_is_for_ct_only(ct: Volume) -> None:
     of_ct = interpret(ct.data)
     assert window_limits(of_ct, "auto") == ABDOMEN_WINDOW == (-125.0, 275.0)
     grey = _with(ct, (ct.data.clip(-160, 240) + 160) / 400 * 255)  # an 8-bit export
@@ -78,7 +78,7 @@ def test_a_window_is_in_hu_whatever_offset_is_stored(ct: Volume) -> None:
             made(image, size=64, window=(5000, 6000))
 
 
-def test_scans_that_were_not_treated_alike_are_named(
+def test_scans_that_were_treated_differently_are_named(
     ct: Volume, recwarn: pytest.WarningsRecorder
 ) -> None:
     def treatment(name: str, data: np.ndarray) -> Treatment:
@@ -98,7 +98,7 @@ def test_scans_that_were_not_treated_alike_are_named(
         warn_unlike([grey, close_up])
 
 
-def test_slices_run_from_0_to_1_each(ct: Volume) -> None:
+def test_each_slice_is_scaled_to_0_to_1(ct: Volume) -> None:
     dim = ct.data.copy()
     dim[3] = dim[3].clip(-125, 275) / 2  # one slice of half the contrast
     dim[5] = 40  # one constant slice
@@ -141,7 +141,7 @@ def test_wrong_options(ct: Volume, labels: Volume) -> None:
 # --- there and back ----------------------------------------------------------------------------
 
 
-def test_own_size_is_left_alone(ct: Volume, labels: Volume) -> None:
+def test_a_slice_of_the_networks_size_is_not_resampled(ct: Volume, labels: Volume) -> None:
     image = _with(ct, ct.data[:, :, :56])
     mask = dataclasses.replace(labels, data=labels.data[:, :, :56])
     prepared = made(image, mask, size=56)
@@ -156,7 +156,7 @@ def test_own_size_is_left_alone(ct: Volume, labels: Volume) -> None:
     factor=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-def test_labels_survive_enlarging_and_restoring(
+def test_labels_are_unchanged_by_enlarging_and_restoring(
     tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, int, int], factor: int, seed: int
 ) -> None:
     data = np.random.default_rng(seed).integers(0, 300, shape, dtype=np.int16)
@@ -175,8 +175,8 @@ def test_labels_survive_enlarging_and_restoring(
 
 
 @pytest.mark.parametrize("size", [32, 65, 256])
-def test_image_and_labels_stay_on_top_of_each_other(ct: Volume, labels: Volume, size: int) -> None:
-    # The labels' own centres, through the image's resizing: both must land at the same place.
+def test_image_and_labels_stay_aligned(ct: Volume, labels: Volume, size: int) -> None:
+    # Centres of the labels, resized as labels and as an image: both must agree.
     as_image = _with(ct, (labels.data == 1) * 100.0)
     prepared = made(as_image, labels, size=size, window=None, normalise="volume")
     assert prepared.labels is not None
@@ -184,7 +184,7 @@ def test_image_and_labels_stay_on_top_of_each_other(ct: Volume, labels: Volume, 
         y, x = (c.mean() for c in np.nonzero(prepared.labels[z] == 1))
         weight = prepared.slices[z] / prepared.slices[z].sum()
         rows, columns = np.indices(weight.shape)
-        # Nearest neighbours move an edge by half a pixel of the coarser grid at most.
+        # Nearest neighbours move an edge by at most half a pixel of the coarser grid.
         assert abs((weight * rows).sum() - y) < 0.5 * max(1, size / 56)
         assert abs((weight * columns).sum() - x) < 0.5 * max(1, size / 64)
 
@@ -237,7 +237,7 @@ def test_arms_are_left_out_even_where_they_touch(ct: Volume) -> None:
     y, x = np.indices(ct.data.shape[1:])
     for column in (4, 59):  # the body runs from column 6 to 57
         with_arms[:, (y - 27) ** 2 + (x - column) ** 2 <= 20] = 40
-    assert (with_arms[:, 27, :9] > 0).all()  # they do touch
+    assert (with_arms[:, 27, :9] > 0).all()  # the arms do touch the body
     assert np.abs(body_boxes(_with(ct, with_arms)) - body_boxes(ct)).max() <= 1
 
 
@@ -253,7 +253,7 @@ def test_each_slice_has_its_own_box(ct: Volume) -> None:
     assert np.abs(capped[-1] - body_boxes(ct)[-1]).max() <= 1
 
 
-def test_large_slices_are_thinned_out_without_losing_the_place(ct: Volume) -> None:
+def test_boxes_of_large_slices_are_right_after_thinning(ct: Volume) -> None:
     large = ct.data.repeat(9, axis=1).repeat(9, axis=2)  # 504 x 576
     volume = dataclasses.replace(_with(ct, large), spacing=(4.0, 3 / 9, 3 / 9))
     assert np.abs(body_boxes(volume) - 9 * body_boxes(ct)).max() <= 9
@@ -263,11 +263,11 @@ def test_whole_slice_where_no_body_stands_out(ct: Volume) -> None:
     whole = (0, 56, 0, 64)
     noise = np.random.default_rng(0).normal(100, 10, ct.data.shape)
     y0, y1, x0, x1 = _bounds(body_boxes(_with(ct, noise)))
-    assert (y1 - y0) * (x1 - x0) > 0.85 * 56 * 64  # ragged at the edges, no more
+    assert (y1 - y0) * (x1 - x0) > 0.85 * 56 * 64  # only the edges differ
     speck = np.full(ct.data.shape, -1000.0)
     speck[:, 20:24, 20:24] = 50
     assert _bounds(body_boxes(_with(ct, speck))) == whole
-    head_close_up = ct.data[:, 25:35, 25:40]  # tissue all over
+    head_close_up = ct.data[:, 25:35, 25:40]  # tissue everywhere
     assert _bounds(body_boxes(_with(ct, head_close_up))) == (0, 10, 0, 15)
 
 
@@ -285,7 +285,7 @@ def test_body_boxes_of_the_demo_scans() -> None:
         image, labels = read_image(demo_image(scan)), read_labels(demo_labels(scan))  # type: ignore[arg-type]
         boxes[scan] = body_boxes(image)
         assert _share_inside(labels, boxes[scan]) == 1
-    # Read off the images by eye. The table of b begins at row 212, its arms reach to column 40
+    # Measured in the images by hand. The table of b begins at row 212, its arms reach to column 40
     # and from column 215 on; the one on the left touches the body.
     np.testing.assert_allclose(boxes["b"], np.tile([80, 210, 38, 212], (20, 1)), atol=4)
     # a: the liver's slices, and the hips far below, which are wider.
@@ -294,7 +294,7 @@ def test_body_boxes_of_the_demo_scans() -> None:
 
 def test_body_boxes_of_sabs(shared_path: Callable[[str], Path]) -> None:
     data = Dataset.open(shared_path("data/Dataset101_SABS"))
-    # A slice, the first row of the body and the last before the table, read off by eye.
+    # A slice, the first row of the body and the last before the table, measured by hand.
     for case, z, top, bottom in (("sabs_00", 84, 40, 226), ("sabs_15", 64, 35, 207)):
         image, labels = data.load(case)
         boxes = body_boxes(image)

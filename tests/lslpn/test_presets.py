@@ -1,4 +1,4 @@
-"""The presets say what the paper and the published code say, and options arrive as given."""
+"""The presets have the values of the paper and of the published code; options are parsed."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_none_is_a_value_of_the_options_that_may_be_none() -> None:
         with_overrides(config, steps=None)
 
 
-def test_alignment_is_the_models_and_is_found_where_earlier_versions_had_it() -> None:
+def test_alignment_belongs_to_the_model_and_is_read_from_earlier_versions() -> None:
     given_dict = with_overrides(preset("paper"), align="body").to_dict()
     assert given_dict["model"]["align"] == "body"
     given_dict["train"]["align"] = given_dict["model"].pop("align")
@@ -124,7 +124,7 @@ def test_alignment_is_the_models_and_is_found_where_earlier_versions_had_it() ->
 
 
 @pytest.mark.parametrize("broken", [[1], {"model": [1]}, {"train": None}])
-def test_a_configuration_that_is_no_table(broken: object) -> None:
+def test_a_configuration_that_is_not_a_table(broken: object) -> None:
     with pytest.raises(InputError, match="must be a table of names"):
         Config.from_dict(broken)  # type: ignore[arg-type]
 

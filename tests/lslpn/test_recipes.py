@@ -1,4 +1,4 @@
-"""`lslpn prepare`: small files with the corpora's real names, sound ones and broken ones."""
+"""`lslpn prepare`: small files with the corpora's real names, valid and invalid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lslpn.errors import InputError
 Run = Callable[..., tuple[int, str, list[str]]]
 
 SHAPE = (7, 6, 5)
-# Neither a flip nor a permutation of this one is this one.
+# No flip or permutation leaves this one unchanged.
 AFFINE = np.array([[0, 0, 4.0, -9], [-2.0, 0, 0, 30], [0, -3.0, 0, 12], [0, 0, 0, 1]])
 
 
@@ -65,7 +65,7 @@ def cut(path: Path) -> None:
 
 
 def at(k: int) -> tuple[slice, int, int]:
-    """A row of voxels of its own for organ k."""
+    """A separate row of voxels for organ k."""
     return slice(1, 4), k % SHAPE[1], k // SHAPE[1]
 
 
@@ -114,7 +114,7 @@ def test_btcv(raw: Path, tmp_path: Path, run: Run) -> None:
     for case, number in (("btcv_0001", 1), ("btcv_0040", 40)):
         image, labels = data.load(case)
         assert set(np.unique(labels.data)) == set(range(14))
-        # Copied, not encoded anew.
+        # Copied, not encoded again.
         source = raw / "Training" / "img" / f"img{number:04d}.nii.gz"
         assert image.path.read_bytes() == source.read_bytes()
         np.testing.assert_array_equal(
@@ -124,7 +124,7 @@ def test_btcv(raw: Path, tmp_path: Path, run: Run) -> None:
     assert report(tmp_path / "d")["cases"]["btcv_0001"]["image"] == "Training/img/img0001.nii.gz"
 
 
-def test_plain_nifti_is_packed_with_its_header(raw: Path, tmp_path: Path, run: Run) -> None:
+def test_plain_nifti_is_compressed_with_its_header(raw: Path, tmp_path: Path, run: Run) -> None:
     packed = raw / "Training" / "img" / "img0002.nii.gz"
     plain = packed.with_suffix("")
     plain.write_bytes(gzip.decompress(packed.read_bytes()))
@@ -190,7 +190,7 @@ def test_resume_keeps_what_is_done(raw: Path, tmp_path: Path, run: Run) -> None:
     assert run("btcv", raw, target)[0] == 2
     kept = target / "imagesTr" / "btcv_0001_0000.nii.gz"
     before = kept.stat().st_mtime_ns
-    # Nothing is written over without --resume.
+    # Nothing is overwritten without --resume.
     files = tree(target)
     code, _, err = run("btcv", raw, target, "--skip-bad")
     assert code == 2
@@ -207,21 +207,21 @@ def test_resume_keeps_what_is_done(raw: Path, tmp_path: Path, run: Run) -> None:
     assert len(data.cases) == 30
     data.load("btcv_0021")
     assert report(target)["skipped"] == []
-    # All done: the source is not read again, and nothing changes.
+    # Complete: the source is not read again, and nothing changes.
     assert run("btcv", raw, target, "--resume")[0] == 0
     code, _, err = run("totalsegmentator", _total(tmp_path), target, "--resume")
     assert code == 2
     assert 'was begun with recipe "btcv"' in err[-1]
 
 
-def test_resume_with_the_good_cases_alone(raw: Path, tmp_path: Path, run: Run) -> None:
+def test_resume_with_the_good_cases_only(raw: Path, tmp_path: Path, run: Run) -> None:
     cut(raw / "Training" / "img" / "img0030.nii.gz")
     assert run("btcv", raw, tmp_path / "d")[0] == 2
     assert run("btcv", raw, tmp_path / "d", "--resume", "--skip-bad")[0] == 0
     assert len(Dataset.open(tmp_path / "d").cases) == 29
 
 
-def test_foreign_folders_are_left_alone(raw: Path, tmp_path: Path, run: Run) -> None:
+def test_folders_with_other_files_are_not_written_to(raw: Path, tmp_path: Path, run: Run) -> None:
     target = tmp_path / "mine"
     target.mkdir()
     (target / "thesis.tex").write_text("x")
@@ -293,7 +293,7 @@ def test_visceral_has_the_cases_and_names_of_the_organisers() -> None:
     assert visceral.GOLD[0] == "10000100"
     assert visceral.SILVER[-1] == "10000205"
     assert len(set(visceral.RADLEX.values())) == 20
-    # The pairs whose sides are swapped in circulation.
+    # The pairs whose sides are swapped in several repositories.
     assert [visceral.RADLEX[n] for n in (29662, 29663, 32248, 32249, 1302, 1326, 30324, 40357)] == [
         "kidney_right", "kidney_left", "psoas_right", "psoas_left", "lung_right", "lung_left",
         "adrenal_right", "rectus_abdominis_right",
@@ -304,13 +304,13 @@ def test_visceral_both_corpora(tmp_path: Path, run: Run) -> None:
     source = _visceral(tmp_path / "v", visceral.GOLD[:2], visceral.SILVER[:2])
     some = ",".join((*visceral.GOLD[:2], *visceral.SILVER[:2]))
     gold = source / "Anatomy3-trainingset"
-    # What else lies in the folders of the corpora.
+    # Other files in the folders of the corpora.
     scan(gold / "Volumes" / "10000001_1_CT_wb.nii.gz")
     scan(gold / "Volumes" / "10000100_3_MRT1_wb.nii.gz")
     mask(gold / "Segmentations" / "10000001_1_CT_wb_58_1.nii.gz", at(0))
     mask(gold / "Segmentations" / "10000100_1_CTce_ThAb_2_0.nii.gz", at(0))
     (gold / "Segmentations" / "10000104_1_CTce_ThAb_landmarks_1.fcsv").write_text("")
-    # An annotator without a name, as many of the aortas have it.
+    # An annotator without a name, as for many of the aortas.
     aorta = gold / "Segmentations" / "10000100_1_CTce_ThAb_480_6.nii.gz"
     aorta.rename(aorta.with_name("10000100_1_CTce_ThAb_480_.nii.gz"))
     code, _, err = run("visceral", source, tmp_path / "d", "--cases", some)
@@ -475,12 +475,12 @@ def test_grids_that_differ_and_organs_that_are_absent(tmp_path: Path) -> None:
     lines = [p.what for p in _one(source, tmp_path / "c", organs=["liver"]).problems]
     assert len(lines) == 1
     assert "no organ is drawn" in lines[0]
-    # A choice that was made differently is not resumed.
+    # A run with another choice of annotator is not resumed.
     with pytest.raises(InputError, match="was begun with settings"):
         _one(source, tmp_path / "b", annotator="7", resume=True)
 
 
-def test_a_run_may_be_resumed_with_fewer_demands(tmp_path: Path) -> None:
+def test_a_run_may_be_resumed_with_allow_missing(tmp_path: Path) -> None:
     source, folder = _gold(tmp_path)
     thyroid = folder / "10000100_1_CTce_ThAb_7578_6.nii.gz"
     thyroid.unlink()
@@ -513,7 +513,7 @@ def test_totalsegmentator(tmp_path: Path, run: Run) -> None:
     for k, organ in enumerate(totalsegmentator.ABDOMEN):
         assert (labels[at(k)] == data.labels[organ]).all()
     assert np.count_nonzero(labels) == 3 * 13
-    # A folder above the cases will do; organs get values in the order given.
+    # A folder above the cases is accepted; organs get values in the order given.
     words = ("--organ", "iliopsoas_left", "--organ", "liver", "--cases", "s0002")
     assert run("totalsegmentator", tmp_path, tmp_path.parent / f"{tmp_path.name}_e", *words)[0] == 0
     data = Dataset.open(tmp_path.parent / f"{tmp_path.name}_e")
@@ -564,7 +564,7 @@ def test_everything_wrong_with_totalsegmentator_is_listed_at_once(tmp_path: Path
     assert len(err) == 7 + 13
     options = {"allow_missing": True, "cases": ["s0001"], "progress": False}
     outcome = prepare_corpus("totalsegmentator", source, tmp_path / "e", **options)
-    assert outcome.complete  # what belongs to no case is no matter when cases are named
+    assert outcome.complete  # problems of no case are ignored when cases are named
     assert outcome.done == ("s0001",)
     assert outcome.problems == ()
 
@@ -580,7 +580,7 @@ BETWEEN_ROWS, BETWEEN_COLUMNS, STEP = 1.5, 1.25, 9.0
 
 
 def corner(k: int) -> np.ndarray:
-    """Where the first pixel of slice k lies, in LPS+."""
+    """The position of the first pixel of slice k, in LPS+."""
     return np.array([-100.0, -80.0, 40.0 + STEP * k])
 
 
@@ -599,7 +599,7 @@ def dicom(path: Path, k: int, pixels: np.ndarray, **changes: Any) -> None:
         meta.MediaStorageSOPClassUID,
         meta.MediaStorageSOPInstanceUID,
     )
-    data.SeriesInstanceUID = generate_uid()  # one of its own, as in the corpus
+    data.SeriesInstanceUID = generate_uid()  # a different one for each file, as in the corpus
     data.Modality = "MR"
     data.Rows, data.Columns = pixels.shape
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
@@ -626,7 +626,7 @@ def png(path: Path, grey: np.ndarray) -> None:
 
 
 def _chaos(root: Path, numbers: Any = chaos.CASES[:1]) -> Path:
-    """Names against the order of the positions; each pixel tells its slice, row and column."""
+    """Names in reverse order of the positions; each pixel encodes its slice, row and column."""
     rows, columns = np.mgrid[:ROWS, :COLUMNS]
     for number in numbers:
         for k in range(SLICES):
@@ -656,7 +656,7 @@ def test_chaos(tmp_path: Path, run: Run) -> None:
     assert written.header["sform_code"] == written.header["qform_code"] == 1
     for k in range(SLICES):
         for r, c, value in ((1, 2, 1), (2, 3, 2), (3, 4, 3), (4, 5, 4), (5, k, 1)):
-            # The place of this voxel by the standard's formula, in LPS+, turned to RAS+.
+            # The position of this voxel by the standard's formula, in LPS+, converted to RAS+.
             lps = corner(k) + c * BETWEEN_COLUMNS * ALONG_ROW + r * BETWEEN_ROWS * DOWN_COLUMN
             ras = lps * [-1, -1, 1]
             ijk = np.linalg.inv(written.affine) @ [*ras, 1]
@@ -687,7 +687,7 @@ def test_chaos_rescales_and_reverses(tmp_path: Path) -> None:
     assert prepare_corpus("chaos", source, tmp_path / "d", **options).complete
     image, labels = Dataset.open(tmp_path / "d").load("chaos_01")
     assert [float(plane.min()) for plane in image.data] == [-1.5, -2.0, -2.5, -3.0]
-    # The row that tells the slice was drawn on: k was 0 at the head.
+    # The labelled row encodes the slice: k is 0 at the head.
     assert (labels.data[-1] == 1).sum() == 2
 
 
@@ -733,7 +733,7 @@ def test_everything_wrong_with_chaos_is_listed_at_once(tmp_path: Path) -> None:
     said(cases[7], "Ground: missing, the drawings")
     assert cases[8] == []
     assert [len(c) for c in cases[:2]] == [2, 3]
-    # The rest of the 20 is not there.
+    # The other cases of the 20 are missing.
     assert len(by["chaos_39"]) == 2
 
 

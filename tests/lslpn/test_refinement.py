@@ -47,7 +47,7 @@ def test_a_boundary_that_is_a_centimetre_off_is_corrected() -> None:
     assert dice(refined == 1, organ) > 0.95
 
 
-def test_neighbours_of_other_grey_values_are_told_apart() -> None:
+def test_neighbours_of_other_grey_values_are_separated() -> None:
     one, other = ball((60, 40, 60), 20), ball((60, 80, 60), 20)
     found = np.zeros(SHAPE, int)
     found[ball((60, 46, 60), 20)] = 1
@@ -57,14 +57,14 @@ def test_neighbours_of_other_grey_values_are_told_apart() -> None:
     assert dice(refined == 2, other) > 0.95
 
 
-def test_an_organ_as_grey_as_its_surroundings_stays_where_it_is() -> None:
+def test_an_organ_without_contrast_is_unchanged() -> None:
     found = ball((60, 60, 60), 20)
     refined = labels(refined_log_odds(scan(), CELL, found.astype(int), 1, {}))
     assert dice(refined == 1, found) > 0.9
 
 
 def test_histograms_of_the_supports_correct_an_organ_that_is_mostly_off() -> None:
-    """Most of the initial mask is not the organ, so that this scan alone misleads."""
+    """Most of the initial mask is not the organ, so that this scan alone is not enough."""
     organ, found = ball((60, 60, 60), 18), ball((60, 60, 80), 18)
     grey = scan((organ, 0.2))
     known = {1: grey_histogram(grey, organ, CELL)}
@@ -82,7 +82,7 @@ def test_contrast_is_that_of_an_organ_to_its_surroundings() -> None:
     frame = Frame(doubled, size, *[cast(Any, None)] * 7)
     found = torch.zeros(SHAPE, dtype=torch.int64)
     found[torch.from_numpy(organ)], found[torch.from_numpy(other)] = 1, 2
-    found[20:22, 2:10, 2:10] = 4  # nothing but noise, as around it
+    found[20:22, 2:10, 2:10] = 4  # only noise, as around it
     clear, faint, absent, none = contrast(frame, found, 4).tolist()
     assert 0.8 < clear < 1
     assert 0.05 < faint < 0.7 * clear
@@ -91,7 +91,7 @@ def test_contrast_is_that_of_an_organ_to_its_surroundings() -> None:
 
 
 @pytest.mark.parametrize("voxels", [0, 1])
-def test_an_organ_of_no_or_one_voxel_neither_vanishes_nor_appears(voxels: int) -> None:
+def test_an_organ_of_no_or_one_voxel_is_unchanged(voxels: int) -> None:
     found = np.zeros(SHAPE, int)
     found[12, 20, 20] = 2 * voxels
     log_odds = refined_log_odds(scan(), CELL, found, 2, {})

@@ -120,7 +120,7 @@ def test_folds_and_missing_overlap_are_measured() -> None:
     assert registration.aligned(places).folding == 0
     away = places + places.new_tensor([_SIZE[0] * 0.75, 0, 0])
     assert registration.aligned(away).overlap < 0.3
-    # A low support can cover no more of the query than it is high.
+    # A support of few slices can cover no more of the query than its own height.
     part = Field(scan.image.values[:, :20], (60.0, *_SIZE[1:]))
     low = Registration(scan, Scan(part, scan.features))
     assert low.aligned(places).overlap > 0.5  # its part of the body is the thin end
@@ -154,7 +154,7 @@ def test_a_part_of_a_scan_is_found_in_the_whole() -> None:
 
 
 def test_a_few_slices_that_differ_little_are_found_in_the_whole() -> None:
-    """Their mean tells where they are, not how they differ from it."""
+    """Slices that differ by their mean only."""
     scan, noise = _slices(80), torch.randn(8, 6, 8, 8, generator=torch.Generator().manual_seed(5))
     few = scan[40:48].mean(0) + 0.3 * noise
     for query, support, sign in ((few, scan, 1), (scan, few, -1)):
@@ -311,7 +311,7 @@ def test_organs_of_low_confidence_are_doubtful() -> None:
 
 
 @pytest.mark.parametrize("align", ["body", "deformable"])
-def test_probabilities_tell_the_labels(
+def test_the_most_probable_label_is_the_result(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], align: str
 ) -> None:
     options = {"align": align, "keep_islands": True} if align != "body" else {"align": align}
@@ -321,7 +321,7 @@ def test_probabilities_tell_the_labels(
     assert shares.dtype == np.uint8
     assert shares.shape == (3, *query[0].data.shape)
     likeliest = np.concatenate([255 - shares.sum(0, dtype=int, keepdims=True), shares]).argmax(0)
-    # Where two labels are as likely, rounding decides.
+    # Between equally probable labels rounding decides.
     assert (likeliest == found.labels).mean() > 0.99
     for label in (1, 2, 3):
         assert dice_of(likeliest, found.labels, label) > 0.9
@@ -355,7 +355,7 @@ def _found(*given: object, **options: object) -> Segmentation:
     return segment_matched(*given, align="deformable", **options)  # type: ignore[arg-type]
 
 
-def test_labels_that_one_of_two_supports_lacks(
+def test_two_supports_with_different_labels(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     image, labels = support
@@ -405,7 +405,7 @@ def test_a_few_slices_are_aligned_with_a_whole_scan(
     assert min(dice_of(found.labels, truth.data, organ) for organ in (1, 2)) > 0.9
 
 
-def test_where_nothing_is_found_in_a_few_slices_they_are_matched_one_by_one(
+def test_a_few_slices_without_a_result_are_matched_one_by_one(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     labels = np.zeros_like(support[1].data)
@@ -424,7 +424,7 @@ def test_where_nothing_is_found_in_a_few_slices_they_are_matched_one_by_one(
 def test_the_windows_that_decided_are_in_the_right_place_of_the_support(
     model: LSLPN, support: tuple[Volume, Volume]
 ) -> None:
-    """Of a scan by itself: each window is where it is in the support."""
+    """A scan segmented by itself: each window is at its own position in the support."""
     image = support[0]
     found = segment_matched(model, [support], image, align="affine", explain=True)
     why = found.why
@@ -449,7 +449,7 @@ def test_dissimilar_scans_are_reported(
         _found(model, [support], dataclasses.replace(query[0], data=body))
 
 
-def test_a_second_support_that_is_dissimilar_does_no_harm(
+def test_a_dissimilar_second_support_does_not_lower_dice(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     noise = np.random.default_rng(0).normal(40, 60, support[0].data.shape).astype(np.float32)

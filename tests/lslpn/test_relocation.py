@@ -68,7 +68,7 @@ def test_correlation_is_that_of_its_definition() -> None:
         assert abs(float(found[z, y, x]) - expected) < 1e-4
 
 
-def test_an_organ_that_lies_elsewhere_and_is_brighter_is_found() -> None:
+def test_a_displaced_and_brighter_organ_is_found() -> None:
     here, there = (4, 5, 6), (9, 2, 12)
     map_ = _found(_scene(2, there, level=1.5), here)
     drawn = _at(_labels(here), map_) == 4

@@ -48,7 +48,7 @@ def model() -> LSLPN:
 
 
 def _worth(similarity: np.ndarray, path: tuple[int, ...], dq: float, ds: float) -> float:
-    """What match_slices maximises, said once more; `path` has -1 below and S above the support."""
+    """The score that match_slices maximises; `path` has -1 below and S above the support."""
     count = similarity.shape[1]
     total = 0.0
     for z, s in enumerate(path):
@@ -77,14 +77,16 @@ def _allowed(path: tuple[int, ...], count: int) -> bool:
     ds=st.sampled_from([1.0, 4.0]),
     seed=st.integers(0, 9999),
 )
-def test_no_path_is_worth_more(shape: tuple[int, int], dq: float, ds: float, seed: int) -> None:
+def test_no_path_has_a_higher_score(
+    shape: tuple[int, int], dq: float, ds: float, seed: int
+) -> None:
     similarity = np.random.default_rng(seed).uniform(-0.3, 0.5, shape)
     queries, count = shape
     paths = [
         p for p in itertools.product(range(-1, count + 1), repeat=queries) if _allowed(p, count)
     ]
     best = max(paths, key=lambda p: _worth(similarity, p, dq, ds))
-    if all(s in (-1, count) for s in best):  # all beyond is not for choice
+    if all(s in (-1, count) for s in best):  # a query without any match is not allowed
         inside = [p for p in paths if all(0 <= s < count for s in p)]
         best = max(inside, key=lambda p: _worth(similarity, p, dq, ds))
     expected = [BEYOND if s in (-1, count) else s for s in best]
@@ -93,7 +95,9 @@ def test_no_path_is_worth_more(shape: tuple[int, int], dq: float, ds: float, see
 
 @settings(max_examples=60, deadline=None)
 @given(shape=st.tuples(st.integers(1, 30), st.integers(1, 30)), seed=st.integers(0, 9999))
-def test_order_is_kept_and_beyond_is_at_the_ends(shape: tuple[int, int], seed: int) -> None:
+def test_slices_are_matched_in_order_and_unmatched_ones_are_at_the_ends(
+    shape: tuple[int, int], seed: int
+) -> None:
     similarity = np.random.default_rng(seed).uniform(-1, 1, shape)
     match = match_slices(similarity, 3.0, 2.0)
     assert match.shape == (shape[0],)
@@ -105,18 +109,18 @@ def test_order_is_kept_and_beyond_is_at_the_ends(shape: tuple[int, int], seed: i
 
 
 def _bumps(query_mm: np.ndarray, support_mm: np.ndarray) -> np.ndarray:
-    """Alike where the millimetres agree, slightly unlike far away."""
+    """Similarity 1 where positions in mm agree, slightly negative far apart."""
     return np.exp(-(((query_mm[:, None] - support_mm[None, :]) / 12) ** 2)) - 0.3
 
 
-def test_spacings_are_told_apart() -> None:
+def test_scans_of_different_spacings_are_matched_by_position() -> None:
     support = np.arange(0, 90, 3.0)
     query = np.arange(6, 60, 1.5)
     match = match_slices(_bumps(query, support), 1.5, 3.0)
     assert np.abs(support[match] - query).max() <= 3
 
 
-def test_a_query_that_reaches_beyond_runs_off_both_ends() -> None:
+def test_a_longer_query_is_unmatched_at_both_ends() -> None:
     support = np.arange(60, 120, 3.0)
     query = np.arange(0, 200, 4.0)
     match = match_slices(_bumps(query, support), 4.0, 3.0)
@@ -126,14 +130,14 @@ def test_a_query_that_reaches_beyond_runs_off_both_ends() -> None:
     assert np.abs(support[match[inside]] - query[inside]).max() <= 4
 
 
-def test_a_support_that_reaches_beyond_is_no_trouble() -> None:
+def test_a_longer_support_matches_the_whole_query() -> None:
     support = np.arange(0, 300, 3.0)
     query = np.arange(90, 130, 2.0)
     match = match_slices(_bumps(query, support), 2.0, 3.0)
     assert np.abs(support[match] - query).max() <= 3
 
 
-def test_nothing_alike_is_matched_all_the_same() -> None:
+def test_dissimilar_slices_are_matched_nevertheless() -> None:
     assert (match_slices(np.full((5, 3), -1.0), 3.0, 3.0) != BEYOND).all()
     assert match_slices(np.array([[-1.0]]), 3.0, 3.0).tolist() == [0]
 
@@ -145,7 +149,7 @@ def test_similarity_of_slices() -> None:
     np.testing.assert_allclose(np.diag(same), 1, atol=1e-5)
     off = same[~np.eye(6, dtype=bool)]
     assert off.max() < 0.3
-    # Twice the slices at half the distance are the same scan, as far as the common part goes.
+    # Twice the slices at half the distance are the same scan: the common part is the same.
     dense = slice_similarity(scan.repeat_interleave(2, dim=0), scan, 1.5, 3.0)
     np.testing.assert_allclose(dense[::2], same, atol=1e-5)
 
@@ -153,7 +157,7 @@ def test_similarity_of_slices() -> None:
 # --- segmenting --------------------------------------------------------------------------------
 
 
-def test_organs_are_found_in_anothersynthetic_scan(
+def test_organs_are_found_in_another_synthetic_scan(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     found = segment(model, [support], query[0])
@@ -191,7 +195,7 @@ def test_the_files_own_orientation_does_not_matter(
         np.testing.assert_array_equal(first, other)
 
 
-def test_result_goes_back_into_the_querys_file(
+def test_result_is_written_in_the_grid_of_the_query(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
 ) -> None:
     found = segment(model, [support], query[0])
@@ -201,7 +205,7 @@ def test_result_goes_back_into_the_querys_file(
     np.testing.assert_array_equal(back.grid.affine, query[0].grid.affine)
 
 
-def test_nibabel_images_are_taken_as_their_files_and_given_back(
+def test_nibabel_images_give_the_same_result_as_their_files(
     model: LSLPN,
     support: tuple[Volume, Volume],
     query: tuple[Volume, Volume],
@@ -215,7 +219,7 @@ def test_nibabel_images_are_taken_as_their_files_and_given_back(
 
     monkeypatch.setattr(lslpn.segmentation.segment, "segment_matched", found)
     image, drawn, scan = (nib.load(volume.path) for volume in (*support, query[0]))
-    scan.header["cal_max"] = 400  # how a scan is to be shown
+    scan.header["cal_max"] = 400  # the display range of a scan
     labels = segment(model, [(image, drawn)], scan)
     assert isinstance(labels, nib.Nifti1Image)
     truth = nib.load(query[1].path)
@@ -227,7 +231,7 @@ def test_nibabel_images_are_taken_as_their_files_and_given_back(
         segment(model, [support], query[0].data)
 
 
-def test_labels_come_out_as_they_went_in(
+def test_label_values_are_kept(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     image, labels = support
@@ -238,7 +242,7 @@ def test_labels_come_out_as_they_went_in(
     assert dice_of(found, np.array([0, 300, 7, 0])[query[1].data], 300) > 0.6
 
 
-def test_several_supports_and_labels_that_some_lack(
+def test_several_supports_with_different_labels(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
 ) -> None:
     other = synthetic_scan(tmp_path, 2, shift=0.08, axes="SRP", shape=(18, 50, 60))
@@ -246,7 +250,7 @@ def test_several_supports_and_labels_that_some_lack(
     assert both.matches.shape == (2, 14)
     for label in (1, 2, 3):
         assert dice_of(both.labels, query[1].data, label) > 0.6
-    # The liver is drawn in the one support, the spleen in the other.
+    # The liver is labelled in one support, the spleen in the other.
     liver, spleen = (
         (image, dataclasses.replace(labels, data=np.where(labels.data == v, v, 0).astype("u1")))
         for (image, labels), v in ((support, 1), (other, 2))
@@ -260,7 +264,7 @@ def test_several_supports_and_labels_that_some_lack(
 def test_a_query_slice_beyond_the_support_is_empty(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
-    """The support ends in the middle of the liver; above, nothing is known, so nothing is said."""
+    """The support ends in the middle of the liver; slices above it have no match and no label."""
     image, labels = (part(volume, 0, 9) for volume in support)
     assert labels.data[8].any()
     result = segment_matched(model, [(image, labels)], query[0])
@@ -273,7 +277,7 @@ def test_size_of_the_batch_does_not_matter(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     one, many = (segment(model, [support], query[0], batch=batch) for batch in (1, 64))
-    # Convolutions of another batch round otherwise, which may turn a tie.
+    # Convolutions of another batch size round differently, which may change a tie.
     assert (one == many).mean() > 0.9999
 
 
@@ -284,7 +288,7 @@ def test_single_slices(model: LSLPN, support: tuple[Volume, Volume]) -> None:
     assert dice_of(found, labels.data, 1) > 0.7
 
 
-def test_model_is_left_as_it_was(
+def test_model_mode_and_weights_are_unchanged(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     evaluated = segment(model, [support], query[0])
@@ -342,7 +346,7 @@ def test_a_window_or_an_offset_of_either_scan_does_not_matter(
     assert (found != plain).sum() < 0.02 * (plain > 0).sum()  # the box may move by a pixel
 
 
-def test_two_scans_are_limited_to_what_both_still_hold(
+def test_two_scans_are_limited_to_their_common_window(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     limited = _changed(query, query[0].data.clip(-60, 180))
@@ -353,7 +357,7 @@ def test_two_scans_are_limited_to_what_both_still_hold(
     np.testing.assert_array_equal(target.slices, prepare(ModelConfig(size=64), limited[0]).slices)
 
 
-def test_the_offset_is_told(
+def test_a_subtracted_offset_is_reported(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: taken for CT stored as HU \+ 1024"):
@@ -361,7 +365,7 @@ def test_the_offset_is_told(
 
 
 def _mr(scan: tuple[Volume, Volume], noise: float) -> tuple[Volume, Volume]:
-    """As an MR, over a background of exact zeros or of noise."""
+    """The scan as an MR, with a background of exact zeros or of noise."""
     rng = np.random.default_rng(0)
     levels = [0, 0, 300, 150, 1800]
     clean = np.interp(scan[0].data, [-1000, -300, -100, 40, 190], levels)
@@ -417,7 +421,7 @@ def test_matches_that_collapse_are_tried_without_the_crop(
     np.testing.assert_array_equal(found, plain)
 
 
-def test_matches_that_collapse_and_an_empty_result_are_told(
+def test_collapsed_matches_and_an_empty_result_are_reported(
     model: LSLPN,
     support: tuple[Volume, Volume],
     query: tuple[Volume, Volume],
@@ -434,7 +438,7 @@ def test_matches_that_collapse_and_an_empty_result_are_told(
     assert "nothing was found, every voxel is 0: none of its slices matches one" in notes[1]
 
 
-def test_an_organ_that_the_background_outdoes_is_told(
+def test_a_result_without_any_label_is_reported(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     image, labels = support

@@ -42,7 +42,7 @@ def episodes(dataset: Dataset, **values: object) -> SuperpixelEpisodes:
 
 
 def quarters(side: int = 128) -> np.ndarray:
-    """A body of four grey values off the middle, on black, with a bright speck beside it."""
+    """A body of four grey values off the centre, on black, with a small bright spot beside it."""
     image = np.zeros((side, side), np.float32)
     edge = side // 8
     image[edge : side // 2, edge : side // 2] = 0.2
@@ -65,7 +65,7 @@ def test_regions_are_the_grey_values_within_the_body() -> None:
         others = inner & ~np.isclose(image, value)
         assert there[0] not in np.unique(found[others])
     assert (found[image == 0] == 0).all()
-    assert (found[:8, :8] == 0).all()  # the speck is no part of the body
+    assert (found[:8, :8] == 0).all()  # the bright spot is not part of the body
     assert sorted(np.unique(found)) == list(range(found.max() + 1))
 
 
@@ -75,7 +75,7 @@ def test_an_empty_slice_has_no_region_and_a_full_one_only_regions() -> None:
     assert superpixels(full).min() == 1
 
 
-def test_image_and_mask_are_deformed_alike_and_differently_each_time() -> None:
+def test_image_and_mask_share_a_deformation_that_changes_each_time() -> None:
     rng = np.random.default_rng(0)
     image = np.zeros((256, 256), np.float32)
     image[90:170, 70:150] = 1
@@ -87,7 +87,7 @@ def test_image_and_mask_are_deformed_alike_and_differently_each_time() -> None:
         assert grey.dtype == np.float32
         assert there.dtype == np.bool_
         assert 0 <= grey.min() <= grey.max() <= 1
-        # Gamma moves the half of an edge, by less than a pixel.
+        # Gamma moves the 0.5 contour of an edge, by less than a pixel.
         assert (ndimage.binary_erosion(there, iterations=2) & (grey < 0.99)).sum() == 0
         assert (~ndimage.binary_dilation(there, iterations=2) & (grey > 0.01)).sum() == 0
         areas.append(there.sum() / mask.sum())
@@ -95,7 +95,7 @@ def test_image_and_mask_are_deformed_alike_and_differently_each_time() -> None:
     assert (mask == before).all()
     assert 0.79 < min(areas) < 0.9
     assert 1.2 < max(areas) < 1.47
-    # Off the centre by the shift of 5, and by what turning and zooming move it.
+    # Displaced by a shift of up to 5, and by rotation and zoom.
     spread = np.std(centres, axis=0)
     assert (spread > 1.5).all()
     assert (spread < 6).all()
@@ -111,7 +111,7 @@ def test_gamma_changes_grey_values_and_keeps_the_ends() -> None:
     assert 0.5**0.65 < max(middle) <= 0.5**0.5
 
 
-def test_an_episode_is_one_region_seen_several_times(dataset: Dataset) -> None:
+def test_an_episode_is_several_views_of_one_region(dataset: Dataset) -> None:
     source = episodes(dataset, shots=2, queries=3, batch=4)
     batch = source.batch(7)
     assert batch.support_images.shape == (4, 2, 64, 64)
@@ -124,17 +124,17 @@ def test_an_episode_is_one_region_seen_several_times(dataset: Dataset) -> None:
         support = batch.support_masks[b, :, 0].float().mean((1, 2))
         query = batch.query_labels[b].float().mean((1, 2))
         assert support.min() > 0
-        # Zooms of 0.9 to 1.2 change the area by no more than 1.8, what the edge cuts off aside.
+        # Zooms of 0.9 to 1.2 change the area by at most 1.8, apart from what leaves the image.
         assert max(support.max(), query.max()) / min(support.min(), query.min()) < 2.5
         assert not torch.equal(batch.support_images[b, 0], batch.support_images[b, 1])
     again = episodes(dataset, shots=2, queries=3, batch=4)
-    again.batch(3)  # what was drawn before makes no difference
+    again.batch(3)  # a batch does not depend on those before it
     for one, other in zip(batch, again.batch(7), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(batch.query_images, source.batch(8).query_images)
 
 
-def test_labels_play_no_part_but_in_setting_two(dataset: Dataset, tmp_path: Path) -> None:
+def test_labels_are_read_in_setting_two_only(dataset: Dataset, tmp_path: Path) -> None:
     import nibabel as nib
 
     root = write_synthetic_dataset(tmp_path / "blind", cases=2)
@@ -171,7 +171,7 @@ def test_alpnet_trains_on_superpixels_and_resumes(dataset: Dataset, tmp_path: Pa
         )
 
 
-def test_a_plain_folder_of_scans_trains_as_a_data_set_does(
+def test_a_folder_of_scans_trains_like_a_data_set(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "scans"
@@ -201,7 +201,7 @@ def test_a_plain_folder_of_scans_trains_as_a_data_set_does(
         assert said in capsys.readouterr().err
 
 
-def test_what_cannot_be_used_is_said(
+def test_unusable_scans_are_an_input_error(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="ways must be 1 with superpixels"):

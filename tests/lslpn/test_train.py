@@ -1,4 +1,4 @@
-"""The trainer: it learns, it resumes bit for bit, and it fails in words."""
+"""The trainer: it lowers the loss, resumes bit for bit, and reports errors."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from lslpn.training import (
 
 
 def small(**values: object) -> Config:
-    plain = {"size": 48, "batch": 2, "steps": 6, "milestones": (4,), "log_every": 1}
-    return with_overrides(preset("published"), **{**plain, **values})
+    plain = {"size": 48, "channels": 32, "batch": 2, "steps": 6, "log_every": 1}
+    return with_overrides(preset("published"), **{"milestones": (4,), **plain, **values})
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def run(dataset: Dataset, out: Path, config: Config, **arguments: object) -> LSL
 
 
 def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor in a nest of dicts and lists, by its path."""
+    """Every tensor in nested dicts and lists, by its path."""
     if isinstance(value, torch.Tensor):
         return {path: value}
     items = (
@@ -84,11 +84,11 @@ def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
 
 
 class StopError(Exception):
-    """Stands for a kill in tests that stay in this process."""
+    """Stands for a kill in tests that run in this process."""
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let `train` die in the step after `steps` of its own steps."""
+    """Interrupt `train` in the step after `steps` of its own steps."""
     done = 0
     real = train_module.train_step
 
@@ -102,7 +102,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(train_module, "train_step", dying)
 
 
-def test_a_network_of_ones_own_is_trained_and_its_weights_exported(
+def test_a_custom_network_is_trained_and_its_weights_exported(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     config = small(steps=2)
@@ -125,7 +125,7 @@ def test_a_network_of_ones_own_is_trained_and_its_weights_exported(
         save_weights(tmp_path / "weights.pt", model)
 
 
-def test_exported_weights_are_a_network_again(tmp_path: Path) -> None:
+def test_exported_weights_load_as_a_network(tmp_path: Path) -> None:
     model, file = untrained(small(size=64).model, seed=3), tmp_path / "weights.safetensors"
     save_weights(file, model)
     again = load_model(file)
@@ -146,7 +146,7 @@ def test_exported_weights_are_a_network_again(tmp_path: Path) -> None:
         load_model(file)
 
 
-def test_training_goes_on_from_exported_weights(
+def test_training_continues_from_exported_weights(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small(steps=1, lr=1e-9, size=64)
@@ -191,7 +191,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
     assert_same_state(straight, resumed)
     assert any("momentum_buffer" in key for key in tensors(straight.optimizer))
     assert any("running_mean" in key for key in tensors(straight.model))
-    # The comparison would notice: three more steps did move every kind of tensor.
+    # The comparison is sensitive: three more steps changed every kind of tensor.
     for key in ("encoder.conv1.weight", "encoder.reduction.bias", "encoder.bn1.running_mean"):
         moved = not torch.equal(halfway.model[key], straight.model[key])
         assert moved is not ("running" in key and values.get("batch_norm") == "frozen"), key
@@ -225,7 +225,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
 
 
 def test_training_lowers_the_loss_on_a_fixed_batch(dataset: Dataset) -> None:
-    config = small(batch_norm="frozen", dropout=0.0, augment_probability=0.0, lr=2e-2)
+    still = {"batch_norm": "frozen", "dropout": 0.0, "augment_probability": 0.0}
+    config = small(channels=256, lr=2e-2, **still)
     batch = Episodes(dataset, config, cases=dataset.cases, progress=False).batch(0)
     model = untrained(config).train()
     optimizer = make_optimizer(model, config.train)
@@ -266,7 +267,7 @@ def test_the_run_folder_and_the_model_in_it(dataset: Dataset, tmp_path: Path) ->
         assert torch.equal(ours, theirs)
 
 
-def test_training_does_not_touch_torchs_generator(dataset: Dataset, tmp_path: Path) -> None:
+def test_training_leaves_torchs_generator_unchanged(dataset: Dataset, tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -274,8 +275,8 @@ def test_training_does_not_touch_torchs_generator(dataset: Dataset, tmp_path: Pa
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_held_out_organs_do_not_reach_the_weights(dataset: Dataset, tmp_path: Path) -> None:
-    """Turning every held-out voxel's label into background leaves the run as it was."""
+def test_held_out_organs_do_not_affect_the_weights(dataset: Dataset, tmp_path: Path) -> None:
+    """With held-out organs labelled as background the run is the same."""
     import nibabel as nib
     import numpy as np
 
@@ -297,7 +298,7 @@ def test_learning_rate_falls_at_the_milestones() -> None:
     assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
 
 
-def test_optimizer_is_the_published_one_and_the_reduction_layer_may_be_faster() -> None:
+def test_optimizer_is_the_published_one_with_a_separate_rate_for_the_reduction_layer() -> None:
     config = small(reduction_lr_factor=10, weights="random")
     model = untrained(config)
     optimizer = make_optimizer(model, config.train)
@@ -377,10 +378,10 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert all(t.isfinite().all() for t in kept.model.values())
 
 
-def test_weights_that_are_no_numbers_are_not_saved(
+def test_weights_that_are_not_finite_are_not_saved(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of the last step says nothing about the update that followed it."""
+    """The loss of the last step is computed before its update."""
     real = train_module.train_step
     steps = 0
 
@@ -399,7 +400,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
     assert load_checkpoint(tmp_path / "run").step == 2
 
 
-def test_a_run_is_not_written_over(dataset: Dataset, tmp_path: Path) -> None:
+def test_an_existing_run_is_not_overwritten(dataset: Dataset, tmp_path: Path) -> None:
     run(dataset, tmp_path / "run", small(steps=1))
     before = (tmp_path / "run" / FILE_NAME).read_bytes()
     with pytest.raises(InputError, match=r"holds a training run already.*`resume=True`"):
@@ -407,7 +408,7 @@ def test_a_run_is_not_written_over(dataset: Dataset, tmp_path: Path) -> None:
     assert (tmp_path / "run" / FILE_NAME).read_bytes() == before
 
 
-def test_resuming_where_no_run_is(dataset: Dataset, tmp_path: Path) -> None:
+def test_resuming_without_a_run_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no run to resume"):
         run(dataset, tmp_path / "nothing", small(), resume=True)
     assert not (tmp_path / "nothing").exists()
@@ -488,7 +489,7 @@ def test_an_optimizer_of_another_network_is_refused(
             run(dataset, tmp_path, small(steps=1), resume=True)
 
 
-def test_a_line_of_the_log_that_was_cut_does_not_survive(
+def test_a_truncated_line_of_the_log_is_dropped(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(steps=4, checkpoint_every=2)
@@ -512,7 +513,7 @@ def seconds_in(line: str) -> tuple[float, float]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_log_that_cannot_be_appended_to_is_said_in_words() -> None:
+def test_a_log_that_cannot_be_appended_to_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"/dev/full: cannot be written \(No space left"):
         append_text("/dev/full", "1,2\n")
 
@@ -610,7 +611,7 @@ EDITS: dict[str, tuple[tuple[str, ...], object]] = {
         ("option", "'colour'"),
         (
             "architecture",
-            r"another architecture.*\(128, 1536, 3, 3\).*\(256, 1536, 3, 3\)|"
+            r"another architecture.*\(128, 1536, 3, 3\).*\(32, 1536, 3, 3\)|"
             r"another architecture.*reduction",
         ),
         ("missing tensor", r"another architecture.*layer3\.0\.conv1\.weight"),
@@ -641,7 +642,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_error(
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
+def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.*no such file or folder"):
         checkpoint_path(tmp_path / "nowhere")
     with pytest.raises(InputError, match=f"holds no {FILE_NAME}"):
@@ -649,7 +650,7 @@ def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
-def test_a_disk_that_refuses_is_named_and_leaves_the_previous_checkpoint_whole(
+def test_a_failed_write_is_reported_and_keeps_the_previous_checkpoint(
     finished: Path, tmp_path: Path
 ) -> None:
     import resource
@@ -684,8 +685,8 @@ train(config, dataset, hold_out=["kidney"], cases=dataset.cases, out=sys.argv[2]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_run_leaves_a_whole_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
-    """Killed while it writes a checkpoint after every step: what is there must load."""
+def test_a_killed_run_leaves_a_complete_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
+    """Killed while it writes a checkpoint after every step: the checkpoint must load."""
     out = tmp_path / "run"
     root = Path(train_module.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -699,7 +700,7 @@ def test_a_killed_run_leaves_a_whole_checkpoint(dataset: Dataset, tmp_path: Path
             file = out / FILE_NAME
             if file.exists():
                 first = first or file.stat().st_mtime_ns
-                # Kill while the next one is being written aside.
+                # Kill while the next one is being written to its temporary file.
                 if file.stat().st_mtime_ns != first and list(out.glob(".*partial*")):
                     break
             time.sleep(0.002)
@@ -713,8 +714,10 @@ def test_a_killed_run_leaves_a_whole_checkpoint(dataset: Dataset, tmp_path: Path
     load_model(out)
 
 
-def test_first_light_on_real_ct(shared_path: Callable[[str], Path], tmp_path: Path) -> None:
-    """Two steps on two real scans: the whole way from NIfTI to a checkpoint."""
+def test_two_steps_on_real_ct_give_a_checkpoint(
+    shared_path: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two steps on two real scans, from NIfTI to a checkpoint."""
     real = Dataset.open(shared_path("data/Dataset101_SABS"))
     config = with_overrides(preset("published"), size=129, steps=2, log_every=1, batch=2)
     train(

@@ -1,4 +1,4 @@
-"""Pages: what goes into them, and what a real browser makes of them."""
+"""Pages: their content, and how a real browser shows them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_winners_are_those_of_the_equations(size: tuple[int, int]) -> None:
     expected = reference.cosine_match(features[None], prototypes[None], grid, size)[0]
     torch.testing.assert_close(cosines, expected)
 
-    # The window that is named has that cosine, and lies over the pixel.
+    # The reported window has that cosine, and covers the pixel.
     unit = torch.nn.functional.normalize(prototypes, dim=-1).flatten(1, 2)
     direction = torch.nn.functional.normalize(features, dim=1)
     named = torch.einsum("qdyx,cwd->qcwyx", direction, unit)
@@ -86,7 +86,7 @@ def test_winners_are_those_of_the_equations(size: tuple[int, int]) -> None:
     assert ((rows <= y) & (y < rows + grid.axis(size[0]).window))[shown].all()
 
 
-def test_windows_of_several_sources_and_parts_keep_apart() -> None:
+def test_windows_of_several_sources_and_parts_are_separate() -> None:
     grid, size = GridSpec(1.0), (16, 16)
     axes = torch.eye(4)
     features = torch.zeros(1, 4, 2, 2)
@@ -136,12 +136,12 @@ def test_large_scans_are_thinned_where_they_are_finest() -> None:
     assert "every 2nd along x and y and every 2nd slice" in shown.facts["notes"][0]
     small = block(shown, "layer-0")
     assert small.shape == (110, 120, 500)
-    # The voxel that stands for slices 2 and 3 is that of slice 3.
+    # Of slices 2 and 3 the page has slice 3.
     np.testing.assert_allclose(small.affine @ [0, 0, 1, 1], [-0.5, -0.5, 2.7, 1.0])
     assert block(shown, "image").get_fdata()[0, 0, 1] == 3
 
 
-def test_what_a_page_cannot_show_it_says() -> None:
+def test_a_page_reports_what_it_cannot_show() -> None:
     image = volume(synthetic_ct(0)[0].astype(np.float32))
     empty = np.zeros(image.data.shape, np.int64)
     assert "No labels were given" in view(image).facts["notes"][0]
@@ -156,7 +156,7 @@ def test_what_a_page_cannot_show_it_says() -> None:
     assert len(view(image, np.where(many > 1400, 0, many)).facts["organs"]) == 200
 
 
-def test_labels_that_cannot_belong_to_the_scan_are_refused() -> None:
+def test_labels_that_do_not_fit_the_scan_are_refused() -> None:
     image = volume(synthetic_ct(0)[0].astype(np.float32))
     labels = np.zeros(image.data.shape, np.uint8)
     with pytest.raises(InputError, match=r"labels: expected labels in the grid of the image"):
@@ -347,7 +347,7 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
         elif "DISPLAY" not in os.environ:
             pytest.skip("Firefox draws no WebGL without a display; try xvfb-run pytest")
         else:
-            try:  # as its makers ship it, by WebDriver BiDi
+            try:  # an unpatched one, by WebDriver BiDi
                 started = driver.firefox.launch(
                     executable_path=program, channel="moz-firefox", headless=False
                 )
@@ -364,15 +364,15 @@ def firefox(browser: Any) -> bool:
 
 
 class Tab:
-    """A page in the browser, offline; keeps what it complains of and asks for."""
+    """A page in the browser, offline; records its errors and its requests."""
 
     def __init__(
         self, browser: Any, file: Path, mark: str | None = "body[data-ready]", before: str = ""
     ) -> None:
-        self.own = [file.as_uri()]  # what it asks for
+        self.own = [file.as_uri()]  # its requests
         if firefox(browser):
-            self.own = []  # is not told of files
-            # The policy of the page forbids what Playwright does there to look at it.
+            self.own = []  # reports no requests of files
+            # The policy of the page forbids what Playwright does to inspect it.
             policy = r"(<|&lt;)meta http-equiv=\S*Content-Security-Policy.*"
             file.write_text(re.sub(policy, "", file.read_text("utf-8")), "utf-8")
         self.context = browser.new_context(
@@ -392,11 +392,11 @@ class Tab:
             self.page.wait_for_selector(mark)
 
     def drawn(self) -> None:
-        """Wait until all that is due has been drawn: a click goes to what is on the screen."""
+        """Wait until everything has been drawn: a click goes to what is on the screen."""
         self.page.evaluate("new Promise((go) => requestAnimationFrame(() => setTimeout(go, 50)))")
 
     def picture(self, pane: str = "#left") -> np.ndarray:
-        """The canvas as it is on the screen, [H, W, 3], once all that is due has been drawn."""
+        """The canvas as it is on the screen, [H, W, 3], once everything has been drawn."""
         self.drawn()
         raw = self.page.locator(f"{pane} .stage").screenshot()
         return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).astype(int)
@@ -463,7 +463,7 @@ def test_a_page_draws_and_shows_names_as_text(tab: Tab) -> None:
     assert not tab.page.locator("#organs img, h1 i, figcaption b b").count()
 
 
-def test_organs_go_and_come_back(tab: Tab) -> None:
+def test_organs_can_be_hidden_and_shown(tab: Tab) -> None:
     tab.page.locator("input[value='1'] , #layout input").nth(1).check(force=True)
     before = coloured(tab.picture())
     boxes = tab.page.locator("#organs input")
@@ -477,8 +477,8 @@ def test_organs_go_and_come_back(tab: Tab) -> None:
     assert coloured(tab.picture()) == before
 
 
-def test_an_organ_s_name_leads_to_it(tab: Tab, scene: tuple[View, Why]) -> None:
-    """The page's own reckoning of voxels against NiiVue's, which goes by the affine."""
+def test_clicking_an_organs_name_moves_to_it(tab: Tab, scene: tuple[View, Why]) -> None:
+    """The voxel that the page computes against NiiVue's, which uses the affine."""
     facts, image = scene[0].facts, block(scene[0], "image").get_fdata()
     for organ in facts["organs"]:
         tab.page.get_by_role("button", name=organ["name"], exact=True).click()
@@ -489,7 +489,7 @@ def test_an_organ_s_name_leads_to_it(tab: Tab, scene: tuple[View, Why]) -> None:
         assert f"prediction: {organ['name'].strip()}" in said
 
 
-def test_windows_change_the_grey(tab: Tab) -> None:
+def test_windows_change_the_grey_values(tab: Tab) -> None:
     before = tab.picture()
     tab.page.get_by_label("Lung").check(force=True)
     lung = tab.picture()
@@ -516,7 +516,7 @@ def test_slices_follow_the_key_and_the_support_follows_them(tab: Tab) -> None:
     assert f"slice {z} of 0–13" in tab.text("#left figcaption")
 
 
-def test_a_click_tells_which_windows_won(tab: Tab, scene: tuple[View, Why]) -> None:
+def test_a_click_shows_the_winning_windows(tab: Tab, scene: tuple[View, Why]) -> None:
     why = scene[1]
     tab.drawn()
     box = tab.page.locator("#left canvas").bounding_box()
@@ -551,7 +551,7 @@ def test_prediction_beside_ground_truth(tab: Tab) -> None:
     tab.page.wait_for_selector("#right", state="hidden")
 
 
-def test_a_thinned_scan_in_a_notebook_s_frame(
+def test_a_thinned_scan_in_a_notebook(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if firefox(browser):
@@ -572,7 +572,7 @@ def test_a_thinned_scan_in_a_notebook_s_frame(
     opened.context.close()
 
 
-def test_without_webgl_the_table_stays(
+def test_without_webgl_the_table_is_shown(
     browser: Any, scene: tuple[View, Why], tmp_path: Path
 ) -> None:
     none = "HTMLCanvasElement.prototype.getContext = () => null"

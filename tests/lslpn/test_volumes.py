@@ -1,4 +1,4 @@
-"""NIfTI in and out: orientation, exact geometry on the way back, and every kind of bad file."""
+"""NIfTI: orientation, exact geometry of written files, and every kind of invalid file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_there_are_48_orientations() -> None:
 
 
 @pytest.mark.parametrize("axes", ORIENTATIONS)
-def test_every_orientation_reads_alike_and_writes_back(axes: str, tmp_path: Path) -> None:
+def test_every_orientation_reads_the_same_and_writes_back(axes: str, tmp_path: Path) -> None:
     data = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)
     path = write_nifti(tmp_path / "a.nii.gz", data, axes=axes, spacing=(3.0, 2.0, 1.5))
     assert nib.aff2axcodes(nib.load(path).affine) == tuple(axes)
@@ -105,7 +105,7 @@ def test_display_orientation_shows_the_patients_right_on_the_left(tmp_path: Path
     assert volume.data[0, 0, 0] == 7
 
 
-def test_header_survives_but_for_what_belongs_to_the_intensities(tmp_path: Path) -> None:
+def test_header_is_kept_except_fields_of_the_intensities(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     image = nib.Nifti1Image(rng.integers(0, 99, (4, 5, 6, 1), np.int16), np.diag([2.0, 2, 3, 1]))
     header = image.header
@@ -148,7 +148,7 @@ def test_big_endian_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "dtype"), [(255, np.uint8), (300, np.int16), (40000, np.int32), (2**31 - 1, np.int32)]
 )
-def test_labels_get_the_type_that_holds_them_both_ways(
+def test_labels_are_read_and_written_in_the_smallest_sufficient_type(
     tmp_path: Path, volume: Volume, label: int, dtype: type
 ) -> None:
     labels = np.zeros(volume.data.shape, np.int64)
@@ -159,7 +159,7 @@ def test_labels_get_the_type_that_holds_them_both_ways(
     np.testing.assert_array_equal(back.data, labels)
 
 
-def test_float_labels_with_a_slope_are_whole_numbers_still(tmp_path: Path) -> None:
+def test_float_labels_with_a_slope_are_read_as_integers(tmp_path: Path) -> None:
     image = nib.Nifti1Image(np.array([[[0, 1], [2, 1]]], np.uint8), np.eye(4))
     image.header.set_slope_inter(2, 0)  # nibabel stores the array as it is, beside this slope
     nib.save(image, tmp_path / "l.nii.gz")
@@ -168,7 +168,7 @@ def test_float_labels_with_a_slope_are_whole_numbers_still(tmp_path: Path) -> No
     assert set(np.unique(labels.data)) == {0, 2, 4}
 
 
-def test_labels_that_a_slope_left_beside_whole_numbers_are_rounded(tmp_path: Path) -> None:
+def test_labels_near_integers_because_of_a_slope_are_rounded(tmp_path: Path) -> None:
     image = nib.Nifti1Image(np.array([[[0, 1], [2, 1]]], np.int16), np.eye(4))
     image.header.set_slope_inter(1.000015, 0)
     nib.save(image, tmp_path / "l.nii.gz")
@@ -207,7 +207,7 @@ def test_not_a_nifti(tmp_path: Path, content: bytes) -> None:
     _refused(tmp_path / "a.nii.gz")
 
 
-def test_other_formats_are_named_with_the_mend(tmp_path: Path) -> None:
+def test_other_formats_are_named_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.nii").write_bytes(b"\x89PNG" + b"\0" * 1000)
     _refused(tmp_path / "a.nii", "not a NIfTI", "convert")
     image = nib.Nifti1Pair(np.ones((2, 3, 4), np.int16), np.eye(4))
@@ -219,7 +219,7 @@ def test_a_gzip_cut_anywhere_or_with_a_flipped_bit(tmp_path: Path) -> None:
     image, _ = synthetic_ct(0)
     whole = write_nifti(tmp_path / "w.nii.gz", image).read_bytes()
     cut = tmp_path / "cut.nii.gz"
-    # The last cuts take only the checksum, which nibabel itself never looks at.
+    # The last cuts remove only the checksum, which nibabel does not read.
     for length in [*range(3, len(whole), len(whole) // 25), len(whole) - 8, len(whole) - 1]:
         cut.write_bytes(whole[:length])
         _refused(cut, "cut short" if length > 400 else "")
@@ -291,7 +291,7 @@ def test_constant_image(tmp_path: Path) -> None:
         (3e9, "2147483647"),
     ],
 )
-def test_values_that_are_no_labels(tmp_path: Path, data: float, word: str) -> None:
+def test_values_that_are_not_labels(tmp_path: Path, data: float, word: str) -> None:
     array = np.zeros((3, 4, 5), np.float32)
     array[0, 0, 0] = data
     _refused(_write(tmp_path / "l.nii.gz", array), word, labels=True)
@@ -324,7 +324,7 @@ def test_singular_affine(tmp_path: Path) -> None:
         _refused(tmp_path / "a.nii", "singular")
 
 
-def test_labels_of_another_grid(tmp_path: Path, volume: Volume) -> None:
+def test_labels_on_another_grid_are_refused(tmp_path: Path, volume: Volume) -> None:
     affine = volume.grid.affine
     shape = volume.grid.shape
     mask = np.zeros(shape, np.uint8)
@@ -365,7 +365,7 @@ def test_a_mask_may_hold_the_axes_in_another_order_and_direction(
     np.testing.assert_array_equal(image.data, mask.data - 2.0)
 
 
-def test_a_tilted_gantry_shifts_slices_and_makes_them_no_larger(tmp_path: Path) -> None:
+def test_a_tilted_gantry_shifts_slices_without_enlarging_them(tmp_path: Path) -> None:
     data = np.zeros((4, 5, 6), np.int16)
     data[1] = 1
     affine = np.diag([-2.0, -3, 5, 1])
@@ -383,7 +383,7 @@ def test_a_tilted_gantry_shifts_slices_and_makes_them_no_larger(tmp_path: Path) 
 def _with_forms(
     path: Path, sform: np.ndarray | None, qform: np.ndarray | None, *, sform_code: int = 1
 ) -> tuple[Path, np.ndarray]:
-    """A file with these forms, code 0 for None; nibabel itself keeps them alike."""
+    """A file with these forms, code 0 for None; nibabel would make them equal."""
     data = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     image = nib.Nifti1Image(data, np.eye(4))
     header = image.header
@@ -414,7 +414,7 @@ def test_a_singular_sform_beside_a_good_qform(tmp_path: Path) -> None:
     volume = _noted(path, "sform is singular", "qform is used")
     np.testing.assert_allclose(volume.grid.affine, _GOOD, atol=1e-5)
     write_labels(tmp_path / "b.nii", np.ones(volume.data.shape, np.uint8), volume)
-    ours = nib.load(tmp_path / "b.nii")  # usable by all, with the qform as it was
+    ours = nib.load(tmp_path / "b.nii")  # usable by every reader, with the qform unchanged
     np.testing.assert_allclose(ours.affine, _GOOD, atol=1e-5)
     assert int(ours.header["qform_code"]) == 1
 
@@ -481,7 +481,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, volume: Volume) -> None:
         write_labels(tmp_path / "d.nii.gz", labels, volume)
 
 
-def test_endings_in_capitals(tmp_path: Path, volume: Volume) -> None:
+def test_file_endings_in_capitals(tmp_path: Path, volume: Volume) -> None:
     labels = np.ones(volume.data.shape, np.uint8)
     for name in ("P.NII.GZ", "P.NII"):
         write_labels(tmp_path / name, labels, volume)

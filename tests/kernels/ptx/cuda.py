@@ -1,8 +1,7 @@
 """CUDA sources as nvcc compiles them, with kernels that run in the machine.
 
 The host's side is what nvcc makes of it, linked with cudart.cpp in place of NVIDIA's runtime; the
-PTX is that which the module carries. So nothing needs to be known about kernels or how they are
-launched.
+PTX is the one in the module. So nothing needs to be known about kernels or their launches.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def build_module(
     Args:
         archs: compute capabilities to have PTX for, 90 for 9.0.
         instrument: sanitizers for the host's side, "address,undefined" say. The kernels are then
-            compiled in haste, and are not meant to be executed.
+            compiled without optimisation, and are not meant to be executed.
 
     Raises:
         RuntimeError: nvcc refuses the sources.

@@ -1,5 +1,5 @@
 """Where the backends of lslpn_kernels are made to launch their kernels in the machine, on tensors
-of the CPU. All that this package knows of them stands here."""
+of the CPU. Nothing else in this package depends on them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _KDLCUDA = 2
 
 
 def forget() -> None:
-    """What was found out about backends, once for all."""
+    """The cached availability of the backends."""
     for cached in (load, _obstacle, kernels_of, ops._choose_once):
         cached.cache_clear()
 
 
 def name_tensor(tensor: Tensor) -> None:
-    """Lets kernels touch a tensor's bytes from its first element to its last, and none beyond."""
+    """Allow kernels to access a tensor's bytes, from its first element to its last."""
     if tensor.numel():
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         machine.name_memory(tensor.data_ptr(), (last + 1) * tensor.element_size())
@@ -50,8 +50,8 @@ def _capsule(tensor: Tensor) -> Any:
 
 
 class _Watched:
-    """A module of bindings: each call ends with the memory that it was given, and says what a
-    kernel did wrong."""
+    """A module of bindings: kernels of a call may access its arguments only, and errors of a kernel
+    are raised."""
 
     def __init__(self, module: Module) -> None:
         self._module = module

@@ -24,7 +24,7 @@ FLAGS += ("-Wall", "-Wextra", "-Werror", "-pthread")
 
 
 class ExecutionError(Exception):
-    """A kernel did what it must not do; in words, with the instruction."""
+    """A kernel broke a rule of the machine; the message has the instruction."""
 
 
 @cache
@@ -76,7 +76,7 @@ class Launch:
         return self.grid[0] * self.grid[1] * self.grid[2] * threads // 32
 
     def by(self, key: Callable[[Instruction], str]) -> Counter[str]:
-        """Warp instructions by something about them; by category, say."""
+        """Warp instructions by a property of them, such as the category."""
         found: Counter[str] = Counter()
         for instruction, issued in zip(self.program.instructions, self.issued, strict=True):
             if instruction.counted and issued:
@@ -132,7 +132,7 @@ class Kernel:
             parameters: as the PTX lays them out.
 
         Raises:
-            ExecutionError: it did what it must not do.
+            ExecutionError: it broke a rule of the machine.
         """
         program = self.program
         if len(parameters) != program.parameters:
@@ -169,17 +169,17 @@ def _pointer(numbers: array[int]) -> ctypes.c_void_p:
     return ctypes.c_void_p(numbers.buffer_info()[0])
 
 
-LAUNCHES: list[Launch] = []  # that were made since somebody cleared the list
+LAUNCHES: list[Launch] = []  # since the list was last cleared
 
 
 def name_memory(begin: int, size: int) -> None:
-    """Says that kernels may touch these bytes."""
+    """Allow kernels to access these bytes."""
     if size:
         library().machine_name_memory(ctypes.c_uint64(begin), ctypes.c_uint64(size))
 
 
 def forget_memory() -> None:
-    """Takes back what `name_memory` said."""
+    """The inverse of `name_memory`."""
     library().machine_forget_memory()
 
 

@@ -57,7 +57,7 @@ class Instruction:
     used: int = 0xFFFFFFFF
     immediate: int = 0
     operands: list[int] = field(default_factory=list)
-    counted: bool = True  # whether it stands in the PTX
+    counted: bool = True  # whether it is in the PTX
     line: str = ""
     reconverge: int = 0
     target_index: int = 0
@@ -591,7 +591,7 @@ class Program:
     # ---- control flow ----
 
     def _link(self) -> None:
-        """Targets of branches, and where lanes that part there meet: at the branch's immediate
+        """Targets of branches, and where divergent lanes reconverge: at the branch's immediate
         postdominator."""
         code, end = self.instructions, len(self.instructions)
         starts = {0, *self._labels.values()}

@@ -102,7 +102,7 @@ def active(arch: int, name_tensor: Callable[[Any], None]) -> Iterator[None]:
 
     Args:
         arch: compute capability to compile for, 90 for 9.0.
-        name_tensor: says that kernels may touch a tensor.
+        name_tensor: allows kernels to access a tensor.
     """
     from triton import knobs
     from triton.backends.nvidia.compiler import CUDABackend
@@ -113,8 +113,8 @@ def active(arch: int, name_tensor: Callable[[Any], None]) -> Iterator[None]:
     def loading(module: Any, function: Any, name: str, group: dict[str, str], hash_: str) -> None:
         ours.ptx = Path(next(path for file, path in group.items() if file.endswith(".ptx")))
 
-    # Machine code is not needed, and takes half of the time. The compiled kernels are of no use to
-    # anybody else and have a folder of their own.
+    # Machine code is not needed, and takes half of the time. The compiled kernels are of no use
+    # elsewhere and have a separate folder.
     def no_machine_code(self: Any, src: Any, metadata: Any, *args: Any) -> bytes:
         return b"none"
 
