@@ -22,7 +22,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..segmentation.descriptors import Scan
-    from ..segmentation.result import Segmentation
 
 
 def demo(
@@ -200,7 +199,6 @@ def segment(
                 confidence=found.confidence,
                 supports=scans,
                 why=found.why,
-                notes=_notes(found, named),
             ).save(html[number])
         for files in results.values():
             if files:
@@ -215,11 +213,6 @@ def segment(
                 sure = f", confidence {found.confidence[label]:.2f}"
                 sure += ", check it" if label in found.doubtful else ""
             print(f"label {label}: {count} voxels, {count * volume.voxel_ml:.1f} ml{sure}")
-
-
-def _notes(found: Segmentation, names: dict[int, str]) -> list[str]:
-    doubtful = ", ".join(names.get(label, f"label {label}") for label in found.doubtful)
-    return [f"Low confidence, check these organs: {doubtful}."] if doubtful else []
 
 
 def view(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .why import Why
+if TYPE_CHECKING:
+    from .why import Why
 
-_LOW_CONFIDENCE = 0.5
+LOW_CONFIDENCE = 0.5  # check an organ below
 
 
 @dataclass(frozen=True)
@@ -41,4 +43,4 @@ class Segmentation:
     def doubtful(self) -> list[int]:
         """Labels that were found with a confidence below 0.5: check these organs."""
         confidence = self.confidence or {}
-        return [label for label, sure in confidence.items() if 0 < sure < _LOW_CONFIDENCE]
+        return [label for label, sure in confidence.items() if 0 < sure < LOW_CONFIDENCE]

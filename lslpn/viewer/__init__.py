@@ -127,7 +127,8 @@ def view(
             or the path of a file; or such labels by name, of which the first are on the left.
         truth: ground truth; it is shown beside the labels, with their Dice.
         names: label value to the organ's name.
-        confidence: label value to how sure the segmentation is of the organ, 0 to 1.
+        confidence: label value to how sure the segmentation is of the organ, 0 to 1; organs below
+            0.5 are named on top.
         supports: the labelled scans that it was segmented by; the slices that were matched follow
             those of the query.
         why: which windows decided, see `lslpn.segmentation.why`; its supports are `supports`, in

@@ -141,6 +141,14 @@ def test_large_scans_are_thinned_where_they_are_finest() -> None:
     assert block(shown, "image").get_fdata()[0, 0, 1] == 3
 
 
+def test_a_page_names_the_organs_of_low_confidence_that_were_found() -> None:
+    hu, labels = synthetic_ct(0)
+    image = volume(hu.astype(np.float32))
+    confidence = {1: 0.49, 2: 0.5, 3: 0.3, 9: 0.0}
+    notes = view(image, labels, names={1: "liver"}, confidence=confidence).facts["notes"]
+    assert notes == ["Low confidence, check these organs: liver, label 3."]
+
+
 def test_a_page_reports_what_it_cannot_show() -> None:
     image = volume(synthetic_ct(0)[0].astype(np.float32))
     empty = np.zeros(image.data.shape, np.int64)
