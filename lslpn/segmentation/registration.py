@@ -253,13 +253,12 @@ def _coupled_convex(cost: Tensor, moves: Tensor) -> Tensor:
         field = moves[best].movedim(-1, 0)
         return F.avg_pool3d(field[None], 3, stride=1, padding=1, count_include_pad=False)[0]
 
-    field = mean(cost.argmin(0))
+    field, flat = mean(cost.argmin(0)), cost.flatten(1)
+    # weight |move - field|^2 as one product, without the term that does not depend on the move.
+    known = torch.cat([moves, moves.square().sum(1, keepdim=True)], 1)
     for weight in _COUPLING:
-        # |move - field|^2 without the term that does not depend on the move.
-        distance = moves.square().sum(1)[:, None, None, None] - 2 * torch.einsum(
-            "nk,kzyx->nzyx", moves, field
-        )
-        field = mean((cost + weight * distance).argmin(0))
+        pull = torch.cat([-2 * weight * field.flatten(1), torch.full_like(flat[:1], weight)])
+        field = mean(torch.addmm(flat, known, pull).argmin(0).view(cost.shape[1:]))
     return field
 
 
