@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import GridSpec
-from . import current_device, gpu_loss, mask_kind, torch_, winner_dtype
+from . import current_device, gpu_loss, mask_kind, through_torch, torch_, winner_dtype
 from .triton_geometry import STRIP, Geometry
 from .triton_geometry import geometry as _geometry
 from .triton_launch import Launch
@@ -602,7 +602,9 @@ def cosine_match_backward(
     """See `Kernels`."""
     images = _images_of(features, prototypes, grid, scores.shape[3:], reduce)
     if not images:
-        return _match_back_torch(logit_scale * grad, features, prototypes, grid, reduce)
+        return through_torch.cosine_match_backward(
+            grad, features, prototypes, grid, reduce, logit_scale
+        )
     kept = (grad, scores, winners, gram[0])
     return _match_back_in_parts(images, kept, features, prototypes, grid, reduce, logit_scale)
 
@@ -667,18 +669,6 @@ def _match_back(
         return to_prototypes.sum(0) if plan.splits > 1 else to_prototypes[0]
 
 
-def _match_back_torch(
-    grad: Tensor, features: Tensor, prototypes: Tensor, grid: GridSpec, reduce: str
-) -> tuple[Tensor, Tensor]:
-    """Where thousands of windows lie over a pixel: recomputed by the `torch` backend."""
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (features, prototypes)]
-        H, W = grad.shape[3:]
-        scores = torch_.cosine_match(inputs[0], inputs[1], grid, (H, W), reduce)
-        to_features, to_prototypes = torch.autograd.grad(scores, inputs, grad)
-    return to_features, to_prototypes
-
-
 # The loss
 
 
@@ -737,7 +727,8 @@ def cosine_match_loss_backward(
             (grad, total),
         )
     else:
-        to_scores = logit_scale * gpu_loss.of_scores(grad, kept)
-        grads = _match_back_torch(to_scores, features, prototypes, grid, reduce)
+        grads = through_torch.cosine_match_backward(
+            gpu_loss.of_scores(grad, kept), features, prototypes, grid, reduce, logit_scale
+        )
     first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
     return first, second
