@@ -20,8 +20,12 @@ struct Masks {
   std::int64_t C = 0;
 };
 
-inline bool masks_are_bytes(const Masks& masks) {
+}  // namespace lslpn
+
+LSLPN_BEGIN
+
+LSLPN_HD bool masks_are_bytes(const Masks& masks) {
   return masks.dtype == DType::boolean || masks.dtype == DType::uint8;
 }
 
-}  // namespace lslpn
+LSLPN_END
