@@ -205,7 +205,7 @@ def cosine_match_backward(
     """See `Kernels`."""
     grads = torch.empty_like(features), torch.empty_like(prototypes)
     taken = _match(
-        *(features, prototypes, scores, winners, *gram, grid, scores.shape[-2:], reduce),
+        *(features, prototypes, scores, winners, gram[0], grid, scores.shape[-2:], reduce),
         *(logit_scale, None, None, (grad, None, *grads)),
     )
     if taken is None:

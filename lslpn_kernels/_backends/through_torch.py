@@ -50,6 +50,6 @@ def cosine_match_backward(
     H, W = grad.shape[3:]
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (features, prototypes)]
-        scores = torch_.cosine_match(*inputs, grid, (H, W), reduce)
+        scores = torch_.cosine_match(inputs[0], inputs[1], grid, (H, W), reduce)
     to_features, to_prototypes = torch.autograd.grad(scores, inputs, logit_scale * grad)
     return to_features, to_prototypes
