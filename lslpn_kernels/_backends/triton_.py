@@ -176,7 +176,7 @@ class _Pool:
             "LONG": long,
             "DOT": _dot(features.dtype),
         }
-        BD = _power(D, 16, 128 if min_pixels is None else 256)
+        BD = _power(D, 16, 256)
         if min_pixels is None:
             row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
             self.back = Launch(
@@ -188,7 +188,7 @@ class _Pool:
                     "EVEN": D % BD == 0,
                     "BI": _BI,
                     "BJ": _BJ,
-                    "BN": 32,
+                    "BN": 16,
                     "BD": BD,
                     **common,
                 },
