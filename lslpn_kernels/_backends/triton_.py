@@ -553,7 +553,7 @@ class _MatchBack:
         groups_y, groups_x = -(-Gy // GY), -(-Gx // GX)
         groups = groups_y * groups_x * -(-C * GY * GX // BN)
         BD = _power(D, 16, 256)
-        full = features.dtype == torch.float32
+        few = features.dtype != torch.bfloat16
         self.splits = _splits(B * groups, Q)
         self.shape = (self.splits, B, C, Gy, Gx, D)
         self.back = Launch(
@@ -577,7 +577,7 @@ class _MatchBack:
                 "BI": _BI,
                 "BJ": _BJ,
                 "BN": 32,
-                "BD": _power(D, 16, 64 if full else 128),  # with more, registers spill
+                "BD": _power(D, 16, 64 if few else 128),  # with more, registers spill
                 "GATHER_BD": BD,
                 "REACH": (rows.near_pieces, columns.near_pieces),
                 "PLACES": reduce == "max",
