@@ -176,7 +176,8 @@ class _Pool:
             "LONG": long,
             "DOT": _dot(features.dtype),
         }
-        BD = _power(D, 16, 256)
+        # Channels last, with more in the backward direction, registers spill.
+        BD = _power(D, 16, 128 if min_pixels is None and strides[2] == 1 else 256)
         if min_pixels is None:
             row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
             self.back = Launch(
