@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from .geometry import GridSpec
 
 EPS = 1e-8
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,11 +55,11 @@ def class_masks(masks: Tensor, C: int) -> Tensor:
     return torch.cat((background, masks), 2)
 
 
-def without_autocast(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """The function in the dtypes of its arguments, inside `torch.autocast` as well."""
 
     @functools.wraps(function)
-    def exact(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
         device = args[0].device.type  # type: ignore[attr-defined]
         if not torch.amp.is_autocast_available(device):
             return function(*args, **kwargs)

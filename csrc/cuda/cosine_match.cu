@@ -2,13 +2,12 @@
 //
 // Interpolation is linear, so the inner product of Up F(x) with a prototype is interpolated from
 // those of the feature locations, and |Up F(x)|^2 from the Gram maps (core/arithmetic.h).
-//   scores          dots: inner products of a tile's locations with the prototypes of its windows,
-//                   Gram maps; from them its pixels' scores and winners
-//   match_weights   backward: from the pixels' gradients those of the dots and of the Gram maps
+//   scores          inner products ("dots") of a tile's locations with the prototypes of its
+//                   windows, Gram maps; from these scores and winners of the tile's pixels
+//   match_weights   backward: from the gradients of the pixels those of the dots and the Gram maps
 //   match_backward  from these the gradients of prototypes (gather) and features (scatter)
 #include "gather.h"
 #include "match_weights.h"
-#include "plain_match.h"
 #include "scatter.h"
 #include "scores.h"
 
@@ -37,62 +36,22 @@ match_backward(LSLPN_PARAMETERS MatchBackwardKernel<T> p) {
 
 // ---- on the host ----
 
-// All that is decided before the first launch.
-struct MatchPlan {
-  MatchTiles tiles;
-  Exchange exchange;
-  std::int64_t floats;    // of workspace, an image
-  std::int64_t episodes;  // of a chunk, backward
-
-  std::int64_t prototypes() const { return std::int64_t{exchange.C} * exchange.grid.windows(); }
-};
-
-bool make_plan(const Match& call, MatchPlan& plan) {
+std::optional<Plan> plan_of(const Match& call) {
   const Features& f = call.features;
-  MatchTiles& t = plan.tiles;
-  Exchange& e = plan.exchange;
-  if (f.dtype == DType::float64 || f.D > kTiledAxis || call.C > kTiledAxis) return false;
-  if (!make_grid(call.y, call.x, e.grid) || e.grid.tile_windows() > 16) return false;
-  t.grid = e.grid;
-  t.N = e.N = f.N;
-  t.images = f.B * f.N;
-  t.C = e.C = static_cast<int>(call.C);
-  t.D = e.D = static_cast<int>(f.D);
-  t.mean = call.mean;
-  e.places = !call.mean;
-  t.slots = e.slots = t.C * (e.places ? e.grid.tile_windows() : 1) + 4;
-  plan.floats = std::int64_t{e.grid.tiles()} * e.slots * kMap;
-  plan.episodes = episodes_of_chunk(f, 4 * plan.floats);
-  return plan_exchange(e, plan.episodes);
+  if (!small_images(f) || (call.backward && !small_images(call.grad_features))) return std::nullopt;
+  return plan_of(f, call.y, call.x, call.C,
+                 call.matching.mean ? Operator::match_mean : Operator::match_max);
 }
 
-bool plan_match(const Match& call, MatchPlan& plan) {
-  thread_local Plans<MatchPlan> plans;
-  const Features& f = call.features;
-  if (!small_images(f) || call.wide_winners) return false;
-  if (call.backward && !(call.gram && small_images(call.grad_features))) return false;
-  if (!plans.find(plan_key(f, call.y, call.x, call.C, call.mean), plan,
-                  [&](MatchPlan& made) { return make_plan(call, made); })) {
-    return false;
-  }
-  // What is of this call.
-  MatchTiles& t = plan.tiles;
-  t.prototypes = static_cast<const float*>(call.prototypes);
-  t.overlap_x = static_cast<int>(call.overlap_x);
-  t.logit_scale = static_cast<float>(call.logit_scale);
-  t.scores = static_cast<float*>(call.scores);
-  t.winners = static_cast<std::uint8_t*>(call.winners);
-  t.gram = static_cast<float*>(call.gram);
-  const Loss& loss = call.loss;
-  t.loss = {loss.labels,
-            loss.wide_labels,
-            loss.ignore_index,
-            static_cast<const float*>(loss.weight),
-            static_cast<float*>(loss.radial),
-            static_cast<float*>(call.workspace),
-            static_cast<const float*>(loss.grad),
-            static_cast<const float*>(loss.total)};
-  return true;
+MatchTiles tiles_of(const Match& call, const Exchange& e) {
+  MatchTiles t{};
+  static_cast<Matching&>(t) = call.matching;
+  t.grid = e.grid;
+  t.C = e.C;
+  t.D = e.D;
+  t.N = e.N;
+  t.images = call.features.B * e.N;
+  return t;
 }
 
 template <class T, int kWindows>
@@ -103,31 +62,31 @@ std::string launch_scores(const Match& call, const MatchTiles& t, Stream stream)
 }
 
 template <class T>
-std::string tiled_backward(const Match& call, MatchPlan& plan, Stream stream) {
+std::string launch_backward(const Match& call, MatchTiles& t, Plan& plan, Stream stream) {
   const Features& f = call.features;
-  MatchTiles& t = plan.tiles;
   Exchange& e = plan.exchange;
-  t.grad = static_cast<const float*>(call.grad);
+  const std::int64_t prototypes = std::int64_t{e.C} * e.grid.windows();  // of an episode
+  t.tile_maps = e.tile_maps;
   t.maps = static_cast<float*>(call.workspace);
   t.inverse_lengths = t.maps + plan.episodes * f.N * plan.floats;
   e.maps = t.maps;
   e.scale = t.inverse_lengths;
   e.vectors = t.prototypes;
-  e.out = static_cast<float*>(call.grad_prototypes);
-  return each_chunk(f.B, plan.episodes, [&](const Chunk& chunk) {
-    t.first_image = chunk.first * f.N;
-    t.images = chunk.episodes * f.N;
+  e.out = call.grad_prototypes;
+  const auto match_weights_of = [&](auto loss) {
+    return t.mean ? match_weights<true, loss.value> : match_weights<false, loss.value>;
+  };
+  const auto weights =
+      t.loss.radial ? match_weights_of(std::true_type()) : match_weights_of(std::false_type());
+  return each_chunk(plan, f.B, [&] {
+    t.first_image = e.chunk.first * f.N;
+    t.images = e.chunk.episodes * f.N;
     t.tile_blocks = divide_up(t.images * t.grid.tiles(), kPixelWarps);
-    t.first_prototype = chunk.first * plan.prototypes();
-    t.prototype_count = chunk.episodes * plan.prototypes();
-    e.chunk = chunk;
+    t.first_prototype = e.chunk.first * prototypes;
+    t.prototype_count = e.chunk.episodes * prototypes;
     const std::int64_t blocks = t.tile_blocks + divide_up(t.prototype_count, kMeasuredOfBlock);
-    const auto kernel_of = [&](auto loss) {
-      return t.mean ? match_weights<true, loss.value> : match_weights<false, loss.value>;
-    };
     const std::string error =
-        launch(call.has_loss ? kernel_of(std::true_type()) : kernel_of(std::false_type()), blocks,
-               kPixelThreads, kPixelWarps * sizeof(WeightMemory), stream, t);
+        launch(weights, blocks, kPixelThreads, kPixelWarps * sizeof(WeightMemory), stream, t);
     if (!error.empty()) return error;
     const MatchBackwardKernel<T> kernel{e, images_of<const T>(f), images_of<T>(call.grad_features),
                                         e.gather_blocks()};
@@ -139,27 +98,25 @@ std::string tiled_backward(const Match& call, MatchPlan& plan, Stream stream) {
 }  // namespace
 
 std::int64_t workspace_of(const Match& call) {
-  MatchPlan plan;
-  const bool tiled = plan_match(call, plan);
-  if (call.has_loss && !tiled) return -1;
-  if (!call.backward) return call.has_loss ? 8 * plan.tiles.images * plan.tiles.grid.tiles() : 0;
-  if (!tiled) return plain_match_workspace(call);
-  return 4 * (plan.episodes * call.features.N * plan.floats + call.features.B * plan.prototypes());
+  const std::optional<Plan> plan = plan_of(call);
+  if (!plan) return -1;
+  const Exchange& e = plan->exchange;
+  const std::int64_t B = call.features.B;
+  if (call.backward) {
+    return 4 * (plan->episodes * e.N * plan->floats + B * e.C * e.grid.windows());
+  }
+  return call.matching.loss.radial ? 8 * B * e.N * e.grid.tiles() : 0;
 }
 
 std::string run(const Match& call, Stream stream) {
-  MatchPlan plan;
-  const bool tiled = plan_match(call, plan);
+  std::optional<Plan> plan = plan_of(call);
+  MatchTiles t = tiles_of(call, plan->exchange);
+  t.loss_sums = static_cast<float*>(call.workspace);
   return with_type(call.features.dtype, [&](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) < 8) {
-      if (tiled && call.backward) return tiled_backward<T>(call, plan, stream);
-      if (tiled && plan.tiles.grid.tile_windows() <= 4) {
-        return launch_scores<T, 4>(call, plan.tiles, stream);
-      }
-      if (tiled) return launch_scores<T, 16>(call, plan.tiles, stream);
-    }
-    return plain_match<T>(call, stream);
+    if (call.backward) return launch_backward<T>(call, t, *plan, stream);
+    if (t.grid.tile_windows() <= 4) return launch_scores<T, 4>(call, t, stream);
+    return launch_scores<T, 16>(call, t, stream);
   });
 }
 

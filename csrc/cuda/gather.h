@@ -1,36 +1,13 @@
 // From feature locations to windows: sums over locations of weight times features.
 //
 // A block has a few columns of the product, classes of neighbouring windows, and visits all
-// locations under them. What the tiles of a window give to a location is added up first, and lies
-// in shared memory as the tensor cores take it.
+// locations under these windows, kLocations at a time. Their weights, summed over tiles, lie in
+// shared memory in the order of the operands of matrix_multiply.
 #pragma once
 
 #include "exchange.h"
 
 namespace lslpn::cuda {
-
-// 1 / (K n) for the windows of a part, 0 where n is too small.
-LSLPN_DEVICE void find_factors(const Exchange& p, std::int64_t episode, const Range& wy,
-                               const Range& wx, const Range& classes) {
-  const int width = wx.end - wx.begin, windows = (wy.end - wy.begin) * width;
-  const int count = static_cast<int>(p.N) * (classes.end - classes.begin) * windows;
-  for (int e = thread_index(); e < count; e += kExchangeThreads) {
-    const int y = wy.begin + e % windows / width, x = wx.begin + e % width;
-    const int c = classes.begin + e / windows % (classes.end - classes.begin);
-    const std::int64_t n = e / windows / (classes.end - classes.begin);
-    const Range ty = stretches_of_windows(p.grid.y, p.grid.tiles_y, y, y);
-    const Range tx = stretches_of_windows(p.grid.x, p.grid.tiles_x, x, x);
-    const float* counts = p.counts + (episode * p.N + n) * p.grid.tiles() * p.C + c;
-    float pixels = 0;
-    for (int i = ty.begin; i < ty.end; ++i) {
-      for (int j = tx.begin; j < tx.end; ++j)
-        pixels += counts[(i * p.grid.tiles_x.count + j) * p.C];
-    }
-    const std::int64_t image = (p.chunk.first + episode) * p.N + n;
-    p.scale[(image * p.C + c) * p.grid.windows() + y * p.grid.x.windows + x] =
-        pixels > p.min_pixels ? 1 / (pixels * static_cast<float>(p.N)) : 0;
-  }
-}
 
 template <class T, bool kPool>
 struct Gatherer {
@@ -38,16 +15,15 @@ struct Gatherer {
   const Images<const T>& features;
   std::int64_t b;  // the episode
   Range wy, wx, classes;
-  Range ty, tx;  // the tiles under the windows
+  Range ty, tx;  // the segments under the windows
   GatherMemory& memory;
   float* sums;                        // [columns][p.pitch()]
-  Part *y, *x;                        // the tiles'
-  unsigned short *first_y, *first_x;  // the first tile of each row and column of locations
+  CoveredSegment *y, *x;              // the segments
+  unsigned short *first_y, *first_x;  // the first segment of each row and column of locations
   int height, width;                  // of the locations
 
-  // A column's class and window.
   struct Column {
-    int c, y, x;
+    int c, y, x;  // class and window
   };
   LSLPN_DEVICE int columns() const {
     return (classes.end - classes.begin) * (wy.end - wy.begin) * (wx.end - wx.begin);
@@ -60,63 +36,80 @@ struct Gatherer {
     return (image * p.C + at.c) * p.grid.windows() + at.y * p.grid.x.windows + at.x;
   }
 
-  LSLPN_DEVICE Part part(const Axis& axis, const Tiles& tiles, int i, bool down) const {
-    const Stretch s = stretch(axis, tiles, i);
-    Part part{s.cell, static_cast<short>(s.cell + s.cells), s.window, 0};
-    for (int e = 0; e < columns(); ++e) {
-      const int w = (down ? column(e).y : column(e).x) - s.window;
-      if (w >= 0 && w < s.windows) part.columns |= 1u << e;
+  // 1 / (K n) of the block's windows in each support image, 0 where n is too small.
+  LSLPN_DEVICE void find_factors() const {
+    const int count = static_cast<int>(p.N) * columns();
+    for (int e = thread_index(); e < count; e += kExchangeThreads) {
+      const std::int64_t n = e / columns();
+      const Column at = column(e % columns());
+      const Range rows = segments_of_windows(p.grid.y, p.grid.tiles_y, at.y, at.y);
+      const Range across = segments_of_windows(p.grid.x, p.grid.tiles_x, at.x, at.x);
+      const float* counts =
+          p.counts + ((b - p.chunk.first) * p.N + n) * p.grid.tiles() * p.C + at.c;
+      float pixels = 0;
+      for (int i = rows.begin; i < rows.end; ++i) {
+        for (int j = across.begin; j < across.end; ++j) {
+          pixels += counts[(i * p.grid.tiles_x.count + j) * p.C];
+        }
+      }
+      p.scale[window(b * p.N + n, at)] =
+          pixels > p.min_pixels ? 1 / (pixels * static_cast<float>(p.N)) : 0;
     }
-    return part;
   }
 
-  LSLPN_DEVICE void find_parts() {
+  LSLPN_DEVICE void find_segments() {
     const int rows = ty.end - ty.begin, across = tx.end - tx.begin;
     for (int e = thread_index(); e < rows + across; e += kExchangeThreads) {
-      (e < rows ? y[e] : x[e - rows]) =
-          e < rows ? part(p.grid.y, p.grid.tiles_y, ty.begin + e, true)
-                   : part(p.grid.x, p.grid.tiles_x, tx.begin + e - rows, false);
+      const bool down = e < rows;
+      const Segment s = down ? segment(p.grid.y, p.grid.tiles_y, ty.begin + e)
+                             : segment(p.grid.x, p.grid.tiles_x, tx.begin + e - rows);
+      CoveredSegment found{s.cell, static_cast<short>(s.cell + s.cells), s.window, 0};
+      for (int k = 0; k < columns(); ++k) {
+        const int w = (down ? column(k).y : column(k).x) - s.window;
+        if (w >= 0 && w < s.windows) found.columns |= 1u << k;
+      }
+      (down ? y[e] : x[e - rows]) = found;
     }
     if (thread_index() < kColumns) {
-      const Column at = column(minimum(thread_index(), columns() - 1));
-      memory.slots[thread_index()] = kMap * p.slot(at.c, at.y, at.x);
+      const Column at = column(min(thread_index(), columns() - 1));
+      memory.maps[thread_index()] = kMap * p.map_of(at.c, at.y, at.x);
     }
     for (int e = thread_index(); e < p.columns * p.pitch(); e += kExchangeThreads) sums[e] = 0;
-    block_barrier();
+    __syncthreads();
     height = y[rows - 1].end - y[0].cell;
     width = x[across - 1].end - x[0].cell;
     for (int e = thread_index(); e < height + width; e += kExchangeThreads) {
-      const Part* of = e < height ? y : x;
+      const CoveredSegment* of = e < height ? y : x;
       const int cell = of[0].cell + (e < height ? e : e - height);
-      int tile = 0;
-      while (of[tile].end <= cell) ++tile;
-      (e < height ? first_y[e] : first_x[e - height]) = static_cast<unsigned short>(tile);
+      int first = 0;
+      while (of[first].end <= cell) ++first;
+      (e < height ? first_y[e] : first_x[e - height]) = static_cast<unsigned short>(first);
     }
-    block_barrier();
+    __syncthreads();
   }
 
-  // The weights of some locations from the first-th on.
+  // The weights of `count` locations from `first` on.
   LSLPN_DEVICE void find_weights(const float* maps, int first, int count) const {
     for (int l = thread_index(); l < (count + 7) / 8 * 8; l += kExchangeThreads) {
       float sum[kColumns] = {};
       unsigned covered = 0;
-      // Those that fill up repeat the last location, and have no weight.
-      const int at = minimum(first + l, height * width - 1), row = at / width;
+      // Locations that fill up a step of 8 repeat the last one, and have no weight.
+      const int at = min(first + l, height * width - 1), row = at / width;
       const int i = y[0].cell + row, j = x[0].cell + at - row * width;
       LSLPN_NO_UNROLL
       for (int r = first_y[row]; l < count && r < ty.end - ty.begin && y[r].cell <= i; ++r) {
         LSLPN_NO_UNROLL
         for (int c = first_x[at - row * width]; c < tx.end - tx.begin && x[c].cell <= j; ++c) {
-          const Part here_y = y[r], here_x = x[c];
+          const CoveredSegment here_y = y[r], here_x = x[c];
           const int tile = (ty.begin + r) * p.grid.tiles_x.count + tx.begin + c;
-          const int place = p.slot(0, here_y.window, here_x.window);
-          const float* map = maps + ((std::int64_t{tile} * p.slots - place) * kMap +
+          const int of_tile = p.map_of(0, here_y.window, here_x.window);
+          const float* map = maps + ((std::int64_t{tile} * p.tile_maps - of_tile) * kMap +
                                      kTileSide * (i - here_y.cell) + j - here_x.cell);
           const unsigned columns = here_y.columns & here_x.columns;
           covered |= columns;
           LSLPN_UNROLL
           for (int e = 0; e < kColumns; ++e) {
-            if (columns >> e & 1) sum[e] += map[memory.slots[e]];
+            if (columns >> e & 1) sum[e] += map[memory.maps[e]];
           }
         }
       }
@@ -131,9 +124,11 @@ struct Gatherer {
     }
   }
 
-  // Adds kTiles times 16 channels of kSteps times 8 locations from the step-th on; `channels` are a
-  // lane's, low and high.
-  template <int kTiles, int kSteps>
+  static constexpr int kTiles = 2;  // of 16 channels, that a warp takes at a time
+
+  // Adds kSteps times 8 locations to the sums of kTiles tiles of 16 channels. `channels` are those
+  // that a lane loads.
+  template <int kSteps>
   LSLPN_DEVICE void add(float (&sum)[kTiles][4], const T* const (&channels)[kTiles][2],
                         int step) const {
     const int lane = thread_index() % kWarp;
@@ -164,9 +159,9 @@ struct Gatherer {
     }
   }
 
-  // One channel of one column, of the locations under its window alone: others have a weight of 0,
-  // which does not keep a NaN away.
-  LSLPN_DEVICE float sum_alone(const T* channel, int column, int count) const {
+  // One channel of one column, over the locations under its window alone: the others have a weight
+  // of 0, and 0 times NaN is NaN.
+  LSLPN_DEVICE float sum_covered(const T* channel, int column, int count) const {
     float sum = 0;
     LSLPN_NO_UNROLL
     for (int l = 0; l < count; ++l) {
@@ -174,13 +169,13 @@ struct Gatherer {
       const std::uint32_t* weight = &memory.weights[l / 8][4 * column + l % 4].x + l / 4 % 2;
       const std::int64_t* offset =
           reinterpret_cast<const std::int64_t*>(&memory.offsets[l / 8][l % 4]) + l / 4 % 2;
-      sum += (float_of(weight[0]) + float_of(weight[2])) * to_float(read(channel, *offset));
+      sum += (__uint_as_float(weight[0]) + __uint_as_float(weight[2])) *
+             to_float(read(channel, *offset));
     }
     return sum;
   }
 
-  // All channels of some locations, kTiles times 16 at a time a warp.
-  template <int kTiles>
+  // Adds `count` locations of image n to the sums of all channels.
   LSLPN_DEVICE void add_locations(std::int64_t n, int count) const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     const int g = lane / 4, q = lane % 4, steps = (count + 7) / 8;
@@ -188,7 +183,7 @@ struct Gatherer {
     float factor[2];
     LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
-      const int mine = minimum(2 * q + e, columns() - 1);
+      const int mine = min(2 * q + e, columns() - 1);
       factor[e] = kPool ? p.scale[window(b * p.N + n, column(mine))] : 1;
       if (2 * q + e >= columns()) factor[e] = 0;
     }
@@ -198,24 +193,24 @@ struct Gatherer {
       LSLPN_UNROLL
       for (int e = 0; e < 2 * kTiles; ++e) {
         channels[e / 2][e % 2] =
-            image + static_cast<std::int64_t>(minimum(d + 8 * e, p.D - 1)) * features.d;
+            image + static_cast<std::int64_t>(min(d + 8 * e, p.D - 1)) * features.d;
       }
       float sum[kTiles][4] = {};
       int step = 0;
       LSLPN_NO_UNROLL
-      for (; step + 4 <= steps; step += 4) add<kTiles, 4>(sum, channels, step);
+      for (; step + 4 <= steps; step += 4) add<4>(sum, channels, step);
       LSLPN_NO_UNROLL
-      for (; step < steps; ++step) add<kTiles, 1>(sum, channels, step);
+      for (; step < steps; ++step) add<1>(sum, channels, step);
       LSLPN_UNROLL
       for (int t = 0; t < kTiles; ++t) {
-        if (!is_finite(sum[t][0] + sum[t][1] + sum[t][2] + sum[t][3])) {
+        if (!isfinite(sum[t][0] + sum[t][1] + sum[t][2] + sum[t][3])) {
           for (int e = 0; e < 4; ++e) {
-            sum[t][e] = sum_alone(channels[t][e / 2], 2 * q + e % 2, count);
+            sum[t][e] = sum_covered(channels[t][e / 2], 2 * q + e % 2, count);
           }
         }
         LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) {
-          // Where too few pixels are in a window, NaN under it must not show.
+          // A window with too few pixels in an image takes nothing from it, not even NaN.
           if (factor[e % 2] == 0 || d - g + 16 * t >= p.D) continue;
           sums[(2 * q + e % 2) * p.pitch() + d + 16 * t + 8 * (e / 2)] += factor[e % 2] * sum[t][e];
         }
@@ -223,7 +218,8 @@ struct Gatherer {
     }
   }
 
-  // Writes the columns, kWidth channels at a time. dp = (dq - <q, dq> q) / |p|, q = p / |p|.
+  // Writes the columns, kWidth channels at a time: prototypes, or their gradients from those of
+  // their directions q = p / |p|, dp = (dq - <q, dq> q) / |p|.
   template <int kWidth>
   LSLPN_DEVICE void finish() const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
@@ -239,7 +235,7 @@ struct Gatherer {
           LSLPN_UNROLL
           for (int k = 0; k < kWidth; ++k) along += sum.value[k] * q.value[k];
         }
-        for (int s = 16; s > 0; s /= 2) along += shuffle_xor(along, s);
+        for (int s = 16; s > 0; s /= 2) along += __shfl_xor_sync(kAllLanes, along, s);
         along *= inverse * inverse;
       }
       for (int d = kWidth * lane; d < p.D; d += kWidth * kWarp) {
@@ -263,33 +259,32 @@ LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, int
   const int part_x = block % p.parts_x, part_y = block / p.parts_x % p.parts_y;
   const int part_c = block / p.parts_x / p.parts_y % p.parts_c;
   const std::int64_t episode = block / p.parts_x / p.parts_y / p.parts_c;
-  const Range wy = block_of(p.grid.y.windows, p.parts_y, part_y);
-  const Range wx = block_of(p.grid.x.windows, p.parts_x, part_x);
-  const Range classes = block_of(p.C, p.parts_c, part_c);
+  const Range wy = part_of(p.grid.y.windows, p.parts_y, part_y);
+  const Range wx = part_of(p.grid.x.windows, p.parts_x, part_x);
+  const Range classes = part_of(p.C, p.parts_c, part_c);
   GatherMemory& memory = *reinterpret_cast<GatherMemory*>(shared_memory());
-  find_tiles<stretches_of_windows>(p.grid, wy, wx, memory.tiles);
+  find_tiles<segments_of_windows>(p.grid, wy, wx, memory.tiles);
   const Range ty = memory.tiles[0], tx = memory.tiles[1];
   float* sums = reinterpret_cast<float*>(&memory + 1);
-  Part* y = reinterpret_cast<Part*>(sums + p.columns * p.pitch());
-  Part* x = y + (ty.end - ty.begin);
+  CoveredSegment* y = reinterpret_cast<CoveredSegment*>(sums + p.columns * p.pitch());
+  CoveredSegment* x = y + (ty.end - ty.begin);
   unsigned short* first_y = reinterpret_cast<unsigned short*>(x + (tx.end - tx.begin));
   Gatherer<T, kPool> gatherer{
       p, features, p.chunk.first + episode,  wy, wx, classes, ty, tx, memory, sums, y,
       x, first_y,  first_y + p.grid.y.cells, 0,  0};
-  if (kPool) find_factors(p, episode, wy, wx, classes);
-  gatherer.find_parts();
+  if (kPool) gatherer.find_factors();
+  gatherer.find_segments();
   const int locations = gatherer.height * gatherer.width;
   LSLPN_NO_UNROLL
   for (int n = 0; n < p.N; ++n) {
-    const float* maps = p.maps + (episode * p.N + n) * p.grid.tiles() * p.slots * kMap;
+    const float* maps = p.maps + (episode * p.N + n) * p.grid.tiles() * p.tile_maps * kMap;
     LSLPN_NO_UNROLL
     for (int first = 0; first < locations; first += kLocations) {
-      const int count = minimum(locations - first, kLocations);
+      const int count = min(locations - first, kLocations);
       gatherer.find_weights(maps, first, count);
-      block_barrier();
-      p.D > 16 * kExchangeWarps ? gatherer.template add_locations<2>(n, count)
-                                : gatherer.template add_locations<1>(n, count);
-      block_barrier();
+      __syncthreads();
+      gatherer.add_locations(n, count);
+      __syncthreads();
     }
   }
   fours(p.vectors, p.D) && fours(p.out, p.D) ? gatherer.template finish<4>()

@@ -1,20 +1,19 @@
 // Masked average pooling, forward and backward.
 //
-// Interpolation is linear, so the sum over a window of M * Up F is a sum over feature locations
-// of weights times F, the weights being the masks carried down to feature resolution, Up^T M.
+// Interpolation is linear, so the sum over a window of M * Up F is a sum over feature locations of
+// weights times F; the weights are the masks at feature resolution, Up^T M.
 //   mask_weights   masks -> weights and pixel counts of every tile
 //   pool           features times weights, divided by the counts
-//   pool_backward  gradients of windows times weights
+//   pool_backward  gradients of the prototypes times weights
 #include "gather.h"
 #include "pixels.h"
-#include "plain_pool.h"
 #include "scatter.h"
 
 namespace lslpn::cuda {
 namespace {
 
 constexpr int kClasses = 2;      // at a time
-constexpr int kRowsAtATime = 4;  // rows of masks on their way
+constexpr int kRowsAtATime = 4;  // rows of masks that are loaded ahead
 
 struct MaskWeights {
   Grid grid;
@@ -28,47 +27,46 @@ struct MaskWeights {
 struct MaskMemory {
   RowTaps rows;
   ColumnTaps columns;
-  float board[kClasses][kTileSide][kPitch];
+  float sums[kClasses][kTileSide][kPitch];
 };
 
-// How much of some pixels, each below the other, belongs to classes c and c + 1; of an image's
-// masks, as core/masks.h has it.
+// Masks of classes c and c + 1 at kRows pixels of a column, from those of an image; see
+// core/masks.h.
 template <class M, MaskKind kKind, int kRows>
 LSLPN_DEVICE void read_masks(const M* masks, std::int64_t down, int plane, int C, int c,
                              float (&value)[kRows][kClasses]) {
-  if constexpr (kKind == MaskKind::labels) {
-    LSLPN_UNROLL
-    for (int k = 0; k < kRows; ++k) {
-      const M label = masks[k * down];
-      value[k][0] = label == static_cast<M>(c) ? 1 : 0;
-      value[k][1] = label == static_cast<M>(c + 1) ? 1 : 0;
-    }
-  } else {
-    // The plane of a class that there is not is that of the last: it is not looked at.
-    const int first = kKind == MaskKind::classes ? 0 : 1;
-    const M* planes = masks + static_cast<std::int64_t>(minimum(c + 1, C - 1) - first) * plane;
-    LSLPN_UNROLL
-    for (int k = 0; k < kRows; ++k) value[k][1] = static_cast<float>(planes[k * down]);
-    if (c >= first) {
-      planes = masks + static_cast<std::int64_t>(c - first) * plane;
-      LSLPN_UNROLL
-      for (int k = 0; k < kRows; ++k) value[k][0] = static_cast<float>(planes[k * down]);
-    } else {
-      LSLPN_UNROLL
-      for (int k = 0; k < kRows; ++k) value[k][0] = value[k][1];
-      LSLPN_NO_UNROLL
-      for (int other = 1; other < C - 1; ++other) {
-        planes += plane;
-        LSLPN_UNROLL
-        for (int k = 0; k < kRows; ++k) value[k][0] += static_cast<float>(planes[k * down]);
-      }
-      LSLPN_UNROLL
-      for (int k = 0; k < kRows; ++k) value[k][0] = max_or_nan(0, 1 - value[k][0]);
-    }
+  const auto planes_of = [&](int at) { return masks + static_cast<std::int64_t>(at) * plane; };
+  LSLPN_UNROLL
+  for (int k = 0; k < kRows && kKind == MaskKind::labels; ++k) {
+    const M label = masks[k * down];
+    value[k][0] = label == static_cast<M>(c) ? 1 : 0;
+    value[k][1] = label == static_cast<M>(c + 1) ? 1 : 0;
   }
+  if (kKind == MaskKind::labels) return;
+  // Beyond the last class the last plane is read; its sums are not used.
+  constexpr int kFirst = kKind == MaskKind::classes ? 0 : 1;
+  const M* second = planes_of(min(c + 1, C - 1) - kFirst);
+  LSLPN_UNROLL
+  for (int k = 0; k < kRows; ++k) value[k][1] = static_cast<float>(second[k * down]);
+  if (c >= kFirst) {
+    const M* first = planes_of(c - kFirst);
+    LSLPN_UNROLL
+    for (int k = 0; k < kRows; ++k) value[k][0] = static_cast<float>(first[k * down]);
+    return;
+  }
+  LSLPN_UNROLL
+  for (int k = 0; k < kRows; ++k) value[k][0] = value[k][1];
+  LSLPN_NO_UNROLL
+  for (int other = 1; other < C - 1; ++other) {
+    second += plane;
+    LSLPN_UNROLL
+    for (int k = 0; k < kRows; ++k) value[k][0] += static_cast<float>(second[k * down]);
+  }
+  LSLPN_UNROLL
+  for (int k = 0; k < kRows; ++k) value[k][0] = max_or_nan(0, 1 - value[k][0]);
 }
 
-// A warp a tile.
+// One warp per tile.
 template <class M, MaskKind kKind>
 LSLPN_KERNEL(kPixelThreads, 4)
 mask_weights(LSLPN_PARAMETERS MaskWeights p) {
@@ -116,23 +114,23 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
       });
       y = end;
       LSLPN_UNROLL
-      for (int e = 0; e < kClasses; ++e) memory.board[e][row][lane] = here[e];
+      for (int e = 0; e < kClasses; ++e) memory.sums[e][row][lane] = here[e];
     }
-    warp_barrier();
-    const int row = lane / 4, at = minimum(row, kTileSide - 1);
+    __syncwarp();
+    const int row = lane / 4, at = min(row, kTileSide - 1);
     float2 sums[kClasses];
-    columns.add_up(memory.board[0][at], memory.board[1][at], sums);
+    columns.add_up(memory.sums[0][at], memory.sums[1][at], sums);
     LSLPN_UNROLL
     for (int k = 0; k < kClasses; ++k) {
-      if (c + k < p.C) put_sums(p.maps + (index * p.C + c + k) * kMap, row, lane % 4, sums[k]);
+      if (lane >= tile.x.pixels) count[k] = 0;  // it repeats the last column
+      for (int step = 16; step > 0; step /= 2) {
+        count[k] += __shfl_xor_sync(kAllLanes, count[k], step);
+      }
+      if (c + k >= p.C) continue;
+      put_sums(p.maps + (index * p.C + c + k) * kMap, row, lane % 4, sums[k]);
+      if (lane == 0) p.counts[index * p.C + c + k] = count[k];
     }
-    LSLPN_UNROLL
-    for (int k = 0; k < kClasses; ++k) {
-      if (lane >= tile.x.pixels) count[k] = 0;  // repeats the last column
-      for (int step = 16; step > 0; step /= 2) count[k] += shuffle_xor(count[k], step);
-      if (lane == 0 && c + k < p.C) p.counts[index * p.C + c + k] = count[k];
-    }
-    warp_barrier();
+    __syncwarp();
   }
 }
 
@@ -157,56 +155,22 @@ pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
 
 // ---- on the host ----
 
-// All that is decided before the first launch.
-struct PoolPlan {
-  Exchange exchange;
-  std::int64_t floats;    // of workspace, an image
-  std::int64_t episodes;  // of a chunk
-};
-
-bool make_plan(const Pool& call, PoolPlan& plan) {
-  const Features& f = call.features;
-  Exchange& e = plan.exchange;
-  if (f.dtype == DType::float64 || f.D > kTiledAxis || call.masks.C > kTiledAxis) return false;
-  if (!make_grid(call.y, call.x, e.grid)) return false;
-  e.N = f.N;
-  e.C = e.slots = static_cast<int>(call.masks.C);
-  e.D = static_cast<int>(f.D);
-  plan.floats = std::int64_t{e.grid.tiles()} * e.C * (kMap + 1);
-  plan.episodes = episodes_of_chunk(f, 4 * plan.floats);
-  return plan_exchange(e, plan.episodes);
-}
-
-bool plan_pool(const Pool& call, PoolPlan& plan) {
-  thread_local Plans<PoolPlan> plans;
-  const Features& f = call.features;
-  // Without foreground there are no masks to be read.
-  if (call.masks.kind == MaskKind::foreground && call.masks.C == 1) return false;
-  return small_images(f) && plans.find(plan_key(f, call.y, call.x, call.masks.C), plan,
-                                       [&](PoolPlan& made) { return make_plan(call, made); });
-}
-
+template <MaskKind kKind>
 std::string launch_mask_weights(const Masks& masks, const MaskWeights& w, Stream stream) {
-  const std::int64_t blocks = divide_up(w.images * w.grid.tiles(), kPixelWarps);
-  const auto start = [&](void (*kernel)(MaskWeights)) {
-    return launch(kernel, blocks, kPixelThreads, kPixelWarps * sizeof(MaskMemory), stream, w);
-  };
-  const bool bytes = masks_are_bytes(masks);
-  switch (masks.kind) {
-    case MaskKind::labels:
-      return bytes ? start(mask_weights<std::uint8_t, MaskKind::labels>)
-                   : start(mask_weights<std::int64_t, MaskKind::labels>);
-    case MaskKind::foreground:
-      return bytes ? start(mask_weights<std::uint8_t, MaskKind::foreground>)
-                   : start(mask_weights<float, MaskKind::foreground>);
-    default:
-      return bytes ? start(mask_weights<std::uint8_t, MaskKind::classes>)
-                   : start(mask_weights<float, MaskKind::classes>);
-  }
+  using Wide = std::conditional_t<kKind == MaskKind::labels, std::int64_t, float>;
+  return launch(
+      masks_are_bytes(masks) ? mask_weights<std::uint8_t, kKind> : mask_weights<Wide, kKind>,
+      divide_up(w.images * w.grid.tiles(), kPixelWarps), kPixelThreads,
+      kPixelWarps * sizeof(MaskMemory), stream, w);
+}
+
+std::optional<Plan> plan_of(const Pool& call) {
+  if (!small_images(call.features)) return std::nullopt;
+  return plan_of(call.features, call.y, call.x, call.masks.C, Operator::pool);
 }
 
 template <class T>
-std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream) {
+std::string launch_pool(const Pool& call, Plan& plan, Stream stream) {
   const Features& f = call.features;
   Exchange& e = plan.exchange;
   float* maps = static_cast<float*>(call.workspace);
@@ -214,17 +178,20 @@ std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream) {
   w.counts = maps + plan.episodes * f.N * e.grid.tiles() * e.C * kMap;
   e.maps = w.maps;
   e.counts = w.counts;
-  e.min_pixels = static_cast<float>(call.min_pixels);
-  e.scale = static_cast<float*>(call.factor);
-  e.out = static_cast<float*>(call.prototypes);
-  e.vectors = e.out;
-  return each_chunk(f.B, plan.episodes, [&](const Chunk& chunk) {
-    e.chunk = chunk;
-    w.first_image = chunk.first * f.N;
-    w.images = chunk.episodes * f.N;
-    // What was kept is of the last chunk.
-    if (!call.kept || chunk.episodes < f.B) {
-      const std::string error = launch_mask_weights(call.masks, w, stream);
+  e.min_pixels = call.min_pixels;
+  e.scale = call.factor;
+  e.out = call.prototypes;
+  e.vectors = call.prototypes;
+  return each_chunk(plan, f.B, [&] {
+    w.first_image = e.chunk.first * f.N;
+    w.images = e.chunk.episodes * f.N;
+    // A workspace that was kept holds the last chunk.
+    if (!call.kept || e.chunk.episodes < f.B) {
+      const auto start = call.masks.kind == MaskKind::labels ? launch_mask_weights<MaskKind::labels>
+                         : call.masks.kind == MaskKind::foreground
+                             ? launch_mask_weights<MaskKind::foreground>
+                             : launch_mask_weights<MaskKind::classes>;
+      const std::string error = start(call.masks, w, stream);
       if (!error.empty()) return error;
     }
     if (call.backward) {
@@ -239,24 +206,22 @@ std::string tiled_pool(const Pool& call, PoolPlan& plan, Stream stream) {
 }  // namespace
 
 std::string probe() {
-  return probe_kernel(pool<float>);
+  cudaFuncAttributes attributes;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pool<float>));
+  cudaGetLastError();  // so that torch does not see it
+  return error_text(error);
 }
 
 std::int64_t workspace_of(const Pool& call) {
-  PoolPlan plan;
-  return plan_pool(call, plan) ? 4 * plan.episodes * call.features.N * plan.floats : 0;
+  const std::optional<Plan> plan = plan_of(call);
+  return plan ? 4 * plan->episodes * call.features.N * plan->floats : -1;
 }
 
 std::string run(const Pool& call, Stream stream) {
-  PoolPlan plan;
-  const bool tiled = plan_pool(call, plan);
-  return with_type(call.features.dtype, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) < 8) {
-      if (tiled) return tiled_pool<T>(call, plan, stream);
-    }
-    return plain_pool<T>(call, stream);
-  });
+  std::optional<Plan> plan = plan_of(call);
+  return with_type(call.features.dtype,
+                   [&](auto type) { return launch_pool<decltype(type)>(call, *plan, stream); });
 }
 
 }  // namespace lslpn::cuda

@@ -1,5 +1,5 @@
-// Matching backward, from pixels to tiles: gradients of the inner products of a tile's feature
-// locations with the prototypes of its windows, and of the Gram maps.
+// Matching backward, from pixels to tiles: gradients of the inner products ("dots") of a tile's
+// feature locations with the prototypes of its windows, and of the Gram maps.
 #pragma once
 
 #include "scores.h"
@@ -7,22 +7,22 @@
 namespace lslpn::cuda {
 namespace {
 
-constexpr int kPassClasses = 2;  // whose gradients are read at a time
+constexpr int kPassClasses = 2;  // classes and windows of one pass over the pixels
 constexpr int kWindowsAtATime = 4;
 constexpr int kPassWindows = kPassClasses * kWindowsAtATime;  // rows of a product
-constexpr int kRowsAtATime = 4;                               // rows of pixels on their way
+constexpr int kRowsAtATime = 4;                               // rows of pixels loaded ahead
 
 // Shared memory of a warp.
 struct alignas(16) WeightMemory {
   float4 gram[kTileSide * kTileSide];
   RowTaps rows;
   ColumnTaps columns;
-  float dots[kTileSide][kPassWindows][kPitch];  // by classes and windows of a pass
-  float norms[2][kTileSide][kPitch];            // of rows of locations, and between them
+  float dots[kTileSide][kPassWindows][kPitch];  // gradients by row of locations, class and window
+  float norms[2][kTileSide][kPitch];            // gradients of |u|^2 at the rows, and between them
 };
 
-// Gradients of a tile's dots and Gram maps from those of its pixels. kLoss: these are made of what
-// `cross_entropy` has left, and the factor is that of the loss.
+// Gradients of a tile's dots and Gram maps from those of its pixels. kLoss: from what
+// `cross_entropy` has written, times `factor`, the incoming gradient over the sum of the weights.
 template <bool kMean, bool kLoss>
 struct TileGradients {
   const MatchTiles& p;
@@ -45,15 +45,15 @@ struct TileGradients {
     const std::int64_t size = static_cast<std::int64_t>(p.grid.y.cells) * p.grid.x.cells;
     const float* from = p.gram + image * kGramMaps * size;
     for (int e = lane; e < kTileSide * kTileSide; e += kWarp) {
-      const int r = minimum(e / kTileSide, tile.y.cells - 1);
-      const int c = minimum(e % kTileSide, tile.x.cells - 1);
+      const int r = min(e / kTileSide, tile.y.cells - 1);
+      const int c = min(e % kTileSide, tile.x.cells - 1);
       const float* at = from + (tile.y.cell + r) * p.grid.x.cells + tile.x.cell + c;
       memory.gram[e] = make_float4(at[0], at[size], at[2 * size], at[3 * size]);
     }
-    warp_barrier();
+    __syncwarp();
   }
 
-  // |u|^2 of this lane's column at a row of locations, and between it and the next.
+  // |u|^2, u = Up F, in this lane's column: at a row of locations, and between it and the next.
   LSLPN_DEVICE float2 norms_at(const Column& column, int r) const {
     const float p = column.p, q = column.q;
     const float4 a = memory.gram[kTileSide * r + column.left];
@@ -63,30 +63,31 @@ struct TileGradients {
                        p * p * a.z + q * q * b.z + p * q * a.w);
   }
 
-  // Sums down this lane's column over its pixels, for classes c0 and c0 + 1 and windows w0 .. of
-  // the tile. Dots get dS / |u| of the pixels whose winner the window is, or of all alike. Norms:
-  // |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2, from the first windows of all classes
-  // (and without the -1/2 here); any scale is in the scores.
+  // Sums over the pixels of this lane's column, for classes c0 and c0 + 1 and windows w0 .. w0 + 3
+  // of the tile. A window's dots get dS / |u| of the pixels that it wins, or of all pixels for the
+  // mean. |u|^2 = w^T G w gets -1/2 sum over c of dS S / |u|^2, here without the -1/2, in the
+  // passes of the first windows; a logit scale is in the scores already.
   LSLPN_DEVICE void sum_down(int c0, int w0, int windows) const {
     const bool second = c0 + 1 < p.C, measures = w0 == 0 && (!kLoss || c0 == 0);
     const Column column(tile.taps);
     const float share = factor * p.logit_scale /
                         (kMean ? static_cast<float>(tile.y.windows * tile.x.windows) : 1.0f);
-    std::int64_t down[kRowsAtATime + 1], bytes[kRowsAtATime + 1];  // to rows of uint8 and of float
+    std::int64_t down[kRowsAtATime + 1],
+        bytes[kRowsAtATime + 1];  // offsets of rows, uint8 and float
     LSLPN_UNROLL
     for (int k = 0; k <= kRowsAtATime; ++k) {
       down[k] = kept(k * p.grid.x.pixels);
       bytes[k] = kept(4 * down[k]);
     }
-    // With a loss the first class has minus the sum of the others.
+    // With a loss the gradient of the first class is minus the sum of the others.
     const float sign = kLoss && c0 == 0 ? -1.0f : 1.0f;
     const float *grads[kPassClasses], *scores[kPassClasses];
     const std::uint8_t* winners[kPassClasses];
     LSLPN_UNROLL
     for (int e = 0; e < kPassClasses; ++e) {
-      const int c = minimum(c0 + e, p.C - 1);
+      const int c = min(c0 + e, p.C - 1);
       const std::int64_t at = pixel(image * p.C + c);
-      grads[e] = kLoss ? p.scores + pixel(image * (p.C - 1) + maximum(c - 1, 0)) : p.grad + at;
+      grads[e] = kLoss ? p.scores + pixel(image * (p.C - 1) + max(c - 1, 0)) : p.grad + at;
       scores[e] = kLoss ? p.loss.radial + pixel(image) : p.scores + at;
       winners[e] = kMean ? nullptr : p.winners + at;
     }
@@ -111,7 +112,7 @@ struct TileGradients {
       float of_row = p.grid.tiles_y.between ? carried : 0, between = 0;
       carried = 0;
       const int end = y + tile.rows_at(row);
-      const float2 next_norms = norms_at(column, minimum(row + 1, kTileSide - 1));
+      const float2 next_norms = norms_at(column, min(row + 1, kTileSide - 1));
       const Norm norm{norms.x, next_norms.x, norms.y};
       norms = next_norms;
       by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
@@ -150,7 +151,7 @@ struct TileGradients {
         for (int k = 0; k < kRows; ++k) {
           const RowTap t = memory.rows[begin + k];
           const float square = norm.square(t), scale = Norm::inverse_length(square);
-          // Where there is no direction there is no gradient, whatever comes in.
+          // A feature shorter than eps gets no gradient, not even NaN.
           const float radial = square < eps_squared<float>() ? 0 : product[k] * (scale * scale);
           of_row += radial * t.here;
           carried += radial * t.next;
@@ -183,7 +184,7 @@ struct TileGradients {
       memory.norms[0][row][lane] = of_row;
       memory.norms[1][row][lane] = between;
     }
-    warp_barrier();
+    __syncwarp();
   }
 
   LSLPN_DEVICE void run() const {
@@ -209,16 +210,16 @@ struct TileGradients {
             if (there) put_sums(maps + slot * kMap, r + e, q, sums[e]);
           }
         }
-        warp_barrier();
+        __syncwarp();
       }
     }
-    // own and right from the rows' sums, below and the diagonals from those between them
-    const int row = minimum(g, kTileSide - 1);
+    // Of own and right from the sums at rows, of below and the diagonals from those between rows.
+    const int row = min(g, kTileSide - 1);
     const auto put = [&](int map, float factor) {
       LSLPN_UNROLL
       for (int e = 0; e < 2; ++e) {
         const float scaled = e == 0 ? factor : -0.5f;
-        put_sums(maps + (p.slots - 4 + map + 2 * e) * kMap, g, q,
+        put_sums(maps + (p.tile_maps - 4 + map + 2 * e) * kMap, g, q,
                  make_float2(scaled * sums[e].x, scaled * sums[e].y));
       }
     };
@@ -231,10 +232,10 @@ struct TileGradients {
   }
 };
 
-constexpr int kMeasuringLanes = 8;  // for a prototype
+constexpr int kMeasuringLanes = 8;  // of a prototype
 constexpr int kMeasuredOfBlock = kPixelThreads / kMeasuringLanes;
 
-// 1 / |p| of a prototype of the chunk; those that there are not repeat the last.
+// 1 / |p| of a prototype of the chunk. Beyond the last one it is repeated.
 LSLPN_DEVICE void measure_prototype(const MatchTiles& p, std::int64_t e) {
   const std::int64_t at = p.first_prototype + (e < p.prototype_count ? e : p.prototype_count - 1);
   const float* from = p.prototypes + at * p.D;
@@ -248,11 +249,12 @@ LSLPN_DEVICE void measure_prototype(const MatchTiles& p, std::int64_t e) {
   } else {
     for (int d = lane; d < p.D; d += kMeasuringLanes) square += from[d] * from[d];
   }
-  for (int step = kMeasuringLanes / 2; step > 0; step /= 2) square += shuffle_xor(square, step);
+  for (int step = kMeasuringLanes / 2; step > 0; step /= 2)
+    square += __shfl_xor_sync(kAllLanes, square, step);
   if (lane == 0) p.inverse_lengths[at] = Norm::inverse_length(square);
 }
 
-// A warp for each tile; the blocks after them measure prototypes.
+// One warp per tile; the blocks after these measure prototypes.
 template <bool kMean, bool kLoss>
 LSLPN_KERNEL(kPixelThreads, 3)
 match_weights(LSLPN_PARAMETERS MatchTiles p) {
@@ -268,10 +270,10 @@ match_weights(LSLPN_PARAMETERS MatchTiles p) {
   WeightMemory& memory = reinterpret_cast<WeightMemory*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
   put_columns(tile, lane, memory.columns);
-  // Where no pixel counts there is no gradient.
+  // Where all pixels are ignored the gradient is 0.
   const float factor = !kLoss ? 1.0f : *p.loss.total == 0 ? 0.0f : *p.loss.grad / *p.loss.total;
   TileGradients<kMean, kLoss>{
-      p, memory, tile, lane, p.first_image + image, p.maps + index * p.slots * kMap, factor}
+      p, memory, tile, lane, p.first_image + image, p.maps + index * p.tile_maps * kMap, factor}
       .run();
 }
 

@@ -1,8 +1,7 @@
-// Between the pixels of a tile and its feature locations: a warp has a tile, and a lane a column of
-// pixels. Sums over rows are taken in registers on the way down, those over columns in the end.
+// Between the pixels of a tile and its feature locations. A warp has a tile, and a lane a column of
+// its pixels. Sums over rows are taken in registers on the way down, those over columns at the end,
+// as a product.
 #pragma once
-
-#include <type_traits>
 
 #include "products.h"
 #include "tiles.h"
@@ -12,46 +11,46 @@ namespace lslpn::cuda {
 constexpr int kPixelWarps = 4;  // of a block
 constexpr int kPixelThreads = kWarp * kPixelWarps;
 
-// What a tile's rows of pixels weigh the row of locations below them with, and what |Up F|^2 weighs
-// its rows with, see Norm.
+// The weights of a row of pixels: of the row of feature locations below it, and in |Up F|^2, see
+// Norm.
 struct alignas(16) RowTap {
   float upper;
   float here, next, between;  // (1 - upper)^2, upper^2, 2 upper (1 - upper)
 };
 using RowTaps = RowTap[kTilePixels];
 
-// |Up F|^2 down a column of pixels, see core/arithmetic.h.
+// |Up F|^2 in a column of pixels, by rows of feature locations; see core/arithmetic.h.
 struct Norm {
   float row, next, between;
 
-  // A row of weight 0 is not read: a NaN there must not reach this pixel. Where terms cancel,
-  // rounding can make it negative.
+  // A row of weight 0 is not used: a NaN there must not reach this pixel. Rounding can make the
+  // result negative.
   LSLPN_DEVICE float square(const RowTap& t) const {
     return t.here * row + (t.upper > 0 ? t.next * next + t.between * between : 0.0f);
   }
-  // 1 / |u|, 0 where it has no direction.
+  // 1 / |v| from |v|^2, or 0 where |v| is below eps.
   LSLPN_DEVICE static float inverse_length(float square) {
-    const float inverse = inverse_sqrt(square);
+    const float inverse = rsqrtf(square);
     return square < eps_squared<float>() ? 0.0f : inverse;
   }
 };
 
-// A Stretch of plain ints, for registers.
-struct PixelStretch {
+// A Segment of plain ints, for registers.
+struct PixelSegment {
   int pixel, pixels, cell, cells, window, windows;
 };
 
 // What a warp knows of its tile.
 struct PixelTile {
-  PixelStretch y, x;
-  Taps<float> taps;  // of this lane's column; idle lanes repeat the last one
-  int lower;         // row of locations that this lane's row of pixels begins at; idle lanes: none
-  bool between;      // whether it reaches the next
+  PixelSegment y, x;
+  Taps<float> taps;  // of this lane's column, from the tile's first; idle lanes repeat the last one
+  int lower;         // lower tap of this lane's row of pixels, likewise; idle lanes: none
+  bool between;      // whether this lane's row of pixels has an upper tap
 
   // Ends with a barrier.
   LSLPN_DEVICE PixelTile(const Grid& grid, int tile, int lane, RowTaps& rows) {
     const int row = tile / grid.tiles_x.count, column = tile - row * grid.tiles_x.count;
-    // Four lanes find what is at the ends of the two stretches.
+    // Four lanes look up the ends of the two segments.
     const int end = lane & 1;
     const Axis axis = lane & 2 ? grid.x : grid.y;
     const int pixel =
@@ -60,40 +59,42 @@ struct PixelTile {
     const Covering windows = axis.covering(pixel);
     const int cell = at.lower + (end && at.upper > 0 ? 1 : 0);
     const int window = end ? windows.last : windows.first;
-    const auto found = [&](int first) {
+    const auto segment_of_lane = [&](int first) {
       const auto from = [&](int value, int& begin, int& count) {
-        begin = shuffle(value, first);
-        count = shuffle(value, first + 1) - begin + 1;
+        begin = __shfl_sync(kAllLanes, value, first);
+        count = __shfl_sync(kAllLanes, value, first + 1) - begin + 1;
       };
-      PixelStretch s;
+      PixelSegment s;
       from(pixel, s.pixel, s.pixels);
       from(cell, s.cell, s.cells);
       from(window, s.window, s.windows);
       return s;
     };
-    y = found(0);
-    x = found(2);
-    taps = short_taps(grid.x, x.pixel + minimum(lane, x.pixels - 1));
+    y = segment_of_lane(0);
+    x = segment_of_lane(2);
+    taps = short_taps(grid.x, x.pixel + min(lane, x.pixels - 1));
     taps.lower -= x.cell;
-    const Taps<float> of_row = short_taps(grid.y, y.pixel + minimum(lane, y.pixels - 1));
+    const Taps<float> of_row = short_taps(grid.y, y.pixel + min(lane, y.pixels - 1));
     const float upper = of_row.upper, rest = 1 - upper;
     rows[lane] = {upper, rest * rest, upper * upper, 2 * upper * rest};
     lower = lane < y.pixels ? of_row.lower - y.cell : -1;
     between = upper > 0;
-    warp_barrier();
+    __syncwarp();
   }
-  // The number of rows of pixels that begin at a row of locations, and of those that lie on it:
-  // they come first. By a warp.
-  LSLPN_DEVICE int rows_at(int row) const { return count_bits(ballot(lower == row)); }
-  LSLPN_DEVICE int rows_on(int row) const { return count_bits(ballot(lower == row && !between)); }
+  // How many rows of pixels have a row of locations as their lower tap, and how many of these have
+  // no upper tap: they come first. By a whole warp.
+  LSLPN_DEVICE int rows_at(int row) const { return __popc(__ballot_sync(kAllLanes, lower == row)); }
+  LSLPN_DEVICE int rows_on(int row) const {
+    return __popc(__ballot_sync(kAllLanes, lower == row && !between));
+  }
   // The first pixel of this lane's column, in the image.
   LSLPN_DEVICE int pixel(const Grid& grid, int lane) const {
-    return y.pixel * grid.x.pixels + x.pixel + minimum(lane, x.pixels - 1);
+    return y.pixel * grid.x.pixels + x.pixel + min(lane, x.pixels - 1);
   }
 };
 
-// Calls f with rows y .. end - 1: the first of some and, as a constant, how many: kRows, or 1 in
-// the end.
+// Calls f(first row, number of rows as a constant) for rows y .. end - 1, kRows at a time and the
+// rest one by one.
 template <int kRows, class F>
 LSLPN_DEVICE void by_rows(int y, int end, F f) {
   LSLPN_NO_UNROLL
@@ -102,10 +103,10 @@ LSLPN_DEVICE void by_rows(int y, int end, F f) {
   for (; y < end; ++y) f(y, std::integral_constant<int, 1>());
 }
 
-// Sums over the columns of pixels that were left in shared memory, as one product.
-constexpr int kPitch = kTilePixels + 4;  // floats of a row: no bank twice
+constexpr int kPitch = kTilePixels + 4;  // floats of a row in shared memory; avoids bank conflicts
+
 struct alignas(8) ColumnTap {
-  int lower;  // from the tile's first location; of a column that there is not, none
+  int lower;  // from the tile's first location; negative for columns beyond the tile
   float upper;
 };
 using ColumnTaps = ColumnTap[kTilePixels];
@@ -113,10 +114,11 @@ using ColumnTaps = ColumnTap[kTilePixels];
 // Ends with a barrier.
 LSLPN_DEVICE void put_columns(const PixelTile& tile, int lane, ColumnTaps& taps) {
   taps[lane] = {lane < tile.x.pixels ? tile.taps.lower : -kTilePixels, tile.taps.upper};
-  warp_barrier();
+  __syncwarp();
 }
 
-// What a column of pixels weighs the column of locations with that is `right` of its lower one.
+// The weight of a column of pixels at the column of locations that is `right` of its lower tap: in
+// Up F, and in |Up F|^2 at a column of locations, and between it and the next.
 struct Linear {
   LSLPN_DEVICE static float weight(int right, float upper) {
     return right == 0 ? 1 - upper : right == 1 ? upper : 0;
@@ -128,12 +130,13 @@ struct Squared {
     return linear * linear;
   }
 };
-struct Crossed {  // a column and the next
+struct Crossed {
   LSLPN_DEVICE static float weight(int right, float upper) {
     return right == 0 ? (1 - upper) * upper : 0;
   }
 };
 
+// Sums over the columns of a tile, of rows of pixels in shared memory.
 template <class Weight>
 class ColumnSums {
  public:
@@ -145,28 +148,27 @@ class ColumnSums {
     }
   }
 
-  // With g = lane / 4 and q = lane % 4 a lane, which says where row g of 8 lies, and row g of 8
-  // others, has the sums of either at columns of locations 2q and 2q + 1.
+  // Of 8 rows and 8 others. With g = lane / 4 and q = lane % 4, a lane passes row g of either, and
+  // gets their sums at columns of locations 2q and 2q + 1.
   LSLPN_DEVICE void add_up(const float* first, const float* second, float2 (&sums)[2]) const {
     const int q = lane_ % 4;
     OperandA values[4];
     LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
       const float4* row = reinterpret_cast<const float4*>(e == 0 ? first : second) + 2 * q;
-      const float4 low = row[0], high = row[1];
-      values[0].set(e, low.x);
-      values[0].set(2 + e, low.y);
-      values[1].set(e, low.z);
-      values[1].set(2 + e, low.w);
-      values[2].set(e, high.x);
-      values[2].set(2 + e, high.y);
-      values[3].set(e, high.z);
-      values[3].set(2 + e, high.w);
+      LSLPN_UNROLL
+      for (int k = 0; k < 4; k += 2) {
+        const float4 four = row[k / 2];
+        values[k].set(e, four.x);
+        values[k].set(2 + e, four.y);
+        values[k + 1].set(e, four.z);
+        values[k + 1].set(2 + e, four.w);
+      }
     }
     float sum[4];
     multiply<0>(sum, values, weights_);
-    if (!is_finite(sum[0] + sum[1] + sum[2] + sum[3])) {
-      // A weight of 0 does not keep a NaN away.
+    if (!isfinite(sum[0] + sum[1] + sum[2] + sum[3])) {
+      // 0 times NaN is NaN: sum anew, without the weights of 0.
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
         sum[e] = 0;

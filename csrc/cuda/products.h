@@ -1,18 +1,19 @@
 // Small dense products on the tensor cores, as exact as float32.
 //
-// float32 is cut into two TF32; the product of the low parts is below rounding. Half precision fits
-// into one. Tensor cores cut off what does not fit when they add, which over a long sum would
-// become an error of many units in the last place: they sum few products, which are added up in
-// float32.
+// A float32 operand is split into two TF32 numbers; the product of the low parts is below rounding.
+// A half-precision operand fits into one. Tensor cores truncate when they add, which over a long
+// sum would become an error of many units in the last place: they sum few products at a time, and
+// these sums are added in float32.
 #pragma once
 
 #include <type_traits>
 
-#include "common.h"
+#include "device.h"
+#include "launch.h"
 
 namespace lslpn::cuda {
 
-// The part of a matrix that a lane holds, see matrix_multiply.
+// The elements of a matrix that a lane holds, see matrix_multiply.
 template <int kCount>
 struct Operand {
   std::uint32_t high[kCount], low[kCount];
@@ -30,8 +31,8 @@ LSLPN_DEVICE void set(OperandB& operand, const uint4& parts) {
   operand.low[1] = parts.w;
 }
 
-// d = a b over kSteps of k, the small products first. kHalves: the numbers of `a`, or those of
-// both, are of half precision.
+// d = a b over kSteps of k, the small products first. kHalves: 1 where `a`, 2 where both are of
+// half precision.
 template <int kHalves, int kSteps>
 LSLPN_DEVICE void multiply(float (&d)[4], const OperandA (&a)[kSteps],
                            const OperandB (&b)[kSteps]) {
@@ -46,21 +47,20 @@ LSLPN_DEVICE void multiply(float (&d)[4], const OperandA (&a)[kSteps],
   }
 }
 
-// How many of the operands are of half precision where one is of features.
+// kHalves where `a` are features of type T.
 template <class T>
 constexpr int kHalf = sizeof(T) == 2 ? 1 : 0;
 
-// Of features of type T.
 template <class T, int kCount>
 LSLPN_DEVICE void set_feature(Operand<kCount>& operand, int i, T value) {
   if constexpr (kHalf<T> == 1) {
-    operand.high[i] = bits_of(to_float(value));
+    operand.high[i] = float_bits(value);
   } else {
     operand.set(i, value);
   }
 }
 
-// Neighbouring channels, moved at once.
+// Neighbouring channels, read or written at once.
 template <class T, int kCount>
 struct alignas(kCount * sizeof(T)) Pack {
   T value[kCount];
@@ -69,12 +69,23 @@ template <int kCount, class T>
 LSLPN_DEVICE Pack<T, kCount> read_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, kCount>*>(from);
 }
-// Whether all vectors of D floats can be read four at a time.
+
+// Whether four neighbouring channels are always aligned: of vectors of D floats, and of features.
 LSLPN_DEVICE bool fours(const float* vectors, int D) {
   return D % 4 == 0 && reinterpret_cast<std::uintptr_t>(vectors) % 16 == 0;
 }
+inline bool fours(const Features& f) {
+  bool whole = f.stride[2] == 1 && f.D % 4 == 0;
+  const std::int64_t length[5] = {f.B, f.N, f.D, f.h, f.w};
+  for (const int i : {0, 1, 3, 4}) {
+    // The stride of a single image or location means nothing: some releases of torch export 1.
+    whole = whole && (length[i] == 1 || f.stride[i] % 4 == 0);
+  }
+  const int size = f.dtype == DType::float32 ? 4 : 2;
+  return whole && reinterpret_cast<std::uintptr_t>(f.data) % (4 * size) == 0;
+}
 
-// An element at so many bytes: what is far apart is addressed so, with offsets worked out once.
+// Addresses by byte offsets, which are computed once for a loop.
 template <class T>
 LSLPN_DEVICE T* at_byte(T* from, std::int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;

@@ -1,25 +1,26 @@
 // From windows to feature locations: sums over windows of weight times vectors, and for matching
-// the gradient of the Gram maps.
+// the gradient through |Up F|^2.
 //
-// What the tiles of a window give to a location is added up first, and lies in shared memory as the
-// tensor cores take it.
+// A block has up to kBlock x kBlock locations, and visits all (class, window) pairs near them,
+// kVectors at a time. Their weights, summed over tiles, lie in shared memory in the order of the
+// operands of matrix_multiply.
 #pragma once
 
 #include "exchange.h"
 
 namespace lslpn::cuda {
 
-// Derivatives by the Gram maps (own, right, below, the diagonals) of a block's locations, with one
-// row above and one column to the left of them.
+// Gradients of the Gram maps (own, right, below, diagonals) at a block's locations, the row above
+// and the column to the left of them.
 using GramBlock = float4[kBlock + 1][kBlock + 1];
 
-// Of a class and a window near the block, and by what it is multiplied.
+// The vector of a class and a window near the block, and its scale.
 struct alignas(16) Vector {
   const float* begin;
   float scale;
 };
-// Its window, where its map is, as seen from that of class 0 and window (0, 0), and where its
-// weights are put, in floats.
+// Its window, the offset of its map from that of class 0 and window (0, 0), and the offset at which
+// its weights are stored, in floats.
 struct alignas(16) Place {
   int y, x, map, weights;
 };
@@ -31,37 +32,38 @@ struct ScatterMemory {
   GramBlock gram;
   Vector vectors[kVectors];
   Place places[kVectors];
-  int steps;  // 8s of vectors
+  int steps;  // of 8 vectors
   Range tiles[2];
-  Stretch y[kNear], x[kNear];
+  Segment y[kNear], x[kNear];
 };
 
 template <class T, bool kPool>
 struct Scatterer {
-  // A lane has four channels: rows g and g + 8 of the products of 16.
+  // A lane has four channels: rows g and g + 8 of two products of 16.
   static constexpr int kProducts = 2;
   using Sums = float[kProducts][kBlock][4];
 
   const Exchange& p;
   const Images<const T>& features;
   const Images<T>& to;
-  std::int64_t b, n;  // the image
-  const float* maps;  // its tiles'
+  std::int64_t b, n;  // episode and image
+  const float* maps;  // of the image
   Range i, j;         // the locations
-  Range ty, tx;       // the tiles near them
+  Range ty, tx;       // the segments near them
   ScatterMemory& memory;
-  bool fours;  // four channels of a vector can be read at once
+  bool fours;  // whether four channels of a vector can be read at once
 
-  // Two by two of the tiles over a location: its weights in their first maps, as if that were of
-  // window (0, 0), and the windows that they have maps for.
+  // 2 x 2 tiles over a location. `map` points to its weight in a tile's first map, shifted as if
+  // that map were of window (0, 0).
   struct Over {
     const float* map[2][2];
-    int window[2][2], windows[2][2];  // along y and x; none of a tile that there is not
+    int window[2][2],
+        windows[2][2];  // first and number, of rows and columns; 0 beyond the last tile
   };
-  // Calls f with all of them.
+  // Calls f with all tiles over a location, 2 x 2 at a time.
   template <class F>
   LSLPN_DEVICE void each_over(int row, int column, F f) const {
-    const auto first = [](const Stretch* tiles, int count, int cell) {
+    const auto first = [](const Segment* tiles, int count, int cell) {
       int k = 0;
       while (k < count && tiles[k].cell + tiles[k].cells <= cell) ++k;
       return k;
@@ -73,7 +75,7 @@ struct Scatterer {
       LSLPN_NO_UNROLL
       for (int k = first_x; k < across && memory.x[k].cell <= column; k += 2) {
         Over over;
-        const auto look = [](const Stretch& s, bool there, int cell, int& window, int& windows) {
+        const auto look = [](const Segment& s, bool there, int cell, int& window, int& windows) {
           window = s.window;
           windows = there && s.cell <= cell ? s.windows : 0;
           return cell - s.cell;
@@ -81,26 +83,25 @@ struct Scatterer {
         int at[2][2];
         LSLPN_UNROLL
         for (int e = 0; e < 2; ++e) {
-          at[0][e] = look(memory.y[minimum(r + e, down - 1)], r + e < down, row, over.window[0][e],
+          at[0][e] = look(memory.y[min(r + e, down - 1)], r + e < down, row, over.window[0][e],
                           over.windows[0][e]);
-          at[1][e] = look(memory.x[minimum(k + e, across - 1)], k + e < across, column,
+          at[1][e] = look(memory.x[min(k + e, across - 1)], k + e < across, column,
                           over.window[1][e], over.windows[1][e]);
         }
         LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) {
           const int i = e / 2, j = e % 2;
           const int tile = (ty.begin + r + i) * p.grid.tiles_x.count + tx.begin + k + j;
-          over.map[i][j] =
-              maps +
-              ((std::int64_t{tile} * p.slots - p.slot(0, over.window[0][i], over.window[1][j])) *
-                   kMap +
-               kTileSide * at[0][i] + at[1][j]);
+          over.map[i][j] = maps + ((std::int64_t{tile} * p.tile_maps -
+                                    p.map_of(0, over.window[0][i], over.window[1][j])) *
+                                       kMap +
+                                   kTileSide * at[0][i] + at[1][j]);
         }
         f(over);
       }
     }
   }
-  // The weight of a class and a window, and whether the location lies under it.
+  // The weight of a class and a window at the location; sets `under` where its window covers it.
   LSLPN_DEVICE static float weight(const Over& over, const Place& place, int map, bool& under) {
     float sum = 0;
     LSLPN_UNROLL
@@ -116,7 +117,8 @@ struct Scatterer {
     return sum;
   }
 
-  // The Gram maps' derivatives, summed over the tiles; twice the first, as the gradient has it.
+  // Sums the gradients of the Gram maps over the tiles. That of `own` is doubled, as d(f^2) = 2 f
+  // df.
   LSLPN_DEVICE void find_gram() const {
     const int e = thread_index(), row = e / (kBlock + 1), column = e % (kBlock + 1);
     if (row > kBlock) return;
@@ -127,7 +129,8 @@ struct Scatterer {
         const int y = e / 2, x = e % 2;
         if (over.windows[0][y] == 0 || over.windows[1][x] == 0) continue;
         const float* from =
-            over.map[y][x] + (p.slots - 4 + p.slot(0, over.window[0][y], over.window[1][x])) * kMap;
+            over.map[y][x] +
+            (p.tile_maps - 4 + p.map_of(0, over.window[0][y], over.window[1][x])) * kMap;
         LSLPN_UNROLL
         for (int kind = 0; kind < 4; ++kind) sum[kind] += from[kind * kMap];
       }
@@ -136,19 +139,19 @@ struct Scatterer {
   }
 
   LSLPN_DEVICE int down() const {
-    const Stretch last = memory.y[ty.end - ty.begin - 1];
+    const Segment last = memory.y[ty.end - ty.begin - 1];
     return last.window + last.windows - memory.y[0].window;
   }
   LSLPN_DEVICE int across() const {
-    const Stretch last = memory.x[tx.end - tx.begin - 1];
+    const Segment last = memory.x[tx.end - tx.begin - 1];
     return last.window + last.windows - memory.x[0].window;
   }
-  // The e-th class of a window near the block.
+  // The e-th class and window near the block.
   LSLPN_DEVICE Vector vector(int e, Place& place) const {
     const int row = e / across(), c = row / down();
     place.y = memory.y[0].window + row - c * down();
     place.x = memory.x[0].window + e - row * across();
-    place.map = kMap * p.slot(c, place.y, place.x);
+    place.map = kMap * p.map_of(c, place.y, place.x);
     const int at = place.y * p.grid.x.windows + place.x;
     const auto of = [&](std::int64_t image) { return (image * p.C + c) * p.grid.windows() + at; };
     return {p.vectors + of(b) * p.D, p.scale[of(kPool ? b * p.N + n : b)]};
@@ -159,28 +162,28 @@ struct Scatterer {
     return k / 8 * kBlock * kWarp * 4 + k % 4 * 4 + k / 4 % 2;
   }
 
-  // The classes and windows from the first-th on that have any weight, by one warp. Windows with
-  // too few pixels have no gradient, and none is passed on.
+  // Collects the classes and windows from `first` on whose scale is not 0, by one warp. The others,
+  // windows with too few pixels, pass on no gradient, not even NaN.
   LSLPN_DEVICE void find_vectors(int first, int all) const {
     const int lane = thread_index();
     int count = 0;
     LSLPN_NO_UNROLL
-    for (int e = first + lane; e - lane < minimum(all, first + kVectors); e += kWarp) {
+    for (int e = first + lane; e - lane < min(all, first + kVectors); e += kWarp) {
       Place place;
-      const Vector found = vector(minimum(e, all - 1), place);
+      const Vector found = vector(min(e, all - 1), place);
       const bool counts = e < all && found.scale != 0;
-      const unsigned there = ballot(counts);
-      const int at = count + count_bits(there & ((1u << lane) - 1));
+      const unsigned there = __ballot_sync(kAllLanes, counts);
+      const int at = count + __popc(there & ((1u << lane) - 1));
       if (counts) {
         memory.vectors[at] = found;
         place.weights = weights_at(at);
         memory.places[at] = place;
       }
-      count += count_bits(there);
+      count += __popc(there);
     }
-    warp_barrier();
-    // Those that fill up are under no tile, and have no weight.
-    const int steps = maximum(1, (count + 7) / 8);
+    __syncwarp();
+    // Vectors that fill up a step of 8 have window -1, which covers no location.
+    const int steps = max(1, (count + 7) / 8);
     if (count + lane < 8 * steps) {
       memory.vectors[count + lane] = {count > 0 ? memory.vectors[0].begin : p.vectors, 0};
       memory.places[count + lane] = {-1, -1, 0, weights_at(count + lane)};
@@ -188,17 +191,17 @@ struct Scatterer {
     if (lane == 0) memory.steps = steps;
   }
 
-  // What the products of the classes and windows from the first-th on are of.
+  // Vectors and weights of the classes and windows from `first` on.
   LSLPN_DEVICE void prepare(int first, int all) const {
-    block_barrier();
+    __syncthreads();
     if (thread_index() < kWarp) find_vectors(first, all);
-    block_barrier();
-    // A thread has a location, and every other class and window of it.
+    __syncthreads();
+    // A thread has a location, and every kStep-th vector.
     const int row = thread_index() / kBlock % kBlock, column = thread_index() % kBlock;
     constexpr int kStep = kExchangeThreads / (kBlock * kBlock);
     std::uint32_t* const weights = &memory.weights[0][row][4 * column].x;
     bool begins = true;
-    each_over(minimum(i.begin + row, i.end - 1), minimum(j.begin + column, j.end - 1),
+    each_over(min(i.begin + row, i.end - 1), min(j.begin + column, j.end - 1),
               [&](const Over& over) {
                 LSLPN_NO_UNROLL
                 for (int e = thread_index() / (kBlock * kBlock); e < 8 * memory.steps; e += kStep) {
@@ -207,46 +210,42 @@ struct Scatterer {
                   float sum = weight(over, place, place.map, under);
                   std::uint32_t* to = weights + place.weights;
                   if (!begins && sum == 0) continue;
-                  if (!begins) sum += float_of(to[0]) + float_of(to[2]);
+                  if (!begins) sum += __uint_as_float(to[0]) + __uint_as_float(to[2]);
                   split_tf32(sum, to[0], to[2]);
                 }
                 begins = false;
               });
-    block_barrier();
+    __syncthreads();
   }
 
-  // Adds what kSteps times 8 vectors give to the locations, for channels d .. d + 3; `poison` is
-  // no longer finite where one of them is not.
-  template <int kSteps, bool kBegins>
+  // Adds the contributions of 8 vectors to channels d .. d + 3 of the locations, or begins with
+  // them. `poison` becomes NaN where a vector is not finite.
+  template <bool kBegins>
   LSLPN_DEVICE void add(Sums& sum, float& poison, int d, int step) const {
     const int lane = thread_index() % kWarp;
-    OperandA vectors[kProducts][kSteps];
+    OperandA vectors[kProducts][1];
     LSLPN_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      LSLPN_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const Vector vector = memory.vectors[8 * (step + k) + lane % 4 + 4 * e];
-        float4 value;
-        if (fours) {
-          value = *reinterpret_cast<const float4*>(vector.begin + d);
-        } else {
-          value = {vector.begin[d], vector.begin[minimum(d + 1, p.D - 1)],
-                   vector.begin[minimum(d + 2, p.D - 1)], vector.begin[minimum(d + 3, p.D - 1)]};
-        }
-        value = {vector.scale * value.x, vector.scale * value.y, vector.scale * value.z,
-                 vector.scale * value.w};
-        vectors[0][k].set(2 * e, value.x);
-        vectors[0][k].set(2 * e + 1, value.y);
-        vectors[1][k].set(2 * e, value.z);
-        vectors[1][k].set(2 * e + 1, value.w);
-        poison += 0 * (value.x + value.y + (value.z + value.w));
+    for (int e = 0; e < 2; ++e) {
+      const Vector vector = memory.vectors[8 * step + lane % 4 + 4 * e];
+      float4 value;
+      if (fours) {
+        value = *reinterpret_cast<const float4*>(vector.begin + d);
+      } else {
+        value = {vector.begin[d], vector.begin[min(d + 1, p.D - 1)],
+                 vector.begin[min(d + 2, p.D - 1)], vector.begin[min(d + 3, p.D - 1)]};
       }
+      value = {vector.scale * value.x, vector.scale * value.y, vector.scale * value.z,
+               vector.scale * value.w};
+      vectors[0][0].set(2 * e, value.x);
+      vectors[0][0].set(2 * e + 1, value.y);
+      vectors[1][0].set(2 * e, value.z);
+      vectors[1][0].set(2 * e + 1, value.w);
+      poison += 0 * (value.x + value.y + (value.z + value.w));
     }
     LSLPN_UNROLL
     for (int r = 0; r < kBlock; ++r) {
-      OperandB weights[kSteps];
-      LSLPN_UNROLL
-      for (int k = 0; k < kSteps; ++k) set(weights[k], memory.weights[step + k][r][lane]);
+      OperandB weights[1];
+      set(weights[0], memory.weights[step][r][lane]);
       LSLPN_UNROLL
       for (int m = 0; m < kProducts; ++m) {
         float part[4];
@@ -257,13 +256,13 @@ struct Scatterer {
     }
   }
 
-  // Takes sums over vectors that are not finite anew, of the windows over each location alone:
-  // others have a weight of 0, which does not keep a NaN away.
-  LSLPN_DEVICE void mend(Sums& sum, int d) const {
+  // Sums again over the windows that cover each location alone: the others have a weight of 0, and
+  // 0 times NaN is NaN.
+  LSLPN_DEVICE void sum_covering(Sums& sum, int d) const {
     LSLPN_NO_UNROLL
     for (int e = 0; e < kProducts * kBlock * 4; ++e) {
       const int row = e / 4 % kBlock, column = 2 * (thread_index() % 4) + e % 2;
-      const int channel = minimum(d + e / (4 * kBlock) * 2 + e / 2 % 2, p.D - 1);
+      const int channel = min(d + e / (4 * kBlock) * 2 + e / 2 % 2, p.D - 1);
       float alone = 0;
       each_over(i.begin + row, j.begin + column, [&](const Over& over) {
         LSLPN_NO_UNROLL
@@ -282,32 +281,32 @@ struct Scatterer {
     }
   }
 
-  // Adds the gradient of the Gram maps times the features around, for two channels of two locations
-  // a lane. kBetween: there are pixels between rows and between columns. kUnit: neighbours along x
-  // are neighbours in memory, and the block is not at the end of a row.
+  // Adds the gradients of the Gram maps times the neighbouring features, for two channels of two
+  // columns a lane. kBetween: some pixels lie between rows, and some between columns, of locations.
+  // kUnit: neighbours along x are neighbours in memory, and all are within the row.
   template <bool kBetween, bool kUnit>
   LSLPN_DEVICE void add_gram(float (&sum)[kBlock][4], int d) const {
     const int q = thread_index() % 4, h = p.grid.y.cells, w = p.grid.x.cells;
     const bool across = kBetween || p.grid.tiles_x.between;
     const bool down = kBetween || p.grid.tiles_y.between;
-    const T* from[2];  // in the row of locations that is next
+    const T* from[2];  // the next row of locations
     LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
       from[e] = features.image(b, n) +
-                (static_cast<std::int64_t>(minimum(d + e, p.D - 1)) * features.d +
-                 maximum(i.begin - 1, 0) * features.h + (kUnit ? j.begin + 2 * q - 1 : 0));
+                (static_cast<std::int64_t>(min(d + e, p.D - 1)) * features.d +
+                 max(i.begin - 1, 0) * features.h + (kUnit ? j.begin + 2 * q - 1 : 0));
     }
     const std::int64_t row_bytes = kept(std::int64_t{features.h} * int{sizeof(T)});
     const float4* const gram = &memory.gram[0][2 * q];
     std::int64_t column[4];  // bytes
     LSLPN_UNROLL
     for (int k = 0; k < 4; ++k) {
-      const int at = minimum(maximum(j.begin + 2 * q + k - 1, 0), w - 1) * features.w;
+      const int at = min(max(j.begin + 2 * q + k - 1, 0), w - 1) * features.w;
       column[k] = kept(std::int64_t{at} * int{sizeof(T)});
     }
     float f[3][2][4];
     const auto read_row = [&](float (&row)[2][4], int r) {
-      // Rows that there are not repeat the first or the last.
+      // Beyond the image, the first or the last row is repeated; its weight is 0.
       const bool last = r < 0 ? i.begin == 0 : i.begin + r >= h - 1;
       LSLPN_UNROLL
       for (int e = 0; e < 2; ++e) {
@@ -368,7 +367,7 @@ struct Scatterer {
     T* at[4];
     LSLPN_UNROLL
     for (int e = 0; e < 4; ++e) {
-      at[e] = to.image(b, n) + (static_cast<std::int64_t>(minimum(d + e, p.D - 1)) * to.d +
+      at[e] = to.image(b, n) + (static_cast<std::int64_t>(min(d + e, p.D - 1)) * to.d +
                                 i.begin * to.h + (j.begin + 2 * q) * to.w);
     }
     const auto rows = [&](auto columns) {
@@ -390,7 +389,7 @@ struct Scatterer {
   }
 };
 
-// One block: up to kBlock x kBlock locations of an image.
+// One block of locations of an image.
 template <class T, bool kPool>
 LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, const Images<T>& to,
                           int block) {
@@ -399,47 +398,42 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
   const Range i = cells_of(p.grid.y, block / p.blocks_x % p.blocks_y);
   const std::int64_t image = block / p.blocks_x / p.blocks_y;
   const std::int64_t episode = image / p.N;
-  find_tiles<stretches_near>(p.grid, i, j, memory.tiles);
+  find_tiles<segments_near>(p.grid, i, j, memory.tiles);
   const Range ty = memory.tiles[0], tx = memory.tiles[1];
   const bool fours = cuda::fours(p.vectors, p.D);
-  const float* maps = p.maps + image * p.grid.tiles() * p.slots * kMap;
+  const float* maps = p.maps + image * p.grid.tiles() * p.tile_maps * kMap;
   const Scatterer<T, kPool> s{
       p,  features, to,   p.chunk.first + episode, image - episode * p.N, maps, i, j, ty,
       tx, memory,   fours};
   for (int e = thread_index(); e < ty.end - ty.begin + tx.end - tx.begin; e += kExchangeThreads) {
     const int column = e - (ty.end - ty.begin);
     (column < 0 ? memory.y[e] : memory.x[column]) =
-        column < 0 ? stretch(p.grid.y, p.grid.tiles_y, ty.begin + e)
-                   : stretch(p.grid.x, p.grid.tiles_x, tx.begin + column);
+        column < 0 ? segment(p.grid.y, p.grid.tiles_y, ty.begin + e)
+                   : segment(p.grid.x, p.grid.tiles_x, tx.begin + column);
   }
-  block_barrier();
+  __syncthreads();
   if (!kPool) s.find_gram();
   constexpr int kChannels = 16 * Scatterer<T, kPool>::kProducts;
-  constexpr int kAtOnce = kPool ? 2 : 1;  // two spill registers beside the Gram maps
   const int warp = thread_index() / kWarp, g = thread_index() % kWarp / 4;
   const int all = p.C * s.down() * s.across();
   LSLPN_NO_UNROLL
   for (int d0 = 0; d0 < p.D; d0 += kChannels * kExchangeWarps) {
-    // Channels that there are not repeat the last ones.
-    const int d = minimum(d0 + kChannels * warp + 4 * g, p.D - (fours ? 4 : 1));
+    // Beyond the last channel, the last ones are repeated.
+    const int d = min(d0 + kChannels * warp + 4 * g, p.D - (fours ? 4 : 1));
     typename Scatterer<T, kPool>::Sums sum;
     float poison = 0;
     LSLPN_NO_UNROLL
     for (int first = 0; first < all; first += kVectors) {
       if (d0 == 0 || all > kVectors) s.prepare(first, all);
-      int step = first == 0 ? minimum(kAtOnce, memory.steps) : 0;
-      if (step == kAtOnce) s.template add<kAtOnce, true>(sum, poison, d, 0);
-      if (kAtOnce > 1 && step == 1) s.template add<1, true>(sum, poison, d, 0);
+      int step = 0;
+      if (first == 0) s.template add<true>(sum, poison, d, step++);
       LSLPN_NO_UNROLL
-      for (; step + kAtOnce <= memory.steps; step += kAtOnce) {
-        s.template add<kAtOnce, false>(sum, poison, d, step);
-      }
-      if (kAtOnce > 1 && step < memory.steps) s.template add<1, false>(sum, poison, d, step);
+      for (; step < memory.steps; ++step) s.template add<false>(sum, poison, d, step);
     }
     if (d0 + kChannels * warp >= p.D) continue;
-    poison += shuffle_xor(poison, 1);
-    poison += shuffle_xor(poison, 2);
-    if (poison != 0) s.mend(sum, d);
+    poison += __shfl_xor_sync(kAllLanes, poison, 1);
+    poison += __shfl_xor_sync(kAllLanes, poison, 2);
+    if (poison != 0) s.sum_covering(sum, d);
     LSLPN_UNROLL
     for (int m = 0; m < Scatterer<T, kPool>::kProducts; ++m) {
       if (kPool) continue;

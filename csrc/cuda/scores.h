@@ -1,5 +1,5 @@
-// Matching forward: scores and winners of the pixels of a tile, from the inner products of its
-// feature locations with the prototypes of its windows and among themselves.
+// Matching forward: scores and winners of the pixels of a tile, interpolated from the inner
+// products of its feature locations with the prototypes of its windows and with each other.
 #pragma once
 
 #include "pixels.h"
@@ -11,53 +11,35 @@ namespace {
 constexpr int kLocationBlocks = (kMap + 7) / 8;  // blocks of 8 locations of a tile
 constexpr int kLocationsOfBlocks = 8 * kLocationBlocks;
 
-struct LossOfTiles {
-  const void* labels;  // null: there are scores, and no loss
-  bool wide_labels;
-  std::int64_t ignore_index;
-  const float* weight;
-  float* radial;
-  float* sums;  // [images, tiles, 2]
-  // Backward.
-  const float *grad, *total;
-};
-
-struct MatchTiles {
+struct MatchTiles : Matching {
   Grid grid;
-  const float* prototypes;  // [B, C, Gy, Gx, D]
   int C, D;
   std::int64_t N, first_image, images;
-  int overlap_x;
-  bool mean;
-  float logit_scale;  // multiplies the cosines
-  float* scores;
-  std::uint8_t* winners;
-  float* gram;  // [images, kGramMaps, h, w]
-  LossOfTiles loss;
+  float* loss_sums;  // forward with a loss: [images, tiles, 2] of losses and weights
   // Backward.
-  const float* grad;
-  int slots;
-  float* maps;             // [images, tiles, slots, kMap]
-  float* inverse_lengths;  // [B, C, Gy, Gx]
+  int tile_maps;
+  float* maps;             // [images, tiles, tile_maps, kMap]
+  float* inverse_lengths;  // [B, C, Gy, Gx] 1 / |p|
   std::int64_t first_prototype, prototype_count;
-  std::int64_t tile_blocks;  // the others see to the prototypes
+  std::int64_t tile_blocks;  // the blocks after these measure prototypes
 
-  // How the w-th window of a tile is written as a winner.
+  // The number that winners have for the w-th window of a tile.
   LSLPN_DEVICE int place(int w, int windows_x) const {
     return w / windows_x * overlap_x + w % windows_x;
   }
 };
 
-// A lane's column of pixels, and what it is interpolated from.
+// The taps of a lane's column of pixels.
 struct Column {
-  int left, right;  // columns of locations
+  int left, right;  // columns of locations, the same where the second weight is 0
   float p, q;       // their weights
 
   LSLPN_DEVICE explicit Column(const Taps<float>& t)
       : left(t.lower), right(t.upper > 0 ? t.lower + 1 : t.lower), p(1 - t.upper), q(t.upper) {}
 };
 
-// kWindows of a tile at most; classes and columns of products of one pass over the channels.
+// For tiles of at most kWindows windows: classes of one pass over the channels, and products of 8
+// (class, window) pairs that these take.
 template <int kWindows>
 constexpr int kClassesAtATime = kWindows == 4 ? 2 : 1;
 template <int kWindows>
@@ -76,24 +58,25 @@ template <class T>
 struct ScoreKernel {
   MatchTiles match;
   Images<const T> features;
-  bool fours;  // four channels of a location can be read at once
+  bool fours;  // whether four channels of a location can be read at once
 };
 
-// Inner products of a tile over all channels, 16 at a time: of its locations with the prototypes
-// of a pass and among themselves. A lane has channels 4q .. 4q + 3 of location g of each block of
-// 8, and of prototype g of each product.
+// Inner products over all channels, 16 at a time, of a tile's locations with the prototypes of a
+// pass and with each other. A lane loads channels 4q .. 4q + 3 of location g of each block of 8,
+// and of prototype g of each product.
 template <class T, int kWindows>
 struct Dots {
-  float dots[3][kProducts<kWindows>][4] = {};  // blocks 2t and 2t + 1 of locations
-  float gram[kLocationBlocks][4] = {};         // blocks k and k + 1 with k
+  float dots[3][kProducts<kWindows>][4] = {};  // [t]: blocks 2t and 2t + 1 of locations
+  float gram[kLocationBlocks][4] = {};         // [k]: blocks k and k + 1 with block k
+  float squares[kProducts<kWindows>] = {};     // of the loaded channels of the prototypes
 
-  // Channels from where the pointers are on. kTail: `left` of a lane's four are there, and nothing
-  // is known of how prototypes are aligned.
+  // Adds 16 channels. kTail: fewer, of which `left` are this lane's, and of prototypes of any
+  // alignment.
   template <bool kTail>
   LSLPN_DEVICE void add(const T* const (&features)[kLocationBlocks],
                         const std::int64_t (&channels)[4], bool fours,
-                        const float* const (&prototypes)[kProducts<kWindows>],
-                        const float (&scale)[kProducts<kWindows>], int left, bool first) {
+                        const float* const (&prototypes)[kProducts<kWindows>], int left,
+                        bool first) {
     Pack<T, 4> raw[kLocationBlocks];
     if (fours && !kTail) {
       LSLPN_UNROLL
@@ -129,10 +112,13 @@ struct Dots {
     for (int j = 0; j < kProducts<kWindows>; ++j) {
       Operand<4> q;
       LSLPN_UNROLL
-      for (int e = 0; e < 4; ++e) q.set(e, p[j].value[e] * scale[j]);
+      for (int e = 0; e < 4; ++e) {
+        q.set(e, p[j].value[e]);
+        squares[j] += p[j].value[e] * p[j].value[e];
+      }
       LSLPN_UNROLL
       for (int t = 0; t < 3; ++t) {
-        const Operand<4>& bottom = f[minimum(2 * t + 1, kLocationBlocks - 1)];
+        const Operand<4>& bottom = f[min(2 * t + 1, kLocationBlocks - 1)];
         float sum[4];
         multiply<kHalf<T>, 2>(sum, {rows(f[2 * t], bottom, 0), rows(f[2 * t], bottom, 1)},
                               {columns(q, 0), columns(q, 1)});
@@ -143,7 +129,7 @@ struct Dots {
     if (!first) return;
     LSLPN_UNROLL
     for (int k = 0; k < kLocationBlocks; ++k) {
-      const Operand<4>& bottom = f[minimum(k + 1, kLocationBlocks - 1)];
+      const Operand<4>& bottom = f[min(k + 1, kLocationBlocks - 1)];
       float sum[4];
       multiply<2 * kHalf<T>, 2>(sum, {rows(f[k], bottom, 0), rows(f[k], bottom, 1)},
                                 {columns(f[k], 0), columns(f[k], 1)});
@@ -152,7 +138,7 @@ struct Dots {
     }
   }
 
-  // Channels 2h and 2h + 1 of a lane's four.
+  // The operands of channels 2h and 2h + 1.
   LSLPN_DEVICE static OperandA rows(const Operand<4>& top, const Operand<4>& bottom, int h) {
     return {{top.high[2 * h], bottom.high[2 * h], top.high[2 * h + 1], bottom.high[2 * h + 1]},
             {top.low[2 * h], bottom.low[2 * h], top.low[2 * h + 1], bottom.low[2 * h + 1]}};
@@ -161,18 +147,21 @@ struct Dots {
     return {{of.high[2 * h], of.high[2 * h + 1]}, {of.low[2 * h], of.low[2 * h + 1]}};
   }
 
+  // Writes the sums to shared memory, those with prototypes divided by their lengths.
   LSLPN_DEVICE void put(ScoreMemory<kWindows>& memory, int lane, bool first) const {
     const int g = lane / 4, q = lane % 4;
     LSLPN_UNROLL
-    for (int t = 0; t < 3; ++t) {
+    for (int j = 0; j < kProducts<kWindows>; ++j) {
+      float square = squares[j] + __shfl_xor_sync(kAllLanes, squares[j], 1);
+      square += __shfl_xor_sync(kAllLanes, square, 2);
+      const float scale = Norm::inverse_length(square);
+      const float left = __shfl_sync(kAllLanes, scale, 8 * q);
+      const float right = __shfl_sync(kAllLanes, scale, 8 * q + 4);
       LSLPN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        if (2 * t + half >= kLocationBlocks) break;
-        LSLPN_UNROLL
-        for (int j = 0; j < kProducts<kWindows>; ++j) {
-          *reinterpret_cast<float2*>(&memory.dots[8 * (2 * t + half) + g][8 * j + 2 * q]) =
-              make_float2(dots[t][j][2 * half], dots[t][j][2 * half + 1]);
-        }
+      for (int k = 0; k < kLocationBlocks; ++k) {
+        const float (&dot)[4] = dots[k / 2][j];
+        *reinterpret_cast<float2*>(&memory.dots[8 * k + g][8 * j + 2 * q]) =
+            make_float2(left * dot[k % 2 * 2], right * dot[k % 2 * 2 + 1]);
       }
     }
     if (!first) return;
@@ -198,12 +187,12 @@ struct Dots {
   }
 };
 
-// Writes the Gram maps down for the backward pass. Each feature location belongs to the first tile
-// that has it and all its neighbours.
+// Writes the Gram maps for the backward pass. Each feature location is written by the first tile
+// that has it and its neighbours.
 template <class Memory>
 LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const Memory& memory,
                             std::int64_t image, int lane) {
-  const PixelStretch &y = tile.y, &x = tile.x;
+  const PixelSegment &y = tile.y, &x = tile.x;
   const int after_y = y.pixel + y.pixels, after_x = x.pixel + x.pixels;
   const int begin_y = y.pixel == 0 ? 0 : y.cell, begin_x = x.pixel == 0 ? 0 : x.cell;
   const int end_y =
@@ -229,7 +218,7 @@ LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const Me
 template <int kWindows>
 struct Scorer {
   static constexpr int kClasses = kClassesAtATime<kWindows>;
-  using Row = float[kClasses][kWindows];  // dots in a lane's column, at a row of locations
+  using Row = float[kClasses][kWindows];  // dots interpolated to a column, at a row of locations
 
   const MatchTiles& p;
   const PixelTile& tile;
@@ -241,7 +230,7 @@ struct Scorer {
   LSLPN_DEVICE float gram(int kind, int row, int column) const {
     return memory.gram[kind][kTileSide * row + column];
   }
-  // A pixel that lies on a column of locations has no business with the next, which may hold a NaN.
+  // Where the weight of the next column of locations is 0, it is not read: it may hold a NaN.
   LSLPN_DEVICE float norm_row(int r) const {
     const float p = column.p, q = column.q;
     if (q == 0) return gram(kOwn, r, column.left);
@@ -268,7 +257,7 @@ struct Scorer {
       for (int e = 0; e < 4; ++e) row[(k + e) / kWindows][(k + e) % kWindows] = value[e];
     }
     if (!p.mean) return;
-    // The mean of the windows is interpolated as they are.
+    // The mean over windows commutes with interpolation.
     LSLPN_UNROLL
     for (int c = 0; c < kClasses; ++c) {
       float sum = 0;
@@ -279,7 +268,7 @@ struct Scorer {
     }
   }
 
-  // The pixels of this lane's column that begin at a row of locations, in rows y .. end - 1.
+  // The pixels of this lane's column in rows y .. end - 1, which have the same taps.
   LSLPN_DEVICE void pixels(const Row& here, const Row& slope, const Norm& norm,
                            const int (&place)[kWindows], int y, int end) {
     const std::int64_t down = kept(p.grid.x.pixels), bytes = kept(4 * down);
@@ -296,7 +285,7 @@ struct Scorer {
         LSLPN_UNROLL
         for (int c = 0; c < kClasses; ++c) {
           best[c] = here[c][0] + t.upper * slope[c][0];
-          // Of equal windows the first stays. NaN stays NaN.
+          // Of equal scores the first window wins. NaN stays NaN.
           LSLPN_UNROLL
           for (int w = 1; w < kWindows; ++w) {
             const float value = here[c][w] + t.upper * slope[c][w];
@@ -304,8 +293,8 @@ struct Scorer {
             best[c] = max_or_nan(best[c], value);
           }
         }
-        if (either_is_nan(best[0], best[kClasses - 1])) {
-          // The gradient goes to the window that is to blame.
+        if (isnan(best[0]) || isnan(best[kClasses - 1])) {
+          // The gradient goes to the window whose score is NaN.
           LSLPN_UNROLL
           for (int c = 0; c < kClasses; ++c) {
             LSLPN_UNROLL
@@ -331,7 +320,8 @@ struct Scorer {
     });
   }
 
-  LSLPN_DEVICE void walk() {
+  // All pixels of this lane's column.
+  LSLPN_DEVICE void column_pixels() {
     const int windows = tile.y.windows * tile.x.windows;
     int place[kWindows];
     LSLPN_UNROLL
@@ -341,7 +331,7 @@ struct Scorer {
     Norm norm{};
     Row here, next, slope;
     int y = 0;
-    bool known = false;  // whether `next` is the next row
+    bool known = false;  // whether `next` is of the next row
     LSLPN_NO_UNROLL
     for (int row = 0; row < tile.y.cells; ++row) {
       const int on = tile.rows_on(row), all = tile.rows_at(row);
@@ -352,7 +342,8 @@ struct Scorer {
         LSLPN_UNROLL
         for (int w = 0; w < kWindows; ++w) here[c][w] = next[c][w];
       }
-      // First those that lie on the row: the next may hold a NaN that is none of their business.
+      // First the pixels without an upper tap: the next row may hold a NaN that must not reach
+      // them.
       LSLPN_NO_UNROLL
       for (int between = 0; between < 2; ++between) {
         const int count = between ? all - on : on;
@@ -377,8 +368,8 @@ struct Scorer {
   }
 };
 
-// The cross-entropy of a tile whose lanes have left the logits of their columns of pixels, that of
-// class 0 in the place of the radial parts, in those of the slopes the others.
+// The cross-entropy of a tile. Its lanes have written the logits of their columns of pixels, those
+// of class 0 to `radial`, the others to `scores`, and replace them by what the backward pass reads.
 LSLPN_DEVICE void cross_entropy(const MatchTiles& p, const PixelTile& tile, std::int64_t image,
                                 std::int64_t index, int lane) {
   const std::int64_t plane = static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
@@ -396,40 +387,40 @@ LSLPN_DEVICE void cross_entropy(const MatchTiles& p, const PixelTile& tile, std:
     const int right = known ? static_cast<int>(label) : 0;
     float weight = p.loss.weight ? p.loss.weight[right] : 1.0f;
     weight = !counts ? 0.0f : known ? weight : NAN;
-    // Logits as seen from that of class 0.
+    // Logits minus that of class 0, whose difference is 0.
     const float first = p.loss.radial[at];
     float most = 0, exponentials = 1, of_right = 0;
     const float* from = slopes;
     LSLPN_NO_UNROLL
     for (int c = 1; c < p.C; ++c, from += plane) {
       const float z = *from - first, above = z - most;
-      const float ratio = exponential(above > 0 ? -above : above);
+      const float ratio = __expf(above > 0 ? -above : above);
       exponentials = above > 0 ? exponentials * ratio + 1 : exponentials + ratio;
       most = above > 0 ? z : most;
       of_right = c == right ? z : of_right;
     }
-    if (counts) sum += weight * (logarithm(exponentials) + (most - of_right));
+    if (counts) sum += weight * (logf(exponentials) + (most - of_right));
     total += weight;
-    const float share = quotient(weight, exponentials);
+    const float share = __fdividef(weight, exponentials);
     float radial = 0;
     float* to = slopes;
     LSLPN_NO_UNROLL
     for (int c = 1; c < p.C; ++c, to += plane) {
       const float z = *to - first;
-      const float slope = share * exponential(z - most) - (c == right ? weight : 0.0f);
-      radial += slope * z;  // the slopes of all classes add up to 0
+      const float slope = share * __expf(z - most) - (c == right ? weight : 0.0f);
+      radial += slope * z;  // sum_c g_c z_c, for the g_c of all classes sum to 0
       *to = slope;
     }
     p.loss.radial[at] = radial;
   }
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    sum += shuffle_xor(sum, step);
-    total += shuffle_xor(total, step);
+    sum += __shfl_xor_sync(kAllLanes, sum, step);
+    total += __shfl_xor_sync(kAllLanes, total, step);
   }
-  if (lane == 0) *reinterpret_cast<float2*>(p.loss.sums + 2 * index) = make_float2(sum, total);
+  if (lane == 0) *reinterpret_cast<float2*>(p.loss_sums + 2 * index) = make_float2(sum, total);
 }
 
-// A warp a tile.
+// One warp per tile.
 template <class T, int kWindows>
 LSLPN_KERNEL(kPixelThreads, kWindows == 4 ? 3 : 2)
 scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
@@ -444,9 +435,9 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   ScoreMemory<kWindows>& memory = reinterpret_cast<ScoreMemory<kWindows>*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
   const int windows = tile.y.windows * tile.x.windows;
-  // Of 16 channels whose prototypes can be read four at a time; the others follow.
+  // Steps of 16 channels in which prototypes can be read four at a time; the other channels follow.
   const int steps = fours(p.prototypes, p.D) ? p.D / 16 : 0;
-  std::int64_t channels[4];  // bytes to the first four
+  std::int64_t channels[4];  // byte offsets of a lane's four
   LSLPN_UNROLL
   for (int e = 0; e < 4; ++e) channels[e] = kept(std::int64_t{e} * features.d * int{sizeof(T)});
   const T* corner = features.image(b, image - b * p.N) +
@@ -454,38 +445,26 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   const T* locations[kLocationBlocks];
   LSLPN_UNROLL
   for (int k = 0; k < kLocationBlocks; ++k) {
-    // Beyond the tile's last locations they repeat: what comes of them is not looked at.
+    // Beyond the tile, its last locations are repeated; their results are not used.
     const int l = 8 * k + g;
-    const int r = minimum(l / kTileSide, tile.y.cells - 1);
-    const int c = minimum(l % kTileSide, tile.x.cells - 1);
+    const int r = min(l / kTileSide, tile.y.cells - 1);
+    const int c = min(l % kTileSide, tile.x.cells - 1);
     locations[k] = corner + (r * features.h + c * features.w);
   }
   LSLPN_NO_UNROLL
   for (int c0 = 0; c0 < p.C; c0 += kClasses) {
     const bool first = c0 == 0;
     const float* prototypes[kProducts<kWindows>];
-    float scale[kProducts<kWindows>];
     LSLPN_UNROLL
     for (int j = 0; j < kProducts<kWindows>; ++j) {
-      // Columns that fill up repeat the first window, which wins over them, or the last class.
+      // Columns that fill up repeat the first window, which wins over its copies, or the last
+      // class.
       const int column = 8 * j + g;
-      const int c = minimum(c0 + column / kWindows, p.C - 1);
+      const int c = min(c0 + column / kWindows, p.C - 1);
       const int w = column % kWindows < windows ? column % kWindows : 0;
       const int window = (tile.y.window + w / tile.x.windows) * p.grid.x.windows + tile.x.window +
                          w % tile.x.windows;
       prototypes[j] = p.prototypes + ((b * p.C + c) * p.grid.windows() + window) * p.D + 4 * q;
-      float square = 0;
-      const float* from = prototypes[j];
-      for (int s = 0; s < steps; ++s, from += 16) {
-        const float4 v = *reinterpret_cast<const float4*>(from);
-        square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-      }
-      for (int d = 16 * steps + 4 * q; d < p.D; d += 16, from += 16) {
-        for (int e = 0; e < minimum(p.D - d, 4); ++e) square += from[e] * from[e];
-      }
-      square += shuffle_xor(square, 1);
-      square += shuffle_xor(square, 2);
-      scale[j] = Norm::inverse_length(square);
     }
     Dots<T, kWindows> dots;
     const auto advance = [&](int channels_16) {
@@ -498,36 +477,35 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
     };
     LSLPN_NO_UNROLL
     for (int s = 0; s < steps; ++s, advance(1)) {
-      dots.template add<false>(locations, channels, kernel.fours, prototypes, scale, 4, first);
+      dots.template add<false>(locations, channels, kernel.fours, prototypes, 4, first);
     }
     LSLPN_NO_UNROLL
     for (int d = 16 * steps; d < p.D; d += 16, advance(1)) {
-      dots.template add<true>(locations, channels, false, prototypes, scale, p.D - d - 4 * q,
-                              first);
+      dots.template add<true>(locations, channels, false, prototypes, p.D - d - 4 * q, first);
     }
     advance(-(p.D + 15) / 16);
     dots.put(memory, lane, first);
-    warp_barrier();
+    __syncwarp();
     if (p.gram && first) keep_gram(p, tile, memory, image, lane);
     Scorer<kWindows> scorer{p, tile, memory, Column(tile.taps), {}, {}};
     LSLPN_UNROLL
     for (int e = 0; e < kClasses; ++e) {
-      // Classes that there are not repeat the last, as columns of pixels do.
-      const int c = minimum(c0 + e, p.C - 1);
+      // Beyond the last class it is repeated, as columns of pixels are.
+      const int c = min(c0 + e, p.C - 1);
       const std::int64_t size = static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
       const std::int64_t at = (image * p.C + c) * size + tile.pixel(p.grid, lane);
       scorer.scores[e] = p.scores + at;
       scorer.winners[e] = p.winners ? p.winners + at : nullptr;
-      if (p.loss.labels) {
-        // There is a plane less of slopes than of classes in each image.
+      if (p.loss.radial) {
+        // Scores have one plane less in each image: that of class 0 is `radial`.
         scorer.scores[e] = c == 0 ? p.loss.radial + (at - image * (p.C - 1) * size)
                                   : p.scores + (at - (image + 1) * size);
       }
     }
-    scorer.walk();
-    warp_barrier();
+    scorer.column_pixels();
+    __syncwarp();
   }
-  if (p.loss.labels) cross_entropy(p, tile, image, index, lane);
+  if (p.loss.radial) cross_entropy(p, tile, image, index, lane);
 }
 
 }  // namespace

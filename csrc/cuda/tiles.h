@@ -1,33 +1,70 @@
-// How the tiled kernels cut the image into tiles, and what a tile knows of its axes.
+// Features as a kernel sees them, and how the image is cut into tiles.
 //
-// An axis is cut wherever a window starts or ends, and into stretches of at most kTilePixels
-// pixels; a tile is a stretch of rows by a stretch of columns. All pixels of a tile lie in the same
-// windows, and are interpolated from the same block of at most kTileSide x kTileSide locations.
+// An axis is cut wherever a window starts or ends, and into segments of at most kTilePixels pixels;
+// a tile is a segment of rows by a segment of columns. All pixels of a tile lie in the same
+// windows, and are interpolated from the same block of at most kTileSide x kTileSide feature
+// locations.
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <map>
-#include <optional>
 #include <vector>
 
-#include "common.h"
+#include "device.h"
+#include "launch.h"
 
 namespace lslpn::cuda {
 
-constexpr int kWarp = 32;
-constexpr int kTilePixels = 32;  // a lane for each column of a tile
-constexpr int kTileSide = 6;     // feature locations of a tile along an axis, at most
+// Strides in elements; those within an image in 32 bits.
+template <class T>
+struct Images {
+  T* data;
+  std::int64_t b, n;
+  int d, h, w;
+
+  LSLPN_DEVICE T* image(std::int64_t ib, std::int64_t in) const { return data + (ib * b + in * n); }
+};
+
+template <class T>
+Images<T> images_of(const Features& f) {
+  const auto within = [&](int axis) { return static_cast<int>(f.stride[axis]); };
+  return {static_cast<T*>(f.data), f.stride[0], f.stride[1], within(2), within(3), within(4)};
+}
+
+// Whether every element of an image can be reached from its first by an int.
+inline bool small_images(const Features& f) {
+  const std::int64_t size[3] = {f.D, f.h, f.w};
+  std::int64_t last = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (f.stride[2 + i] < 0 || f.stride[2 + i] > 0x7fffffff) return false;
+    last += (size[i] - 1) * f.stride[2 + i];
+  }
+  return last <= 0x7fffffff;
+}
+
+// Calls f(T()) with the type of features of a dtype.
+template <class F>
+auto with_type(DType dtype, F f) {
+  if (dtype == DType::float16) return f(Half());
+  if (dtype == DType::bfloat16) return f(BFloat16());
+  return f(float());
+}
+
+inline std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int kTilePixels = kWarp;  // a lane for each column of a tile
+constexpr int kTileSide = 6;        // feature locations of a tile along an axis, at most
 // Floats of a map over a tile's locations: row r, column c at kTileSide r + c.
 constexpr int kMap = kTileSide * kTileSide;
-constexpr int kMaxTiles = 400;  // along an axis; they travel as kernel parameters
-// Up to here pixel positions fit into 32 bits.
+constexpr int kMaxTiles = 400;  // along an axis; they are kernel parameters
+// Axes of at most so many pixels and locations have interpolation positions that fit into 32 bits.
 constexpr int kTiledAxis = 1 << 14;
 
-// One axis cut into stretches.
+// One axis cut into segments.
 struct Tiles {
   int count;
-  int windows;   // the most over a stretch
+  int windows;   // the largest number over a segment
   bool between;  // whether any pixel lies between two locations
   std::uint16_t begin[kMaxTiles + 1];
 };
@@ -42,14 +79,19 @@ struct Grid {
   LSLPN_HD int tile_windows() const { return tiles_y.windows * tiles_x.windows; }
 };
 
-// A stretch: its pixels, the feature locations they are interpolated from, the windows over them.
-struct Stretch {
+// A segment: its pixels, the feature locations they are interpolated from, the windows over them.
+struct Segment {
   short pixel, pixels;
   short cell, cells;
   short window, windows;
 };
 
-// Axis::taps in 32 bits, for axes of at most kTiledAxis pixels and cells.
+// begin <= i < end.
+struct Range {
+  int begin, end;
+};
+
+// Axis::taps in 32 bits.
 LSLPN_HD Taps<float> short_taps(const Axis& axis, int pixel) {
   const int position = (2 * pixel + 1) * axis.cells - axis.pixels;
   if (position <= 0) return {0, 0.0f};
@@ -64,7 +106,7 @@ LSLPN_HD int upper_tap(const Axis& axis, int pixel) {
   return taps.lower + (taps.upper > 0 ? 1 : 0);
 }
 
-LSLPN_HD Stretch stretch_of(const Axis& axis, int begin, int end) {
+LSLPN_HD Segment segment_of(const Axis& axis, int begin, int end) {
   const int cell = short_taps(axis, begin).lower;
   const Covering windows = axis.covering(begin);
   return {
@@ -72,17 +114,12 @@ LSLPN_HD Stretch stretch_of(const Axis& axis, int begin, int end) {
       static_cast<short>(cell),          static_cast<short>(upper_tap(axis, end - 1) - cell + 1),
       static_cast<short>(windows.first), static_cast<short>(windows.last - windows.first + 1)};
 }
-LSLPN_HD Stretch stretch(const Axis& axis, const Tiles& tiles, int i) {
-  return stretch_of(axis, tiles.begin[i], tiles.begin[i + 1]);
+LSLPN_HD Segment segment(const Axis& axis, const Tiles& tiles, int i) {
+  return segment_of(axis, tiles.begin[i], tiles.begin[i + 1]);
 }
 
-// A range: begin <= i < end.
-struct Range {
-  int begin, end;
-};
-
-// The stretch that a pixel lies in, found from a guess.
-LSLPN_HD int stretch_at(const Tiles& tiles, int pixel) {
+// The segment that a pixel lies in, searched from an estimate.
+LSLPN_HD int segment_at(const Tiles& tiles, int pixel) {
   const unsigned pixels = tiles.begin[tiles.count];
   int i = static_cast<int>(static_cast<unsigned>(pixel * tiles.count) / pixels);
   while (tiles.begin[i] > pixel) --i;
@@ -90,22 +127,22 @@ LSLPN_HD int stretch_at(const Tiles& tiles, int pixel) {
   return i;
 }
 
-// The stretches of windows first .. last.
-LSLPN_HD Range stretches_of_windows(const Axis& axis, const Tiles& tiles, int first, int last) {
-  return {stretch_at(tiles, axis.start(first)),
-          stretch_at(tiles, axis.start(last) + axis.window - 1) + 1};
+// The segments of windows first .. last.
+LSLPN_HD Range segments_of_windows(const Axis& axis, const Tiles& tiles, int first, int last) {
+  return {segment_at(tiles, axis.start(first)),
+          segment_at(tiles, axis.start(last) + axis.window - 1) + 1};
 }
 
-// The stretches that have any of the locations first .. last.
-LSLPN_HD Range stretches_near(const Axis& axis, const Tiles& tiles, int first, int last) {
-  const auto guess = [&](int cell) {
+// The segments that have any of the locations first .. last.
+LSLPN_HD Range segments_near(const Axis& axis, const Tiles& tiles, int first, int last) {
+  const auto estimate = [&](int cell) {
     const int pixel = static_cast<int>(static_cast<unsigned>(cell * axis.pixels) /
                                        static_cast<unsigned>(axis.cells));
-    return stretch_at(tiles, pixel < axis.pixels ? pixel : axis.pixels - 1);
+    return segment_at(tiles, pixel < axis.pixels ? pixel : axis.pixels - 1);
   };
   const auto lower = [&](int i) { return short_taps(axis, tiles.begin[i]).lower; };
   const auto upper = [&](int i) { return upper_tap(axis, tiles.begin[i + 1] - 1); };
-  int i = guess(first), j = guess(last);
+  int i = estimate(first), j = estimate(last);
   while (i > 0 && upper(i - 1) >= first) --i;
   while (i < tiles.count && upper(i) < first) ++i;
   while (j < tiles.count - 1 && lower(j + 1) <= last) ++j;
@@ -113,15 +150,13 @@ LSLPN_HD Range stretches_near(const Axis& axis, const Tiles& tiles, int first, i
   return {i, j < i ? i : j + 1};
 }
 
-// Begin and end of a block, where `length` is cut into `blocks` that differ by 1 at most.
-LSLPN_HD Range block_of(int length, int blocks, int block) {
-  return {length * block / blocks, length * (block + 1) / blocks};
+// The k-th part, where `length` is cut into parts whose lengths differ by 1 at most.
+LSLPN_HD Range part_of(int length, int parts, int k) {
+  return {length * k / parts, length * (k + 1) / parts};
 }
 
-// ---- on the host ----
-
-// Cuts an axis; false where there is no way. With fewer pixels than locations some of these would
-// lie under no pixel, and what they hold must not show.
+// On the host: cuts an axis; false where it cannot be cut. With fewer pixels than locations some of
+// these would lie under no pixel, and a NaN there must not reach any result.
 inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
   if (axis.pixels < axis.cells) return false;
   if (axis.pixels > kTiledAxis || axis.cells > kTiledAxis || axis.windows > kMaxTiles) return false;
@@ -134,12 +169,13 @@ inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
   cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
   tiles.count = tiles.windows = 0;
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-    // In equal parts, as few as do; a single pixel always does.
+    // As few equal parts as fit; a single pixel always does.
     const int length = cuts[i + 1] - cuts[i];
-    const auto begin = [&](int k, int parts) { return cuts[i] + k * length / parts; };
     const auto fits = [&](int parts) {
       for (int k = 0; k < parts; ++k) {
-        if (stretch_of(axis, begin(k, parts), begin(k + 1, parts)).cells > kTileSide) return false;
+        const Range part = part_of(length, parts, k);
+        const Segment s = segment_of(axis, cuts[i] + part.begin, cuts[i] + part.end);
+        if (s.cells > kTileSide) return false;
       }
       return true;
     };
@@ -147,7 +183,8 @@ inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
     while (!fits(parts)) ++parts;
     if (tiles.count + parts > kMaxTiles) return false;
     for (int k = 0; k < parts; ++k) {
-      tiles.begin[tiles.count++] = static_cast<std::uint16_t>(begin(k, parts));
+      tiles.begin[tiles.count++] =
+          static_cast<std::uint16_t>(cuts[i] + part_of(length, parts, k).begin);
     }
     const Covering windows = axis.covering(cuts[i]);
     tiles.windows = std::max(tiles.windows, windows.last - windows.first + 1);
@@ -156,89 +193,6 @@ inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
   tiles.between = false;
   for (int x = 0; x < axis.pixels; ++x) tiles.between |= short_taps(axis, x).upper > 0;
   return true;
-}
-
-inline bool make_grid(const Axis& y, const Axis& x, Grid& grid) {
-  grid.y = y;
-  grid.x = x;
-  return cut_at_windows(y, grid.tiles_y) && cut_at_windows(x, grid.tiles_x);
-}
-
-// Plans follow from sizes alone and take longer than a launch: a thread keeps those it has made.
-using PlanKey = std::array<std::int64_t, 18>;
-
-inline PlanKey plan_key(const Features& f, const Axis& y, const Axis& x, std::int64_t C,
-                        bool mean = false) {
-  const Device device = this_device();
-  return {f.dtype == DType::float64   ? 8
-          : f.dtype == DType::float32 ? 4
-                                      : 2,
-          C,
-          f.B,
-          f.N,
-          f.D,
-          y.pixels,
-          y.cells,
-          y.window,
-          y.step,
-          y.windows,
-          x.pixels,
-          x.cells,
-          x.window,
-          x.step,
-          x.windows,
-          device.shared_memory,
-          device.workspace,
-          mean};
-}
-
-template <class Plan>
-class Plans {
- public:
-  // Copies the plan for these sizes, or calls `make(plan)`, which says whether there is one.
-  template <class Make>
-  bool find(const PlanKey& key, Plan& plan, Make make) {
-    auto found = known_.find(key);
-    if (found == known_.end()) {
-      Plan made{};
-      const bool possible = make(made);
-      if (known_.size() == kMost) known_.clear();
-      found = known_.emplace(key, possible ? std::optional<Plan>(made) : std::nullopt).first;
-    }
-    if (!found->second) return false;
-    plan = *found->second;
-    return true;
-  }
-
- private:
-  static constexpr std::size_t kMost = 64;  // of some 5 KB
-  std::map<PlanKey, std::optional<Plan>> known_;
-};
-
-// The tiles' maps lie in a workspace, which should not grow with the batch: episodes are taken in
-// chunks.
-struct Chunk {
-  std::int64_t first, episodes;
-};
-
-// How many episodes a chunk has, for `bytes` of workspace an image. All of a chunk take no more
-// than a part of their features, or than some MiB if these are small; but it is one episode at
-// least.
-inline std::int64_t episodes_of_chunk(const Features& f, std::int64_t bytes) {
-  const std::int64_t size = f.dtype == DType::float32 ? 4 : 2;
-  const std::int64_t budget =
-      std::max<std::int64_t>(this_device().workspace, f.B * f.N * f.D * f.h * f.w * size / 12);
-  return std::min(f.B, std::max<std::int64_t>(1, budget / (bytes * f.N)));
-}
-
-// Calls launches(chunk), which returns an error or an empty string, for one chunk after the other.
-template <class F>
-std::string each_chunk(std::int64_t B, std::int64_t episodes, F launches) {
-  for (std::int64_t b = 0; b < B; b += episodes) {
-    const std::string error = launches(Chunk{b, std::min(episodes, B - b)});
-    if (!error.empty()) return error;
-  }
-  return "";
 }
 
 }  // namespace lslpn::cuda

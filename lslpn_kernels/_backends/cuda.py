@@ -3,6 +3,10 @@
 Everything is launched on torch's current stream and allocated with torch, so the calls can be
 captured in a CUDA graph. float32 is calculated in float32, whatever
 `torch.backends.cuda.matmul.allow_tf32` permits.
+
+The kernels take float32 and half precision, images of at least as many pixels as feature locations
+along both axes, and at most 16 windows over a tile. What they do not take is computed by the
+`torch` backend, which follows `allow_tf32`.
 """
 
 from __future__ import annotations
@@ -16,8 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from ..geometry import Axis, GridSpec
-from ..reference import accumulation_dtype
-from . import current_device, gpu_loss, native, winner_dtype
+from . import current_device, gpu_loss, native, through_torch, torch_, winner_dtype
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
 GRAM_MAPS = gpu_loss.GRAM_MAPS
@@ -52,15 +55,17 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def declines(grid: GridSpec, reduce: str) -> bool:
-    """See `Kernels`. The tiled kernels do not take grids of more than four windows over a pixel
-    along an axis, and the plain kernels are slow."""
+    """See `Kernels`. The kernels do not take grids of more than four windows over a pixel along an
+    axis."""
     return grid.spacing < 1 / 3
 
 
-def _call(name: str, device: torch.device, *args: Any) -> None:
-    """A function of the compiled module, with the tensors' device as the current one."""
+def _call(name: str, device: torch.device, *args: Any) -> bool:
+    """A function of the compiled module, with the tensors' device as the current one. Returns
+    whether the kernels take the call."""
     with current_device(device):
-        getattr(native.module()[0], name)(*args)
+        taken: bool = getattr(native.module()[0], name)(*args)
+    return taken
 
 
 def _stream(device: torch.device) -> int:
@@ -104,10 +109,11 @@ def masked_average_pool(
     """See `Kernels`. Kept are the masks at feature resolution, tile by tile."""
     B, K, D, h, w = features.shape
     Gy, Gx = (axis[4] for axis in _axes(grid, *masks.shape[-2:], h, w))
-    dtype, device = accumulation_dtype(features.dtype), features.device
-    prototypes = torch.empty((B, C, Gy, Gx, D), dtype=dtype, device=device)
-    factor = torch.empty((B, K, C, Gy, Gx), dtype=dtype, device=device)
+    prototypes = torch.empty((B, C, Gy, Gx, D), dtype=torch.float32, device=features.device)
+    factor = torch.empty((B, K, C, Gy, Gx), dtype=torch.float32, device=features.device)
     kept = _pool(features, masks, C, prototypes, factor, grid, float(min_pixels))
+    if not kept:
+        return through_torch.masked_average_pool(features, masks, C, grid, min_pixels)
     return prototypes, factor, *kept
 
 
@@ -122,7 +128,8 @@ def masked_average_pool_backward(
 ) -> Tensor:
     """See `Kernels`."""
     grad_features = torch.empty_like(features)
-    _pool(grad_features, masks, C, grad, factor, grid, None, *kept)
+    if not _pool(grad_features, masks, C, grad, factor, grid, None, *kept):
+        return through_torch.masked_average_pool_backward(grad, masks, C, factor, features, grid)
     return grad_features
 
 
@@ -135,11 +142,13 @@ def _pool(
     grid: GridSpec,
     min_pixels: float | None,
     *kept: Tensor,
-) -> list[Tensor]:
-    """Without `min_pixels` features and prototypes are gradients. Returns the workspace, if there
-    was any; `kept` is that of the forward pass."""
+) -> Sequence[Tensor]:
+    """Without `min_pixels` features and prototypes are gradients. Returns the workspace, `kept`
+    where it is given; nothing where the kernels do not take the call."""
+    if features.dtype == torch.float64:
+        return ()
     given: list[Tensor] = []
-    _call(
+    taken = _call(
         "cuda_masked_average_pool",
         features.device,
         to_dlpack(features),
@@ -153,7 +162,7 @@ def _pool(
         (lambda size: to_dlpack(kept[0])) if kept else _allocator(features.device, given),
         bool(kept),
     )
-    return given
+    return (kept or given) if taken else ()
 
 
 def cosine_match(
@@ -165,6 +174,7 @@ def cosine_match(
     winners: bool,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels`."""
     B, Q, _, h, w = features.shape
     (H, W), C, device = size, prototypes.shape[1], features.device
     scores = torch.empty((B, Q, C, H, W), dtype=prototypes.dtype, device=device)
@@ -175,7 +185,9 @@ def cosine_match(
     gram = torch.empty(
         (B, Q, GRAM_MAPS, h, w) if winners else (0,), dtype=prototypes.dtype, device=device
     )
-    _match(features, prototypes, scores, winner, gram, grid, size, reduce, logit_scale)
+    if _match(features, prototypes, scores, winner, gram, grid, size, reduce, logit_scale) is None:
+        scores = logit_scale * torch_.cosine_match(features, prototypes, grid, size, reduce)
+        return scores, winner.zero_(), gram.zero_()
     return scores, winner, gram
 
 
@@ -190,12 +202,16 @@ def cosine_match_backward(
     *gram: Tensor,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
+    """See `Kernels`."""
     grads = torch.empty_like(features), torch.empty_like(prototypes)
-    _match(
-        *(features, prototypes, scores, winners, gram[0] if gram else None, grid),
-        *(scores.shape[-2:], reduce, logit_scale),
-        grads=(to_dlpack(grad), None, *map(to_dlpack, grads)),
+    taken = _match(
+        *(features, prototypes, scores, winners, gram[0], grid, scores.shape[-2:], reduce),
+        *(logit_scale, None, None, (grad, None, *grads)),
     )
+    if taken is None:
+        grads = through_torch.cosine_match_backward(
+            grad, features, prototypes, grid, reduce, logit_scale
+        )
     return grads
 
 
@@ -204,36 +220,43 @@ def _match(
     prototypes: Tensor,
     scores: Tensor,
     winners: Tensor,
-    gram: Tensor | None,
+    gram: Tensor,
     grid: GridSpec,
     size: Sequence[int],
     reduce: str,
     logit_scale: float,
     radial: Tensor | None = None,
-    labels: tuple[Any, Any, int] | None = None,
-    grads: tuple[Any, ...] | None = None,
-) -> list[Tensor]:
-    """Both directions; see the binding. Returns the workspace, if there was any."""
+    labels: tuple[Tensor, Tensor | None, int] | None = None,
+    grads: tuple[Tensor | None, ...] | None = None,
+) -> list[Tensor] | None:
+    """Both directions; see the binding. Returns the workspace, if there was any; None where the
+    kernels do not take the call."""
+    if features.dtype == torch.float64 or winners.dtype != torch.uint8:
+        return None
+
+    def capsule(tensor: Tensor | None) -> Any:
+        return None if tensor is None or not tensor.numel() else to_dlpack(tensor)
+
     given: list[Tensor] = []
-    _call(
+    taken = _call(
         "cuda_cosine_match",
         features.device,
         to_dlpack(features),
         to_dlpack(prototypes),
         to_dlpack(scores),
-        to_dlpack(winners) if winners.numel() else None,
-        None if gram is None or not gram.numel() else to_dlpack(gram),
+        capsule(winners),
+        capsule(gram),
         *_axes(grid, size[0], size[1], *features.shape[-2:]),
         _overlap(grid, size[1]),
         reduce == "mean",
         logit_scale,
         _stream(features.device),
         _allocator(features.device, given),
-        None if radial is None else to_dlpack(radial),
-        labels,
-        grads,
+        capsule(radial),
+        labels and (*map(capsule, labels[:2]), labels[2]),
+        grads and tuple(map(capsule, grads)),
     )
-    return given
+    return given if taken else None
 
 
 def cosine_match_loss(
@@ -252,12 +275,11 @@ def cosine_match_loss(
     H, W = labels.shape[2:]
     kept = gpu_loss.kept(features, prototypes, grid, (H, W), reduce)
     _, slopes, radial, winners, gram = kept
-    sums: list[Tensor] = []  # of each tile; none where the tiled kernels do not take the call
+    sums = None  # of each tile
     if slopes.numel():
-        of_labels = (to_dlpack(labels), None if weight is None else to_dlpack(weight), ignore_index)
         sums = _match(
             *(features, prototypes, slopes, winners, gram, grid, (H, W), reduce, logit_scale),
-            *(radial, of_labels),
+            *(radial, (labels, weight, ignore_index)),
         )
     if sums:
         loss = gpu_loss.finish(sums[0].view(torch.float32), kept)
@@ -284,17 +306,15 @@ def cosine_match_loss_backward(
     """See `Kernels`."""
     total, slopes, radial, winners, gram = kept
     grads = torch.empty_like(features), torch.empty_like(prototypes)
-    if not slopes.numel() or not _match(
-        *(features, prototypes, slopes, winners, gram, grid, size, reduce, logit_scale, radial),
-        grads=(to_dlpack(grad), to_dlpack(total), *map(to_dlpack, grads)),
-    ):
-        scores, winners, gram = cosine_match(
-            features, prototypes, grid, size, reduce, True, logit_scale=logit_scale
+    taken = None
+    if slopes.numel():
+        taken = _match(
+            *(features, prototypes, slopes, winners, gram, grid, size, reduce, logit_scale),
+            *(radial, None, (grad, total, *grads)),
         )
-        to_scores = gpu_loss.of_scores(grad, kept)
-        grads = cosine_match_backward(
-            *(to_scores, features, prototypes, scores, winners, grid, reduce, gram),
-            logit_scale=logit_scale,
+    if taken is None:
+        grads = through_torch.cosine_match_backward(
+            gpu_loss.of_scores(grad, kept), features, prototypes, grid, reduce, logit_scale
         )
     first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
     return first, second

@@ -45,6 +45,7 @@ class _Tables:
     lower_square: Tensor  # [n] squared weight of the lower tap
     upper_square: Tensor  # [n] squared weight of the upper tap
     cross: Tensor  # [n] product of the two weights
+    touched: Tensor | None  # [cells] whether a pixel has a tap there; None where all may have one
 
 
 def _constant(pixels: int, cells: int) -> tuple[int, int]:
@@ -108,6 +109,10 @@ def _make_tables(
     member = (first <= torch.arange(axis.windows)) & (torch.arange(axis.windows) <= last)
     place = torch.empty(axis.pixels, dtype=torch.long)
     place[pixel.flatten()[inside.flatten()]] = torch.arange(S * T)[inside.flatten()]
+    touched = None
+    if axis.pixels < axis.cells:
+        touched = torch.zeros(axis.cells, dtype=torch.bool)
+        touched[torch.cat((low, low[up > 0] + 1))] = True
     return _Tables(
         pixel=pixel.to(device),
         inside=inside.to(device, dtype),
@@ -122,14 +127,29 @@ def _make_tables(
         lower_square=((1 - up) ** 2).to(device, dtype),
         upper_square=(up**2).to(device, dtype),
         cross=(up * (1 - up)).to(device, dtype),
+        touched=None if touched is None else touched.to(device),
     )
 
 
-@without_autocast
+def _touched(features: Tensor, y: _Tables, x: _Tables) -> Tensor:
+    """Features with 0 at the locations that lie under no pixel, whatever they hold."""
+    if y.touched is not None:
+        features = torch.where(y.touched[:, None], features, 0)
+    return features if x.touched is None else torch.where(x.touched, features, 0)
+
+
 def masked_average_pool(
     features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float = 0
 ) -> Tensor:
     """See `lslpn_kernels.masked_average_pool`."""
+    return pool_with_factor(features, masks, grid, min_pixels)[0]
+
+
+@without_autocast
+def pool_with_factor(
+    features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float
+) -> tuple[Tensor, Tensor]:
+    """Prototypes, and the factor as `Kernels` has it."""
     B, K, D, h, w = features.shape
     C, H, W = masks.shape[2:]
     dtype = accumulation_dtype(features.dtype)
@@ -145,7 +165,8 @@ def masked_average_pool(
     # Columns spread out to the full width w, so that all tiles of a row share one product.
     spread = weights.new_zeros(B, K, C, Sy, Sx, Ry, w)
     spread.scatter_add_(-1, x.cell[:, None].expand(B, K, C, Sy, Sx, Ry, Rx), weights)
-    rows = features.to(dtype).permute(0, 1, 3, 4, 2)[:, :, y.cell]  # [B, K, Sy, Ry, w, D]
+    features = _touched(features.to(dtype), y, x)
+    rows = features.permute(0, 1, 3, 4, 2)[:, :, y.cell]  # [B, K, Sy, Ry, w, D]
     total = torch.matmul(
         spread.transpose(2, 3).reshape(B, K, Sy, C * Sx, Ry * w),
         rows.reshape(B, K, Sy, Ry * w, D),
@@ -156,8 +177,8 @@ def masked_average_pool(
     total = torch.einsum("bkycxd,gy->bkgcxd", total, y.member)
     total = torch.einsum("bkgcxd,jx->bkcgjd", total, x.member)
     enough = n > min_pixels
-    scale = torch.where(enough, 1 / torch.where(enough, n, 1), 0)[..., None] / K
-    return torch.where(enough[..., None], total * scale, 0).sum(1)
+    factor = torch.where(enough, 1 / torch.where(enough, n, 1), 0) / K
+    return torch.where(enough[..., None], total * factor[..., None], 0).sum(1), factor
 
 
 @without_autocast
@@ -178,7 +199,7 @@ def cosine_match(
     (Sy, Ly), (Sx, Lx) = y.window.shape, x.window.shape
     Ty, Ry = y.weight.shape[1:]
     Tx = x.weight.shape[1]
-    features = features.to(dtype)
+    features = _touched(features.to(dtype), y, x)
     directions = unit(prototypes.to(dtype), -1).transpose(1, 2)  # [B, Gy, C, Gx, D]
     located = features.permute(0, 1, 3, 4, 2)  # [B, Q, h, w, D]
 

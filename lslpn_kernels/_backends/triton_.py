@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import GridSpec
-from . import current_device, gpu_loss, mask_kind, torch_, winner_dtype
+from . import current_device, gpu_loss, mask_kind, through_torch, torch_, winner_dtype
 from .triton_geometry import STRIP, Geometry
 from .triton_geometry import geometry as _geometry
 from .triton_launch import Launch
@@ -176,7 +176,8 @@ class _Pool:
             "LONG": long,
             "DOT": _dot(features.dtype),
         }
-        BD = _power(D, 16, 128 if min_pixels is None else 256)
+        # Channels last, with more in the backward direction, registers spill.
+        BD = _power(D, 16, 128 if min_pixels is None and strides[2] == 1 else 256)
         if min_pixels is None:
             row_blocks, column_blocks = -(-h // _BI), -(-w // _BJ)
             self.back = Launch(
@@ -188,7 +189,7 @@ class _Pool:
                     "EVEN": D % BD == 0,
                     "BI": _BI,
                     "BJ": _BJ,
-                    "BN": 32,
+                    "BN": 16,
                     "BD": BD,
                     **common,
                 },
@@ -553,7 +554,7 @@ class _MatchBack:
         groups_y, groups_x = -(-Gy // GY), -(-Gx // GX)
         groups = groups_y * groups_x * -(-C * GY * GX // BN)
         BD = _power(D, 16, 256)
-        full = features.dtype == torch.float32
+        few = features.dtype != torch.bfloat16
         self.splits = _splits(B * groups, Q)
         self.shape = (self.splits, B, C, Gy, Gx, D)
         self.back = Launch(
@@ -577,7 +578,7 @@ class _MatchBack:
                 "BI": _BI,
                 "BJ": _BJ,
                 "BN": 32,
-                "BD": _power(D, 16, 64 if full else 128),  # with more, registers spill
+                "BD": _power(D, 16, 64 if few else 128),  # with more, registers spill
                 "GATHER_BD": BD,
                 "REACH": (rows.near_pieces, columns.near_pieces),
                 "PLACES": reduce == "max",
@@ -602,7 +603,9 @@ def cosine_match_backward(
     """See `Kernels`."""
     images = _images_of(features, prototypes, grid, scores.shape[3:], reduce)
     if not images:
-        return _match_back_torch(logit_scale * grad, features, prototypes, grid, reduce)
+        return through_torch.cosine_match_backward(
+            grad, features, prototypes, grid, reduce, logit_scale
+        )
     kept = (grad, scores, winners, gram[0])
     return _match_back_in_parts(images, kept, features, prototypes, grid, reduce, logit_scale)
 
@@ -667,18 +670,6 @@ def _match_back(
         return to_prototypes.sum(0) if plan.splits > 1 else to_prototypes[0]
 
 
-def _match_back_torch(
-    grad: Tensor, features: Tensor, prototypes: Tensor, grid: GridSpec, reduce: str
-) -> tuple[Tensor, Tensor]:
-    """Where thousands of windows lie over a pixel: recomputed by the `torch` backend."""
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (features, prototypes)]
-        H, W = grad.shape[3:]
-        scores = torch_.cosine_match(inputs[0], inputs[1], grid, (H, W), reduce)
-        to_features, to_prototypes = torch.autograd.grad(scores, inputs, grad)
-    return to_features, to_prototypes
-
-
 # The loss
 
 
@@ -737,7 +728,8 @@ def cosine_match_loss_backward(
             (grad, total),
         )
     else:
-        to_scores = logit_scale * gpu_loss.of_scores(grad, kept)
-        grads = _match_back_torch(to_scores, features, prototypes, grid, reduce)
+        grads = through_torch.cosine_match_backward(
+            gpu_loss.of_scores(grad, kept), features, prototypes, grid, reduce, logit_scale
+        )
     first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
     return first, second

@@ -429,7 +429,7 @@ def test_a_driver_that_refuses_the_kernels_sends_auto_to_the_next_backend(
         hooks.forget()
 
 
-def test_auto_leaves_to_others_what_only_the_plain_kernels_take(
+def test_auto_leaves_to_others_what_the_kernels_do_not_take(
     kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def chosen(grid: GridSpec, reduce: str) -> str:

@@ -200,9 +200,7 @@ def test_triton_golden(triton: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("where", SPOILT)
 def test_triton_not_finite(triton: Callable[..., Any], where: str) -> None:
-    """Pooled prototypes, scores and the gradient of prototypes are not finite where the equations
-    have it so, and right elsewhere. In gradients of features there is more that is not: a product
-    takes the windows near a block of locations for all of these."""
+    """Results are not finite where the equations have it so, and right elsewhere."""
     case = NotFinite(where, torch.float32, "max")
     for value in (torch.nan, torch.inf):
         case.spoil(value)
@@ -210,11 +208,9 @@ def test_triton_not_finite(triton: Callable[..., Any], where: str) -> None:
         with triton(90):
             found = case.results("triton")
         for name, wanted in expected.items():
-            good, finite = wanted.isfinite(), found[name].isfinite()
-            assert not (finite & ~good).any(), name
-            if name not in ("grad_support", "grad_query"):
-                assert torch.equal(finite, good), name
-            assert (found[name] - wanted)[finite].norm() < 1e-5 * wanted[finite].norm(), name
+            good = wanted.isfinite()
+            assert torch.equal(found[name].isfinite(), good), name
+            assert (found[name] - wanted)[good].norm() < 1e-5 * wanted[good].norm(), name
 
 
 # ---- how much is executed ----

@@ -31,6 +31,8 @@ from .shared import (
     look_weight,
     one,
     part_of,
+    product_one_by_one,
+    spoilt,
     tile_columns,
     wide,
 )
@@ -186,6 +188,9 @@ def match_weights_kernel(
         sums = tl.join(here.reshape((R, T_X)), maps).permute(2, 0, 1).reshape((2 * R, T_X))
         classes = dot(sums, interpolate, DOT)
         maps = dot(sums, pairs, DOT)
+        if spoilt(classes):
+            classes = product_one_by_one(sums, interpolate)
+            maps = product_one_by_one(sums, pairs)
         r = tl.arange(0, 2 * R)
         block = (first + r // PB) * P + first_place + r % PB
         used = (r < R) & (first + r // PB < C) & (first_place + r % PB < P)

@@ -29,6 +29,7 @@ from .shared import (
     load_features,
     look,
     one,
+    spoilt,
     wide,
     window_of,
     windows_near,
@@ -87,13 +88,6 @@ def _near(axes, window, cell):
 
 
 @triton.jit
-def _spoilt(x):
-    """Whether there is a NaN or an infinity: 0 times these would spoil what has no part in them, so
-    that the sum is then taken term by term."""
-    return tl.sum(x * 0) != 0
-
-
-@triton.jit
 def group_of(
     axes, pid, groups_x, groups_y, C, Gy, Gx, GY: tl.constexpr, GX: tl.constexpr, BN: tl.constexpr
 ):
@@ -137,7 +131,7 @@ def gather(
             axes, tiles, block, window, (i, j), (BN, M), REACH, OX, PLACES, LONG
         )
         acc += dot(tl.where(inside[None, :], weight, 0.0), f, DOT)
-    if _spoilt(acc):
+    if spoilt(acc):
         acc = tl.zeros((BN, BD), tl.float32)
         for n in range(count):
             i = region[0] + n // width + tl.zeros((1,), tl.int32)
@@ -199,14 +193,68 @@ def _windows(
     REACH: tl.constexpr, OX: tl.constexpr, PLACES: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Of the windows near a block, those from the `first` on: their weights times coefficients,
-    their numbers among all, and which there are."""
+    their numbers among all, and which there are; of a single one, the locations that it has a part
+    in, [1, locations]."""
     n = first + tl.arange(0, SHAPE[0])
     used = n < shape[0] * near[2] * near[3]
     c, my, mx = window_of(n, near[0], near[1], near[2], near[3])
     row = wide((c * shape[4] + my) * shape[5] + mx, LONG)
     my = tl.where(used, my, -1)
     weight = region_weights(axes, tiles, c * P, (my, mx), cell, SHAPE, REACH, OX, PLACES, LONG)
-    return weight * tl.load(coefficients + row, mask=used, other=0.0)[:, None], row, used
+    coefficient = tl.load(coefficients + row, mask=used, other=0.0)[:, None]
+    if SHAPE[0] == 1:
+        used = _near(axes, (my, mx), cell) & (coefficient != 0)
+    return weight * coefficient, row, used
+
+
+@triton.jit
+def _one_by_one(
+    axes, tiles, vectors, coefficients, shape, near, cell, ring, corner, features, start,
+    STRIDES: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr, BJ: tl.constexpr,
+    SHAPE: tl.constexpr, REACH: tl.constexpr, OX: tl.constexpr, PLACES: tl.constexpr,
+    GRAM: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """The sums of `scatter`, SHAPE [locations, channels], without the terms that have no part in
+    them."""
+    d = tl.arange(0, SHAPE[1])
+    acc = tl.zeros(SHAPE, tl.float32)
+    for n in range(shape[0] * near[2] * near[3]):
+        weight, row, has_part = _windows(
+            *(axes, tiles, coefficients, shape, near, n, cell),
+            *(P, (1, SHAPE[0]), REACH, OX, PLACES, LONG),
+        )
+        at = (vectors + row * shape[1] + start)[:, None] + d[None, :]
+        vector = tl.load(at, mask=(start + d < shape[1])[None, :], other=0.0)
+        acc += tl.where(tl.trans(has_part), tl.trans(weight) * vector, 0.0)
+    if GRAM:
+        K: tl.constexpr = ring.shape[1]
+        for n in range(K):
+            weight = tl.sum(tl.where(tl.arange(0, K)[None, :] == n, ring, 0.0), 1)[:, None]
+            at = _around(corner, shape, n + tl.zeros((1,), tl.int32), STRIDES, BJ, LONG)
+            f = load_features(features + at, start, shape[1], STRIDES, EVEN, SHAPE[1], LONG)
+            acc += tl.where(weight != 0, weight * f.to(tl.float32), 0.0)
+    return acc
+
+
+@triton.jit
+def _around(corner, shape, n, STRIDES: tl.constexpr, BJ: tl.constexpr, LONG: tl.constexpr):
+    """Where the n-th location around a block lies in memory; beyond the image, where there is
+    nothing to weigh, any other."""
+    i = tl.minimum(tl.maximum(corner[0] - 1 + n // (BJ + 2), 0), shape[2] - 1)
+    j = tl.minimum(tl.maximum(corner[1] - 1 + n % (BJ + 2), 0), shape[3] - 1)
+    return wide(i, LONG) * STRIDES[1] + wide(j, LONG) * STRIDES[2]
+
+
+@triton.jit
+def _store(
+    to, value, start, D, inside, TO_STRIDES: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr,
+    LONG: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BD)
+    at = to + tl.cast(start, tl.int64) * TO_STRIDES[0]
+    at = at[:, None] + (wide(d, LONG) * TO_STRIDES[0])[None, :]
+    mask = inside[:, None] & ((start + d < D) | EVEN)[None, :]
+    tl.store(at, value.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -242,15 +290,14 @@ def scatter(
             axes, tiles, C * P, (corner[0] - 1, corner[1] - 1), (h, w), K, BJ + 2, REACH, LONG
         )
         ring = _ring(stencil, BI, BJ, K)
-        # Beyond the edges there is nothing to weigh: any location will do.
-        n = tl.arange(0, K)
-        around_i = tl.minimum(tl.maximum(corner[0] - 1 + n // (BJ + 2), 0), h - 1)
-        around_j = tl.minimum(tl.maximum(corner[1] - 1 + n % (BJ + 2), 0), w - 1)
-        around = features + wide(around_i, LONG) * STRIDES[1] + wide(around_j, LONG) * STRIDES[2]
+        around = features + _around(corner, shape, tl.arange(0, K), STRIDES, BJ, LONG)
+    else:
+        ring = 0
     near = (y_first, x_first, y_windows, x_windows)
     weight, row, used = _windows(
         axes, tiles, coefficients, shape, near, 0, (i, j), P, (BN, M), REACH, OX, PLACES, LONG
     )
+    mend = False
     for start in range(0, D, BD):
         d = tl.arange(0, BD)
         there = ((start + d < D) | EVEN)[None, :]
@@ -268,6 +315,14 @@ def scatter(
         if GRAM:
             f = load_features(around, start, D, STRIDES, EVEN, BD, LONG)
             acc += dot(ring, f, DOT)
-        at = to + tl.cast(start, tl.int64) * TO_STRIDES[0]
-        at = at[:, None] + (wide(d, LONG) * TO_STRIDES[0])[None, :]
-        tl.store(at, acc.to(to.dtype.element_ty), mask=inside[:, None] & there)
+        _store(to, acc, start, D, inside, TO_STRIDES, EVEN, BD, LONG)
+        mend |= spoilt(acc)
+    if mend:
+        tl.debug_barrier()  # other threads write here what was written above
+        FEW: tl.constexpr = 16  # channels, so that no register is spilled
+        for start in range(0, D, FEW):
+            exact = _one_by_one(
+                axes, tiles, vectors, coefficients, shape, near, (i, j), ring, corner, features,
+                start, STRIDES, EVEN, P, BJ, (M, FEW), REACH, OX, PLACES, GRAM, LONG,
+            )  # fmt: skip
+            _store(to, exact, start, D, inside, TO_STRIDES, EVEN, FEW, LONG)

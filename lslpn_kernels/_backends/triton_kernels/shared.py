@@ -93,6 +93,26 @@ def dot(a, b, DOT: tl.constexpr):
 
 
 @triton.jit
+def spoilt(x):
+    """Whether there is a NaN or an infinity: 0 times these would spoil what has no part in them, so
+    that the sum is then taken term by term."""
+    return tl.sum(x * 0) != 0
+
+
+@triton.jit
+def product_one_by_one(a, b):
+    """``a @ b`` without the terms in which b is 0."""
+    N: tl.constexpr = b.shape[1]
+    result = tl.zeros((a.shape[0], N), tl.float32)
+    for n in range(N):
+        here = tl.arange(0, N)[None, :] == n
+        column = tl.sum(tl.where(here, b, 0.0), 1)[None, :]
+        sums = tl.sum(tl.where(column != 0, a * column, 0.0), 1)
+        result = tl.where(here, sums[:, None], result)
+    return result
+
+
+@triton.jit
 def load_features(
     at,
     start,

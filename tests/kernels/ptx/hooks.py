@@ -78,8 +78,8 @@ def cuda(module: Module) -> Iterator[None]:
     """`backend="cuda"` takes its kernels from a module."""
     watched = _Watched(module)
 
-    def call(name: str, device: object, *arguments: Any) -> None:
-        getattr(watched, name)(*arguments)
+    def call(name: str, device: object, *arguments: Any) -> Any:
+        return getattr(watched, name)(*arguments)
 
     with (
         patch.object(cuda_backend, "unavailable", lambda device: None),
