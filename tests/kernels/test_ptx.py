@@ -289,6 +289,22 @@ def execute(
         machine.forget_memory()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_arithmetic_of_two_widths(dtype: torch.dtype) -> None:
+    kind = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
+    given = torch.arange(-32, 32) / 7
+    data = given.numpy().copy()
+    execute(
+        "mul.wide.u32 %d2, %r1, 4; add.s64 %d2, %d1, %d2; ld.global.b32 %r5, [%d2];"
+        f"cvt.rn.{kind}.f32 %h1, %r5; fma.rn.f32.{kind} %r6, %h1, %h1, %r5;"
+        f"add.f32.{kind} %r6, %h1, %r6; sub.rn.f32.{kind} %r6, %h1, %r6; st.global.b32 [%d2], %r6;",
+        data,
+    )
+    half = given.to(dtype).float()
+    product = (half.double() ** 2 + given.double()).float()
+    np.testing.assert_array_equal(data, half - (half + product))
+
+
 # The place of a thread in shared memory, and of its neighbour in the other warp and in its own.
 PLACES = "shl.b32 %r2, %r1, 2; xor.b32 %r3, %r2, 128; xor.b32 %r4, %r2, 4; "
 

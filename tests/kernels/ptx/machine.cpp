@@ -479,6 +479,14 @@ void pairs_of_floats(Table& t) {
           both(a, b, e, [](float x, float y, float z) { return std::fma(x, y, z); }));
 }
 
+// Factors and summands of half the width, for GPUs of compute capability 10.0 and later.
+template <float (*wide)(u16)>
+void mixed_floats(Table& t, const std::string& type) {
+  BINARY("add.f32." + type, float, u16, float, wide(a) + b);
+  BINARY("sub.f32." + type, float, u16, float, wide(a) - b);
+  TERNARY("fma.f32." + type, float, u16, u16, float, std::fma(wide(a), wide(b), e));
+}
+
 void approximations(Table& t) {
   BINARY("div.full.f32", float, float, float, a / b);
   BINARY("div.approx.f32", float, float, float, a / b);
@@ -1428,6 +1436,8 @@ const Table& table() {
     floats<float>(t, "f32");
     floats<double>(t, "f64");
     pairs_of_floats(t);
+    mixed_floats<half_to_float>(t, "f16");
+    mixed_floats<bfloat_to_float>(t, "bf16");
     approximations(t);
     conversions(t);
     shuffles_of_bits(t);

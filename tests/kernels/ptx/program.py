@@ -417,11 +417,14 @@ class Program:
             widths[2] = 4
         elif opcode in ("popc", "clz"):
             widths[0] = 4
+        elif parts[-2] == "f32":  # sums of floats, of factors of half the width
+            widths[0] = widths[-1] = 4
         if opcode in ("mov", "and", "or", "xor", "not", "shl") and width > 1:
             parts = [opcode, f"b{8 * width}"]
         elif opcode == "shr" and type_[0] == "b":
             parts = [opcode, f"u{8 * width}"]
-        elif type_ in ("f32", "f64", "f32x2") and "rn" in parts:  # what they do anyway
+        elif ("f32" in parts[-2:] or type_ in ("f64", "f32x2")) and "rn" in parts:
+            # What they do anyway.
             parts = [part for part in parts if part != "rn"]
         slots = [self._operand(o, w) for o, w in zip(operands, widths, strict=True)]
         return Instruction(".".join(parts), "", operands=slots)
