@@ -132,8 +132,8 @@ def launch_variant(variant: str) -> None:
         features = torch.empty(B, K, h, h, D, dtype=dtype).movedim(-1, 2)
     masks = torch.empty(B, K, C - 1, H, H, dtype=torch.bool)  # the background is derived
 
-    prototypes, factor = triton_.masked_average_pool(features, masks, C, grid, 0.0)
-    triton_.masked_average_pool_backward(prototypes, masks, C, factor, features, grid)
+    prototypes, factor, *kept = triton_.masked_average_pool(features, masks, C, grid, 0.0)
+    triton_.masked_average_pool_backward(prototypes, masks, C, factor, features, grid, *kept)
     if "loss" in options:
         labels = torch.empty(B, K, H, H, dtype=torch.uint8)
         choice = (grid, reduce, (True, True))

@@ -225,8 +225,9 @@ class _Pool:
 
 def masked_average_pool(
     features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
-) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
+) -> tuple[Tensor, ...]:
+    """See `Kernels`. Kept are the masks' weights at feature locations, where they fit into one
+    workspace."""
     B, K, _, h, w = features.shape
     H, W = masks.shape[-2:]
     geometry = _geometry(grid, H, W, h, w)
@@ -236,17 +237,19 @@ def masked_average_pool(
         masks = masks.view(torch.uint8)
     episodes = max(1, WORKSPACE // (4 * K * geometry.pool_weights(C)))
     if episodes >= B:
-        return _pool(features, masks, C, grid, min_pixels, factor), factor
-    prototypes = [
-        _pool(features[part], masks[part], C, grid, min_pixels, factor[part])
+        prototypes, weights = _pool(features, masks, C, grid, min_pixels, factor)
+        return prototypes, factor, weights
+    parts = [
+        _pool(features[part], masks[part], C, grid, min_pixels, factor[part])[0]
         for part in _parts(B, episodes)
     ]
-    return torch.cat(prototypes), factor
+    return torch.cat(parts), factor
 
 
 def _pool(
     features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float, factor: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Prototypes, and the masks' weights."""
     with current_device(features.device):
         plan = _plan(
             (
@@ -261,11 +264,17 @@ def _pool(
         counts = features.new_empty(plan.counts, dtype=torch.float32)
         plan.weights(masks, weights, counts, plan.table)
         plan.sums(weights, counts, features, prototypes, factor, plan.table)
-        return prototypes.sum(0) if plan.splits > 1 else prototypes[0]
+        return prototypes.sum(0) if plan.splits > 1 else prototypes[0], weights
 
 
 def masked_average_pool_backward(
-    grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
+    grad: Tensor,
+    masks: Tensor,
+    C: int,
+    factor: Tensor,
+    features: Tensor,
+    grid: GridSpec,
+    *kept: Tensor,
 ) -> Tensor:
     """See `Kernels`."""
     B, K, _, h, w = features.shape
@@ -276,7 +285,7 @@ def masked_average_pool_backward(
     result = torch.empty_like(features)
     episodes = max(1, WORKSPACE // (4 * K * geometry.pool_weights(C)))
     if episodes >= B:
-        _pool_back(grad, masks, C, factor, result, grid)
+        _pool_back(grad, masks, C, factor, result, grid, *kept)
     else:
         for part in _parts(B, episodes):
             _pool_back(grad[part], masks[part], C, factor[part], result[part], grid)
@@ -284,7 +293,13 @@ def masked_average_pool_backward(
 
 
 def _pool_back(
-    grad: Tensor, masks: Tensor, C: int, factor: Tensor, result: Tensor, grid: GridSpec
+    grad: Tensor,
+    masks: Tensor,
+    C: int,
+    factor: Tensor,
+    result: Tensor,
+    grid: GridSpec,
+    weights: Tensor | None = None,
 ) -> None:
     with current_device(result.device):
         plan = _plan(
@@ -295,9 +310,10 @@ def _pool_back(
             (grad, masks, factor, result),
             lambda: _Pool(result, masks, C, grid, None),
         )
-        weights = result.new_empty(plan.size, dtype=torch.float32)
-        counts = result.new_empty(plan.counts, dtype=torch.float32)
-        plan.weights(masks, weights, counts, plan.table)
+        if weights is None:
+            weights = result.new_empty(plan.size, dtype=torch.float32)
+            counts = result.new_empty(plan.counts, dtype=torch.float32)
+            plan.weights(masks, weights, counts, plan.table)
         plan.back(weights, grad, factor, result, plan.table)
 
 
