@@ -162,7 +162,7 @@ def train(
                         callback(done, loss, lr)
                 pending, since, waited = [], now, 0.0
             if saving and processes.first:
-                _check_weights(model, done)
+                _check_finite(model, done)
                 state = model.state_dict(), optimizer.state_dict()
                 save_checkpoint(file, Checkpoint(config, done, *state, data, versions()))
             if saving:
@@ -331,7 +331,7 @@ def _finite(pending: list[Tensor], step: int, file: Path, processes: World) -> f
     return loss
 
 
-def _check_weights(model: FewShotNetwork, step: int) -> None:
+def _check_finite(model: FewShotNetwork, step: int) -> None:
     """A finite loss does not vouch for the update that came after it."""
     if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
         raise InputError(

@@ -237,18 +237,20 @@ def torch_device(name: str) -> torch.device:
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = InputError(f"--device: expected auto, cpu or cuda[:N], got {name!r}")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")  # refused, as every other type
+    except RuntimeError as error:
+        raise wrong from error
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected auto, cpu or cuda[:N], got {name!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(
-            f"--device: {name} is not there, torch finds {count} GPUs; take cpu, or see `lslpn "
-            "info`"
-        )
+        raise wrong
+    if device.type == "cuda":  # on the CPU, nothing asks for GPUs
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(
+                f"--device: {name} is not there, torch finds {count} GPUs; "
+                "take cpu, or see `lslpn info`"
+            )
     return device
 
 

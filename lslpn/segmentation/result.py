@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from .why import Why
 
-LOW_CONFIDENCE = 0.5  # check an organ below
+_LOW_CONFIDENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,5 +42,9 @@ class Segmentation:
     @property
     def doubtful(self) -> list[int]:
         """Labels that were found with a confidence below 0.5: check these organs."""
-        confidence = self.confidence or {}
-        return [label for label, sure in confidence.items() if 0 < sure < LOW_CONFIDENCE]
+        return doubtful(self.confidence or {})
+
+
+def doubtful(confidence: Mapping[int, float]) -> list[int]:
+    """Labels with a confidence below 0.5 that were found, those not found having 0."""
+    return [label for label, sure in confidence.items() if 0 < sure < _LOW_CONFIDENCE]

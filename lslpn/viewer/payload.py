@@ -15,7 +15,7 @@ from ..data.intensities import interpret
 from ..data.volumes import Volume
 from ..errors import InputError
 from ..evaluation.overlay import colour
-from ..segmentation.result import LOW_CONFIDENCE
+from ..segmentation.result import doubtful
 
 if TYPE_CHECKING:
     from ..segmentation.why import Why
@@ -91,9 +91,8 @@ def contents(
         }
         for rank, value in enumerate(values.tolist(), 1)
     ]
-    doubtful = [o["name"] for o in organs if 0 < (o["confidence"] or 0) < LOW_CONFIDENCE]
-    if doubtful:
-        notes.append(f"Low confidence, check these organs: {', '.join(doubtful)}.")
+    if unsure := [o["name"] for o in organs if o["value"] in doubtful(confidence)]:
+        notes.append(f"Low confidence, check these organs: {', '.join(unsure)}.")
     if not layers:
         notes.append("No labels were given: the scan alone is shown.")
     for name, one in counts.items():

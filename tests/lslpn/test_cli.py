@@ -16,10 +16,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from synthetic import synthetic_ct, write_nifti
 
 from lslpn import pretrained, save_weights
 from lslpn.cli import main
+from lslpn.cli.options import torch_device
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -788,3 +790,11 @@ def test_segment_reports_assumptions_and_an_empty_result(tmp_path: Path, run: Ru
     assert code == 0
     assert "note: grey.nii.gz: not taken for CT in HU, while a.nii.gz is" in err
     assert ("note: grey.nii.gz: nothing was found" in err) == (out.count(": not found") == 3)
+
+
+def test_the_cpu_is_taken_without_a_look_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked() -> bool:
+        raise AssertionError("looked for a GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", looked)
+    assert torch_device("cpu") == torch.device("cpu")
