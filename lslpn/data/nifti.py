@@ -18,6 +18,9 @@ from ..errors import InputError
 
 # The qform is rounded more, as quaternions: sform and qform differ beyond so many voxels.
 _FORMS_TOLERANCE = 0.5
+# Millimetres in the header's other units of length: metres and microns.
+_UNITS_MM = {1: 1e3, 3: 1e-3}
+_PLAUSIBLE_MM = (0.01, 100.0)  # voxels of a scan, from micro-CT to a localiser
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Grid:
     Attributes:
         shape: voxels along the file's own three axes.
         affine: float64 [4, 4], voxel indices to millimetres (RAS+).
-        header: the file's header, NIfTI-1 or NIfTI-2.
+        header: the file's header, NIfTI-1 or NIfTI-2; its own affine may be in metres or microns.
         path: where it was read from; for messages.
     """
 
@@ -78,7 +81,7 @@ def array_of(
     affine, header = _affine(path, image), image.header.copy()
     if not np.array_equal(header.get_best_affine(), affine):
         header["sform_code"] = 0  # it is singular, and nibabel would prefer it all the same
-    return array, Grid(shape, affine, header, path)
+    return array, Grid(shape, _in_mm(path, affine, header), header, path)
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -164,6 +167,36 @@ def _affine(path: Path, image: nib.Nifti1Image) -> np.ndarray:
     if said:
         warnings.warn(f"{path.name}: {said}", stacklevel=4)
     return affine
+
+
+def _in_mm(path: Path, affine: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
+    """The affine in millimetres, by the header's unit of length.
+
+    Many tools ignore the unit, and some write a wrong one: a unit is disregarded if voxels would
+    have an implausible size in it but not in millimetres.
+    """
+    low, high = _PLAUSIBLE_MM
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    factor = _UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)
+    in_unit, in_mm = (low <= size.min() and size.max() <= high for size in (sizes * factor, sizes))
+    shown = " x ".join(f"{size:.3g}" for size in sizes * factor)
+    if factor != 1 and in_mm and not in_unit:
+        unit = "metres" if factor > 1 else "microns"
+        warnings.warn(
+            f"{path.name}: its header gives lengths in {unit}, so that voxels would be {shown} mm; "
+            "they are taken for millimetres",
+            stacklevel=4,
+        )
+        factor = 1.0
+    elif not in_unit:
+        warnings.warn(
+            f"{path.name}: its voxels are {shown} mm, which no scan of a patient has; check the "
+            "voxel sizes and the unit of length in its header",
+            stacklevel=4,
+        )
+    scaled = affine.copy()
+    scaled[:3] *= factor
+    return scaled
 
 
 def _form(get: Callable[..., tuple[np.ndarray | None, int]]) -> np.ndarray | None:

@@ -330,7 +330,7 @@ def _native_image(data: np.ndarray, grid: Grid, header: nib.Nifti1Header) -> nib
     header.set_data_dtype(data.dtype)
     header.set_slope_inter(1, 0)
     two = isinstance(header, nib.Nifti2Header)
-    return (nib.Nifti2Image if two else nib.Nifti1Image)(native, grid.affine, header)
+    return (nib.Nifti2Image if two else nib.Nifti1Image)(native, header.get_best_affine(), header)
 
 
 def _to_display(grid: Grid) -> np.ndarray:

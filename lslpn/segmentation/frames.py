@@ -36,6 +36,7 @@ from ..errors import InputError
 _WIDE_MM = 300.0  # patients narrower than this are scaled up to it
 FIELD_MM = 360.0  # what `ModelConfig.size` pixels show of a patient
 SLICE_MM = 5.0  # slices that lie closer are resampled to this
+_LARGEST_MM = (3000.0, 1200.0, 1200.0)  # no scan of a patient is larger: z, y, x
 _LARGEST = 1.5  # a side has at most this many times `size` pixels
 _SOFT_HU = 25.0  # soft tissue has more, fat and air have less
 _BRIGHTEST = 99.5  # percentile of the body's grey values that is mapped to 1, where it is not CT
@@ -106,8 +107,8 @@ def frames_of(
         query: the scan to segment.
 
     Raises:
-        InputError: labels on another grid than their image, or every voxel of a scan is on one
-            side of the window.
+        InputError: labels on another grid than their image, every voxel of a scan is on one side
+            of the window, or a scan is larger than any patient.
     """
     for image, labels in supports:
         check_same_grid(image, labels)
@@ -163,6 +164,13 @@ def _frame(
     y1, x1 = (int(boxes[:, n].max()) for n in (1, 3))
     dz, dy, dx = (mm / unit for mm in image.spacing)
     size = (depth * dz, (y1 - y0) * dy, (x1 - x0) * dx)
+    if any(mm > largest for mm, largest in zip(size, _LARGEST_MM, strict=True)):
+        voxel = " x ".join(f"{mm:.3g}" for mm in image.spacing)
+        extent = " x ".join(f"{mm:.0f}" for mm in size)
+        raise InputError(
+            f"{image.path}: voxels of {voxel} mm make a body of {extent} mm, larger than any "
+            "patient's; correct the voxel sizes or the unit of length in its header"
+        )
     if limits is None:
         body = data[data > air] if math.isfinite(air) else data
         limits = (float(data.min()), float(np.percentile(body if body.size else data, _BRIGHTEST)))

@@ -396,6 +396,14 @@ def test_a_scan_too_small_to_be_registered_is_matched_slice_by_slice(
     assert dice_of(result.labels, labels.data, 1) > 0.7
 
 
+def test_a_scan_larger_than_any_patient_is_refused(
+    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+) -> None:
+    huge = dataclasses.replace(query[0], spacing=(50.0, 30.0, 30.0))
+    with pytest.raises(InputError, match="larger than any patient's; correct the voxel sizes"):
+        segment(model, [support], huge)
+
+
 def test_a_few_slices_are_aligned_with_a_whole_scan(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:

@@ -448,6 +448,40 @@ def test_sform_and_qform_that_differ(tmp_path: Path, recwarn: pytest.WarningsRec
     np.testing.assert_allclose(volume.grid.affine, _GOOD)
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 1e-3), ("micron", 1e3)])
+def test_lengths_in_another_unit_than_millimetres(
+    tmp_path: Path, unit: str, factor: float, recwarn: pytest.WarningsRecorder
+) -> None:
+    affine = _GOOD.copy()
+    affine[:3] *= factor
+    path, data = _with_forms(tmp_path / "a.nii", affine, affine)
+    image = nib.load(path)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "b.nii")
+    volume = read_image(tmp_path / "b.nii")
+    assert volume.spacing == pytest.approx((2, 3, 2))
+    np.testing.assert_allclose(volume.grid.affine, _GOOD, rtol=1e-6)
+    check_same_grid(volume, Volume.from_array(np.ones(data.shape, np.uint8), _GOOD))
+    assert not recwarn.list
+    write_labels(tmp_path / "c.nii", np.ones(volume.data.shape, np.uint8), volume)
+    ours = nib.load(tmp_path / "c.nii")  # in the file's own unit
+    np.testing.assert_array_equal(ours.affine, nib.load(tmp_path / "b.nii").affine)
+    assert ours.header.get_xyzt_units()[0] == unit
+
+
+def test_a_wrong_unit_of_length_is_disregarded(tmp_path: Path) -> None:
+    image = nib.load(_with_forms(tmp_path / "a.nii", _GOOD, _GOOD)[0])
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "b.nii")
+    volume = _noted(tmp_path / "b.nii", "microns", "taken for millimetres")
+    assert volume.spacing == pytest.approx((2, 3, 2))
+
+
+def test_voxels_of_an_implausible_size_are_reported(tmp_path: Path) -> None:
+    path, _ = _with_forms(tmp_path / "a.nii", _GOOD @ np.diag([1e-3, 1e-3, 1e-3, 1]), None)
+    _noted(path, "0.002 x 0.002 x 0.003 mm", "unit of length")
+
+
 # --- writing -----------------------------------------------------------------------------------
 
 
