@@ -1,7 +1,7 @@
-"""Is the swap safe? Every backend against the equations, on tensors of the caller's own.
+"""Compare every backend with the equations.
 
-python -m lslpn_kernels.check                 on random tensors, for every device that is here
-head.check(support_features, support_masks, query_features)      on yours
+python -m lslpn_kernels.check                                      # on random tensors
+head.check(support_features, support_masks, query_features)        # on your own
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Line:
 
     Attributes:
         backend: its name.
-        reason: why it did not run; empty where it did, and everything below is of it.
-        logits, support_gradient, query_gradient: the largest difference from the reference in
-            float64, over the largest magnitude that the reference has there.
-        milliseconds: median of a forward and backward pass.
-        mebibytes: what the pass took beyond its inputs, at most; NaN where it cannot be told.
+        reason: why it did not run; empty if it did.
+        logits, support_gradient, query_gradient: the largest absolute difference from the reference
+            in float64, relative to the largest magnitude in the reference.
+        milliseconds: the median of a forward and backward pass.
+        mebibytes: peak memory of a pass beyond its inputs; NaN if it cannot be measured.
     """
 
     backend: str
@@ -64,12 +64,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What `LocalPrototypeHead.check` found; print it.
+    """The result of `LocalPrototypeHead.check`, to be printed.
 
     Attributes:
-        chosen: the backend that the head takes for these tensors.
-        dtype: of the features, and so of their gradients, which are rounded to it.
-        lines: one for each backend.
+        chosen: the backend that the head uses for these tensors.
+        dtype: of the features, and so of their gradients.
+        lines: one per backend.
     """
 
     chosen: str
@@ -149,7 +149,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _measure(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Milliseconds and MiB of a pass."""
+    """Milliseconds and peak MiB of a pass."""
     on_gpu = device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     synchronize()
@@ -176,7 +176,7 @@ def _measure(run: Callable[[], object], device: torch.device) -> tuple[float, fl
 
 
 def _high_water() -> int:
-    """The most memory that this process has had, in KiB."""
+    """The peak memory of this process, in KiB."""
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in status if line.startswith("VmHWM:")).split()[1])
 
@@ -187,10 +187,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser("python -m lslpn_kernels.check", description=__doc__)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    parser.add_argument("--device", choices=devices, help="by default every one that is here")
-    parser.add_argument("--pixels", type=int, default=128, help="H and W; by default 128")
-    parser.add_argument("--locations", type=int, default=17, help="h and w; by default 17")
-    parser.add_argument("--channels", type=int, default=64, help="D; by default 64")
+    parser.add_argument("--device", choices=devices, help="default: every one that is available")
+    parser.add_argument("--pixels", type=int, default=128, help="H and W; default: 128")
+    parser.add_argument("--locations", type=int, default=17, help="h and w; default: 17")
+    parser.add_argument("--channels", type=int, default=64, help="D; default: 64")
     options = parser.parse_args()
     n, size, D = options.locations, options.pixels, options.channels
     for name in ("pixels", "locations", "channels"):

@@ -1,8 +1,8 @@
-"""The grid of overlapping windows, and what it means along one axis of an image.
+"""The grid of overlapping windows, and its geometry along one axis of an image.
 
-Everything that a backend needs to know of the geometry is here: which windows cover a pixel,
-which feature locations a pixel is interpolated from, and how an axis falls apart into segments
-over which both of these stay simple. Both axes are alike, so one axis is all there is.
+All geometry that the backends need: which windows cover a pixel, which feature locations a pixel is
+interpolated from, and how window edges cut an axis into segments. Rows and columns follow the same
+rules, so everything is defined for a single axis.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _SLACK = 1e-6
 class GridSpec:
     """An overlapping grid of local windows (section 3.2 of the paper).
 
-    Along an axis of n pixels a window is ``k = floor(scale * n)`` pixels long and the next one
-    begins ``s = floor(spacing * k)`` pixels further on, each at least 1. Windows start at
-    0, s, 2s, ... while they fit; one more ends at the edge if the last of them does not reach it.
+    Along an axis of n pixels, windows are ``k = floor(scale * n)`` pixels long and
+    ``s = floor(spacing * k)`` pixels apart, each at least 1. They start at 0, s, 2s, ... as long as
+    they fit; if the last of them does not reach the edge, another one ends there.
 
     Args:
-        scale: size of a window over the size of the image, the paper's alpha; in (0, 1].
-            1 is a single window over the whole image: the global prototype.
-        spacing: distance of neighbouring windows over the size of a window; in (0, 1].
-            1/2 is the paper's overlap, 1 is no overlap.
+        scale: the size of a window relative to the image, the paper's alpha; in (0, 1]. At 1 a
+            single window covers the image, and its prototype is the global one.
+        spacing: the distance between neighbouring windows relative to their size; in (0, 1]. 1/2 is
+            the paper's overlap, 1 is no overlap.
 
     Raises:
         TypeError: an argument is not a number.
@@ -43,7 +43,7 @@ class GridSpec:
 
     scale: float = 1 / 8
     spacing: float = 1 / 2
-    # Both as text, for what traces programs: it takes numbers for variables, but text as it is.
+    # Both as text: torch.compile specialises on strings, but may turn floats into symbols.
     written: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -57,24 +57,24 @@ class GridSpec:
         object.__setattr__(self, "written", f"{self.scale!r} {self.spacing!r}")
 
     def shape(self, H: int, W: int) -> tuple[int, int]:
-        """(Gy, Gx): the number of windows along the height and the width of an image."""
+        """(Gy, Gx), the number of windows along the height and the width of an image."""
         return self.axis(H).windows, self.axis(W).windows
 
     def axis(self, pixels: int, cells: int | None = None) -> Axis:
-        """The windows along an axis of `pixels` image pixels and `cells` feature locations."""
+        """The geometry of an axis of `pixels` image pixels and `cells` feature locations."""
         return _axis(self.scale, self.spacing, int(pixels), int(cells or pixels))
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of an image under a grid. Build it with `GridSpec.axis`.
+    """One axis of an image under a grid, as returned by `GridSpec.axis`.
 
     Attributes:
-        pixels: image pixels, n (the paper's w or h at image resolution).
-        cells: feature locations along the axis.
-        window: pixels in a window, k.
-        step: pixels from one window to the next, s; the last window may lie closer.
-        windows: number of windows.
+        pixels: the number of image pixels, n (the paper's w or h at image resolution).
+        cells: the number of feature locations.
+        window: the number of pixels in a window, k.
+        step: pixels from one window to the next, s; the last window may be closer.
+        windows: the number of windows.
     """
 
     pixels: int
@@ -92,23 +92,23 @@ class Axis:
         return tuple(self.start(m) for m in range(self.windows))
 
     def covering(self, pixel: int) -> tuple[int, int]:
-        """First and last window over a pixel; those between them cover it too."""
+        """The first and the last window over a pixel; all windows between them cover it too."""
         first = min(max((pixel - self.window) // self.step + 1, 0), self.windows - 1)
         at_edge = pixel >= self.pixels - self.window
         return first, self.windows - 1 if at_edge else pixel // self.step
 
     @property
     def overlap(self) -> int:
-        """The largest number of windows over a pixel."""
+        """The largest number of windows that cover one pixel."""
         return max(s.last - s.first + 1 for s in self.segments)
 
     def taps(self, pixel: int) -> tuple[int, float]:
-        """The lower of the two feature locations that a pixel is interpolated from, and the
-        weight of the upper one, `lower + 1`, as `torch.nn.functional.interpolate` with
-        ``mode="bilinear", align_corners=False`` has it.
+        """The lower of the two feature locations that a pixel is interpolated from, and the weight
+        of the upper one, `lower + 1`; as in `torch.nn.functional.interpolate` with
+        ``mode="bilinear", align_corners=False``.
 
-        At the far border the weight is 0, not the index clamped: only then do inner products
-        of neighbouring locations give the norm of the interpolated feature.
+        At the far border the weight is 0, rather than the index clamped, so that inner products of
+        neighbouring locations yield the norm of the interpolated feature.
         """
         position = max((pixel + 0.5) * self.cells / self.pixels - 0.5, 0.0)
         lower = int(position)
@@ -118,15 +118,15 @@ class Axis:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The axis cut wherever a window starts or ends: in a segment all pixels lie in the
-        same windows."""
+        """The axis cut at every start and end of a window: all pixels of a segment are in the same
+        windows."""
         return _segments(self)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Pixels ``begin <= x < end`` of an axis, all in windows ``first .. last``, interpolated from
-    feature locations ``lower .. upper`` (both ends included)."""
+    """Pixels ``begin <= x < end`` of an axis, all in windows ``first .. last`` and interpolated
+    from feature locations ``lower .. upper`` (inclusive)."""
 
     begin: int
     end: int

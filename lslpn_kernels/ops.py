@@ -181,8 +181,9 @@ def cosine_match_loss(
             logits.flatten(0, 1), labels.flatten(0, 1), weight, ignore_index=ignore_index
         )
 
-    So it is NaN where all pixels are ignored, with gradients of zero. A backend without kernels for
-    it (`reference` and `torch`; any under `torch.func`) computes it like this.
+    If all pixels are ignored, the loss is therefore NaN, and its gradients are zero. Backends
+    without kernels for the loss (`reference` and `torch`; any under `torch.func`) compute it like
+    this.
 
     Args:
         features: query features [B, Q, D, h, w], as in `cosine_match`.
@@ -200,8 +201,8 @@ def cosine_match_loss(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device; on the CPU
-            also where a label is neither a class nor `ignore_index`. On a GPU, where the check
-            would synchronise, the loss is NaN then.
+            also if a label is neither a class nor `ignore_index`. On a GPU, where that check would
+            synchronise, the loss is NaN instead.
         RuntimeError: the requested backend cannot run here.
     """
     eager = is_eager(features, prototypes) and type(labels) is Tensor
@@ -232,7 +233,7 @@ def cosine_match_loss(
 def _cross_entropy(
     logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """`F.cross_entropy`, except for labels out of range, with which it makes a GPU unusable."""
+    """`F.cross_entropy`, but safe for labels out of range, which would make a GPU unusable."""
     C = logits.shape[2]
     known: Tensor | None = None
     if labels.device.type != "cpu":
@@ -249,19 +250,19 @@ def _cross_entropy(
     return loss if known is None else loss.where(known, torch.nan)
 
 
-# What has passed the checks before, for they take as long as a small kernel.
+# Calls that have passed the checks before: the checks take as long as a small kernel.
 _passed: set[tuple[Any, ...]] = set()
 
 
 def _facts(value: object) -> tuple[Any, ...]:
-    """All that the checks look at in an argument that may be no tensor."""
+    """What the checks depend on, of an argument that may or may not be a tensor."""
     if not isinstance(value, Tensor):
         return (value,)
     return value.shape, value.dtype, value.device, value.layout, value.requires_grad
 
 
 def _key(a: Tensor, b: Tensor, *settings: Any) -> tuple[Any, ...] | None:
-    """All that the checks look at; None where it cannot be a key."""
+    """What the checks depend on, of all arguments; None if an argument is not hashable."""
     key = (
         *(a.shape, a.dtype, a.device, a.layout),
         *(b.shape, b.dtype, b.device, b.layout, b.requires_grad),

@@ -1,7 +1,7 @@
-"""The equations of the paper as they stand: slow, and the oracle of every test.
+"""The equations of the paper, written directly: slow, and the oracle of every test.
 
-The features are interpolated to image resolution and every window is visited in turn. The code is
-simple, so that it can be checked by eye against the paper. Run it in float64.
+Features are interpolated to image resolution, and the windows are visited one by one. The code is
+simple enough to be checked by eye against the paper. Run it in float64.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ R = TypeVar("R")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
+    """float64 for float64 features, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """[..., D, h, w] -> [..., D, H, W], bilinear."""
+    """Interpolate features bilinearly: [..., D, h, w] -> [..., D, H, W]."""
     flat = features.reshape(-1, *features.shape[-3:])
     flat = flat.to(accumulation_dtype(features.dtype))
     up = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
@@ -35,15 +35,15 @@ def upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def unit(vectors: Tensor, dim: int) -> Tensor:
-    """Vectors over their length along `dim`; zero, with zero gradient, where it is below EPS."""
+    """Normalise vectors along `dim`; zero, with zero gradient, if their length is below EPS."""
     square = (vectors * vectors).sum(dim, keepdim=True)
-    gone = square < EPS**2  # false for NaN, which stays NaN
+    gone = square < EPS**2  # false for NaN, which remains NaN
     return torch.where(gone, 0, vectors * torch.where(gone, 1, square).rsqrt())
 
 
 def class_masks(masks: Tensor, C: int) -> Tensor:
-    """Masks [B, K, C, H, W] of all classes: from those of the foreground [B, K, C - 1, H, W], whose
-    rest is the background, class 0, or from a label map [B, K, H, W]."""
+    """Masks of all classes, [B, K, C, H, W], from a label map [B, K, H, W] or from the masks of the
+    foreground classes [B, K, C - 1, H, W]; the rest is the background, class 0."""
     if masks.dim() == 4:
         return masks[:, :, None] == torch.arange(C, device=masks.device)[:, None, None]
     if masks.shape[2] == C:
@@ -56,7 +56,7 @@ def class_masks(masks: Tensor, C: int) -> Tensor:
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """The function in the dtypes of its arguments, inside `torch.autocast` as well."""
+    """Decorate a function to compute in its arguments' dtypes, even inside `torch.autocast`."""
 
     @functools.wraps(function)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -113,8 +113,8 @@ def cosine_match(
         for j, x in enumerate(columns.starts):
             here = (..., slice(y, y + rows.window), slice(x, x + columns.window))
             cosine = torch.einsum("bqdyx,bcd->bqcyx", directions[here], prototypes[:, :, i, j])
-            # Out of place, so that autograd sees each version. Strictly greater: of equal
-            # scores the lowest window keeps the pixel and its gradient. NaN stays NaN.
+            # Out of place, so that autograd sees each version. Strictly greater: of equal scores
+            # the lowest window keeps the pixel and its gradient. NaN remains NaN.
             best, scores = scores[here], scores.clone()
             if reduce == "max":
                 scores[here] = torch.where((cosine > best) | cosine.isnan(), cosine, best)

@@ -1,15 +1,14 @@
-"""The exact head in plain PyTorch, at image resolution but without features of that size.
+"""The head in plain PyTorch: exact at image resolution, without features of that size.
 
-Interpolation is linear, so it can be moved from the features (D channels) to what they are
-multiplied with (C masks or scores). The image is cut into tiles, one for each pair of a row
-segment and a column segment of `Axis.segments`: the pixels of a tile all lie in the same windows
-and are interpolated from a small block of feature locations, so that all tiles are handled alike
-by a few batched matrix products. Autograd derives the backward pass.
+Interpolation is linear, so it can be applied to what the features are multiplied with (C masks or
+scores) in place of the features (D channels). The image is cut into tiles, one for each pair of a
+row segment and a column segment of `Axis.segments`. All pixels of a tile are in the same windows
+and are interpolated from a small block of feature locations, so that a few batched matrix products
+process all tiles. Autograd derives the backward pass.
 
-Letters beyond the usual ones, each for rows (y) and columns (x):
+Letters in addition to the usual ones, each for rows (y) and columns (x):
     S segments;  T pixels of a segment;  R feature locations under it;  L windows over it
-(the largest of each; shorter segments are filled up with weights of zero, and with their last
-window once more).
+(the largest of each; shorter segments are padded, with weights of zero).
 """
 
 from __future__ import annotations
@@ -24,33 +23,33 @@ from .._torch_internals import in_dispatch_mode
 from ..geometry import GridSpec
 from ..reference import EPS, accumulation_dtype, unit, without_autocast
 
-# Tiles are handled in groups of rows whose scores take no more than this many numbers.
+# Rows of tiles are processed in groups with at most this many scores.
 _GROUP = 1 << 23
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """One axis, as tensors."""
+    """The geometry of an axis, as tensors."""
 
-    pixel: Tensor  # [S, T] image pixel; fillers repeat the last
-    inside: Tensor  # [S, T] 1, and 0 for fillers
-    cell: Tensor  # [S, R] feature location; fillers repeat the last
-    window: Tensor  # [S, L] window; fillers repeat the last
-    covers: Tensor  # [S, L] 1, and 0 for fillers
+    pixel: Tensor  # [S, T] image pixel; padding repeats the last
+    inside: Tensor  # [S, T] 1, or 0 for padding
+    cell: Tensor  # [S, R] feature location; padding repeats the last
+    window: Tensor  # [S, L] window; padding repeats the last
+    covers: Tensor  # [S, L] 1, or 0 for padding
     weight: Tensor  # [S, T, R] interpolation weight of a feature location for a pixel
-    member: Tensor  # [G, S] 1 where the segment lies in the window
-    place: Tensor  # [n] where in the flattened [S, T] a pixel is
+    member: Tensor  # [G, S] 1 if the segment is in the window
+    place: Tensor  # [n] index of a pixel in the flattened [S, T]
     lower: Tensor  # [n] lower tap of a pixel
     upper: Tensor  # [n] upper tap
     lower_square: Tensor  # [n] squared weight of the lower tap
     upper_square: Tensor  # [n] squared weight of the upper tap
     cross: Tensor  # [n] product of the two weights
-    touched: Tensor | None  # [cells] whether a pixel has a tap there; None where all may have one
+    touched: Tensor | None  # [cells] whether any pixel is interpolated from it; None: all may be
 
 
 def _constant(pixels: int, cells: int) -> tuple[int, int]:
-    """Both as numbers: a compiler that has made symbols of them takes the length of a range as a
-    number, and compiles again for another."""
+    """Both as plain numbers: for torch.compile, which may hold symbols, the length of a range is a
+    constant on which it specialises."""
     return len(range(pixels)), len(range(cells))
 
 
@@ -58,11 +57,11 @@ def _constant(pixels: int, cells: int) -> tuple[int, int]:
 def _tables(
     written: str, pixels: int, cells: int, dtype: torch.dtype, device: torch.device
 ) -> _Tables:
-    """The tables of an axis under the grid with this `GridSpec.written`: a compiler takes text and
-    numbers for constants, but no object.
+    """The tables of an axis under the grid with this `GridSpec.written`; torch.compile takes text
+    and numbers for constants, but not objects.
 
-    Tables are kept for later calls, so they must not take after the first one: they are ordinary
-    tensors, neither inference tensors nor what a dispatch mode makes of them.
+    Tables are kept for later calls, so they must be ordinary tensors, neither inference tensors nor
+    fake ones, whatever the mode of the first call.
     """
     make = _make_tables if in_dispatch_mode() else _kept_tables
     return make(written, pixels, cells, dtype, device)
@@ -132,7 +131,7 @@ def _make_tables(
 
 
 def _touched(features: Tensor, y: _Tables, x: _Tables) -> Tensor:
-    """Features with 0 at the locations that lie under no pixel, whatever they hold."""
+    """Features with 0 at the locations that no pixel is interpolated from, even if NaN."""
     if y.touched is not None:
         features = torch.where(y.touched[:, None], features, 0)
     return features if x.touched is None else torch.where(x.touched, features, 0)
@@ -157,12 +156,12 @@ def pool_with_factor(
     x = _tables(grid.written, *_constant(W, w), dtype, features.device)
     (Sy, _, Ry), (Sx, _, Rx) = y.weight.shape, x.weight.shape
 
-    # The masks cut into tiles, then carried down to feature resolution: Up^T (M in the tile).
+    # The masks cut into tiles, then mapped to feature resolution: Up^T (M in the tile).
     tiles = masks.to(dtype)[..., y.pixel, :][..., x.pixel]  # [B, K, C, Sy, Ty, Sx, Tx]
     n = torch.einsum("bkcytxu,yt,xu->bkcyx", tiles, y.inside, x.inside)
     weights = torch.einsum("bkcytxu,ytr->bkcyxur", tiles, y.weight)
     weights = torch.einsum("bkcyxur,xuq->bkcyxrq", weights, x.weight)
-    # Columns spread out to the full width w, so that all tiles of a row share one product.
+    # Columns are scattered to the full width w, so that all tiles of a row share one product.
     spread = weights.new_zeros(B, K, C, Sy, Sx, Ry, w)
     spread.scatter_add_(-1, x.cell[:, None].expand(B, K, C, Sy, Sx, Ry, Rx), weights)
     features = _touched(features.to(dtype), y, x)
@@ -212,14 +211,14 @@ def cosine_match(
         rows = located[:, :, y.cell[of]].reshape(B, Q, S, Ry * w, D)
         near = directions[:, y.window[of]].reshape(B, 1, S, Ly * C * Gx, D)
         dots = torch.matmul(near, rows.transpose(-1, -2))
-        # Of those, the ones where the columns are near as well.
+        # Of those, the products with the windows over these columns.
         dots = dots.reshape(B, Q, S, Ly, C, Gx, Ry, w).transpose(5, 6)
         dots = dots[..., x.window[:, :, None], x.cell[:, None]]  # [B, Q, S, Ly, C, Ry, Sx, Lx, Rx]
         # Interpolated over the pixels of a tile.
         dots = torch.einsum("bqslcrxmp,xup->bqslcrxmu", dots, x.weight)
         tiles = torch.einsum("bqslcrxmu,str->bqcstxulm", dots, y.weight[of])
         if reduce == "max":
-            # The first of equal maxima, hence the lowest window; fillers only repeat the last.
+            # Of equal maxima the first, hence the lowest window; padding only repeats the last.
             best = tiles.flatten(-2).max(-1).values
         else:
             covers = y.covers[of][:, None, None, None, :, None] * x.covers[:, None, None, :]
