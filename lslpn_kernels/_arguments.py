@@ -35,9 +35,9 @@ def windows(grid: GridSpec, pixels: Any) -> Any:
 
 
 def _part(factor: float, fraction: tuple[int, int], n: Any) -> Any:
-    """``floor(factor * n)`` with the slack of geometry.py. In integers where the factor is a
-    simple fraction, for compilers reason better about those; the result is the same, as the slack
-    is less than the smallest distance to the next integer, and far more than rounding errors."""
+    """``floor(factor * n)`` with the slack of geometry.py. In integers if the factor is a simple
+    fraction, because compilers reason better about them; the result is the same, since the slack is
+    smaller than the distance to the next integer and far larger than rounding errors."""
     numerator, denominator = fraction
     return n * numerator // denominator if denominator else math.floor(factor * n + 1e-6)
 
@@ -50,14 +50,14 @@ def _fractions(written: str) -> tuple[tuple[int, int], tuple[int, int]]:
 
 @lru_cache(maxsize=64)
 def _fraction(factor: float) -> tuple[int, int]:
-    """Numerator and denominator of a factor, the latter up to 1000; (0, 0) if it is no such."""
+    """Numerator and denominator of a factor, or (0, 0) if it has no denominator up to 1000."""
     fraction = Fraction(factor).limit_denominator(1000)
     near = abs(float(fraction) - factor) < 1e-14
     return (fraction.numerator, fraction.denominator) if near else (0, 0)
 
 
 def _tensor(name: str, value: object, axes: str, empty: str = "") -> None:
-    """`empty`: the letters of the axes that may have a length of 0."""
+    """Check that `value` is a dense tensor with these axes; those in `empty` may have length 0."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {axes}, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
@@ -103,7 +103,7 @@ INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32),
 )
-IGNORED = 255  # the label of pixels that are in no class, by convention
+IGNORED = 255  # by convention, the label of pixels without a class
 
 
 def masked_average_pool(
@@ -155,8 +155,8 @@ def _labels(labels: Tensor, background: bool, num_classes: object) -> None:
 
 
 def plain_size(size: Sequence[Any]) -> tuple[int, int]:
-    """(H, W) as integers that a graph can hold: of NumPy's, say, or of a trace's zero-dimensional
-    tensors."""
+    """(H, W) as integers that a graph can hold, from NumPy integers or the zero-dimensional tensors
+    of a trace, for example."""
     H, W = size
     return _whole("H", H), _whole("W", W)
 
@@ -236,7 +236,7 @@ def cosine_match(
 def cosine_match_loss(
     features: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, C: Any
 ) -> None:
-    """The checks that `cosine_match`, with the size of the labels, does not make."""
+    """Checks in addition to those of `cosine_match` with the size of the labels."""
     _together("labels", labels, features)
     if labels.shape[1] != features.shape[1]:
         raise ValueError(

@@ -1,9 +1,9 @@
 """The kernel backends as differentiable operators.
 
-`pool` and `match` call a kernel. In eager mode they do so directly, in a
-`torch.autograd.Function`, because PyTorch's dispatcher takes longer than many of the kernels. While
-a graph is traced, under `torch.func` and with tensor subclasses they call operators registered with
-PyTorch, `lslpn_kernels::<name>`, with the same backward pass.
+In eager mode `pool` and `match` call a kernel directly, in a `torch.autograd.Function`, because
+PyTorch's dispatcher takes longer than many of the kernels. While a graph is traced, under
+`torch.func` and for tensor subclasses they call operators registered with PyTorch,
+`lslpn_kernels::<name>`, with the same backward pass.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def match(
     trained = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
     if not is_eager(features, prototypes):
         call = _outside_eager(torch.ops.lslpn_kernels.cosine_match, _TransformedMatch)
-        trained = True  # torch.func may know what the tensors do not
+        trained = True  # under torch.func, requires_grad does not tell
     elif trained:
         call = _CosineMatch.apply
-    # A kernel finds the cosines in what it has written, which takes a scale to divide by.
+    # The backward kernels divide the saved scores by the scale to recover the cosines.
     inside = logit_scale if abs(logit_scale) > 1e-6 else 1.0
     geometry = (grid.scale, grid.spacing, *size)
     scores: Tensor = call(features, prototypes, *geometry, reduce, trained, inside, backend)[0]
@@ -100,8 +100,8 @@ def _pool_and_keep(
     min_pixels: float,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """What a kernel returns, with what it keeps for the backward pass of eager mode alone: of that
-    no graph could know the shape."""
+    """The kernel's results, including the tensors that it saves only for the eager backward pass,
+    whose shapes a graph could not know."""
     if features.numel() == 0:
         return _empty_pool(features, masks, C, scale, spacing, min_pixels, backend)
     kernels = kernels_of(backend, features.device)
@@ -295,7 +295,7 @@ def _keep_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     _, factor, *kept = output
     ctx.mark_non_differentiable(factor)
     ctx.set_materialize_grads(False)
-    # The pooling is linear in the features: only their shape and layout are of use.
+    # Pooling is linear in the features: only their shape and layout are used.
     ctx.save_for_backward(masks, factor, features, *kept)
     ctx.classes = C
     ctx.settings = (scale, spacing, backend)
@@ -326,7 +326,7 @@ def _keep_match(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 def _match_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 10
-    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    saved = ctx.saved_tensors  # once: activation checkpointing permits no second access
     features, prototypes = saved[:2]
     wanted = ctx.needs_input_grad[:2]
     call = _match_backward
@@ -350,7 +350,7 @@ torch.library.register_autograd(
 class _MaskedAveragePool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, masks: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        args = (features, masks.contiguous(), *args)  # the copy, if any, is kept
+        args = (features, masks.contiguous(), *args)  # saves the copy, if one is made
         output = _pool_and_keep(*args)
         _keep_pool(ctx, args, output)
         return output[0], output[1]

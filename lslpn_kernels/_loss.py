@@ -45,7 +45,7 @@ def match_loss(
     call: Any = _loss
     if not is_eager(features, prototypes):
         call = torch.ops.lslpn_kernels.cosine_match_loss.default
-        wanted = [trained, trained]  # torch.func may know what the tensors do not
+        wanted = [trained, trained]  # under torch.func, requires_grad does not tell
     elif any(wanted):
         call = _CosineMatchLoss.apply
     settings = (grid.scale, grid.spacing, reduce, ignore_index, logit_scale, backend)
@@ -145,7 +145,7 @@ def _loss_backward(
     "bool[2] wanted) -> (Tensor, Tensor)"
 )
 def _apart(grad: Tensor, kept: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-    """An operator's results may not be its arguments."""
+    """Clone results that are arguments, which an operator may not return."""
     first, second = (
         g.clone() if any(g is k for k in kept) else g for g in _loss_backward(grad, kept, *args)
     )
@@ -214,14 +214,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(features, prototypes, *kept)
     size = (labels.shape[2], labels.shape[3])
-    # What was kept is for these gradients, though fewer may be asked for in the end.
+    # Tensors were saved for these gradients, although the backward pass may need fewer.
     ctx.settings = (scale, spacing, *size, reduce, logit_scale, backend, wanted)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 12
-    features, prototypes, *kept = ctx.saved_tensors  # once: checkpointing allows no second look
+    features, prototypes, *kept = ctx.saved_tensors  # once: checkpointing permits no second access
     call: Any = _loss_backward
     if not is_eager(grad, features):
         call = torch.ops.lslpn_kernels.cosine_match_loss_backward.default

@@ -27,7 +27,7 @@ def kernels_of(backend: str, device: torch.device) -> Kernels:
 
 
 def register(schema: str) -> Any:
-    """Define an operator; the decorated function is its kernel on every device."""
+    """Define an operator; the decorated function implements it on every device."""
 
     def register(function: Any) -> Any:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -52,7 +52,7 @@ def register_vmap(name: str) -> None:
             return moved.flatten(0, 1)
 
         def split(value: Tensor) -> Tensor:
-            # What is kept for the backward pass may be empty: [0].
+            # Tensors saved for the backward pass may be empty: [0].
             return value.unflatten(0, (n, -1)) if value.numel() else value.new_empty(n, 0)
 
         out = getattr(torch.ops.lslpn_kernels, name).default(*map(merge, args, in_dims))
@@ -69,8 +69,8 @@ def may_differentiate() -> bool:
 
 
 class Final(torch.autograd.Function):
-    """The identity on gradients, which cannot be differentiated, so that a second derivative is an
-    error rather than silently zero. `sources`: the tensors that the gradients depend on."""
+    """The identity on gradients, without a derivative of its own, so that second derivatives are an
+    error rather than silently zero. `sources` are the tensors that the gradients depend on."""
 
     generate_vmap_rule = True
 

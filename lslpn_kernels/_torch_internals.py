@@ -1,6 +1,6 @@
-"""The private parts of PyTorch that direct calls in eager mode need, in one place.
+"""The private parts of PyTorch that direct calls in eager mode rely on.
 
-Where a release of PyTorch lacks one of them, only speed is lost: all calls then go through the
+If a release of PyTorch lacks one of them, only speed is lost: all calls then go through the
 registered operators.
 """
 
