@@ -357,11 +357,24 @@ def test_two_scans_are_limited_to_their_common_window(
     np.testing.assert_array_equal(target.slices, prepare(ModelConfig(size=64), limited[0]).slices)
 
 
-def test_a_subtracted_offset_is_reported(
-    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+@pytest.mark.parametrize(
+    ("align", "slices"), [("body", (0, 14)), ("affine", (0, 14)), ("affine", (7, 8))]
+)
+def test_a_subtracted_offset_is_reported_once(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    align: str,
+    slices: tuple[int, int],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
-    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: taken for CT stored as HU \+ 1024"):
-        segment(model, [support], _changed(query, query[0].data + 1024)[0])
+    """A single slice cannot be registered and is segmented by the fallback."""
+    shifted = _changed(query, query[0].data + 1024)[0]
+    segment(model, [support], part(shifted, *slices), align=align)
+    notes = [str(warning.message) for warning in recwarn]
+    reports = [note for note in notes if "taken for CT stored as HU + 1024" in note]
+    assert len(reports) == 1
+    assert reports[0].startswith("1LPI.nii.gz: ")
 
 
 def _mr(scan: tuple[Volume, Volume], noise: float) -> tuple[Volume, Volume]:
@@ -434,7 +447,7 @@ def test_collapsed_matches_and_an_empty_result_are_reported(
     assert not found.any()
     notes = [str(one.message) for one in caught]
     assert len(notes) == 2
-    assert "so that the result is doubtful" in notes[0]
+    assert "so the result is doubtful" in notes[0]
     assert "nothing was found, every voxel is 0: none of its slices matches one" in notes[1]
 
 
