@@ -133,7 +133,7 @@ def test_large_scans_are_thinned_where_they_are_finest() -> None:
     shown = view(volume(data, (0.9, 0.5, 0.5)), labels)
     assert shown.facts["image"]["step"] == [2, 2, 2]
     assert shown.facts["organs"][0]["ml"] == [pytest.approx(0.045, abs=0.006)]
-    assert "every 2nd along x and y and every 2nd slice" in shown.facts["notes"][0]
+    assert "every 2nd voxel along x and y, and every 2nd slice" in shown.facts["notes"][0]
     small = block(shown, "layer-0")
     assert small.shape == (110, 120, 500)
     # Of slices 2 and 3 the page has slice 3.
@@ -157,10 +157,10 @@ def test_a_page_reports_what_it_cannot_show() -> None:
     support = Support(image, empty, range(len(empty)))
     given = view(image, empty, supports=[support], confidence={1: 0.0}).facts["notes"]
     alone = view(image, empty, supports=[support]).facts["notes"]
-    assert [note[:23] for note in alone if note not in given] == ["No confidence is given:"]
+    assert [note[:14] for note in alone if note not in given] == ["No confidence:"]
     many = empty.copy()
     many.ravel()[: 7 * 300] = np.repeat(np.arange(300) * 7 + 1, 7)
-    assert "Of 300 labels the first 254 are shown." in view(image, many).facts["notes"]
+    assert "Only the first 254 of 300 labels are shown." in view(image, many).facts["notes"]
     assert len(view(image, np.where(many > 1400, 0, many)).facts["organs"]) == 200
 
 
@@ -519,7 +519,7 @@ def test_slices_follow_the_key_and_the_support_follows_them(tab: Tab) -> None:
     for _ in range(20):
         tab.page.keyboard.press("PageDown")
     assert "slice 0 of 0–13" in tab.text("#left figcaption")
-    assert "lies beyond <b>support</b>" in tab.text("#right .stage p")
+    assert "is beyond the range of <b>support</b>" in tab.text("#right .stage p")
     tab.page.get_by_role("slider", name="Axial").fill(str(z))
     assert f"slice {z} of 0–13" in tab.text("#left figcaption")
 
@@ -539,7 +539,7 @@ def test_a_click_shows_the_winning_windows(tab: Tab, scene: tuple[View, Why]) ->
         window = int(why.windows[at])
         cosines.append(float(why.cosines[at]))
         assert names[int(why.labels[at])].strip() in said
-        assert f"window {window // 3 + 1} down, {window % 3 + 1} across" in said
+        assert f"window in row {window // 3 + 1}, column {window % 3 + 1}" in said
     shown = [float(v) for v in re.findall(r"^-?\d\.\d{3}$", said, re.MULTILINE)]
     assert shown == pytest.approx(cosines, abs=6e-4)  # they are kept to 4 digits
     assert f"of <b>support</b>, slices {z - 1} to {z + 1}, matched {z}" in said
@@ -549,13 +549,13 @@ def test_a_click_shows_the_winning_windows(tab: Tab, scene: tuple[View, Why]) ->
 
 
 def test_prediction_beside_ground_truth(tab: Tab) -> None:
-    tab.page.get_by_label("Beside it").select_option(label="ground truth")
+    tab.page.get_by_label("Compare with").select_option(label="ground truth")
     tab.page.wait_for_selector("#right figcaption:has-text('ground truth')")
     right = tab.picture("#right")
     assert coloured(right) > 500
     assert coloured(right) != coloured(tab.picture())
     assert "ground truth: " in tab.text("#here")
-    tab.page.get_by_label("Beside it").select_option(label="nothing")
+    tab.page.get_by_label("Compare with").select_option(label="nothing")
     tab.page.wait_for_selector("#right", state="hidden")
 
 
