@@ -15,7 +15,6 @@ from ..data.intensities import interpret
 from ..data.volumes import Volume
 from ..errors import InputError
 from ..evaluation.overlay import colour
-from ..evaluation.results import dice
 from ..segmentation.result import doubtful
 
 if TYPE_CHECKING:
@@ -166,7 +165,10 @@ def _dice(layers: Mapping[str, np.ndarray], truth: np.ndarray | None, value: int
     first = next(iter(layers.values()), None)
     if truth is None or first is None or first is truth or not (truth == value).any():
         return None
-    return round(dice(first == value, truth == value), 4)
+    found, expected = first == value, truth == value
+    # `evaluation.results` has a function for this, but imports torch.
+    both = np.count_nonzero(found & expected)
+    return round(2 * both / (np.count_nonzero(found) + np.count_nonzero(expected)), 4)
 
 
 # --- volumes -----------------------------------------------------------------------------------

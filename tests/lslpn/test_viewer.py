@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,11 @@ def test_no_path_and_no_address_is_in_a_page(tmp_path: Path) -> None:
     assert b"somebody" not in gzip.decompress(base64.b64decode(shown.blocks["image"]))
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", own)
     assert "<title>a &lt;b&gt;</title>" in own
+
+
+def test_the_viewer_does_not_import_torch() -> None:
+    code = "import sys, lslpn.viewer; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_niivue_is_the_one_that_is_named() -> None:
