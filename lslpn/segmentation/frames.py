@@ -86,11 +86,6 @@ class Frame:
         found = torch.from_numpy(np.asarray(self.labels[z.numpy(), y.numpy(), x.numpy()]))
         return torch.where(inside, found.long(), 0)
 
-    def slice_of(self, z: Tensor) -> Tensor:
-        """The source's slice at heights z (mm): int64, -1 outside."""
-        index = (z / self.spacing[0]).floor().long()
-        return torch.where((index >= 0) & (index < self.source.data.shape[0]), index, -1)
-
 
 def frames_of(
     config: ModelConfig,

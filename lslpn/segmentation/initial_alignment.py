@@ -7,7 +7,7 @@ plane, the bounding box of one trunk is mapped to that of the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class InitialAlignment:
     scale: float
     shift: float
     similarity: float
-    mirrored: tuple[str, ...]
+    mirrored: tuple[str, ...] = ()
 
 
 def initial_alignment(
@@ -55,17 +55,17 @@ def initial_alignment(
         query_mm: height of the query.
         support_mm: height of the support.
     """
-    scale, shift, similarity = _best(query, support, query_mm, support_mm)
+    best = _best(query, support, query_mm, support_mm)
+    least = best.similarity + _MIRRORED
     mirrored = tuple(
         name
         for name, axis in (("x", 3), ("y", 2), ("z", 0))
-        if _best(query, support.flip(axis), query_mm, support_mm)[2] > similarity + _MIRRORED
+        if _best(query, support.flip(axis), query_mm, support_mm).similarity > least
     )
-    return InitialAlignment(scale, shift, similarity, mirrored)
+    return replace(best, mirrored=mirrored)
 
 
-def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float, float]:
-    """Scale, shift and similarity."""
+def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> InitialAlignment:
     # The mean over a scan's slices says nothing about z and is subtracted. A short scan differs
     # little from its own mean, so the mean of the taller scan is subtracted from both.
     means = [a.mean(0), b.mean(0)]
@@ -78,7 +78,7 @@ def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float,
     cosine = a @ b.T
     heights = (torch.arange(len(a)) + 0.5) * (a_mm / len(a))
     least = min(_LEAST_SHARE * min(a_mm, b_mm), _LEAST_MM)
-    best = (-torch.inf, 1.0, 0.0, -1.0)
+    best, highest = InitialAlignment(1.0, 0.0, -1.0), -torch.inf
     for scale in _SCALES:
         penalty = _SCALE_PENALTY * abs(float(torch.tensor(scale).log()))
         for shift in torch.arange(-scale * a_mm, b_mm + _STEP_MM, _STEP_MM).tolist():
@@ -87,9 +87,9 @@ def _best(a: Tensor, b: Tensor, a_mm: float, b_mm: float) -> tuple[float, float,
             if int(inside.sum()) * a_mm / len(a) < least:
                 continue
             similarity = float(cosine[inside, row[inside]].mean())
-            if similarity - penalty > best[0]:
-                best = (similarity - penalty, scale, shift, similarity)
-    return best[1], best[2], best[3]
+            if similarity - penalty > highest:
+                best, highest = InitialAlignment(scale, shift, similarity), similarity - penalty
+    return best
 
 
 def matched_line(

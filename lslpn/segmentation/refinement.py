@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..data.volumes import Volume
 from .descriptors import centres
-from .frames import Frame, frames_of, labels_in_source, probabilities_in_source, values_of
+from .frames import Frame
 
 _DISTANCE_MM = 8.0  # distance with the weight of a likelihood ratio of e
 _REACH_MM = 25.0  # a boundary moves outwards by no more than this
@@ -41,37 +38,6 @@ _LARGEST_RATIO = 3.0  # log-likelihood ratios of single voxels are clipped to th
 _ROUNDS = 3
 _NEAR_MM = 12.0  # contrast is measured to voxels up to this far outside the organ
 OUTSIDE = -_REACH_MM / _DISTANCE_MM - _LARGEST_RATIO  # the lowest log-odds
-
-
-def refined_labels(
-    config: ModelConfig,
-    supports: Sequence[tuple[Volume, Volume]],
-    query: Volume,
-    labels: np.ndarray,
-    *,
-    probabilities: bool,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Refine the boundaries of labels that were found slice by slice.
-
-    Args:
-        config: the model's.
-        supports: pairs of an image and its labels.
-        query: the scan.
-        labels: [Z, Y, X] in the frame of the query's data, with values of the supports' labels.
-        probabilities: also return probabilities.
-
-    Returns:
-        the refined labels, and probabilities (see `probabilities_in_source`) or None.
-    """
-    frames, target = frames_of(config, supports, query, warned=True)
-    values = values_of(frames)
-    positions = centres(target.half[0].shape, target.size)
-    at = replace(target, labels=labels).labels_at(positions)
-    found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
-    # The supports' histograms are not used: with them, labels found slice by slice lose too much.
-    logits = refined_logits(target, (), found, values)
-    shares = probabilities_in_source(target, logits) if probabilities else None
-    return labels_in_source(target, logits, values), shares
 
 
 def refined_logits(

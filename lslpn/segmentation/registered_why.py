@@ -94,8 +94,10 @@ def heights_of(alignment: Alignment, support: Frame, query: Frame, count: int) -
     """The support's slice at the centre of each of `count` slices of the query, or -1."""
     z = (torch.arange(count) + 0.5) * (query.size[0] / count)
     y, x = (torch.full_like(z, mm / 2) for mm in query.size[1:])
-    places = torch.stack((z, y, x), -1)[None, None]
-    return support.slice_of(alignment.map.at(places)[0, 0, 0]).numpy()
+    heights = alignment.map.at(torch.stack((z, y, x), -1)[None, None])[0, 0, 0]
+    index = (heights / support.spacing[0]).floor().long()
+    outside = (index < 0) | (index >= len(support.source.data))
+    return torch.where(outside, -1, index).numpy()
 
 
 def _rectangle(here: Tensor, there: Tensor, support: Frame, query: Frame) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,9 @@ from ..data.slices import (
 )
 from ..data.volumes import Volume
 from ..models import LSLPN, FewShotNetwork, check_features
-from .refinement import refined_labels
+from .descriptors import centres
+from .frames import Frame, frames_of, labels_in_source, probabilities_in_source, values_of
+from .refinement import refined_logits
 from .result import Segmentation
 from .slice_matching import BEYOND, match_slices, slice_similarity
 from .why import Recorder
@@ -107,9 +110,11 @@ def segment_slicewise(
         warnings.warn(
             f"{query.path.name}: nothing was found, every voxel is 0: {reason}", stacklevel=3
         )
-    labels, shares = refined_labels(
-        model.config, supports, query, labels, probabilities=probabilities
-    )
+    frames, frame = frames_of(model.config, supports, query, warned=True)
+    values = values_of(frames)
+    logits = _refined(frame, labels, values)
+    labels = labels_in_source(frame, logits, values)
+    shares = probabilities_in_source(frame, logits) if probabilities else None
     beyond = (matches == BEYOND).all(0)  # refinement must not extend an organ to these slices
     labels[beyond] = 0
     if shares is not None:
@@ -136,6 +141,14 @@ def _prepare(
         warn_not_cropped(without, len(out))
         warn_unlike([scan.treatment for scan in out])
     return out[:-1], out[-1]
+
+
+def _refined(frame: Frame, labels: np.ndarray, values: Sequence[int]) -> Tensor:
+    """Logits with refined boundaries, see `refined_logits`, of labels [Z, Y, X] of the source."""
+    at = replace(frame, labels=labels).labels_at(centres(frame.half[0].shape, frame.size))
+    found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
+    # The supports' histograms are not used: with them, labels found slice by slice lose too much.
+    return refined_logits(frame, (), found, values)
 
 
 # --- matching slices -----------------------------------------------------------------------------

@@ -59,12 +59,8 @@
     const table = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: [""] };
     organs.forEach((organ, i) => {
       const rgb = parseInt(organ.colour.slice(1), 16);
-      table.R.push(rgb >> 16);
-      table.G.push((rgb >> 8) & 255);
-      table.B.push(rgb & 255);
-      table.A.push(hidden.has(i + 1) ? 0 : 255);
-      table.I.push(i + 1);
-      table.labels.push("");
+      const entry = { R: rgb >> 16, G: (rgb >> 8) & 255, B: rgb & 255, A: hidden.has(i + 1) ? 0 : 255, I: i + 1, labels: "" };
+      for (const [name, value] of Object.entries(entry)) table[name].push(value);
     });
     return table;
   };
@@ -149,9 +145,9 @@
       const { width, height } = this.canvas.getBoundingClientRect();
       const large = 0.66, small = 1 - large;
       this.nv.setCustomLayout([AXIAL, CORONAL, SAGITTAL, RENDER].map((sliceType, i) => {
-        const beside = width > height ? [large, (i - 1) / 3, small, 1 / 3] : [(i - 1) / 3, large, 1 / 3, small];
-        const first = width > height ? [0, 0, large, 1] : [0, 0, 1, large];
-        return { sliceType, position: i ? beside : first };
+        const wide = i ? [large, (i - 1) / 3, small, 1 / 3] : [0, 0, large, 1];
+        const high = i ? [(i - 1) / 3, large, 1 / 3, small] : [0, 0, 1, large];
+        return { sliceType, position: width > height ? wide : high };
       }));
     }
 
@@ -246,17 +242,11 @@
   }
 
   function say() {
-    const volumes = panes[0].nv.volumes;
+    const [scan] = panes[0].nv.volumes;
     const mm = panes[0].nv.frac2mm(toFraction(image, here), 0, true);
-    const value = (volume) => {
-      const at = volume.mm2vox([mm[0], mm[1], mm[2]]);
-      return volume.getValue(at[0], at[1], at[2]);
-    };
+    const value = (volume) => volume.getValue(...volume.mm2vox([mm[0], mm[1], mm[2]]));
     const parts = [];
-    if (volumes.length) {
-      const grey = value(volumes[0]) - image.offset;
-      parts.push(`${Number(grey.toPrecision(4))} ${image.unit}`.trim());
-    }
+    if (scan) parts.push(`${Number((value(scan) - image.offset).toPrecision(4))} ${image.unit}`.trim());
     for (const pane of panes) {
       if (pane.volume === image && pane.nv.volumes.length > 1) parts.push(`${pane.name}: ${called(value(pane.nv.volumes[1]))}`);
     }
@@ -283,22 +273,16 @@
     const [z, y, x] = here;
     const [, ranks, h, w] = why.shape;
     const index = why.slices.indexOf(z);
-    if (index < 0) {
-      $("because").replaceChildren(make("p", {}, "No organ was searched for in this slice, since its match shows none."));
-      return;
-    }
+    const instead = (text) => $("because").replaceChildren(make("p", {}, text));
+    if (index < 0) return instead("No organ was searched for in this slice, since its match shows none.");
     const [y0, y1, x0, x1] = why.query_boxes[index];
     const row = Math.floor(((y + 0.5 - y0) / (y1 - y0)) * h);
     const column = Math.floor(((x + 0.5 - x0) / (x1 - x0)) * w);
-    if (row < 0 || row >= h || column < 0 || column >= w) {
-      $("because").replaceChildren(make("p", {}, "This point is outside the body’s bounding box; only the box was compared."));
-      return;
-    }
+    if (row < 0 || row >= h || column < 0 || column >= w) return instead("This point is outside the body’s bounding box; only the box was compared.");
     const within = ([a, b, c, d], [top, bottom], [left, right]) =>
       [a + top * (b - a), a + bottom * (b - a), c + left * (d - c), c + right * (d - c)];
     because = { query: [[within(why.query_boxes[index], [row / h, (row + 1) / h], [column / w, (column + 1) / w]), "cell"]], support: [] };
-    const items = [];
-    const cosines = [];
+    const [items, cosines] = [[], []];
     for (let r = 0; r < ranks; r++) {
       const i = ((index * ranks + r) * h + row) * w + column;
       const rank = reasons.ranks[i];
@@ -340,7 +324,9 @@
   function organTable() {
     const dice = organs.some((organ) => organ.dice !== null);
     const sure = organs.some((organ) => organ.confidence !== null);
-    const heads = [...layers.map((name) => (layers.length > 1 ? `${name}, ml` : "ml")), ...(dice ? ["Dice"] : []), ...(sure ? ["confidence"] : [])];
+    const heads = layers.map((name) => (layers.length > 1 ? `${name}, ml` : "ml"));
+    if (dice) heads.push("Dice");
+    if (sure) heads.push("confidence");
     const table = $("organs");
     table.append(make("thead", {}, make("tr", {}, ...["organ", ...heads].map((text) => make("th", { scope: "col" }, text)))));
     const body = make("tbody");
@@ -371,9 +357,9 @@
   }
 
   // --- assembly ------------------------------------------------------------------------------
-  const times = (list, digits) => [...list].reverse().map((v) => (digits ? Number(v.toFixed(digits)) : v)).join(" × ");
+  const times = (list) => [...list].reverse().map((v) => Number(v.toFixed(2))).join(" × ");
   $("title").textContent = facts.title;
-  $("about").textContent = `${times(image.shape)} voxels of ${times(image.spacing, 2)} mm`;
+  $("about").textContent = `${times(image.shape)} voxels of ${times(image.spacing)} mm`;
   $("notes").append(...facts.notes.map((note) => make("li", {}, note)));
   organTable();
   if (!organs.length) $("organs").closest("section").hidden = true;
