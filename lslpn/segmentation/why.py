@@ -7,6 +7,7 @@ repeated at the resolution of the features, and the windows are recorded.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,13 +108,10 @@ def winners(
 
 def _cells(axis: Axis) -> list[slice]:
     """The cells whose centres are in each window."""
-    over = [
-        axis.covering(int((cell + 0.5) * axis.pixels / axis.cells)) for cell in range(axis.cells)
-    ]
-    first, last = (np.array(ends) for ends in zip(*over, strict=True))  # both never decrease
+    centres = [int((cell + 0.5) * axis.pixels / axis.cells) for cell in range(axis.cells)]
     return [
-        slice(int(np.searchsorted(last, m)), int(np.searchsorted(first, m, side="right")))
-        for m in range(axis.windows)
+        slice(bisect_left(centres, start), bisect_left(centres, start + axis.window))
+        for start in axis.starts
     ]
 
 

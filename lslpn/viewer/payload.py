@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,10 +54,7 @@ class Support:
 
 def file_stem(volume: Volume) -> str:
     """The name of a volume's file without folder and ending, since pages must not contain paths."""
-    name = volume.path.name
-    for ending in (".gz", ".nii"):
-        name = name[: -len(ending)] if name.lower().endswith(ending) else name
-    return name
+    return re.sub(r"(\.nii)?(\.gz)?$", "", volume.path.name, flags=re.IGNORECASE)
 
 
 def contents(
@@ -190,12 +188,23 @@ def _every(n: int) -> str:
 
 
 def _scan(volume: Volume, step: tuple[int, int, int], name: str) -> dict[str, Any]:
+    """Facts about a scan; its windows are in the values of the file, the first shown initially."""
+    data, how = volume.data, interpret(volume.data)
+    windows = [[name, low + how.offset, high + how.offset] for name, low, high in _WINDOWS]
+    if not how.hu:
+        windows = [["Whole range", float(data.min()), float(data.max())]]
+        sample = data.ravel()[:: max(1, data.size >> 20)]
+        low, high = (float(v) for v in np.quantile(sample, _QUANTILES))
+        if low < high:
+            windows.insert(0, ["Tissue", low, high])
     return {
         "name": name,
-        "shape": list(volume.data.shape),
+        "shape": list(data.shape),
         "spacing": [round(float(v), 4) for v in volume.spacing],
         "step": list(step),
-        **_grey(volume),
+        "windows": windows,
+        "unit": "HU" if how.hu else "",
+        "offset": how.offset,
     }
 
 
@@ -225,20 +234,6 @@ def _pack(
 
 def _base64(raw: bytes) -> str:
     return base64.b64encode(gzip.compress(raw, compresslevel=6, mtime=0)).decode("ascii")
-
-
-def _grey(image: Volume) -> dict[str, Any]:
-    """The windows that a page offers, in the values of the file; it opens with the first."""
-    how = interpret(image.data)
-    if how.hu:
-        windows = [[name, low + how.offset, high + how.offset] for name, low, high in _WINDOWS]
-        return {"windows": windows, "unit": "HU", "offset": how.offset}
-    sample = image.data.ravel()[:: max(1, image.data.size >> 20)]
-    low, high = (float(v) for v in np.quantile(sample, _QUANTILES))
-    windows = [["Whole range", float(image.data.min()), float(image.data.max())]]
-    if low < high:
-        windows.insert(0, ["Tissue", low, high])
-    return {"windows": windows, "unit": "", "offset": 0}
 
 
 # --- why ---------------------------------------------------------------------------------------
