@@ -1,1 +1,1 @@
-"""One script per question. Each needs torch alone; plots need matplotlib."""
+"""One script per question. They need only torch; plots need matplotlib."""

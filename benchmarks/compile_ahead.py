@@ -1,28 +1,28 @@
-"""Compiles the Triton kernels for a GPU that is not here, into a cache that is carried to it.
+"""Compile the Triton kernels for a GPU on another machine, into a cache that is copied to it.
 
     python -m benchmarks.compile_ahead --arch 90 --out DIR [--key-of PYTHON]
 
-`DIR` gets every kernel that the benchmark of the head and the tests of a GPU launch there, for
+`DIR` gets every kernel that the benchmark of the head and the GPU tests launch, for
 `python -m benchmarks.gpu --triton-cache DIR`. Without `--out` it is Triton's own cache: a machine
-with many cores compiles there at the same time what one process would compile one by one. What DIR
-has is not compiled again. Triton writes whole paths into it, so that a folder that was moved must
-be given to this command before it is good as TRITON_CACHE_DIR; `benchmarks.gpu` does that.
+with many cores then compiles in parallel what one process would compile one after the other.
+Kernels that are already in DIR are not compiled again. Triton writes absolute paths into DIR, so a
+folder that was moved must be given to this command before it can be used as TRITON_CACHE_DIR;
+`benchmarks.gpu` does that.
 
-Triton finds a kernel again by a hash over its own version and files, the kernel's source and
-constants, the types of its arguments and which of them are 1 or divisible by 16, the options of the
-launch, the version of ptxas, the architecture, and those variables of the environment that change
-what it compiles. Everything but the first is the same here, since the launches are those that the
-backend makes by itself for the same shapes: Triton is told of a GPU that is not there, and only the
-launch is left out. Among Triton's files is a library that differs between Python versions. So both
-machines need one version of Triton, and of Python too; or else `--key-of` names a Python
-interpreter with the Triton of the other machine (it needs no torch), which is asked for its part of
-the hash.
+Triton's cache key is a hash of its own version and files, the kernel's source and constants, the
+types of its arguments and which of them are 1 or divisible by 16, the options of the launch, the
+version of ptxas, the architecture, and the environment variables that affect compilation.
+Everything but Triton's files is the same here, because the backend itself makes the launches for
+the same shapes: Triton is told of a GPU that does not exist, and only the launch is skipped. One of
+Triton's files is a library that differs between Python versions. So both machines need the same
+versions of Triton and of Python; otherwise, `--key-of` names a Python interpreter with the Triton
+of the other machine (it needs no torch), which computes its part of the hash.
 
     python -m benchmarks.compile_ahead --arch 90 --usage float32 bfloat16,channels_last
 
-prints what the machine code of each kernel takes, one JSON object a line, for the variants named: a
-dtype, and what differs from one contiguous batch of the paper's episodes with `reduce="max"`
-(`channels_last`, `mean`, `many` episodes, `loss` in place of scores).
+prints the resources that the machine code of each kernel uses, one JSON object per line. A variant
+is a dtype, followed by what differs from a contiguous batch of the paper's episodes with
+`reduce="max"` (`channels_last`, `mean`, `many` episodes, `loss` instead of scores).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _KEY = "import sys, triton, {0}; print(triton.__version__); print({0}.triton_key
 
 
 class _Absent:
-    """As much of Triton's driver as compiling asks for."""
+    """The part of Triton's driver that compilation needs."""
 
     def __init__(self, arch: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -78,9 +78,11 @@ class _Absent:
 
 
 def pretend(arch: int, see: Callable[[str, Any], object] = lambda name, kernel: None) -> None:
-    """From now on `backend="triton"` of this process takes tensors of the CPU and compiles for that
-    architecture, but launches nothing: results are not written. `see` is told the name of each
-    kernel and its machine code, or None where `jit_cache_hook` has left that out."""
+    """Make `backend="triton"` of this process accept CPU tensors and compile for an architecture.
+
+    Nothing is launched, so results are not written. `see` is called with the name of each kernel
+    and its machine code, or None if `jit_cache_hook` skipped it.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -119,7 +121,7 @@ def of_tests() -> Iterator[Launches]:
 
 
 def launch_variant(variant: str) -> None:
-    """Both directions of both operators at the paper's size; see the module."""
+    """Launch both directions of both operators at the paper's size; for variants see the module."""
     name, *options = variant.split(",")
     if not set(options) <= OPTIONS:
         raise ValueError(f"{variant}: the options are {', '.join(sorted(OPTIONS))}")
@@ -154,9 +156,13 @@ def launch_variant(variant: str) -> None:
 def share_of(
     arch: int, number: int, of: int, sizes: Sequence[Size], tests: bool, key: str | None
 ) -> tuple[int, int]:
-    """Compiles one of `of` equal parts of all kernels. Every part goes through all launches, which
-    takes little time, and leaves out what belongs to others. How many kernels were compiled, and
-    how many were in the cache already."""
+    """Compile one of `of` equal parts of all kernels.
+
+    Every part goes through all launches, which takes little time, and skips the kernels of others.
+
+    Returns:
+        how many kernels were compiled, and how many were already in the cache.
+    """
     from triton import knobs
 
     torch.set_num_threads(1)
@@ -180,7 +186,7 @@ def share_of(
 
 
 def _key_module() -> Any:
-    """Where Triton asks for the hash of its own files: it moved between versions."""
+    """The module in which Triton looks up the hash of its own files; it differs by version."""
     from triton.compiler import compiler
     from triton.runtime import cache
 
@@ -188,10 +194,10 @@ def _key_module() -> Any:
 
 
 def key_of(python: str) -> str:
-    """That hash of another interpreter's Triton.
+    """The hash of the files of another interpreter's Triton.
 
     Raises:
-        ValueError: it has none, or one of another version.
+        ValueError: the interpreter has no Triton, or another version.
     """
     import triton
 
@@ -204,13 +210,15 @@ def key_of(python: str) -> str:
         raise ValueError(f"{python}: {done.stderr.strip().splitlines()[-1]}")
     version, key = done.stdout.splitlines()
     if version != triton.__version__:
-        raise ValueError(f"{python} has Triton {version}; here it is {triton.__version__}")
+        raise ValueError(f"{python} has Triton {version}, but {triton.__version__} is needed")
     return key
 
 
 def tidy(cache: Path) -> None:
-    """Sets the paths in a cache to where the folder is now, since Triton writes whole ones, and
-    takes out half of its bytes: the source in Triton's own words, which nothing asks for."""
+    """Set the absolute paths in a cache to the folder's current place, and halve its size.
+
+    The latter by deleting the kernels' source in Triton's intermediate form, which is not needed.
+    """
     for path in cache.glob("*/__grp__*.json"):
         names = json.loads(path.read_text("utf-8"))["child_paths"]
         kept = {n: str(path.parent / n) for n in names if not n.endswith(".source")}
@@ -223,8 +231,8 @@ def tidy(cache: Path) -> None:
 
 
 def usage(kernel: Any) -> dict[str, int]:
-    """Of one program: registers of a thread, bytes of its stack (where registers spill to, the
-    local memory), shared memory and warps."""
+    """Resources of a program: registers, stack and local memory (bytes) per thread, to which
+    registers spill, shared memory (bytes) and warps."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -240,7 +248,7 @@ def usage(kernel: Any) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     assert found, text
     registers, stack, shared, local = map(int, found.groups())
-    # The cubin knows of static shared memory only; Triton asks for its own at the launch.
+    # The cubin has only static shared memory; Triton requests its own at launch.
     return {
         "registers": registers,
         "stack": stack,
@@ -262,19 +270,19 @@ def _print_usage(arch: int, variants: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """See the module."""
+    """Compile, or print resources; see the module."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compile_ahead",
-        description="Compile the Triton kernels for a GPU that need not be here.",
+        description="Compile the Triton kernels for a GPU on another machine.",
     )
     parser.add_argument("--arch", type=int, required=True, help="compute capability, such as 90")
     parser.add_argument("--out", type=Path, help="the cache (default: Triton's own)")
     parser.add_argument("--key-of", metavar="PYTHON", help="interpreter with the same Triton")
-    parser.add_argument("--sizes", nargs="*", metavar="SIZE", help="default: all of a GPU")
-    parser.add_argument("--dtypes", nargs="*", metavar="DTYPE", help="default: as of a GPU")
+    parser.add_argument("--sizes", nargs="*", metavar="SIZE", help="default: those for a GPU")
+    parser.add_argument("--dtypes", nargs="*", metavar="DTYPE", help="default: those for a GPU")
     parser.add_argument("--no-tests", action="store_true", help="only the benchmark's kernels")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--usage", nargs="+", metavar="VARIANT", help="print resources and stop")
+    parser.add_argument("--usage", nargs="+", metavar="VARIANT", help="print resources and exit")
     options = parser.parse_args(arguments)
     if options.usage:
         _print_usage(options.arch, options.usage)

@@ -1,10 +1,10 @@
-"""Everything that the backends are measured against and beside: one way to compute each part.
+"""The implementations that are compared, by name.
 
-reference       the equations as they stand; small sizes only
-torch           `backend="torch"`: the exact head by its linear route, eager PyTorch
-torch.compile   the same under torch.compile, in one graph
-torch.compile-max   in its mode "max-autotune" (GPU)
-torch-windows   what one would write without that route; see below
+reference           the paper's equations, written literally; small sizes only
+torch               `backend="torch"`: interpolation after inner products, in eager PyTorch
+torch.compile       the same under torch.compile, in one graph
+torch.compile-max   the same in the mode "max-autotune" (GPU)
+torch-windows       the straightforward implementation; see below
 cpu, triton, cuda   the kernels
 """
 
@@ -33,7 +33,7 @@ NAMES = ("reference", "torch-windows", "torch", *COMPILED, *KERNELS)
 
 
 def build(name: str, part: str, size: Size, device: str) -> Call:
-    """The function of `Inputs.of(part)` that a formulation computes."""
+    """The function by which an implementation computes a part from `Inputs.of(part)`."""
     if name in COMPILED:
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         call = build("torch", part, size, device)
@@ -61,13 +61,13 @@ def _assemble(part: str, size: Size, pool: Call, match: Call) -> Call:
     return head
 
 
-# The head as one would write it without the linear route: features interpolated to the size of
-# the image, then sums over windows as products with matrices of zeros and ones, and the best
-# cosine by rows of windows. Exact, vectorised, and what the `torch` backend saves one from.
+# The straightforward head: features are interpolated to the size of the image, sums over windows
+# are products with matrices of zeros and ones, and the best cosine is found row by row of windows.
+# It is exact and vectorised, but stores features at image resolution, unlike the `torch` backend.
 
 
 def pool_windows(features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: float = 0) -> Tensor:
-    """As `lslpn_kernels.masked_average_pool`."""
+    """Like `lslpn_kernels.masked_average_pool`."""
     H, W = masks.shape[-2:]
     up = _upsample(features, (H, W))  # [B, K, D, H, W]
     rows = _membership(grid.axis(H), up.dtype, up.device)  # [Gy, H]
@@ -84,7 +84,7 @@ def pool_windows(features: Tensor, masks: Tensor, grid: GridSpec, min_pixels: fl
 def match_windows(
     features: Tensor, prototypes: Tensor, grid: GridSpec, size: tuple[int, int]
 ) -> Tensor:
-    """As `lslpn_kernels.cosine_match`."""
+    """Like `lslpn_kernels.cosine_match`."""
     up = unit(_upsample(features, size), 2)  # [B, Q, D, H, W]
     directions = unit(prototypes.to(up.dtype), -1)
     rows, columns = grid.axis(size[0]), grid.axis(size[1])
@@ -101,8 +101,8 @@ def match_windows(
 
 
 def windows_bytes(size: Size) -> int:
-    """About what `torch-windows` holds at once in forward and backward: the features of either
-    side at the size of the image, and once more for every class and step that autograd keeps."""
+    """Approximate peak memory of `torch-windows`, forward and backward: the features of both sides
+    at the size of the image, and a copy for every class and step that autograd keeps."""
     copies = size.K * (1 + size.C) + 3 * size.Q
     return copies * size.B * size.D * size.pixels**2 * max(4, size.dtype.itemsize)
 
@@ -115,6 +115,6 @@ def _upsample(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _membership(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[G, n]: 1 where a pixel lies in a window."""
+    """[G, n]: 1 if a pixel is in a window."""
     pixel, start = torch.arange(axis.pixels), torch.tensor(axis.starts)[:, None]
     return ((pixel >= start) & (pixel < start + axis.window)).to(device, dtype)

@@ -1,14 +1,14 @@
-"""What the GPU backends are to reach on an NVIDIA H200, and what a record says of it.
+"""The goals of the GPU backends on an NVIDIA H200, and what a record says about them.
 
-Two sizes are asked about, in float32 and bfloat16: the paper's episode in a batch of four, and
-1 GiB of features a side and more. Shares of the copy rate and memory are counted from bytes:
-`moved` adds up what each pass of the head has to read and write, `held` what has to be there at a
-time. So a share of 1 is reached by kernels that move nothing twice and never wait for anything
-else, and a memory of 1 by those that hold nothing twice. `floor_ms` is the time of a replayed graph
-by its bytes and its launches; no goal asks for less. That goals can be met by bytes does not say
-that the kernels of today are near: benchmarks/results/README.md has what their instructions take.
+There are two sizes, in float32 and bfloat16: the paper's episode in a batch of four, and a batch
+with at least 1 GiB of features per side. Shares of the copy rate and memory are computed from
+bytes: `moved` adds up what each pass of the head must read and write, `held` what must be in memory
+at the same time. So kernels that move nothing twice and never wait for anything else have a share
+of 1, and those that hold nothing twice a memory of 1. `floor_ms` is the time of a replayed graph
+by its bytes and its launches; no goal is below it. That bytes allow a goal does not mean that
+today's kernels come close: see the instructions in benchmarks/results/README.md.
 
-`lines(record)` sets a record of `benchmarks.head` against each number.
+`lines(record)` compares a record of `benchmarks.head` with each goal.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lslpn_kernels._backends.cuda import GRAM_MAPS
 DTYPES = ("float32", "bfloat16")
 TRAINING, LARGE = "batch-4", "large"
 LAUNCHES = 8  # of the head, forward and backward
-LAUNCH_MS = 0.002  # from one kernel of a graph to the next, about
+LAUNCH_MS = 0.002  # approximate gap between the kernels of a graph
 
 
 def tensors(size: dict[str, Any]) -> dict[str, int]:
-    """Bytes of each tensor of the head, by the entry of a record's `sizes`."""
+    """Bytes of each tensor of the head, for an entry of a record's `sizes`."""
     B, K, Q, C, D = (size[letter] for letter in "BKQCD")
     cells, image, windows = size["cells"] ** 2, size["pixels"] ** 2, size["windows"]
     itemsize = 4 if size["dtype"] == "float32" else 2
@@ -43,9 +43,8 @@ def tensors(size: dict[str, Any]) -> dict[str, int]:
 
 
 def moved(size: dict[str, Any]) -> dict[str, int]:
-    """Bytes that the kernels of each pass read and write between them: every argument of an
-    operator once, every result once, and what is kept for the backward pass. A gradient is as
-    large as what it is of."""
+    """Bytes that the kernels of each pass read and write: every argument and every result of an
+    operator once, and what is kept for the backward pass. A gradient has the size of its tensor."""
     t = tensors(size)
     pool = t["support"] + t["masks"] + t["factor"] + t["prototypes"]
     match = t["query"] + t["prototypes"] + t["scores"] + t["winners"] + t["gram"]
@@ -56,9 +55,11 @@ def moved(size: dict[str, Any]) -> dict[str, int]:
 
 
 def held(size: dict[str, Any]) -> int:
-    """Bytes that are there at once beyond the inputs, at most: either while matching goes back, or
-    while pooling does. The caller has the logits. A twelfth of the features of one side is for the
-    workspace, which the cuda backend keeps to at these sizes (`Chunks` in csrc/cuda/tiles.h)."""
+    """Peak bytes in addition to the inputs, in the backward pass of either matching or pooling.
+
+    The caller holds the logits. A twelfth of the features of one side is for the workspace, which
+    the cuda backend does not exceed at these sizes (`Chunks` in csrc/cuda/tiles.h).
+    """
     t = tensors(size)
     kept = t["winners"] + t["gram"] + t["prototypes"] + t["factor"]
     matching = kept + t["query"] + t["prototypes"] + t["query"] // 12
@@ -67,19 +68,21 @@ def held(size: dict[str, Any]) -> int:
 
 
 def floor_ms(size: dict[str, Any], copy_bytes_per_s: float) -> float:
-    """A replayed forward and backward pass at the rate of a copy, and the gaps between kernels."""
+    """Time of a replayed forward and backward pass at the rate of a copy, with launch gaps."""
     return 1e3 * moved(size)["both"] / copy_bytes_per_s + LAUNCHES * LAUNCH_MS
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One number.
+    """A number to be reached.
 
     Attributes:
-        backend, size: of whom, and on what.
+        backend: that must reach it.
+        size: on which it is measured.
         what: "faster than NAME", "replayed ms", "forward of copy" or "backward of copy" (bytes
-            `moved` a second, over the measured rate of a copy), or "memory" (the peak over `held`).
-        wanted: at least that for ratios and shares, at most that for times and memory.
+            `moved` per second, relative to the measured copy rate), or "memory" (the peak relative
+            to `held`).
+        wanted: a minimum for ratios and shares, a maximum for times and memory.
     """
 
     backend: str
@@ -95,7 +98,7 @@ class Goal:
         return value <= self.wanted if self.at_most else value >= self.wanted
 
 
-# A twentieth of the memory is for how an allocator rounds.
+# A twentieth of the memory is for the allocator's rounding.
 GOALS = (
     Goal("triton", TRAINING, "faster than torch", 15),
     Goal("triton", TRAINING, "faster than torch.compile", 5),
@@ -114,7 +117,7 @@ GOALS = (
 
 
 def value(record: dict[str, Any], goal: Goal, dtype: str) -> float | None:
-    """What a record of `benchmarks.head` says; None where it says nothing."""
+    """The number in a record of `benchmarks.head`, or None if it was not measured."""
     size = f"{goal.size} {dtype}"
 
     def found(backend: str, how: str, passes: str) -> dict[str, Any] | None:
@@ -154,7 +157,7 @@ def _each(record: dict[str, Any]) -> Iterator[tuple[str, Goal, float | None]]:
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """A line for each number: whether it was met, what was found and what was wanted."""
+    """A line for each goal: whether it was met, the number found and the number wanted."""
     text = []
     for dtype, goal, found in _each(record):
         verdict = "not measured" if found is None else "met" if goal.met(found) else "MISSED"

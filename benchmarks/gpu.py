@@ -1,22 +1,22 @@
-"""Everything that needs a GPU, in one command and under ten minutes.
+"""Everything that needs a GPU, in one command that takes less than ten minutes.
 
     python -m benchmarks.gpu --out DIR [--triton-cache DIR]
 
-What tells most comes first: the compiled module is built for this machine's GPU and the Triton
-kernels are compiled, each backend is checked in a few cases, the kernels are timed beside eager
-PyTorch; then come the other tests, the slow baselines (torch.compile), and the memory and race
-checkers of the CUDA toolkit where they are there. A step that fails, or runs out of its time, is
-written down and does not stop the rest. Given the same folder again, the command goes on: what has
-passed is not repeated, and what was measured is kept.
+The most informative steps come first: the module is built for this machine's GPU and the Triton
+kernels are compiled, each backend is checked on a few cases, and the kernels are timed together
+with eager PyTorch. Then come the other tests, the slow baselines (torch.compile), and the memory
+and race checkers of the CUDA toolkit if they are installed. A step that fails or times out is
+recorded and does not stop the others. If the command is repeated with the same folder, it
+continues: steps that have passed are not repeated, and measurements are kept.
 
-Needs torch, pytest, and for the cuda backend nvcc, pybind11 and ninja; no network. `--triton-cache`
-takes what `python -m benchmarks.compile_ahead` has made elsewhere for this GPU, and saves the time
-to compile.
+Needs torch, pytest, and for the cuda backend nvcc, pybind11 and ninja, but no network.
+`--triton-cache` is the output of `python -m benchmarks.compile_ahead` for this GPU on another
+machine, which saves compile time.
 
 `DIR` gets `gpu.json` (device, driver, versions, commit, and every step's outcome so far),
-`summary.txt` with what was to be reached and what was (benchmarks/goals.py), the record `head.json`
-of `benchmarks.head` and its plot, and each step's whole output as `STEP.log`. Exits with 0 if every
-step passed, 1 if one did not, 2 where there is no GPU.
+`summary.txt` with the goals and what was reached (benchmarks/goals.py), the record `head.json` of
+`benchmarks.head` and its plot, and each step's complete output as `STEP.log`. Exits with 0 if every
+step passed, 1 if one did not, 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ import torch
 from . import goals, machine
 
 _TAIL = 4000  # characters of a step's output that the record keeps
-_FIRST = "test_paper_size"  # of the tests: what the benchmark then measures
-_GRACE = 10.0  # seconds from being asked to stop to being stopped
+_FIRST = "test_paper_size"  # the tests of what the benchmark measures next
+_GRACE = 10.0  # seconds between the request to stop and the kill
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Step:
     """One command of the plan.
 
     Attributes:
-        name: what it is called in the record.
+        name: its name in the record.
         command: program and arguments.
-        seconds: how long it may take, at most.
-        environment: variables set for it.
-        always: whether it is run again though it has passed in an earlier run.
+        seconds: its time limit.
+        environment: additional environment variables.
+        always: whether it is repeated even if it passed in an earlier run.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: "passed", "failed", "out of time" or "not run", and why."""
+    """The outcome of a step ("passed", "failed", "out of time" or "not run") and its details."""
 
     name: str
     outcome: str
@@ -80,8 +80,14 @@ class Outcome:
 def plan(
     out: Path, capability: str | None, checker: str | None = None, cache: Path | None = None
 ) -> list[Step]:
-    """The steps for a GPU of this compute capability, such as "90"; `checker` is
-    compute-sanitizer, where it is there, and `cache` one for Triton in place of its own."""
+    """The steps for a GPU.
+
+    Args:
+        out: the folder of the record.
+        capability: compute capability, such as "90".
+        checker: path of compute-sanitizer, if it is installed.
+        cache: replaces Triton's own cache.
+    """
     python = sys.executable
     cached = (("TRITON_CACHE_DIR", str(cache)),) if cache else ()
 
@@ -116,8 +122,9 @@ def plan(
         benchmark("baselines", 2, 180),
     ]
     if checker:
-        # The checkers slow a kernel down some hundred times: one small case for each kernel. They
-        # know what lies beyond an allocation, not what torch makes of it.
+        # The checkers make a kernel about a hundred times slower, hence one small case per kernel.
+        # They only know allocations by CUDA, not parts of them that torch hands out, hence no
+        # caching.
         small = _tests("test_situation and float32 and not triton", "-x")
         own_memory = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), ("LSLPN_REQUIRE", "cuda"))
         steps += [
@@ -128,7 +135,7 @@ def plan(
 
 
 def _tests(which: str, *options: str, workers: int = 0) -> tuple[str, ...]:
-    """pytest over the tests marked `gpu` whose names fit, several at a time where it can."""
+    """A pytest command for the tests marked `gpu` that `which` selects, in parallel if possible."""
     command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-q", "-rs"]
     if workers and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(workers, os.cpu_count() or 1))]
@@ -142,8 +149,10 @@ def run(
     device: dict[str, Any],
     earlier: Sequence[Outcome] = (),
 ) -> list[Outcome]:
-    """Runs the steps in turn, within `seconds` all together, and writes down after each how it
-    went. What has passed `earlier` is left as it is."""
+    """Run the steps one after the other, within `seconds` in total, and record each outcome.
+
+    Steps that passed `earlier` are not repeated.
+    """
     ends = time.monotonic() + seconds
     known = {outcome.name: outcome for outcome in earlier}
     outcomes: list[Outcome] = []
@@ -184,11 +193,11 @@ def _run(step: Step, seconds: float, log: Path) -> Outcome:
             outcome = "passed" if process.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
             outcome = "out of time"
-            _signal(process, signal.SIGINT)  # pytest then tells what has failed so far
+            _signal(process, signal.SIGINT)  # pytest then reports what has failed so far
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE)
         finally:
-            _signal(process, signal.SIGKILL)  # with all that it has started and left running
+            _signal(process, signal.SIGKILL)  # also ends the processes that it has started
             process.wait()
     taken = round(time.monotonic() - began, 1)
     tail = log.read_bytes().decode(errors="replace")[-_TAIL:]
@@ -196,7 +205,7 @@ def _run(step: Step, seconds: float, log: Path) -> Outcome:
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To a process and all that it has started."""
+    """Send a signal to a process and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
@@ -206,7 +215,7 @@ def _not_run(step: Step) -> Outcome:
 
 
 def record_of(outcomes: Sequence[Outcome], device: dict[str, Any]) -> dict[str, Any]:
-    """What gpu.json holds."""
+    """The content of gpu.json."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": machine.commit(),
@@ -217,10 +226,10 @@ def record_of(outcomes: Sequence[Outcome], device: dict[str, Any]) -> dict[str, 
 
 
 def earlier(out: Path, device: dict[str, Any]) -> list[Outcome]:
-    """What an earlier run into this folder has done.
+    """The outcomes of an earlier run with this folder.
 
     Raises:
-        ValueError: it was of other code, or another machine.
+        ValueError: the earlier run had other code or another machine.
     """
     path = out / "gpu.json"
     if not path.exists():
@@ -229,22 +238,22 @@ def earlier(out: Path, device: dict[str, Any]) -> list[Outcome]:
     differ = [key for key in ("commit", "versions", "device") if found[key] != here[key]]
     if differ:
         raise ValueError(
-            f"{path} was made with another {' and '.join(differ)}; give --out a new folder"
+            f"{path} was written with another {' and '.join(differ)}; give --out a new folder"
         )
     return [Outcome(**step) for step in found["steps"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the plan; see the module."""
+    """Run the plan; see the module."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description="Build, test and measure on this GPU."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the record")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all steps (default 9.5)")
     parser.add_argument(
-        "--triton-cache", type=Path, metavar="DIR", help="of benchmarks.compile_ahead"
+        "--triton-cache", type=Path, metavar="DIR", help="output of benchmarks.compile_ahead"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
+    parser.add_argument("--dry-run", action="store_true", help="only print the steps")
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes must be above 0, got {options.minutes}")
@@ -266,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if capability is None:
         print("benchmarks.gpu: torch finds no GPU here; nothing was run", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the step
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step is ended, too
     out.mkdir(parents=True, exist_ok=True)
     device = machine.describe("cuda")
     try:
@@ -283,14 +292,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summary(outcomes: Sequence[Outcome], device: str, record: dict[str, Any] | None) -> str:
-    """How every step went, and what was reached by the record of `benchmarks.head`."""
+    """The outcome of every step, and the goals that the record of `benchmarks.head` reaches."""
     lines = [device, *(f"{o.name:14} {o.outcome:12} {o.seconds:6.1f} s" for o in outcomes), ""]
     lines += goals.lines(record) if record else ["no record of benchmarks.head"]
     return "\n".join(lines) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(text, "utf-8")
     partial.replace(path)

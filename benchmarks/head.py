@@ -1,16 +1,15 @@
-"""How long the head takes, and how much memory, beside plain PyTorch and beside the machine.
+"""Time and memory of the head, compared with plain PyTorch and with the limits of the machine.
 
     python -m benchmarks.head                     # this machine's CPU
     python -m benchmarks.head --device cuda
     python -m benchmarks.head --report FILE.json  # the tables of a record, as Markdown
 
-Backends take turns in one process, so that whatever else happens on the machine hits all of them;
-what counts are the ratios. Before a backend is timed, its results and gradients are compared with
-those of `torch` in float64. There are two rounds over all sizes: the kernels beside eager PyTorch
-first, then the slow baselines, which may compile for minutes, with the kernels again so that the
-ratios are of calls in turn. The record is written after each size of each round, and a run that is
-given it as `--record` continues it. Needs torch only; matplotlib, where installed, draws the plot.
-benchmarks/results/README.md tells what the record holds.
+Backends take turns in one process, so other work on the machine affects all of them; compare the
+ratios. Before a backend is timed, its results and gradients are compared with those of `torch` in
+float64. There are two rounds over all sizes: first the kernels and eager PyTorch, then the slow
+baselines, which may compile for minutes, taking turns with the kernels again. The record is written
+after each size of each round; if it is given as `--record`, a run continues it. Needs only torch;
+with matplotlib a plot is drawn. benchmarks/results/README.md describes the record.
 """
 
 from __future__ import annotations
@@ -38,21 +37,22 @@ from .sizes import PARTS, PASSES, SIZES, Inputs, Size, chosen, draw, least_bytes
 from .timing import Slot, Work, capture, copy_rate, flusher, in_turn, matrix_rate, one_line
 
 SCHEMA = 1
-# Root mean square of the difference over that of the truth: results, gradients. In a pixel where
-# two windows score alike to rounding, the gradient goes to either: hence the second number.
+# Root mean square of the difference relative to that of the truth, for results and gradients. If
+# two windows have equal scores in a pixel up to rounding, the gradient goes to either of them,
+# hence the larger second number.
 _TOLERANCE = {
     torch.float64: (1e-9, 1e-6),
     torch.float32: (1e-4, 2e-2),
     torch.float16: (1e-2, 1e-1),
     torch.bfloat16: (2e-2, 2e-1),
 }
-# Baselines of the second round: they compile for long, or are slow.
+# Baselines of the second round, which take long to compile or are slow.
 SLOW = ("reference", "torch-windows", *COMPILED)
 _WINDOWS_MOST = {"cpu": 3 << 30, "cuda": 16 << 30}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 1 if a backend was wrong or failed, else 0."""
+    """Run the benchmark; returns 1 if a backend was wrong or failed, otherwise 0."""
     options = _parse(arguments)
     if options.report:
         print(report.markdown(json.loads(options.report.read_text())))
@@ -101,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record["rounds"].append([number, size.key])
             _release(options.device)
             _compare(record)
-            _save(path, record)  # what was measured so far, should the run be cut short
-    except KeyboardInterrupt:  # also of benchmarks.gpu, when the time is up
+            _save(path, record)  # in case the run is cut short
+    except KeyboardInterrupt:  # also from benchmarks.gpu, when the time is up
         interrupted = _failure(size, "all", "all", "run", "interrupted")
         _compare(record)
         _save(path, {**record, "failures": [*record["failures"], interrupted]})
@@ -126,11 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.head",
-        description="Time and memory of the head, beside plain PyTorch and beside the machine.",
+        description="Time and memory of the head, compared with plain PyTorch.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer sizes and backends: under a minute on a CPU"
+        "--quick", action="store_true", help="fewer sizes and backends: less than a minute on a CPU"
     )
     parser.add_argument(
         "--backends",
@@ -151,17 +151,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=("float64", "float32", "float16", "bfloat16"),
         metavar="DTYPE",
-        help="default: float32; on a GPU bfloat16 too for the sizes of training",
+        help="default: float32; on a GPU also bfloat16 for the sizes of training",
     )
-    parser.add_argument("--seconds", type=float, help="of turns for each size (default 8; GPU 4)")
-    parser.add_argument("--threads", type=int, help="default: as torch has it")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--seconds", type=float, help="per size (default 8; on a GPU 4)")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results")
-    parser.add_argument("--round", type=int, choices=(1, 2), help="only this one")
+    parser.add_argument("--round", type=int, choices=(1, 2), help="only this round")
     parser.add_argument("--record", type=Path, metavar="FILE",
-                        help="write this file; if it exists, go on with it")  # fmt: skip
+                        help="write this file; if it exists, continue it")  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="FILE",
-                        help="print the tables of a record and stop")  # fmt: skip
+                        help="print the tables of a record and exit")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not options.report and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here (torch.cuda.is_available())")
@@ -190,7 +190,7 @@ def _default_backends(device: str, quick: bool) -> list[str]:
 
 
 def _takes_part(name: str, size: Size, options: argparse.Namespace) -> bool:
-    """Slow ones take part where they tell something, and wherever they are asked for by name."""
+    """Whether a backend is measured at a size: slow ones only if informative or requested."""
     if options.backends and options.sizes:
         return True
     if name == "reference":
@@ -209,8 +209,8 @@ def _takes_part(name: str, size: Size, options: argparse.Namespace) -> bool:
 
 
 def _of_round(number: int, names: Sequence[str], size: Size, options: Any) -> list[str]:
-    """Who takes part in a round of a size: the kernels and `torch` in the first, in the second the
-    slow baselines and, to be set against, the first ones again."""
+    """The backends of a round: the kernels and `torch` in the first, the slow baselines and again
+    those of the first in the second."""
     here = [name for name in names if _takes_part(name, size, options)]
     first = sorted((n for n in here if n not in SLOW), key=lambda n: n not in KERNELS)
     slow = [name for name in here if name in SLOW]
@@ -218,10 +218,10 @@ def _of_round(number: int, names: Sequence[str], size: Size, options: Any) -> li
 
 
 def _gone_on_with(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The record of an earlier run, if it is of the same code and machine.
+    """The record of an earlier run with the same code and machine.
 
     Raises:
-        SystemExit: it is not.
+        SystemExit: code or machine differ, or it is not a record.
     """
     try:
         earlier: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -230,17 +230,19 @@ def _gone_on_with(path: Path, record: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"--record {path}: not a record of benchmarks.head ({error!r})") from error
     if differ:
         raise SystemExit(
-            f"--record {path}: made with another {' and '.join(differ)}; name a file that is new"
+            f"--record {path}: written with another {' and '.join(differ)}; give a new file"
         )
     earlier["failures"] = [f for f in earlier["failures"] if f["step"] != "run"]
     return earlier
 
 
 def _measure_rates(record: dict[str, Any], device: str, sizes: Sequence[Size]) -> None:
-    """How fast this machine copies and multiplies, at the beginning and the end of a run; the
-    faster counts. Small copies lie in the caches of a CPU, as an episode's features do; on a GPU
-    only a large one counts. The matrices: one shaped as the head's (locations x channels
-    by a few prototypes), one square."""
+    """Measure how fast this machine copies and multiplies matrices, and keep the higher rates.
+
+    Called at the beginning and the end of a run. Small copies are in the caches of a CPU, as an
+    episode's features are; on a GPU only a large one is measured. One matrix product has the shape
+    of the head's (locations x channels by a few prototypes), one is square.
+    """
     tiny = all(size.name == "tiny" for size in sizes)
     few = 0.05 if tiny else 0.3
     copies = (16, 64, 256) if device == "cpu" else (2048,)
@@ -325,13 +327,13 @@ def _checked(
     truth: list[tuple[slice, Tensor, tuple[Tensor, ...]]],
     device: str,
 ) -> Work | None:
-    """A part of a backend, ready to be timed; None if it is wrong or fails, which is entered."""
+    """A part of a backend, ready to be timed; None if it is wrong or fails, which is recorded."""
     _say(f"  checking {name} {part}")
     work: Work | None = None
     try:
         work = Work(build(name, part, size, device), *inputs.of(part))
         if name in COMPILED:
-            work.inference()  # a graph of its own: compiled here, not on the clock
+            work.inference()  # has its own graph, which is compiled here to keep it out of timing
         work.clear()
         work.both()
         wrong: BaseException | str = _check(record, size, name, part, work, truth)
@@ -356,7 +358,7 @@ def _called(name: str, part: str, work: Work, device: str) -> list[Slot]:
 
 
 def _collect(record: dict[str, Any], size: Size, slots: Sequence[Slot]) -> None:
-    """Enters what the slots have measured, in place of what an earlier round has."""
+    """Record the measurements of the slots, replacing those of an earlier round."""
     for slot in slots:
         if slot.failure:
             how = " ".join((slot.how, *slot.names))
@@ -377,7 +379,7 @@ def _collect(record: dict[str, Any], size: Size, slots: Sequence[Slot]) -> None:
 
 
 def _enter(entries: list[dict[str, Any]], place: dict[str, Any], entry: dict[str, Any]) -> None:
-    """In the place of an earlier one, so that a table keeps its order."""
+    """Add an entry, or replace an earlier one in its place, which keeps the order of tables."""
     for earlier in entries:
         if place.items() <= earlier.items():
             earlier.update(entry)
@@ -386,8 +388,11 @@ def _enter(entries: list[dict[str, Any]], place: dict[str, Any], entry: dict[str
 
 
 def _truth(size: Size, inputs: Inputs, part: str) -> list[tuple[slice, Tensor, tuple[Tensor, ...]]]:
-    """Result and gradients of `torch` in float64: of all episodes if they are few, else of the
-    first and the last, which is enough to find an offset that overflows."""
+    """Result and gradients of `torch` in float64.
+
+    Of all episodes if they are few, otherwise of the first and the last, which is enough to find an
+    offset that overflows.
+    """
     B = inputs.query.shape[0]
     found = []
     for of in [slice(0, B)] if B <= 4 else [slice(0, 1), slice(B - 1, B)]:
@@ -409,7 +414,7 @@ def _check(
     work: Work,
     truth: list[tuple[slice, Tensor, tuple[Tensor, ...]]],
 ) -> str:
-    """Enters how far a backend is from the truth; says so in a line if it is too far."""
+    """Record the difference of a backend from the truth; returns a message if it is too large."""
     assert work.out is not None
     assert work.grads is not None
     result, gradients = 0.0, 0.0
@@ -423,8 +428,8 @@ def _check(
     if result <= most[0] and gradients <= most[1]:
         return ""
     return (
-        f"differs from torch in float64 by {result:.1e} in the result (at most {most[0]:g} is "
-        f"expected) and {gradients:.1e} in the gradients (at most {most[1]:g})"
+        f"differs from torch in float64 by {result:.1e} in the result (expected at most "
+        f"{most[0]:g}) and {gradients:.1e} in the gradients (at most {most[1]:g})"
     )
 
 
@@ -451,7 +456,7 @@ def _replays(
     slots = []
     flush = flusher("cuda")
     for name, part, work in works:
-        if name in EAGER[1:] or COMPILED.get(name) == "max-autotune":  # has graphs of its own
+        if name in EAGER[1:] or COMPILED.get(name) == "max-autotune":  # has its own graphs
             continue
         try:
             graphs = capture(work)
@@ -499,14 +504,14 @@ def _measure_memory(
 
 
 def _compare(record: dict[str, Any]) -> None:
-    """Enters floors, rates and ratios beside the medians."""
+    """Add floors, rates and ratios to the medians."""
     rates = record["rates"]
     copies = sorted((int(n.split()[1]) << 20, r) for n, r in rates.items() if n.startswith("copy"))
     record["copy_bytes_per_s"] = copies[-1][1]
     for size in record["sizes"].values():
         matrix = max(r for n, r in rates.items() if n.startswith(f"matrix {size['dtype']} "))
-        # What an episode needs may lie in the caches of a CPU, where no copy of the machine's
-        # memory is a floor: hence a second one, by the copy that moves no less than it does.
+        # The data of an episode may be in the caches of a CPU, where a copy of main memory is no
+        # floor. Hence a second floor, by the smallest copy that moves at least as much.
         moved = size["bytes"]["head"]["both"]
         cached = next((rate for n, rate in copies if 2 * n >= moved), copies[-1][1])
         for name, copy in (("floor_ms", copies[-1][1]), ("floor_cached_ms", cached)):
@@ -557,7 +562,7 @@ def _release(device: str) -> None:
 
 
 def _free_name(out: Path, record: dict[str, Any]) -> Path:
-    """head-DEVICE-DATE.json, with a number where there is one of that name already."""
+    """head-DEVICE-DATE.json, with a number if that file already exists."""
     slug = re.sub(r"\((r|tm)\)", "", record["device"]["name"].lower())
     slug = re.sub(r"[^a-z0-9]+", "-", slug).strip("-")
     stem = f"head-{slug}-{record['date'][:10]}"

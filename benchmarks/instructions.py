@@ -1,14 +1,14 @@
-"""Counts what the compiled GPU kernels execute, without a GPU, and what that takes at least.
+"""Count what the compiled GPU kernels execute, without a GPU, and bound their time from below.
 
     python -m benchmarks.instructions [--out FILE] [--backends cuda triton] [--sizes batch-4 large]
     python -m benchmarks.instructions --budgets    # rewrites tests/kernels/ptx/budgets.json
 
-The PTX that nvcc and Triton make for compute capability 9.0 is executed on the host
-(tests/kernels/ptx), the whole head forward and backward. Counted are warp instructions of PTX and
-32-byte sectors of memory. From these follows how long a GPU takes at least if it does nothing but
-issue so many instructions, or move so many bytes: a bound by counting and no measurement. ptxas
-makes several instructions of some (an integer division) and none of others (moves, loads of
-parameters); the record has the number of either in each kernel's code. It takes some minutes.
+The PTX that nvcc and Triton generate for compute capability 9.0 is executed on the host
+(tests/kernels/ptx), for the whole head forward and backward, counting warp instructions of PTX and
+32-byte sectors of memory. From these follows how long a GPU takes at least if it only issues these
+instructions, or only moves these bytes: a bound by counting, not a measurement. ptxas turns some
+instructions into several (an integer division) and others into none (moves, loads of parameters);
+the record has the number of both for each kernel's code. This takes some minutes.
 """
 
 from __future__ import annotations
@@ -40,58 +40,57 @@ TESTS = machine.ROOT / "tests" / "kernels"
 BUDGETS = TESTS / "ptx" / "budgets.json"
 BACKENDS = ("cuda", "triton")
 DTYPES = ("float32", "bfloat16")
-ARCH = 90  # whose code is counted
-ARCHS = (80, 90, 100)  # whose registers are told
+ARCH = 90  # compute capability whose code is counted
+ARCHS = (80, 90, 100)  # compute capabilities whose resources are recorded
 LOGIT_SCALE = 20.0
-# What has budgets: small, and a problem of test_ptx.py, so that Triton compiles it once for both.
+# The size that has budgets: small, and used in test_ptx.py, so Triton compiles it once for both.
 BUDGETED = replace(SIZES["paper"], name="budgeted", cells=9, pixels=64)
-# Of the large batch, so many episodes are executed, in the way in which all of them would be: how
-# work is cut does not change from 4 episodes on in CUDA, and from 32 on in Triton.
+# How many episodes of the large batch are executed. They are cut into blocks as in the whole batch,
+# since that no longer changes from 4 episodes on in CUDA, and from 32 on in Triton.
 EXECUTED = {"cuda": 8, "triton": 32}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What bounds need to know: multiprocessors, highest clock in GHz, bytes of memory a second."""
+    """A GPU's multiprocessors, highest clock (GHz) and memory bandwidth (bytes per second)."""
 
     multiprocessors: int
     clock: float
     memory: float
 
     def issue(self, instructions: int) -> float:
-        """Microseconds: each of the four schedulers of a multiprocessor issues one a cycle."""
+        """Microseconds if each of a multiprocessor's four schedulers issues one per cycle."""
         return instructions / (self.multiprocessors * 4 * self.clock * 1e3)
 
     def banks(self, wavefronts: int) -> float:
-        """Microseconds: a multiprocessor's shared memory serves one wavefront a cycle."""
+        """Microseconds if a multiprocessor's shared memory serves one wavefront per cycle."""
         return wavefronts / (self.multiprocessors * self.clock * 1e3)
 
     def move(self, size: int) -> float:
-        """Microseconds."""
+        """Microseconds to move so many bytes at full bandwidth."""
         return size / self.memory * 1e6
 
 
 GPUS = {
     # NVIDIA A100 80GB SXM data sheet; boost clock of the architecture white paper.
     "A100": Gpu(108, 1.41, 2.039e12),
-    # NVIDIA H100 and H200 SXM data sheets; highest clock as nvidia-smi tells it.
+    # NVIDIA H100 and H200 SXM data sheets; highest clock as reported by nvidia-smi.
     "H100": Gpu(132, 1.98, 3.35e12),
     "H200": Gpu(132, 1.98, 4.8e12),
     # NVIDIA Ada GPU architecture white paper.
     "RTX 4090": Gpu(128, 2.52, 1.008e12),
-    # NVIDIA HGX B200 data sheet for the memory; 148 multiprocessors, clock as nvidia-smi tells it.
+    # NVIDIA HGX B200 data sheet for the memory; 148 multiprocessors, clock reported by nvidia-smi.
     "B200": Gpu(148, 1.965, 8.0e12),
 }
-# CUDA programming guide, "Technical Specifications per Compute Capability": registers, warps and
-# blocks of a multiprocessor, its shared memory in bytes. A block takes 1 KiB of it by itself.
+# CUDA programming guide, "Technical Specifications per Compute Capability": registers, warps,
+# blocks and bytes of shared memory of a multiprocessor. A block takes 1 KiB of it for the system.
 LIMITS = {80: (65536, 64, 32, 164 << 10), 90: (65536, 64, 32, 228 << 10)}
 LIMITS[100] = LIMITS[90]
 
 
 @contextmanager
 def _hooked(backend: str, arch: int, archs: Sequence[int] = ARCHS) -> Iterator[None]:
-    """The backend launches in the machine. `archs` are those that the CUDA module is built for; all
-    in one."""
+    """Make the backend launch in the PTX machine; `archs` are those of the CUDA module."""
     hooks = importlib.import_module("ptx.hooks")
     if backend == "triton":
         with hooks.triton(arch):
@@ -104,7 +103,7 @@ def _hooked(backend: str, arch: int, archs: Sequence[int] = ARCHS) -> Iterator[N
 
 
 def _passes(backend: str, size: Size) -> Iterator[str]:
-    """Runs the head part by part, and yields the name of each after it has run."""
+    """Run the head part by part, and yield the name of each part after it has run."""
     kernels = importlib.import_module("ptx.hooks").KERNELS[backend]
     inputs = draw(size, "cpu")
     support, query = inputs.support.detach(), inputs.query.detach()
@@ -128,7 +127,7 @@ def _passes(backend: str, size: Size) -> Iterator[str]:
 
 
 def _loss_passes(backend: str, size: Size) -> Iterator[str]:
-    """As `_passes`: the matching that ends in a loss."""
+    """Like `_passes`, for matching that ends in a loss."""
     kernels = importlib.import_module("ptx.hooks").KERNELS[backend]
     inputs = draw(size, "cpu")
     query, prototypes = inputs.query.detach(), inputs.prototypes.detach().float()
@@ -153,7 +152,7 @@ def count(
     archs: Sequence[int] = ARCHS,
     passes: Callable[[str, Size], Iterator[str]] = _passes,
 ) -> list[dict[str, Any]]:
-    """One entry for each launch of the head forward and backward; see `_hooked`."""
+    """One entry for each launch of the head, forward and backward; for `archs` see `_hooked`."""
     ptx, program = importlib.import_module("ptx.machine"), importlib.import_module("ptx.program")
     found = []
     with _hooked(backend, ARCH, archs), ptx.settings(checked=False, counts=True):
@@ -177,9 +176,11 @@ def count(
 
 
 def bounds(launches: list[dict[str, Any]], times: float = 1) -> dict[str, dict[str, float]]:
-    """Microseconds of each GPU, of launches that are `times` as large, one after the other: to
-    issue, to serve shared memory, to move every byte of a launch once, and the longest of the three
-    launch by launch."""
+    """Microseconds on each GPU for launches that are `times` as large, one after the other.
+
+    The time to issue, to serve shared memory, and to move every byte of a launch once; and the
+    longest of the three, launch by launch.
+    """
     found = {}
     for name, gpu in GPUS.items():
         parts = [
@@ -222,7 +223,7 @@ def resources(backend: str, size: Size) -> list[dict[str, Any]]:
             all_registers, most_warps, most_blocks, all_shared = LIMITS[arch]
             each = (
                 -(-(made["registers"] or 1) * 32 // 256) * 256
-            )  # registers are given to warps in 256s
+            )  # registers are allocated to warps in units of 256
             blocks = min(
                 all_registers // (each * warps), most_warps // warps, most_blocks,
                 all_shared // (shared + 1024),
@@ -236,7 +237,7 @@ def resources(backend: str, size: Size) -> list[dict[str, Any]]:
 
 
 def _assembled(backend: str, arch: int, ptx: str, name: str) -> dict[str, int | None]:
-    """What ptxas makes of a kernel."""
+    """Registers, spilled bytes and instructions of a kernel after ptxas."""
     told, code = _assemble(backend, arch, ptx)
     match = re.search(
         rf"Compiling entry function '{re.escape(name)}'.*?(\d+) bytes spill stores, (\d+) bytes "
@@ -257,7 +258,7 @@ def _assembled(backend: str, arch: int, ptx: str, name: str) -> dict[str, int | 
 
 @cache
 def _assemble(backend: str, arch: int, ptx: str) -> tuple[str, str]:
-    """What ptxas tells of a module, and the machine code in words."""
+    """The messages of ptxas for a module, and the disassembled machine code."""
     tools = Path(importlib.import_module("triton").__file__ or "").parent
     tools = tools / "backends" / "nvidia" / "bin"
     command = [shutil.which("ptxas") or "ptxas", "-O3"]
@@ -305,7 +306,7 @@ def run(backend: str, size: Size) -> dict[str, Any]:
 
 
 def budgets(backend: str) -> dict[str, dict[str, int]]:
-    """Warp instructions of each kernel, by dtype; test_ptx.py compares them with the table."""
+    """Warp instructions of each kernel by dtype, which test_ptx.py compares with the budgets."""
     found: dict[str, dict[str, int]] = {}
     for dtype in DTYPES:
         entries: dict[str, int] = {}
@@ -320,7 +321,7 @@ def budgets(backend: str) -> dict[str, dict[str, int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Counts and writes the record, or the budgets."""
+    """Count, and write the record or the budgets."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.instructions",
         description=__doc__,

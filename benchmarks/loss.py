@@ -1,9 +1,9 @@
-"""What the loss in one pass saves: `LocalPrototypeHead.loss` beside the head and `F.cross_entropy`.
+"""Compare `LocalPrototypeHead.loss`, in one pass, with the head followed by `F.cross_entropy`.
 
     python -m benchmarks.loss [--device cuda] [--backend cpu] [--size paper] [--rounds 40]
 
-Forward and backward, in turns in one process, so that whatever else happens on the machine hits
-both: what counts is the ratio of the medians.
+Both run forward and backward and take turns in one process, so other work on the machine affects
+both: compare the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     inputs = draw(size, options.device)
     head = LocalPrototypeHead(size.grid, LOGIT_SCALE, backend=options.backend)
     episode = inputs.support, inputs.foreground, inputs.query
-    # Every query image is labelled as the first support image is.
+    # Every query image has the labels of the first support image.
     owner = torch.arange(1, size.C, device=options.device)[:, None, None]
     labels = (inputs.foreground[:, :1] * owner).amax(2).expand(-1, size.Q, -1, -1).contiguous()
 

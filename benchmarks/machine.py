@@ -1,4 +1,4 @@
-"""What a record says about where it was made."""
+"""The part of a record that describes the machine and the code."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+changes" where files were changed since; of a copy without
-    its history, what LSLPN_COMMIT says."""
+    """The checkout's commit, with "+changes" if files were changed since then; LSLPN_COMMIT if
+    there is no git history."""
     of = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if of is None:
         return os.environ.get("LSLPN_COMMIT")
@@ -72,8 +72,8 @@ def commit() -> str | None:
 
 
 def load() -> float | None:
-    """How many processes wanted a processor over the last minute: more than this one's threads
-    means that the machine was not quiet."""
+    """The load average of the last minute; if it exceeds this process's threads, the machine is
+    shared with other work."""
     try:
         return round(os.getloadavg()[0], 2)
     except OSError:

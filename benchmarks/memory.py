@@ -1,11 +1,11 @@
-"""Peak memory of the head beyond its inputs.
+"""Peak memory of the head in addition to its inputs.
 
-On a GPU, PyTorch counts it. On a CPU the kernel of the operating system does (Linux): each
-backend runs in a process of its own, whose high-water mark is reset before a pass,
+On a GPU, PyTorch counts it. On a CPU the operating system does (Linux): each backend runs in its
+own process, whose high-water mark is reset before a pass,
 
     python -m benchmarks.memory BACKEND THREADS SIZE...
 
-with an allocator that gives memory back at once, so that every pass starts from the inputs alone.
+with an allocator that returns memory at once, so every pass starts with only the inputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def on_cuda(work: Work) -> dict[str, float]:
-    """MiB by pass: the most that was allocated at once beyond what was before."""
+    """Peak allocated MiB by pass, in addition to what was allocated before."""
     found = {}
     for name in PASSES:
         work.clear()
@@ -46,10 +46,10 @@ def on_cuda(work: Work) -> dict[str, float]:
 
 
 def of_process(work: Work) -> dict[str, float]:
-    """MiB by pass: how far this process grew."""
+    """MiB by which this process grew, by pass."""
     found = {}
     for name in PASSES:
-        getattr(work, name)()  # threads, tables and libraries are there from now on
+        getattr(work, name)()  # creates threads and tables and loads libraries
         work.clear()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -72,10 +72,10 @@ def in_a_process(backend: str, sizes: Sequence[Size], threads: int) -> dict[str,
     """MiB by size and pass on the CPU.
 
     Raises:
-        RuntimeError: it could not be measured; says why in a line.
+        RuntimeError: memory could not be measured.
     """
     if not _CLEAR.exists():
-        raise RuntimeError("peak memory on a CPU is measured on Linux only")
+        raise RuntimeError("peak memory on a CPU can only be measured on Linux")
     threshold = str(1 << 16)
     tunables = f"glibc.malloc.mmap_threshold={threshold}:glibc.malloc.trim_threshold={threshold}"
     environment = {

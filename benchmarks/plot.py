@@ -29,7 +29,7 @@ _PANELS = (("inference", "forward, no gradients"), ("both", "forward + backward"
 
 
 def draw(path: Path) -> Path:
-    """Draws PATH.json to PATH.png; returns the latter."""
+    """Plot the record PATH.json into PATH.png; returns the latter."""
     record = json.loads(path.read_text())
     sizes = list(record["sizes"])
     backends = [
@@ -43,8 +43,8 @@ def draw(path: Path) -> Path:
             (m["size"], m["backend"]): {"median_ms": max(m["extra_mib"]["both"], 0.01)}
             for m in record["memory"]
         }
-        panels.append(("peak memory beyond the inputs, MiB", "", extra))
-    # One line for each backend of a size, and a gap between sizes.
+        panels.append(("peak memory in addition to inputs, MiB", "", extra))
+    # One row for each backend of a size, and a gap between sizes.
     lines: dict[tuple[str, str], float] = {}
     spans = []
     at = 0.0

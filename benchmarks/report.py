@@ -27,11 +27,11 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record.get('load_after')}.",
         "",
         "Medians in milliseconds, in brackets the 20 % and 80 % quantiles. *inference*: forward "
-        "without gradients; *both*: forward and backward; *vs*: how many times faster than that "
-        "baseline in *both*. The floor is every byte once at the rate of the largest copy plus "
-        "the products of length D at the rate of torch.mm; *in cache*, at the rate of a copy of "
-        "as many bytes as the head moves. Extra memory is the peak beyond the inputs: results, "
-        "gradients and workspace.",
+        "without gradients; *both*: forward and backward; *vs*: speed-up over that baseline in "
+        "*both*. The floor is every byte moved once at the rate of the largest copy, plus the "
+        "products of length D at the rate of torch.mm; *in cache*, at the rate of a copy of as "
+        "many bytes as the head moves. Extra memory is the peak in addition to the inputs: "
+        "results, gradients and workspace.",
     ]
     for key in record["sizes"]:
         lines += ["", f"## {key}", "", record["sizes"][key]["describe"] + "."]
@@ -109,7 +109,7 @@ def _replayed(record: dict[str, Any], key: str) -> list[str]:
 def _rows(
     record: dict[str, Any], key: str, part: str, how: str
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """backend -> pass -> measurement."""
+    """Measurements by backend and pass."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for m in record["measurements"]:
         if (m["size"], m["part"], m["how"]) == (key, part, how):

@@ -1,4 +1,4 @@
-"""What is measured: episodes by name, their inputs, and the least work they ask for."""
+"""The sizes that are measured, their inputs, and the least work that they require."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Size:
     """One batch of episodes.
 
     Attributes:
-        name: as `--sizes` and the record have it.
-        B, K, Q, C: episodes, support images, query images, classes with the background.
-        D, cells, pixels: channels, feature locations and image pixels along either axis.
-        scale: of a window; they overlap by half.
-        compiled: the devices on which torch.compile takes part; it costs half a minute a size.
-        windows: whether `torch-windows` takes part.
-        reference: whether `reference` takes part.
-        replayed: whether calls are replayed from CUDA graphs as well.
+        name: used by `--sizes` and in the record.
+        B, K, Q, C: episodes, support images, query images, classes including the background.
+        D, cells, pixels: channels, and feature locations and image pixels along either axis.
+        scale: of a window; windows overlap by half.
+        compiled: the devices on which torch.compile is measured; it takes half a minute per size.
+        windows: whether `torch-windows` is measured.
+        reference: whether `reference` is measured.
+        replayed: whether calls are also replayed from CUDA graphs.
     """
 
     name: str
@@ -90,11 +90,14 @@ _OF_CPU = ("small", *(s.name for s in _ALL if s.name not in ("tiny", "small", "l
 def chosen(
     names: list[str] | None, dtypes: list[str] | None, device: str, quick: bool
 ) -> list[Size]:
-    """The sizes of a run, each in its dtypes. On a GPU the half type joins where training takes
-    place: the paper's episode, four of them, and the large batch (of twice as many there)."""
+    """The sizes of a run, each in its dtypes.
+
+    On a GPU bfloat16 is added for the sizes of training: the paper's episode, four of them, and the
+    large batch (which then is twice as large).
+    """
     if names is None:
         names = list(QUICK if quick else _OF_CPU)
-        if device == "cuda":  # first what matters most, should the run be cut short
+        if device == "cuda":  # the most important ones first, in case the run is cut short
             first = ("batch-4", "large", "paper")
             names = [*first, *(name for name in names if name not in first)]
     found = []
@@ -111,8 +114,8 @@ def chosen(
 
 @dataclass(frozen=True)
 class Inputs:
-    """Support features, foreground masks, all masks, query features, prototypes, and what the
-    gradients start from; see `lslpn_kernels.LocalPrototypeHead` for the shapes."""
+    """Support features, foreground masks, all masks, query features, prototypes, and incoming
+    gradients; see `lslpn_kernels.LocalPrototypeHead` for the shapes."""
 
     support: Tensor
     foreground: Tensor
@@ -123,7 +126,7 @@ class Inputs:
     grad_prototypes: Tensor
 
     def of(self, part: str) -> tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]:
-        """A part's arguments, the places of those that need gradients, and the gradient of its
+        """A part's arguments, the indices of those that need gradients, and the gradient of its
         result."""
         if part == "pool":
             return (self.support, self.masks), (0,), self.grad_prototypes
@@ -132,7 +135,7 @@ class Inputs:
         return (self.support, self.foreground, self.query), (0, 2), self.grad_scores
 
     def episodes(self, of: slice, dtype: torch.dtype) -> Inputs:
-        """Some of the episodes, with everything but the masks in `dtype`."""
+        """Some of the episodes, with everything except the masks in `dtype`."""
         values = (getattr(self, name)[of].detach() for name in self.__dataclass_fields__)
         return Inputs(*(v if v.dtype == torch.bool else v.to(dtype) for v in values)).leaves()
 
@@ -143,8 +146,8 @@ class Inputs:
 
 
 def draw(size: Size, device: str) -> Inputs:
-    """Random features, and masks of one ellipse per foreground class (an organ takes a twentieth
-    of the image or so, which leaves most windows without it, as in the paper's data)."""
+    """Random features, and masks of one ellipse per foreground class (an organ covers about a
+    twentieth of the image, so most windows do not show it, as in the paper's data)."""
     generator = torch.Generator(device).manual_seed(0)
     accumulated = torch.float64 if size.dtype == torch.float64 else torch.float32
 
@@ -175,8 +178,7 @@ def draw(size: Size, device: str) -> Inputs:
 
 
 def blank(size: Size) -> Inputs:
-    """Tensors of these shapes, dtypes and layouts on the CPU, with nothing written to them: memory
-    that no one touches is not taken."""
+    """Uninitialised CPU tensors of these shapes, dtypes and layouts, which take no memory."""
     B, C, D = size.B, size.C, size.D
     accumulated = torch.float64 if size.dtype == torch.float64 else torch.float32
     G = size.axis.windows
@@ -193,9 +195,11 @@ def blank(size: Size) -> Inputs:
 
 
 def least_bytes(size: Size, part: str) -> dict[str, int]:
-    """Bytes of a pass if every argument is read once and every result written once. What a
-    backend keeps for its backward pass or for itself is not counted, nor are the prototypes
-    inside the head."""
+    """Bytes of a pass if every argument is read once and every result written once.
+
+    What a backend keeps for its backward pass is not counted, nor is its workspace, nor are the
+    prototypes inside the head.
+    """
     B, C, G = size.B, size.C, size.axis.windows**2
     image = size.pixels**2
     features = B * size.D * size.cells**2 * size.dtype.itemsize
@@ -215,10 +219,13 @@ def least_bytes(size: Size, part: str) -> dict[str, int]:
 
 
 def least_flops(size: Size, part: str) -> dict[str, int]:
-    """Floating point operations of a pass's products of length D, by the linear route: matching
-    takes the product of every feature location with the prototypes of the windows that reach it
-    and those that give the norm; pooling a weighted sum over every tile between the edges of
-    windows. The backward pass of matching takes as many for either argument."""
+    """Floating point operations of a pass's products of length D.
+
+    Matching has the products of every feature location with the prototypes of the windows that
+    reach it, and those for the norm. Pooling has a weighted sum over every tile between the edges
+    of windows. The backward pass of matching has as many products as the forward pass for each of
+    its two arguments.
+    """
     axis = size.axis
     reached = 0
     for start in axis.starts:

@@ -1,10 +1,10 @@
-"""Writes the README's performance tables from the newest records in benchmarks/results/.
+"""Write the README's performance tables from the newest records in benchmarks/results/.
 
     python -m benchmarks.table           # rewrites README.md between the markers
-    python -m benchmarks.table --check   # exits with 1 if it would change
+    python -m benchmarks.table --check   # exits with 1 if README.md would change
 
-A record is what `python -m benchmarks.head` writes, or `python -m benchmarks.instructions`. What
-has no record is said not to have been measured.
+Records are written by `python -m benchmarks.head` and `python -m benchmarks.instructions`. A kind
+of device without a record is reported as not measured.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ def section(folder: Path) -> str:
 
 
 def _counted(record: dict[str, Any]) -> str:
-    """What the GPU kernels execute, and the bounds that follow."""
+    """A table of what the GPU kernels execute, with the bounds on time that follow."""
     gpus = list(record["gpus"])
     lines = [
-        "**GPU, counted and not measured**: what the compiled kernels execute for the whole head, "
-        f"forward and backward, {record['date'][:10]}, commit "
-        f"{(record['commit'] or 'unknown')[:7]}, by running their PTX on a CPU. In millions of "
-        "warp instructions of PTX, of which ptxas makes more or fewer, and of these the "
-        "percentages that are arithmetic, on tensor cores, accesses to shared and to global "
-        "memory, and integers and control; megabytes that are "
-        "asked of global memory, and those that differ, launch by launch. On the right what this "
-        "takes **at least**, in microseconds, if every scheduler issues an instruction in every "
-        "cycle and memory moves at its full rate. Real kernels take longer; nobody knows by how "
-        "much before they have run.",
+        "**GPU, counted, not measured**: what the compiled kernels execute for the whole head, "
+        "forward and backward, counted by running their PTX on a CPU "
+        f"({record['date'][:10]}, commit {(record['commit'] or 'unknown')[:7]}). Instructions are "
+        "millions of warp instructions of PTX (ptxas may emit more or fewer), followed by the "
+        "percentages of arithmetic, tensor cores, shared memory, global memory, and integers and "
+        "control. Memory is in megabytes: all that warps request from global memory, and the "
+        "distinct bytes of each launch. On the right is the time that this takes **at least**, in "
+        "microseconds, if every scheduler issues an instruction in every cycle and memory moves "
+        "at its full rate. Real kernels take longer; how much longer is not known before they "
+        "have run.",
         "",
     ]
-    head = ["size", "backend", "instructions", "of which", "asked", "moved", *gpus]
+    head = ["size", "backend", "instructions", "% by class", "requested", "moved", *gpus]
     lines += ["| " + " | ".join(head) + " |", "|---|---" + "|--:" * (len(head) - 2) + "|"]
     for run in sorted(record["runs"], key=lambda run: run["size"]):
         total = sum(run["instructions"].values())
@@ -90,8 +90,8 @@ def _table(record: dict[str, Any], title: str) -> str:
     lines = [
         f"**{title}: {device['name']}**, {record['date'][:10]}, commit "
         f"{(record['commit'] or 'unknown')[:7]}, torch {record['versions']['torch']}. "
-        "The whole head, forward and backward, median milliseconds of calls that took turns; "
-        "in brackets how many times faster than `torch` in the same run.",
+        "The whole head, forward and backward: median milliseconds, with the backends taking "
+        "turns, and in brackets the speed-up over `torch` in the same run.",
         "",
     ]
     times = {
@@ -122,14 +122,14 @@ def rewritten(readme: str, text: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md: the lines {BEGIN!r} and {END!r} must stand in it, in turn")
+        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}, in this order")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites or checks the README."""
+    """Rewrite or check the README."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only check that it is up to date")
     options = parser.parse_args(arguments)
     path = machine.ROOT / "README.md"
     before = path.read_text("utf-8")

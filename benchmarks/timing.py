@@ -1,4 +1,4 @@
-"""Clocks, samples in turn, CUDA graphs, and what the machine itself can do."""
+"""Timing with backends that take turns, CUDA graphs, and the rates of the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Step = Callable[[], object]
 
 
 class Work:
-    """One part of one batch, computed one way, pass by pass."""
+    """A part of the head on one batch by one implementation, pass by pass."""
 
     def __init__(
         self, call: Call, inputs: tuple[Tensor, ...], leaves: tuple[int, ...], grad: Tensor
@@ -47,8 +47,11 @@ class Work:
 
 
 def sample(device: str, steps: Sequence[Step], repeat: int, before: Step) -> list[list[float]]:
-    """Milliseconds of each step, `repeat` times over; `before` is not counted. On a GPU between
-    events, so that a step takes as long as the slower of host and device needs for it."""
+    """Milliseconds of each step, `repeat` times; `before` is not timed.
+
+    On a GPU the time is that between events, so a step takes as long as the slower of host and
+    device.
+    """
     if device == "cuda":
         marks = [
             [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
@@ -75,8 +78,10 @@ def sample(device: str, steps: Sequence[Step], repeat: int, before: Step) -> lis
 
 @dataclass
 class Slot:
-    """What one backend does in its turn. `names` are the passes that the steps stand for; two
-    of them, forward and backward, also give "both", their sum."""
+    """The steps of a backend in its turn; `names` are the passes that they time.
+
+    If these are forward and backward, their sum is the time of "both".
+    """
 
     part: str
     backend: str
@@ -86,7 +91,7 @@ class Slot:
     before: Step
     samples: list[list[float]] = field(default_factory=list)
     failure: str = ""
-    typical: float = 0.0  # ms of a turn of one repetition
+    typical: float = 0.0  # ms of one repetition
 
     def turn(self, device: str, repeat: int) -> None:
         if self.failure:
@@ -99,7 +104,7 @@ class Slot:
             self.before()
 
     def slow(self, seconds: float) -> bool:
-        """Whether a call takes so long that three of them must do."""
+        """Whether a call takes so long that it is only repeated three times."""
         return self.typical > 1e3 * seconds / 20
 
     def passes(self) -> dict[str, list[float]]:
@@ -111,11 +116,12 @@ class Slot:
 
 
 def in_turn(slots: Sequence[Slot], device: str, seconds: float) -> None:
-    """Lets all slots take turns for `seconds`, so that whatever else happens on the machine hits
-    all alike: short ones several times a turn, very long ones three times in all."""
+    """Let all slots take turns for `seconds`, so that other work on the machine affects all of them
+    equally. Short calls are repeated several times per turn, very long ones three times in total.
+    """
     least, most, turn_ms = 3, 200, 20.0
     for slot in slots:
-        slot.turn(device, 1)  # warms up, and tells how long it takes
+        slot.turn(device, 1)  # warms up, and measures how long it takes
         slot.typical = sum(slot.samples[-1]) if slot.samples else 0.0
         if not slot.slow(seconds):
             slot.samples.clear()
@@ -132,7 +138,7 @@ def in_turn(slots: Sequence[Slot], device: str, seconds: float) -> None:
 
 
 def capture(work: Work) -> dict[tuple[str, ...], tuple[Step, ...]]:
-    """Replays of a work's passes, by what they stand for. The work must have run before."""
+    """Replays of a work's passes, by the passes that they time. The work must have run before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -165,7 +171,7 @@ def capture(work: Work) -> dict[tuple[str, ...], tuple[Step, ...]]:
 
 
 def flusher(device: str) -> Step:
-    """Writes more than the cache of a GPU holds, so that the next step reads from memory."""
+    """A step that overwrites the GPU's cache, so that the next one reads from memory."""
     buffer = torch.empty(256 << 20, dtype=torch.int8, device=device)
     return buffer.zero_
 
@@ -192,7 +198,7 @@ def copy_rate(device: str, n: int, seconds: float = 0.3) -> float:
 def matrix_rate(
     device: str, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float = 0.3
 ) -> float:
-    """Operations per second of torch.mm, [m, k] x [k, n]; a product and a sum are two."""
+    """Operations per second of torch.mm, [m, k] x [k, n]; a multiply-add counts as two."""
     m, k, n = shape
     a = torch.randn(m, k, device=device).to(dtype)
     b = torch.randn(k, n, device=device).to(dtype)

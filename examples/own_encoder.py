@@ -1,4 +1,4 @@
-"""Your own encoder and your own arrays: segment one scan by another, in ten lines.
+"""Segment one scan by another, with a custom encoder and arrays, in ten lines.
 
 python examples/own_encoder.py
 """
@@ -11,7 +11,7 @@ from lslpn.models import LSLPN
 
 
 def scan(shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """A body with a bright organ in it: image and labels, [i, j, k]."""
+    """Image and labels [i, j, k] of a body with a bright organ."""
     x, y, z = np.meshgrid(np.arange(64), np.arange(64), np.arange(12), indexing="ij")
     organ = ((x - 24 - shift) / 9) ** 2 + ((y - 30) / 9) ** 2 + ((z - 6) / 4) ** 2 < 1
     body = ((x - 32) / 28) ** 2 + ((y - 32) / 24) ** 2 < 1

@@ -1,8 +1,8 @@
-"""The head in a training loop of your own, with any encoder: a small one like torchvision's here.
+"""The head in your own training loop, with any encoder (here a small convolutional one).
 
     python examples/train.py
 
-The images are blobs: a bright disc (the organ) on noise, so that the loss visibly falls in seconds.
+The images are a bright disc (the organ) on noise, so the loss falls visibly within seconds.
 """
 
 import torch
@@ -35,8 +35,8 @@ def main(steps: int = 60) -> list[float]:
         features = encoder(images).unflatten(0, (4, 2))  # 4 episodes of a support and a query
         labels = labels.unflatten(0, (4, 2))
         support, query = features[:, :1], features[:, 1:]
-        # Label maps go in as they are. The loss is cross-entropy at the size of the image; its
-        # logits, head(support, labels[:, :1], query, num_classes=2), are never written.
+        # Label maps are passed as they are. The loss is cross-entropy at image resolution; its
+        # logits, head(support, labels[:, :1], query, num_classes=2), are never stored.
         loss = head.loss(support, labels[:, :1], query, labels[:, 1:], num_classes=2)
         optimizer.zero_grad()
         loss.backward()

@@ -11,7 +11,7 @@ from lslpn_kernels import GridSpec, LocalPrototypeHead
 
 
 class Network(nn.Module):
-    """Encoder and head as one module, so that both are compiled into one graph."""
+    """Encoder and head in one module, which is compiled into one graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,10 +20,10 @@ class Network(nn.Module):
         self.head = LocalPrototypeHead(GridSpec(scale=1 / 2), logit_scale=20.0)
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of images [B, 2, 1, H, W], a support and a query each, and label maps."""
+        """The loss for images [B, 2, 1, H, W] (a support and a query each) and label maps."""
         B = images.shape[0]
         features = self.encoder(images.flatten(0, 1)).unflatten(0, (B, 2))
-        # Under autocast the features are bfloat16; the head computes in float32 all the same.
+        # Under autocast the features are bfloat16; the head still computes in float32.
         support, query = features[:, :1], features[:, 1:]
         return self.head.loss(support, labels[:, :1], query, labels[:, 1:], num_classes=2)
 

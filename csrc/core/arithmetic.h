@@ -15,14 +15,14 @@ LSLPN_HD constexpr A eps_squared() {
   return A(1e-16);
 }
 
-// 1 / |v| from |v|^2, or 0 where |v| is below eps. NaN stays NaN.
+// 1 / |v| from |v|^2, or 0 if |v| is below eps. NaN stays NaN.
 template <class A>
 LSLPN_HD A inverse_length(A square) {
   return square < eps_squared<A>() ? A(0) : A(1) / std::sqrt(square);
 }
 
-// Inner products of a feature location with itself and its neighbours. Those beyond the last row or
-// column are 0.
+// Inner products of a feature location with itself and its neighbours; 0 if the neighbour is
+// outside the map.
 //
 //   own       <F(i, j), F(i, j)>            right     <F(i, j), F(i, j + 1)>
 //   below     <F(i, j), F(i + 1, j)>        diagonal  <F(i, j), F(i + 1, j + 1)>

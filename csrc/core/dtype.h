@@ -1,4 +1,4 @@
-// The element types of features, and conversions of half precision in software.
+// Element types of features, and software conversions of half precision.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct BFloat16 {
 
 LSLPN_BEGIN
 
-// The accumulation type of features of type T: float64 for float64, else float32.
+// The accumulation type of features of type T: float64 for float64, otherwise float32.
 template <class T>
 struct Accumulate {
   using type = float;

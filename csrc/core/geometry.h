@@ -7,7 +7,7 @@
 
 LSLPN_BEGIN
 
-// The feature locations that a pixel is interpolated from: `lower` with weight 1 - upper, and
+// The feature locations from which a pixel is interpolated: `lower` with weight 1 - upper, and
 // lower + 1 with weight `upper`.
 template <class A>
 struct Taps {
@@ -21,14 +21,14 @@ struct Covering {
   int last;
 };
 
-// The longest axis: pixel and window numbers fit into an int.
+// The longest axis, so that pixel and window numbers fit into an int.
 constexpr std::int64_t kLongestAxis = std::int64_t{1} << 30;
 
 struct Axis {
   int pixels;   // image pixels, n
   int cells;    // feature locations
   int window;   // pixels in a window, k
-  int step;     // pixels from one window to the next, s; the last window may lie closer
+  int step;     // pixels from one window to the next, s; the last window may be closer
   int windows;  // number of windows, ceil((n - k) / s) + 1
 
   // The first pixel of window m.
@@ -48,10 +48,10 @@ struct Axis {
 
   // The taps of a pixel, as in torch.nn.functional.interpolate(mode="bilinear",
   // align_corners=False): position = (pixel + 1/2) cells / pixels - 1/2, not below 0. It is a ratio
-  // of integers, and split into whole and fraction in integer arithmetic, without rounding.
+  // of integers, split into whole and fraction in integer arithmetic, without rounding.
   //
   // At the far border the weight of the upper tap is 0; clamping its index alone would leave
-  // |Up F|^2 = w^T G w wrong there, for G holds inner products of *neighbours*.
+  // |Up F|^2 = w^T G w wrong there, since G has inner products of *neighbours*.
   template <class A>
   LSLPN_HD Taps<A> taps(int pixel) const {
     const std::int64_t unit = 2 * static_cast<std::int64_t>(pixels);

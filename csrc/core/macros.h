@@ -1,7 +1,7 @@
 // Macros for compiling one source several times.
 #pragma once
 
-// Functions of csrc/core run on the host and, under nvcc, on the device as well.
+// Functions of csrc/core run on the host and, if compiled by nvcc, on the device.
 #ifdef __CUDACC__
 #define LSLPN_HD __host__ __device__ __forceinline__
 #else
@@ -10,8 +10,8 @@
 
 // The CPU kernels are compiled once per instruction set and linked into one module. An inline
 // function in a common namespace would be emitted by each of these compilations, and the linker
-// would keep any one of them: AVX-512 code could end up on the path of a machine without it.
-// Hence all inline code lives in a namespace named after the instruction set.
+// would keep an arbitrary one: a machine without AVX-512 could end up executing AVX-512 code.
+// Hence all inline code is in a namespace named after the instruction set.
 #ifndef LSLPN_ISA
 #define LSLPN_ISA generic
 #endif

@@ -1,4 +1,4 @@
-// The class masks of the support images, in the forms that are accepted.
+// The accepted forms of the class masks of support images.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace lslpn {
 enum class MaskKind {
   classes,     // [B, K, C, H, W]: a mask for each class, the background first
   foreground,  // [B, K, C - 1, H, W]: class 0 is the rest of each pixel
-  labels,      // [B, K, H, W]: the class of each pixel; numbers outside 0 .. C - 1 are no class
+  labels,      // [B, K, H, W]: the class of each pixel; none if outside 0 .. C - 1
 };
 
 struct Masks {

@@ -1,5 +1,5 @@
 // The CPU kernels as Python functions of DLPack capsules. Everything that a kernel relies on is
-// checked here, whoever calls.
+// checked here, for every caller.
 #include <cmath>
 
 #include "../binding.h"
@@ -25,7 +25,7 @@ TensorView cpu_view(const char* name, py::handle capsule, int rank, int or_rank 
   return v;
 }
 
-// [B, N, D, h, w] in a floating dtype, of the geometry's feature size.
+// [B, N, D, h, w] in a floating-point dtype, of the geometry's feature size.
 Features features_of(const TensorView& v, const Geometry& geometry) {
   if (!is_floating(v.dtype)) {
     throw py::type_error(std::string(v.name) + " must be floating");
@@ -36,11 +36,11 @@ Features features_of(const TensorView& v, const Geometry& geometry) {
   return f;
 }
 
-// The same, to be written: no two elements may share memory.
+// The same for writing: no two elements may share memory.
 void expect_apart(const TensorView& v) {
   std::array<int, 5> order = {0, 1, 2, 3, 4};
   std::int64_t reach = 0;
-  // Walk from the smallest stride: each must step over all that lies below it.
+  // From the smallest stride on, each stride must exceed the extent of the smaller ones.
   for (int k = 0; k < 5; ++k) {
     for (int i = k + 1; i < 5; ++i) {
       if (v.stride[order[i]] < v.stride[order[k]]) std::swap(order[i], order[k]);
@@ -74,7 +74,7 @@ TensorView prototypes_of(py::handle capsule, const Features& f, const Geometry& 
   return p;
 }
 
-// Of the features, to be written; null data where it is not wanted.
+// The gradient of the features, for writing; null data if it is not needed.
 Features gradient_of(const py::object& capsule, const Features& f, DType dtype,
                      const Geometry& geometry) {
   if (capsule.is_none()) {
@@ -99,7 +99,7 @@ bool winner_bytes(const TensorView& winners, const Geometry& geometry) {
   return true;
 }
 
-// Runs `call` with the accumulation type of a dtype, without Python's lock.
+// Runs `call` with the accumulation type of a dtype, without the GIL.
 template <class F>
 void without_lock(DType dtype, F call) {
   const py::gil_scoped_release released;
@@ -203,7 +203,7 @@ void match_backward(const Geometry& geometry, py::handle grad, py::handle featur
   });
 }
 
-// The mean cross-entropy. Gradients, where wanted, are written in the accumulation type.
+// The mean cross-entropy. Gradients, if needed, are written in the accumulation type.
 double match_loss(const Geometry& geometry, py::handle features, py::handle prototypes,
                   py::handle labels, const py::object& weight, bool mean,
                   const py::object& grad_features, const py::object& grad_prototypes,

@@ -6,14 +6,14 @@ LSLPN_BEGIN
 namespace cpu {
 namespace {
 
-// Where class 0 of a tile begins in images [B, N, C, H, W].
+// The offset of class 0 of a tile in images [B, N, C, H, W].
 template <class A>
 std::int64_t first_pixel(const Problem<A>& p, const Tile<A>& tile, std::int64_t b, std::int64_t n) {
   const std::int64_t H = p.tables.y.pixels, W = p.tables.x.pixels;
   return ((b * p.features.N + n) * p.C * H + tile.y.begin) * W + tile.x.begin;
 }
 
-// An Output: the scores of a tile into the images, and the winners unless null.
+// An Output that writes a tile's scores into images, and its winners unless null.
 template <class A>
 struct Image {
   A* scores;
@@ -72,7 +72,7 @@ void forward(const Match<A>& args) {
            });
 }
 
-// A Pixels: gradients of the scores, with scores and winners saved by the forward pass.
+// A Pixels that reads gradients of scores, and the scores and winners saved by the forward pass.
 template <class A>
 struct SavedPixels {
   const MatchBackward<A>& args;
@@ -85,8 +85,8 @@ struct SavedPixels {
     return {args, first_pixel(p, tile, b, n)};
   }
 
-  // Reads one class of a tile: slope = g = logit_scale dS / |u|, the winners, and adds dS S to
-  // energy, which is the same for any scale.
+  // Reads one class of a tile: slope = g = logit_scale dS / |u| and the winners; adds dS S, which
+  // does not depend on the scale, to energy.
   void open(const BackwardProblem<A>& p, const Tile<A>& tile, BackwardScratch<A>& s,
             std::int64_t c) const {
     const std::int64_t H = p.tables.y.pixels, W = p.tables.x.pixels, at = first + c * H * W;

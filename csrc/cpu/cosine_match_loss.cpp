@@ -1,7 +1,7 @@
 // The cross-entropy of the logits z = logit_scale * S, and its gradients, in one pass: logits and
 // winners are stored for one tile at a time. See match.h.
 //
-// A pixel x of label y has the weight w(x) = weight[y], 0 where it is ignored, over the sum of all
+// A pixel x with label y has the weight w(x) = weight[y] (0 if ignored), divided by the sum of all
 // weights, which a first pass over the labels computes. With p = softmax(z),
 //
 //   loss     = sum over x of -w(x) log p_y(x)
@@ -21,9 +21,9 @@ namespace {
 template <class A>
 struct LossProblem : BackwardProblem<A> {
   const MatchLoss<A>& args;
-  std::int64_t tile;    // numbers of a plane of a tile
+  std::int64_t tile;    // size of a plane of a tile
   A each = A(0);        // 1 / sum of the weights
-  std::int64_t strips;  // of labels, the units of the first pass
+  std::int64_t strips;  // of labels, the work units of the first pass
   static constexpr std::int64_t kStrip = 1 << 14;
 
   explicit LossProblem(const MatchLoss<A>& a)
@@ -89,7 +89,8 @@ double sum_of_weights(const T* labels, std::int64_t n, const LossProblem<A>& p, 
   return sum;
 }
 
-// Sums the weights of all pixels. False if a label is out of range, which the result then names.
+// Sums the weights of all pixels. Returns false if a label is out of range, and reports it in the
+// result.
 template <class A>
 bool read_labels(LossProblem<A>& p, const LossShared<A>& shared, int threads) {
   const auto strip = [&p](std::int64_t k, auto call) {
@@ -126,7 +127,7 @@ bool read_labels(LossProblem<A>& p, const LossShared<A>& shared, int threads) {
 
 // ---- the pixels ---------------------------------------------------------------------------------
 
-// An Output: the planes of a tile in the scratch of a thread.
+// An Output that writes the planes of a tile to the scratch memory of a thread.
 template <class A>
 struct Planes {
   A* scores;
@@ -150,7 +151,7 @@ struct Planes {
 template <class A>
 struct LabelledPixels {
   Index<A> label;
-  Index<A> counts;  // whether it is neither ignored nor padding
+  Index<A> counts;  // whether the pixel is neither ignored nor padding
   Vec<A> length;    // logit_scale / |u|
 };
 
@@ -165,7 +166,7 @@ Vec<A> cross_entropy(const LossProblem<A>& p, const LabelledPixels<A>& x, A* z, 
     const Vec<A> value = load(z + c * p.tile);
     largest = value > largest ? value : largest;
   }
-  Vec<A> rest = splat(A(-1)), own{}, weight{};  // rest: sum of exps, less that of the largest
+  Vec<A> rest = splat(A(-1)), own{}, weight{};  // rest: sum of exps without that of the largest
   for (int c = 0; c < C; ++c) {
     const Vec<A> below = load(z + c * p.tile) - largest, e = exp_of(below);
     const Index<A> mine = x.label == c;
@@ -176,7 +177,7 @@ Vec<A> cross_entropy(const LossProblem<A>& p, const LabelledPixels<A>& x, A* z, 
     weight = mine ? splat(p.weight(c)) : weight;
   }
   weight = x.counts ? weight : Vec<A>{};
-  // The sum over c of dz is 0, so an offset of z does not matter.
+  // The sum of dz over c is 0, so an offset of z does not matter.
   const Vec<A> inverse = A(1) / (rest + A(1));
   Vec<A> sum{};
   for (int c = 0; c < C; ++c) {
@@ -194,7 +195,7 @@ template <class A>
 Vec<A> cross_entropy_of_two(const LossProblem<A>& p, const LabelledPixels<A>& x, A* z, A* energy) {
   const Vec<A> difference = load(z + p.tile) - load(z);
   const Index<A> second = x.label == 1;
-  const Vec<A> wrong = second ? -difference : difference;  // z of the other class less that of y
+  const Vec<A> wrong = second ? -difference : difference;  // z of the other class minus that of y
   const Vec<A> distance = wrong < A(0) ? -wrong : wrong;
   const Vec<A> e = exp_of(-distance), inverse = A(1) / (A(1) + e);
   Vec<A> weight = second ? splat(p.weight(1)) : splat(p.weight(0));
@@ -245,7 +246,7 @@ double cross_entropy(const LossProblem<A>& p, const Tile<A>& tile, const LossScr
   return sum;
 }
 
-// A Pixels: gradients of logits, computed tile by tile.
+// A Pixels with gradients of logits, computed tile by tile.
 template <class A>
 struct LossPixels {
   const LossProblem<A>& problem;
@@ -268,7 +269,7 @@ struct LossPixels {
   }
 };
 
-// The loss alone.
+// The loss without gradients.
 template <class A>
 void forward(const LossProblem<A>& p, const LossShared<A>& shared, int threads,
              const LossPixels<A>& pixels, const Memory<LossShared<A>, LossScratch<A>>& memory) {

@@ -5,7 +5,7 @@
 #include <new>
 #include <stdexcept>
 
-// What each compilation of the kernels offers.
+// The functions of each compilation of the kernels.
 #define LSLPN_DECLARE(isa)                               \
   namespace lslpn {                                      \
   namespace isa {                                        \
@@ -125,8 +125,8 @@ namespace {
 
 constexpr std::size_t kKept = std::size_t{16} << 20;
 
-// The memory of the last call of this thread, kept for the next one: fresh pages cost more than
-// many a call takes. No more than kKept stays behind.
+// The memory of this thread's last call, kept for the next one, since new pages can cost more than
+// the call itself. At most kKept is kept.
 struct SavedPixels {
   void* memory = nullptr;
   std::size_t size = 0;

@@ -1,4 +1,4 @@
-// The kernels, in the best instruction set that this processor has.
+// The kernels, compiled for the best instruction set of this processor.
 #pragma once
 
 #include <string>
@@ -19,8 +19,8 @@ void cosine_match(const MatchBackward<A>& args);
 template <class A>
 void cosine_match(const MatchLoss<A>& args);
 
-// The instruction sets that this processor has, the best last; the one in use; and another choice
-// of it, for tests. Throws std::invalid_argument for one that is not there.
+// The instruction sets of this processor, the best last; the one in use; and a way to select
+// another one in tests, which throws std::invalid_argument if it is not available.
 std::vector<std::string> instruction_sets();
 std::string instruction_set();
 void use_instruction_set(const std::string& name);

@@ -27,7 +27,7 @@ struct AxisStorage {
   }
 };
 
-// Cuts begin <= x < end, which lies in one set of windows, into segments of a bounded size.
+// Cuts begin <= x < end, which has the same windows throughout, into segments of bounded size.
 void cut(const Axis& axis, int begin, int end, std::vector<Segment>& out) {
   const Taps<double> first = axis.taps<double>(begin), last = axis.taps<double>(end - 1);
   const int upper = last.lower + (last.upper > 0);
@@ -48,7 +48,7 @@ void cut(const Axis& axis, int begin, int end, std::vector<Segment>& out) {
 AxisStorage describe(const Axis& axis) {
   AxisStorage s;
   s.axis = axis;
-  // Wherever a window starts or ends.
+  // Where a window starts or ends.
   std::vector<int> cuts = {0, axis.pixels};
   for (int m = 0; m < axis.windows; ++m) {
     cuts.push_back(axis.start(m));

@@ -1,4 +1,4 @@
-// The tables of a grid over an image, as the CPU kernels want them.
+// Tables of a grid over an image for the CPU kernels.
 #pragma once
 
 #include <memory>
@@ -9,7 +9,7 @@
 
 namespace lslpn {
 
-// Both axes of an image under a grid. Built once for each geometry and kept by the caller.
+// Both axes of an image under a grid. Built once per geometry and kept by the caller.
 class Geometry {
  public:
   Geometry(const Axis& y, const Axis& x);

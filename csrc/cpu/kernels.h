@@ -1,4 +1,4 @@
-// Arguments and results of the CPU kernels: plain data, the same for every instruction set.
+// Arguments and results of the CPU kernels: plain data, identical for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace lslpn {
 
-// A run of pixels begin <= x < end of an axis that all lie in the windows first .. last and are
-// interpolated from the feature locations lower .. upper (both included).
+// An interval of pixels begin <= x < end along an axis, all of which are in the windows first ..
+// last and are interpolated from the feature locations lower .. upper (inclusive).
 struct Segment {
   int begin, end;
   int first, last;
   int lower, upper;
 };
 
-// The longest segment, in pixels and in feature locations: the data of a tile stay in the L1 cache.
+// The longest segment, in pixels and in feature locations, so that a tile stays in the L1 cache.
 constexpr int kTilePixels = 32;
 constexpr int kTileCells = 16;
 
@@ -30,13 +30,13 @@ struct AxisTables {
   int segments;
   const Segment* segment;
   int length, reach, overlap;
-  bool gaps;         // between segments there are feature locations that no pixel needs
+  bool gaps;         // whether there are feature locations between segments that no pixel needs
   const int* lower;  // [pixels] the lower tap
   const A* upper;    // [pixels] the weight of the tap above it
   const A* weight;   // [segments, R, T] weight of feature location r for pixel t
   const A* square;   // [segments, R, T] its square
   const A* cross;    // [segments, R, T] its product with that of location r + 1
-  int chunks;        // the units of parallel work; see rows.h
+  int chunks;        // units of parallel work, see rows.h
   const int* chunk;  // [chunks + 1] their first segments
 };
 
@@ -65,7 +65,7 @@ struct Pool {
   int threads;
 };
 
-// As above, backward: features.data is the gradient to write; grad [B, C, Gy, Gx, D].
+// The same for the backward pass: features.data is the gradient to write; grad [B, C, Gy, Gx, D].
 template <class A>
 struct PoolBackward {
   Tables<A> tables;
@@ -76,7 +76,7 @@ struct PoolBackward {
   int threads;
 };
 
-// Scores, times `logit_scale`, and winners [B, Q, C, H, W]; winners may be null, else uint8 or
+// Scores, times `logit_scale`, and winners [B, Q, C, H, W]; winners may be null, otherwise uint8 or
 // int32.
 template <class A>
 struct Match {
@@ -103,17 +103,17 @@ struct MatchBackward {
   const void* winners;
   bool winners_are_bytes;
   const A* grad;
-  Features grad_features;  // shapes as features; null data where not wanted
-  A* grad_prototypes;      // null where not wanted
+  Features grad_features;  // shapes as features; null data if not needed
+  A* grad_prototypes;      // null if not needed
   int threads;
   A logit_scale = A(1);  // of the scores; not 0
 };
 
 // The result of a call of the loss.
 struct LossResult {
-  double loss;         // the mean; NaN where all pixels are ignored
-  bool in_range;       // whether all labels are valid; else nothing was computed
-  std::int64_t stray;  // a label that is not
+  double loss;         // the mean; NaN if all pixels are ignored
+  bool in_range;       // whether all labels are valid; otherwise nothing was computed
+  std::int64_t stray;  // an invalid label
 };
 
 // The cross-entropy of the logits logit_scale * S, and its gradients. Labels [B, Q, H, W], uint8 or
@@ -128,15 +128,15 @@ struct MatchLoss {
   const void* labels;
   bool labels_are_bytes;
   std::int32_t ignore_index;
-  const A* weight;         // [C], or null: 1
-  Features grad_features;  // in A, shapes as features; null data where not wanted
-  A* grad_prototypes;      // null where not wanted
+  const A* weight;         // [C], or null for 1
+  Features grad_features;  // in A, shapes as features; null data if not needed
+  A* grad_prototypes;      // null if not needed
   LossResult* result;
   int threads;
   A logit_scale;  // not 0
 };
 
-// The most threads of a call.
+// The maximum number of threads of a call.
 constexpr int kMaxThreads = 256;
 
 // Memory for the duration of a call, aligned to 64 bytes and not cleared. Throws std::bad_alloc.

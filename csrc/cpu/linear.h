@@ -1,4 +1,4 @@
-// Small matrix products over D channels, which are nearly all of the arithmetic.
+// Small matrix products over D channels, which make up nearly all of the arithmetic.
 #pragma once
 
 #include "simd.h"
@@ -50,7 +50,7 @@ inline void dots(const A* const* a, int rows, const A* const* b, int columns, st
 }
 
 // out[l] += sum over m < terms of factor[l * row + m * term] * in[m], for l < rows: vectors of
-// `length` numbers, a multiple of kPadding. Where fresh[l], out[l] is overwritten instead.
+// `length` numbers, a multiple of kPadding. If fresh[l], out[l] is overwritten instead.
 template <class A>
 inline void weighted_sums(A* const* out, int rows, const A* const* in, int terms, const A* factor,
                           std::int64_t row, std::int64_t term, std::int64_t length,

@@ -21,7 +21,7 @@ namespace {
 
 // Classes of a tile that are processed together.
 constexpr int kClasses = 16;
-// Images, and episodes, whose partial sums are stored at a time.
+// Images and episodes whose partial sums are stored at the same time.
 constexpr std::int64_t kImages = 16, kEpisodes = 8;
 
 template <class A>
@@ -53,8 +53,8 @@ struct Problem {
   }
 };
 
-// The mask of one class of one image, from a pixel on. A stored mask is read in place; a derived
-// one is first written to a buffer, a row of a tile at a time.
+// The mask of one class of one image, starting at a pixel. A stored mask is read in place; a
+// derived one is first written to a buffer, one row of a tile at a time.
 template <class A>
 class ClassMask {
  public:
@@ -63,7 +63,7 @@ class ClassMask {
     const Masks& m = p.masks;
     const std::int64_t H = p.tables.y.pixels, W = p.tables.x.pixels;
     const bool bytes = masks_are_bytes(m), labels = m.kind == MaskKind::labels;
-    std::int64_t stored = 1, plane = 0;  // planes of an image, and the one to begin with
+    std::int64_t stored = 1, plane = 0;  // planes of an image, and the first one
     if (!labels) {
       stored = m.kind == MaskKind::foreground ? m.C - 1 : m.C;
       plane = c - (m.C - stored);
@@ -85,10 +85,10 @@ class ClassMask {
           (static_cast<std::int64_t>(y) * W + x) * size_;
   }
 
-  // Whether rows are bytes; else A.
+  // Whether rows are bytes, otherwise A.
   bool bytes() const { return read_ != Read::floats && read_ != Read::rest_of_floats; }
 
-  // n pixels of row i from column j on, both counted from the first pixel.
+  // n pixels of row i from column j on, both relative to the first pixel.
   const char* row(int i, int j, int n, char* buffer) const {
     const char* at = at_ + i * pitch_ + j * size_;
     switch (read_) {
@@ -130,8 +130,8 @@ class ClassMask {
   enum class Read { bytes, floats, labels8, labels64, rest_of_bytes, rest_of_floats };
   Read read_;
   std::int64_t label_;
-  int foreground_ = 0;  // foreground masks, where the background is derived
-  int size_;            // bytes of a pixel
+  int foreground_ = 0;  // number of foreground masks if the background is derived
+  int size_;            // bytes per pixel
   std::int64_t pitch_, plane_;
   const char* at_;
 };
@@ -213,7 +213,7 @@ struct TileScratch {
     sums = arena.take<A>(kClasses * p.width);
   }
 
-  // W of one class. Returns false, without writing it, where the mask is empty.
+  // W of one class. Returns false, without writing it, if the mask is empty.
   bool mask_weights(const Problem<A>& p, const Side<A>& y, const Side<A>& x, std::int64_t b,
                     std::int64_t n, std::int64_t c, A* out) const {
     const int T = p.tables.x.length;
@@ -391,7 +391,7 @@ void forward(const Pool<A>& args) {
       std::memset(part, 0, sizeof(A) * (end - begin));
       const int first_row = shared.window_rows(p, chunk).first;
       for (std::int64_t n = 0; n < K; ++n) {
-        // After the previous chunk, the rows that they share are kept.
+        // Keeps the rows shared with the previous chunk.
         if (s.image != b * K + n || s.loaded != chunk.before) s.loaded = -1;
         s.image = b * K + n;
         for (int sy = chunk.first; sy < chunk.last; ++sy) {
@@ -531,7 +531,7 @@ void backward(const PoolBackward<A>& args) {
       const int end = chunk.upper + 1 > chunk.end ? chunk.upper + 1 : chunk.end;
       s.features.write(p.features, p.pitch, b, n, end);
     });
-    // Rows that several chunks share: the sum of their parts, in order.
+    // Rows shared by several chunks are the sum of their parts, in order.
     parallel(images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t slot = unit / h, b = (first + slot) / K, n = (first + slot) % K;
       const int i = static_cast<int>(unit % h);

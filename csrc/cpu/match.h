@@ -1,5 +1,5 @@
-// Cosine matching with the best of the windows over each pixel, equation (3): what its forward
-// pass, its gradient and the cross-entropy of its logits share.
+// Cosine matching with the best of the windows over each pixel, equation (3): the code shared by
+// its forward pass, its gradient and the cross-entropy of its logits.
 //
 //   S_c(x) = max over windows m over x of <Up F(x), q_{c,m}> / |Up F(x)|,    q = p / |p|
 //
@@ -12,13 +12,13 @@
 //
 //   da_{c,m}(l) = sum over x with m*(x) = m of w_l(x) g_c(x)
 //   d|u|^2(x)   = -1/2 sum over c of dS_c(x) S_c(x) / |Up F(x)|^2
-//   dF(l)       = sum over c, m of da(l) q_{c,m}  +  the gradient of |u|^2 through the inner
-//   products dq_{c,m}    = sum over l of da(l) F(l),          dp = (dq - <q, dq> q) / |p|
+//   dF(l)       = sum over c, m of da(l) q_{c,m} + the gradient of |u|^2 via the inner products
+//   dq_{c,m}    = sum over l of da(l) F(l),          dp = (dq - <q, dq> q) / |p|
 //
 // Scores may be scaled to the logits of the head, logit_scale * S; then g is scaled as well.
 //
-// Files: match_forward.h scores the pixels of a tile, match_backward.h has their gradients.
-// cosine_match.cpp reads and writes whole images of scores, cosine_match_loss.cpp stores none.
+// Files: match_forward.h scores the pixels of a tile, match_backward.h computes their gradients.
+// cosine_match.cpp reads and writes whole images of scores, cosine_match_loss.cpp stores no scores.
 #pragma once
 
 #include "parallel.h"
@@ -42,7 +42,7 @@ struct Problem {
   std::int64_t C, D, width;  // width: channels of a packed location, padded
   std::int64_t pitch;        // from one packed location to the next
   std::int64_t windows;      // Gy * Gx
-  bool mean;                 // of the windows over a pixel, instead of the best
+  bool mean;                 // over the windows of a pixel, instead of the best
   A logit_scale;             // multiplies the cosines
 
   template <class Args>
@@ -105,7 +105,7 @@ struct Directions {
     for (std::int64_t d = 0; d < p.width; d += lanes) {
       const Vec<A> x = scale * load(to + d);
       store(to + d, x);
-      rest += x * A(0);  // 0, or NaN if anything is not finite
+      rest += x * A(0);  // 0, or NaN if any value is not finite
     }
     A finite = A(0);
     for (int i = 0; i < lanes; ++i) finite += rest[i];
@@ -118,7 +118,7 @@ template <class A>
 struct Rows {
   Ring<A> features;
   Ring<A> own, right, below, across;  // across: diagonal + other of core/arithmetic.h
-  A* zero = nullptr;                  // a location of zeros, beyond the end of a row
+  A* zero = nullptr;                  // a location of zeros, used beyond the end of a row
   int loaded = -1;                    // the last row that was loaded, -1 for none
   std::int64_t image = -1;            // and its image
 
@@ -132,7 +132,7 @@ struct Rows {
     zero = arena.take<A>(p.width);
   }
 
-  // Begins a chunk of an image. After the previous chunk, the rows that they share are kept.
+  // Begins a chunk of an image. Keeps the rows shared with the previous chunk.
   void start(const Problem<A>& p, std::int64_t b, std::int64_t n, const Chunk& chunk) {
     const std::int64_t next = b * p.features.N + n;
     if (next != image || loaded != chunk.before) loaded = -1;
@@ -152,7 +152,7 @@ struct Rows {
   }
 
  private:
-  // own and right of row i; below and across of row i - 1 if it is there.
+  // own and right of row i; below and across of row i - 1 if it is loaded.
   void products(const Problem<A>& p, int i, bool above) {
     constexpr int n = kLanes<A> >= 4 ? kLanes<A> / 4 : 1;  // locations at a time
     constexpr int lanes = kLanes<A>;
@@ -189,14 +189,14 @@ struct Rows {
           below.row(i - 1)[j + k] = total[2 * n + k];
           across.row(i - 1)[j + k] = total[3 * n + k];
         }
-        below.row(i)[j + k] = A(0);  // until the next row is there
+        below.row(i)[j + k] = A(0);  // until the next row is loaded
         across.row(i)[j + k] = A(0);
       }
     }
   }
 };
 
-// One tile: its sides, the feature locations under it, the windows over it.
+// A tile: its sides, the feature locations under it, the windows over it.
 template <class A>
 struct Tile {
   Side<A> y, x;
@@ -219,12 +219,12 @@ struct Tile {
     }
   }
 
-  // Where window k of those over the tile stands among the prototypes of a class.
+  // The index of window k over the tile among the prototypes of a class.
   std::int64_t window(const Problem<A>& p, int k) const {
     const int my = y.first + k / x.windows, mx = x.first + k % x.windows;
     return static_cast<std::int64_t>(my) * p.tables.x.windows + mx;
   }
-  // How the winner k is written down.
+  // The code by which winner k is stored.
   int code(const Problem<A>& p, int k) const {
     return k / x.windows * p.tables.x.overlap + k % x.windows;
   }

@@ -1,4 +1,4 @@
-// The backward pass of matching, tile by tile. A `Pixels` provides the gradients of the scores, see
+// The backward pass of matching, tile by tile. A `Pixels` provides the gradients of the scores; see
 // SavedPixels in cosine_match.cpp.
 #pragma once
 
@@ -9,8 +9,8 @@ namespace cpu {
 
 template <class A>
 struct BackwardProblem : Problem<A> {
-  Features grad_features;  // null data where not wanted
-  A* grad_prototypes;      // null where not wanted
+  Features grad_features;  // null data if not needed
+  A* grad_prototypes;      // null if not needed
 
   template <class Args>
   explicit BackwardProblem(const Args& args)
@@ -43,7 +43,7 @@ struct QueryGradient {
     }
   }
 
-  // Writes the rows below `end`: no later tile touches them.
+  // Writes the rows below `end`, which no later tile touches.
   void write(const BackwardProblem<A>& p, const Rows<A>& rows, std::int64_t b, std::int64_t n,
              int end) {
     for (int i = features.written; i < end; ++i) {
@@ -94,7 +94,7 @@ struct QueryGradient {
   }
 };
 
-// Partial sums of the chunks of a group of images: of dq, and of the rows of dF that chunks share.
+// Partial sums of dq, and of the rows of dF that chunks share, for the chunks of a group of images.
 constexpr std::int64_t kEpisodes = 8, kImages = 4;
 
 template <class A>
@@ -142,7 +142,7 @@ template <class A>
 struct BackwardScratch : MatchScratch<A> {
   QueryGradient<A> gradient;
   A* energy;  // [T rows, T] sum over c of dS S
-  // Of the current class, [T rows, T]:
+  // For the current class, [T rows, T]:
   const A* slope;          // g
   const Whole<A>* winner;  // m*; not used for "mean"
 
@@ -153,7 +153,7 @@ struct BackwardScratch : MatchScratch<A> {
 };
 
 // columns[n, i, t] = sum over pixels y with winner code[n] of w_i(y) g(y, t), where w_i(y) is the
-// interpolation weight of feature row i; over all pixels, where `code` is null.
+// interpolation weight of feature row i; over all pixels if `code` is null.
 template <class A, int N>
 void column_sums(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
                  const int* code) {
@@ -248,7 +248,7 @@ void length_gradients(const BackwardProblem<A>& p, const Tile<A>& tile,
   }
 }
 
-// Adds the gradients of features and directions by da of the windows of a piece.
+// Adds the gradients of features and directions due to da of the windows of a piece.
 template <class A>
 void add_gradients(const BackwardProblem<A>& p, const Tile<A>& tile, const BackwardScratch<A>& s,
                    const Directions<A>& directions, std::int64_t b, int sx, Piece piece,
@@ -371,7 +371,7 @@ void match_chunk_backward(const BackwardProblem<A>& p, const BackwardShared<A>& 
   }
 }
 
-// Rows of dF that several chunks share: the sum of their parts, in order.
+// Rows of dF shared by several chunks are the sum of their parts, in order.
 template <class A>
 void add_parts(const BackwardProblem<A>& p, const BackwardShared<A>& shared, A* sum, int i,
                std::int64_t b, std::int64_t n, std::int64_t slot) {
@@ -423,7 +423,7 @@ void finish_direction(const BackwardProblem<A>& p, const BackwardShared<A>& shar
   for (std::int64_t d = 0; d < p.D; ++d) out[d] = (sum[d] - along * q[d]) * inverse;
 }
 
-// The backward pass; `shared` holds the directions.
+// The backward pass; `shared` has the directions.
 template <class A, class Shared, class Start, class Pixels>
 void backward(const BackwardProblem<A>& p, const Shared& shared, int threads, Start scratch,
               const Pixels& pixels) {

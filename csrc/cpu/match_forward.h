@@ -1,4 +1,4 @@
-// The forward pass of matching, tile by tile. An `Output` stores scores and winners, see Image in
+// The forward pass of matching, tile by tile. An `Output` stores scores and winners; see Image in
 // cosine_match.cpp.
 #pragma once
 
@@ -7,7 +7,7 @@
 LSLPN_BEGIN
 namespace cpu {
 
-// The best of N windows at every pixel, from inner products that `columns` holds for its columns.
+// The best of N windows at every pixel, from inner products interpolated to `columns`.
 // `first` and `last`: whether these are the first and the last windows of the tile.
 template <int N, class A, class Output>
 void best_of(const Problem<A>& p, const Tile<A>& tile, const TileScratch<A>& s, std::int64_t c,
@@ -68,7 +68,7 @@ void best_of(int n, const Problem<A>& p, const Tile<A>& tile, const TileScratch<
 }
 
 // Whether all inputs of the pixels of a tile are finite, including the products of its last
-// locations with those beyond: their weights are 0, but 0 times NaN is NaN.
+// locations with those outside, whose weights are 0, since 0 times NaN is NaN.
 template <class A>
 bool finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows,
             const Directions<A>& directions, std::int64_t b) {
@@ -87,8 +87,8 @@ bool finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows,
   return sum == A(0);
 }
 
-// A tile with values that are not finite, pixel by pixel: such a value must reach all pixels that
-// are interpolated from it, and no others, and a NaN score wins over all others.
+// Scores a tile with non-finite values pixel by pixel: such a value must reach exactly the pixels
+// interpolated from it, and a NaN score wins over all others.
 template <class A, class Output>
 void match_not_finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows,
                       const Directions<A>& directions, std::int64_t b, std::int64_t c,
@@ -130,7 +130,7 @@ void match_not_finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& r
         if (p.mean) {
           best += value / static_cast<A>(tile.windows);
         } else if (k == 0 || value > best || value != value) {
-          // NaN beats all, and nothing is greater than NaN.
+          // NaN wins, and nothing is greater than NaN.
           best = value;
           winner = tile.code(p, k);
         }

@@ -1,4 +1,4 @@
-// Threads and the memory of a call.
+// Threads, and the workspace of a call.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ namespace cpu {
 
 // Calls f(unit, state) for every unit; each thread gets its state from start(thread).
 //
-// Each thread has a run of consecutive units, whose data it can reuse; when it has finished it
-// takes units from the runs of other threads. So the assignment of units to threads varies, and no
-// result may depend on it.
+// Each thread has a range of consecutive units, whose data it can reuse; when it has finished, it
+// takes units from the ranges of other threads. So the assignment of units to threads varies, and
+// results must not depend on it.
 template <class Start, class F>
 inline void parallel(std::int64_t units, int threads, Start start, F f) {
   if (threads > units) threads = static_cast<int>(units);
@@ -51,13 +51,14 @@ inline void parallel(std::int64_t units, int threads, Start start, F f) {
   for (std::int64_t unit = 0; unit < units; ++unit) f(unit, state);
 }
 
-// Below this many multiplications one thread is used.
+// With fewer multiplications than this, one thread is used.
 constexpr double kMinParallelWork = 2e5;
 
-// Adds up the memory that is needed (while `base` is null), then hands out its pieces.
+// Adds up the memory that is needed (while `base` is null), then hands out pieces of it.
 //
-// AddressSanitizer knows only the whole allocation. So that it detects an overrun into the next
-// piece, each has a poisoned gap behind it where it is compiled in (tests/kernels/sanitizers).
+// AddressSanitizer knows only the whole allocation. If it is compiled in
+// (tests/kernels/sanitizers), a poisoned gap follows each piece, so that overruns into the next one
+// are detected.
 struct Arena {
   char* base = nullptr;
   std::int64_t used = 0;
@@ -77,7 +78,7 @@ struct Arena {
   }
 };
 
-// The memory of one call: a part that all threads share, and one for each thread, laid out by
+// The workspace of a call: a part shared by all threads and one for each thread, laid out by
 // Shared(Arena&, problem) and Scratch(Arena&, problem).
 template <class Shared, class Scratch>
 class Memory {
@@ -92,7 +93,7 @@ class Memory {
     size_ = size.used + threads * per_thread_;
     data_ = static_cast<char*>(allocate_memory(size_));
 #if defined(__SANITIZE_ADDRESS__)
-    std::memset(data_, 0xff, size_);  // NaN: nothing may rely on memory being cleared
+    std::memset(data_, 0xff, size_);  // NaN, so that nothing relies on cleared memory
 #endif
     scratch_ = data_ + size.used;
     Arena arena{data_};

@@ -30,9 +30,9 @@ inline T* image_of(const Features& f, std::int64_t b, std::int64_t n) {
 // Packs rows first <= i < last of image (b, n) into a ring: `row(i)[j * pitch + d]`, zero-padded to
 // `width`.
 //
-// Where D is outermost, blocks of channels by locations are transposed in registers. All rows of a
+// If D is outermost, blocks of channels by locations are transposed in registers. All rows of a
 // channel are read before those of the next, since one row is only a few cache lines of a page. The
-// next channels are prefetched: the hardware prefetcher does not cross to another page.
+// next channels are prefetched, because the hardware prefetcher does not cross page boundaries.
 template <class T, class A>
 inline void pack_as(const Features& f, std::int64_t b, std::int64_t n, std::int64_t first,
                     std::int64_t last, const Ring<A>& to, std::int64_t width) {
@@ -57,7 +57,7 @@ inline void pack_as(const Features& f, std::int64_t b, std::int64_t n, std::int6
       for (std::int64_t i = first; i < last; ++i) {
         const T* p = image + i * sh + d * sd;
         A* q = to.row(i) + d;
-        // The last square is moved back so that it ends with the row.
+        // The last square is moved back to end with the row.
         for (std::int64_t j = 0; j < f.w; j += lanes) {
           const std::int64_t at = j + lanes <= f.w ? j : f.w - lanes;
           Vec<A> v[lanes];
@@ -81,7 +81,7 @@ inline void pack_as(const Features& f, std::int64_t b, std::int64_t n, std::int6
   }
 }
 
-// The reverse, rounded to T: from `row(i)[j * pitch + d]`, or zeros where row(i) is null.
+// The reverse, rounded to T: from `row(i)[j * pitch + d]`, or zeros if row(i) is null.
 template <class T, class A, class Row>
 inline void unpack_as(Row row, std::int64_t pitch, const Features& f, std::int64_t b,
                       std::int64_t n, std::int64_t first, std::int64_t last) {
@@ -165,13 +165,12 @@ inline void unpack(Row row, std::int64_t pitch, const Features& f, std::int64_t 
   }
 }
 
-// Chunks of row segments are the units of parallel work. Their number depends on the geometry
-// alone, so that every sum has the same order for any number of threads. Where chunks share a
-// feature row, each writes its part of the gradient to a buffer, and the parts are added in order
-// at the end.
+// Chunks of row segments are the units of parallel work. Their number depends only on the geometry,
+// so every sum has the same order for any number of threads. If chunks share a feature row, each
+// writes its part of the gradient to a buffer, and the parts are added in order at the end.
 struct Chunk {
   int first, last;    // segments first <= s < last
-  int lower, upper;   // feature rows under them, both included
+  int lower, upper;   // feature rows under them, inclusive
   int before, after;  // rows <= before are shared with an earlier chunk, rows >= after with a later
   int begin, end;     // rows begin <= i < end are written by this chunk, including those between
                       // chunks that no pixel needs
@@ -253,7 +252,7 @@ struct GradientRows {
     }
   }
 
-  // Writes the rows below `end` to f: no later tile touches them.
+  // Writes the rows below `end`, which no later tile touches, to f.
   void write(const Features& f, std::int64_t pitch, std::int64_t b, std::int64_t n, int end) {
     while (written < end && chunk.shares(written)) ++written;
     int own = written;

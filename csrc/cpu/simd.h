@@ -1,5 +1,5 @@
-// Vectors of the instruction set that this file is compiled for, through the vector types that gcc
-// and clang have in common.
+// Vectors of the instruction set that this file is compiled for, as the vector types that gcc and
+// clang have in common.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct VectorOf<double> {
   typedef std::int32_t ints __attribute__((vector_size(kVectorBytes / 2)));
 };
 
-// A vector of A; one of integers as wide; such an integer; and the number of lanes.
+// A vector of A; a vector of integers of the same width; such an integer; and the number of lanes.
 template <class A>
 using Vec = typename VectorOf<A>::type;
 template <class A>
@@ -63,8 +63,8 @@ constexpr std::int64_t padded(std::int64_t n) {
   return (n + kPadding - 1) / kPadding * kPadding;
 }
 
-// From one location of a ring of rows to the next: `width` and a cache line more. Else D = 256
-// would put all locations into the same few sets of the first cache.
+// The distance between locations in a ring of rows: `width` plus a cache line. Otherwise, D = 256
+// would map all locations to the same few sets of the L1 cache.
 template <class A>
 constexpr std::int64_t pitch_of(std::int64_t width) {
   return width + 64 / static_cast<std::int64_t>(sizeof(A));
@@ -90,8 +90,8 @@ inline void store_index(Whole<A>* p, Index<A> v) {
   *reinterpret_cast<typename VectorOf<A>::index_memory*>(p) = v;
 }
 
-// Lanes of 32 bits from and to memory of 8 or 16 bits an element; what is narrowed must fit. gcc
-// takes __builtin_convertvector apart element by element here.
+// Lanes of 32 bits from and to memory with 8 or 16 bits per element; narrowed values must fit. gcc
+// compiles __builtin_convertvector to element-wise code here.
 typedef VectorOf<float>::index Ints;
 
 inline Ints widen_bytes(const void* p) {
@@ -180,7 +180,7 @@ inline void store(A* p, Vec<A> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// Integers in memory as wide as T, uint8 or int32, the first n lanes.
+// The first n lanes of integers in memory, uint8 (`bytes`) or int32.
 template <class A>
 inline Index<A> load_index(const void* p, bool bytes, int n) {
   if (n < kLanes<A>) {
@@ -249,8 +249,8 @@ inline Vec<A> pick_groups(Vec<A> a, Vec<A> b, std::integer_sequence<int, lane...
                         (lane / half % 2) * kLanes<A>)...);
 }
 
-// Sums over the lanes of many vectors at once: lane j of the result holds that of v[j]. Every sum
-// is formed in the same order wherever it stands, so that equal vectors have equal sums.
+// Sums over the lanes of many vectors at once: lane j of the result is the sum of v[j]. Every sum
+// has the same order, whatever its lane, so equal vectors have equal sums.
 template <class A, int n = kLanes<A>>
 inline Vec<A> lane_sums(const Vec<A>* v) {
   if constexpr (n == 1) {
@@ -263,7 +263,7 @@ inline Vec<A> lane_sums(const Vec<A>* v) {
   }
 }
 
-// Exchanges rows and columns of a square of as many vectors as there are lanes.
+// Transposes a square of as many vectors as there are lanes.
 template <class A, int half = kLanes<A> / 2>
 inline void transpose(Vec<A>* v) {
   if constexpr (half >= 1) {
@@ -317,7 +317,7 @@ inline void store_as(Half* p, Vec<float> v) {
 #endif
 }
 inline void store_as(BFloat16* p, Vec<float> v) {
-  // See narrow(float, BFloat16&) in core/dtype.h; v != v where it is NaN.
+  // See narrow(float, BFloat16&) in core/dtype.h; v != v for NaN.
   const Ints bits = reinterpret_cast<Ints>(v);
   const Ints rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff;
   const Ints quiet = (bits >> 16 & 0xffff) | 0x40;

@@ -8,7 +8,7 @@
 LSLPN_BEGIN
 namespace cpu {
 
-// exp(x) for x <= 0; no less than the smallest normal number. NaN stays NaN.
+// exp(x) for x <= 0, but at least the smallest normal number. NaN stays NaN.
 inline Vec<float> exp_of(Vec<float> x) {
   // x = k log 2 + r with |r| <= log(2) / 2, and exp(r) by its series: the next term is 5e-9.
   constexpr float kLeast = -87.0f, kLog2e = 1.44269504f, kShift = 12582912.0f;  // 1.5 * 2^23
@@ -27,8 +27,8 @@ inline Vec<float> exp_of(Vec<float> x) {
 
 // log(1 + x) for 0 <= x < 2^31. NaN stays NaN.
 inline Vec<float> log_of_1_plus(Vec<float> x) {
-  // 1 + x = 2^k (1 + f) with f in [-1/4, 1/2), exact but for the rounding of 1 + x, which the last
-  // term makes up for; log(1 + f) = 2 artanh(s) with s = f / (2 + f), |s| <= 1/5.
+  // 1 + x = 2^k (1 + f) with f in [-1/4, 1/2), exact except for the rounding of 1 + x, which the
+  // last term corrects; log(1 + f) = 2 artanh(s) with s = f / (2 + f), |s| <= 1/5.
   const Vec<float> y = x + 1.0f;
   const Ints bits = reinterpret_cast<Ints>(y);
   const Ints k = (bits - 0x3f400000) >> 23;  // 0x3f400000 is 3/4
@@ -51,7 +51,7 @@ inline Vec<double> log_of_1_plus(Vec<double> x) {
   return x;
 }
 
-// Every second lane of two vectors, which hold numbers of 64 bits: their lower halves.
+// The lower halves of 64-bit numbers in two vectors: every second lane.
 template <int... lane>
 inline Ints lower_halves(Ints a, Ints b, std::integer_sequence<int, lane...>) {
   constexpr int offset = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 1;

@@ -1,6 +1,6 @@
 // Interpolation from feature locations to the pixels of a tile, and its transpose.
 //
-// A tile is a row segment crossed with a column segment: at most 32 x 32 pixels that lie in the
+// A tile is a row segment crossed with a column segment: at most 32 x 32 pixels that are in the
 // same windows and are interpolated from the same few feature locations. Interpolation is
 // separable: columns by a product with the table of weights, rows by walking down the pixel rows,
 // several of which have the same two taps.
@@ -54,7 +54,7 @@ inline void interpolate_row(const A* value, int cells, const A* table, int T, A*
 }
 
 // out[t] = sum over r of value[r] table[r, t] + twice * other[r] second[r, t], where `second` is
-// for neighbours r and r + 1; the last r has none in the tile.
+// for neighbours r and r + 1, of which the last r has none in the tile.
 template <class A>
 inline void interpolate_row(const A* value, const A* table, const A* other, const A* second,
                             A twice, int cells, int T, A* out) {
@@ -119,7 +119,7 @@ inline void walk_rows(const AxisTables<A>& axis, const Side<A>& y, Enter enter, 
   const A* const weight = axis.upper + y.begin;
   for (int i = 0; i < y.pixels;) {
     const int row = rows[i], lower = row - y.lower;
-    const int upper = lower + 1 < y.cells ? lower + 1 : lower;  // where it is the same, weigh 0
+    const int upper = lower + 1 < y.cells ? lower + 1 : lower;  // if equal, its weight is 0
     enter(lower, upper);
     do {
       pixel(i, weight[i]);

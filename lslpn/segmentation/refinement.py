@@ -1,14 +1,14 @@
 """Refine the boundaries of organs by the grey values of the scan itself.
 
-Registration leaves a boundary some millimetres off, and the network's features lie too far apart to
-correct that. The middle of an organ is right in most cases, however, and gives the grey values of
-the organ in this very scan. The log-odds of organ n at a voxel x with grey value g(x) are
+Registration leaves a boundary some millimetres off, and the network's features are too coarse to
+correct that. The middle of an organ is right in most cases, however, and shows the organ's grey
+values in this scan. The log-odds of organ n at a voxel x with grey value g(x) are
 
     o_n(x) = d_n(x) / 8 mm + smooth(log p(g(x) | inside n) - log p(g(x) | near n))
 
 where d_n is the signed distance to the current boundary, positive inside, and the p are histograms,
-estimated again in each of a few rounds. A voxel gets the organ of the highest log-odds above 0.
-Signed distances as log-odds of a prior are those of
+which are estimated again in each of a few rounds. A voxel is assigned to the organ with the highest
+log-odds above 0. Signed distances as the log-odds of a prior are due to
 
     Pohl et al., "Using the logarithm of odds to define a vector space on probabilistic atlases",
     Medical Image Analysis 2007
@@ -16,61 +16,28 @@ Signed distances as log-odds of a prior are those of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..data.volumes import Volume
 from .descriptors import centres
-from .frames import Frame, frames_of, labels_in_source, probabilities_in_source, values_of
+from .frames import Frame
 
-_DISTANCE_MM = 8.0  # distance that weighs as much as a likelihood ratio of e
+_DISTANCE_MM = 8.0  # distance with the weight of a likelihood ratio of e
 _REACH_MM = 25.0  # a boundary moves outwards by no more than this
 _CORE_MM = 2.0  # voxels nearer to the boundary are left out of the organ's histogram
-_LEAST_CORE = 50  # voxels; of smaller organs all voxels are used
+_LEAST_CORE = 50  # voxels; with fewer, all voxels of the organ are used
 _SMOOTH_MM = 2.5
 _BINS = 48
-_FLOOR = 0.003  # added to every bin: grey values that were never seen are not impossible
-_LARGEST_RATIO = 3.0  # log-likelihood ratios of one voxel are clipped to this
+_FLOOR = 0.003  # added to every bin: unseen grey values are not impossible
+_LARGEST_RATIO = 3.0  # log-likelihood ratios of single voxels are clipped to this
 _ROUNDS = 3
-_NEAR_MM = 12.0  # an organ's contrast is that to voxels at most so far outside
+_NEAR_MM = 12.0  # contrast is measured to voxels up to this far outside the organ
 OUTSIDE = -_REACH_MM / _DISTANCE_MM - _LARGEST_RATIO  # the lowest log-odds
-
-
-def refined_labels(
-    config: ModelConfig,
-    supports: Sequence[tuple[Volume, Volume]],
-    query: Volume,
-    labels: np.ndarray,
-    *,
-    probabilities: bool,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Refine the boundaries of labels that were found slice by slice.
-
-    Args:
-        config: of the model.
-        supports: pairs of an image and its labels.
-        query: the scan.
-        labels: [Z, Y, X] in the frame of its data, with values of the supports' labels.
-        probabilities: return them as well.
-
-    Returns:
-        labels as they were given; and probabilities, see `probabilities_in_source`, or None.
-    """
-    frames, target = frames_of(config, supports, query)
-    values = values_of(frames)
-    positions = centres(target.half[0].shape, target.size)
-    at = replace(target, labels=labels).labels_at(positions)
-    found = torch.stack([at == value for value in (0, *values)]).byte().argmax(0)
-    # Without the supports' histograms: with them, labels found slice by slice lose too much.
-    logits = refined_logits(target, (), found, values)
-    shares = probabilities_in_source(target, logits) if probabilities else None
-    return labels_in_source(target, logits, values), shares
 
 
 def refined_logits(
@@ -79,13 +46,13 @@ def refined_logits(
     """Logits [Z, N, h, w] of each organ against the background, with refined boundaries.
 
     Args:
-        query: the scan.
-        supports: the labelled ones.
-        found: int [Z, h, w] at half the resolution, 0 or n for the n-th of the values.
+        query: the scan to segment.
+        supports: the labelled scans.
+        found: int [Z, h, w] at half the in-plane resolution, 0 or n for the n-th of the values.
         values: the N labels.
     """
     histograms: dict[int, list[np.ndarray]] = {}
-    if query.treatment.intensities.hu:  # other modalities have no common scale of grey values
+    if query.treatment.intensities.hu:  # only CT has a common scale of grey values
         for support in supports:
             grey, cell = support.half
             labels = support.labels_at(centres(grey.shape, support.size)).numpy()
@@ -100,23 +67,16 @@ def refined_logits(
 def contrast(query: Frame, found: Tensor, count: int) -> Tensor:
     """Contrast of each organ to its surroundings, 0 to 1: float64 [count].
 
-    1 - exp(-KL), with the Kullback-Leibler divergence of the grey values near the organ from those
-    in it; 0 for an organ that was not found.
+    1 - exp(-KL), where KL is the Kullback-Leibler divergence of the grey values near the organ from
+    those inside; 0 for an organ that was not found.
 
-    Args:
-        query: the scan.
-        found: int [Z, h, w] at half the resolution, 0 or the number of the organ, 1 to `count`.
-        count: organs.
+    `found` is as for `refined_logits`, with numbers up to `count`.
     """
     grey, cell = query.half
-    margin = _margin(_NEAR_MM, cell)
     out = torch.zeros(count, dtype=torch.float64)
-    for number in found.unique().tolist():
-        if not number:
-            continue
-        organ = (found == number).numpy()
-        box = _box(organ, margin)
-        mask, bins = organ[box], _bins(grey[box])
+    organs = found.numpy()
+    for number, box in _boxes(organs, count, _NEAR_MM, cell).items():
+        mask, bins = organs[box] == number, _bins(grey[box])
         near = (_signed_distance(mask, cell) > -_NEAR_MM) & ~mask
         if near.any():
             outside = _histogram(bins, near)
@@ -126,17 +86,14 @@ def contrast(query: Frame, found: Tensor, count: int) -> Tensor:
 
 
 def grey_histogram(grey: np.ndarray, mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
-    """Histogram of the grey values in the middle of an organ.
+    """Smoothed histogram of the grey values in the middle of an organ, with sum 1.
 
     Args:
         grey: [Z, Y, X] in [0, 1].
         mask: bool [Z, Y, X], the organ, at least one voxel.
         cell: mm (z, y, x) of a voxel.
-
-    Returns:
-        float64 [bins], smoothed, sum 1.
     """
-    box = _box(mask, [1, 1, 1])
+    box = _boxes(mask, 1, 0.0, cell)[1]
     return _histogram(_bins(grey[box]), _core(mask[box], cell))
 
 
@@ -152,23 +109,18 @@ def refined_log_odds(
     Args:
         grey: float32 [Z, Y, X] in [0, 1].
         cell: mm (z, y, x) of a voxel.
-        found: int [Z, Y, X], 0 or the number of the organ found there, 1 to `count`.
-        count: organs.
-        known: of some organs, the histogram (see `grey_histogram`) in the supports, in the same
-            units; it is averaged with that of this scan.
+        found: int [Z, Y, X], 0 or the number of an organ from 1.
+        count: how many organs there are.
+        known: maps organs to their `grey_histogram` in the supports, which is averaged with that
+            of this scan; need not have all organs.
 
     Returns:
-        float32 [Z, count, Y, X], above 0 inside. An organ that was not found stays so, and one
-        that its grey values do not set apart from its surroundings stays where it is.
+        float32 [Z, count, Y, X], above 0 inside. An organ that was not found is not added, and one
+        whose grey values do not differ from its surroundings hardly changes.
     """
     log_odds = np.full((len(grey), count, *grey.shape[1:]), OUTSIDE, np.float32)
     bins = _bins(grey)
-    margin = _margin(_REACH_MM, cell)
-    boxes = {
-        number: _box(found == number, margin)
-        for number in range(1, count + 1)
-        if (found == number).any()
-    }
+    boxes = _boxes(found, count, _REACH_MM, cell)
     distances = {n: _signed_distance(found[box] == n, cell) for n, box in boxes.items()}
     sigma = [_SMOOTH_MM / mm for mm in cell]
     for _ in range(_ROUNDS):
@@ -190,22 +142,23 @@ def refined_log_odds(
     return log_odds
 
 
-def _margin(reach: float, cell: Sequence[float]) -> list[int]:
-    """Voxels along each axis that cover `reach` mm, and one more."""
-    return [int(np.ceil(reach / mm)) + 1 for mm in cell]
-
-
-def _box(mask: np.ndarray, margin: Sequence[int]) -> tuple[slice, ...]:
-    """The bounding box of the voxels, and a margin."""
-    out = []
-    for axis, more in enumerate(margin):
-        shown = np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis})))
-        out.append(slice(max(0, int(shown[0]) - more), int(shown[-1]) + 1 + more))
-    return tuple(out)
+def _boxes(
+    found: np.ndarray, count: int, margin_mm: float, cell: Sequence[float]
+) -> dict[int, tuple[slice, ...]]:
+    """Bounding boxes of the organs that were found, enlarged by the margin and a voxel."""
+    margin = [math.ceil(margin_mm / mm) + 1 for mm in cell]
+    return {
+        number: tuple(
+            slice(max(0, part.start - more), part.stop + more)
+            for part, more in zip(box, margin, strict=True)
+        )
+        for number, box in enumerate(ndimage.find_objects(found, count), 1)
+        if box is not None
+    }
 
 
 def _signed_distance(mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
-    """mm to the boundary, positive inside: float32."""
+    """float32 mm to the boundary, positive inside."""
     inside, outside = (
         ndimage.distance_transform_edt(part, sampling=cell) for part in (mask, ~mask)
     )
@@ -213,6 +166,7 @@ def _signed_distance(mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
 
 
 def _core(mask: np.ndarray, cell: Sequence[float]) -> np.ndarray:
+    """The voxels of an organ that its histogram is taken from."""
     core: np.ndarray = ndimage.distance_transform_edt(mask, sampling=cell) > _CORE_MM
     return core if core.sum() >= _LEAST_CORE else mask
 

@@ -2,7 +2,7 @@
 
 Each support's labels and features are warped to the query (see `initial_alignment` and
 `registration`). Local prototypes are pooled from them in windows that extend over several slices
-and matched with the query, and the logits are added to log-odds of the propagated labels.
+and matched with the query; the log-odds of the propagated labels are added to the logits.
 """
 
 from __future__ import annotations
@@ -36,30 +36,25 @@ from .initial_alignment import (
     trunk_to_trunk,
 )
 from .refinement import contrast, refined_logits
-from .registered_why import heights_of, record, recorder_of
+from .registered_why import VolumeRecorder, heights_of
 from .registration import Alignment, Registration, fitted
-from .result import Segmentation
-
-Align = Literal["affine", "deformable"]
-Used = Literal["none", "body", "affine", "deformable"]
+from .result import Align, Segmentation
 
 DEPTH_MM = 60.0
-_LABEL_WEIGHT = 4.0  # of propagated labels beside features, after a deformable registration
-_LABEL_SIGMA_MM = 4.0  # propagated labels are smoothed by this
-_LEAST_SHARE = 0.02  # added to smoothed labels: none of them is impossible
-_LOGIT_SIGMA_MM = (6.0, 2.0)  # along z, and in the slice
+_LABEL_WEIGHT = 4.0  # of propagated labels relative to features, if registration is deformable
+_LABEL_SIGMA_MM = 4.0  # of the Gaussian that smooths propagated labels
+_LEAST_SHARE = 0.02  # added to smoothed labels, so that none of them is impossible
+_LOGIT_SIGMA_MM = (6.0, 2.0)  # along z and in the plane
 _ISLAND = 0.2  # components smaller than this share of an organ's largest are removed
-# Mean cosine of the slices that face each other, below which scans are reported as dissimilar. It
-# is 0.11 to 0.7 between whole scans of 12 SABS patients, with the weights that ship, and 0 to 0.1
+# Scans are reported as dissimilar if the mean cosine of corresponding slices is below this. It is
+# 0.11 to 0.7 between whole scans of 12 SABS patients, with the weights that ship, and 0 to 0.1
 # between the uppermost 130 mm of one and the lowest of another.
 _DISSIMILAR = 0.105
 _LEAST_OVERLAP = 0.25
 _OFFSETS_MM = (0.0, 40.0, -40.0)  # along z, of initial maps from matched slices
 _LEAST_MM, _LEAST_SLICES = 39.5, 8  # of a scan that can be registered: 7 points of the lattice
 _MOST_FOLDING = 0.25
-_SHARPNESS = (
-    10.0  # a support's weight is exp of this times the agreement of its features and labels
-)
+_SHARPNESS = 10.0  # weight of a support: exp(this * agreement of its features and labels)
 
 
 def segment_registered(
@@ -67,20 +62,20 @@ def segment_registered(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
-    align: Align,
-    depth: float = DEPTH_MM,
-    keep_islands: bool = False,
-    batch: int = 8,
-    progress: bool = False,
-    explain: bool = False,
-    probabilities: bool = False,
-    cache: dict[int, Scan] | None = None,
+    align: Literal["affine", "deformable"],
+    depth: float,
+    keep_islands: bool,
+    batch: int,
+    progress: bool,
+    explain: bool,
+    probabilities: bool,
+    cache: dict[int, Scan] | None,
 ) -> Segmentation | None:
-    """As `segment.segment_matched`, which checks the arguments; model in evaluation mode.
+    """`segment.segment_matched` for checked arguments and a model in evaluation mode.
 
     Returns:
-        None, with a warning, where slices must be matched one by one instead: a scan is too small
-        to be registered, or nothing was found in a short one.
+        None, with a warning, if slices must be matched one by one instead: a scan is too small to
+        be registered, or nothing was found in a short one.
     """
     frames, target = frames_of(model.config, supports, query)
     for frame in (target, *frames):
@@ -93,159 +88,28 @@ def segment_registered(
                 stacklevel=3,
             )
             return None
-    amp = model.amp
-    model.amp = amp or _bfloat16_is_faster(model)
-    try:
-        with torch.inference_mode():
-            total = sum(len(frame.slices) for frame in (target, *frames))
-            with tqdm(total=total, desc="Reading", unit="slice", disable=not progress) as bar:
-                query_scan = _encoded(model, target, batch, bar)
-                scans = []
-                for number, frame in enumerate(frames):
-                    scan = None if cache is None else cache.get(number)
-                    if scan is None or not _same(scan, frame):
-                        scan = _encoded(model, frame, batch, bar)
-                    if cache is not None:
-                        cache[number] = scan
-                    scans.append(scan)
-            return _segment(
-                model, frames, target, query_scan, scans, align, depth, keep_islands, progress,
-                explain, probabilities,
-            )  # fmt: skip
-    finally:
-        model.amp = amp
-
-
-def _bfloat16_is_faster(model: FewShotNetwork) -> bool:
-    """Whether the CPU has bfloat16 instructions; on a GPU the caller decides, by `model.amp`."""
-    if next(model.parameters()).device.type != "cpu":
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def _encoded(model: FewShotNetwork, frame: Frame, batch: int, bar: tqdm) -> Scan:
-    """The scan of a frame, with the features of all its slices, on the CPU."""
-    device = next(model.parameters()).device
-    out = []
-    for images in frame.slices.split(batch):
-        out.append(model.encode(images.to(device)).float().cpu())
-        bar.update(len(images))
-    values = torch.cat(out)
-    check_features(values)
-    features = Field(values.transpose(0, 1).contiguous(), frame.size)
-    tissue = None if frame.tissue is None else Field(frame.tissue[None], frame.size)
-    return Scan(Field(frame.slices[None], frame.size), features, tissue)
-
-
-def _same(scan: Scan, frame: Frame) -> bool:
-    """Whether a scan was encoded from this frame: another query may need another window."""
-    return scan.image.size == frame.size and torch.equal(scan.image.values[0], frame.slices)
-
-
-# --- registration --------------------------------------------------------------------------------
-
-
-def _aligned(
-    support: Frame, query: Frame, support_scan: Scan, query_scan: Scan, align: Align
-) -> tuple[Alignment, Used]:
-    """The alignment of a support, and which kind it is; warns where one has failed."""
-    names = f"{query.source.path.name} by {support.source.path.name}"
-    descriptors = (
-        slice_descriptors(query_scan.features, query.boxes),
-        slice_descriptors(support_scan.features, support.boxes),
-    )
-    heights = query.size[0], support.size[0]
-    start = initial_alignment(*descriptors, *heights)
-    if start.mirrored:
-        sides = {"x": "left and right", "y": "front and back", "z": "head and feet"}
-        swapped = " and ".join(sides[axis] for axis in start.mirrored)
-        warnings.warn(
-            f"{names}: the scans are most similar with {swapped} of one of them swapped; check "
-            "that the affines of both files are right",
-            stacklevel=5,
-        )
-    if start.similarity < _DISSIMILAR:
-        warnings.warn(
-            f"{names}: the scans are dissimilar (mean cosine of their slices "
-            f"{start.similarity:.2f}), so that the result is doubtful; check that both show the "
-            "same part of the body, in the same modality",
-            stacklevel=5,
-        )
-    registration = Registration(query_scan, support_scan)
-    positions = registration.positions
-
-    def trunks(scale: float, shift: float) -> Tensor:
-        return trunk_to_trunk(
-            positions, scale, shift, query.boxes, heights[0], support.boxes, heights[1]
-        )
-
-    initial = trunks(start.scale, start.shift)
-    matrix = registration.affine(fitted(positions, initial))
-    affine = registration.aligned(positions @ matrix[:3] + matrix[3])
-    if affine.overlap < _LEAST_OVERLAP:
-        warnings.warn(
-            f"{names}: after affine registration the bodies overlap by {affine.overlap:.0%} only, "
-            "so that their bounding boxes are aligned instead",
-            stacklevel=5,
-        )
-        return registration.aligned(initial), "body" if support.treatment.body_found else "none"
-    if align == "affine":
-        return affine, "affine"
-    starts = [matrix]
-    if line := matched_line(*descriptors, *heights):
-        scale, shift = line
-        starts += [fitted(positions, trunks(scale, shift + offset)) for offset in _OFFSETS_MM]
-    deformed = registration.deformable(starts, support.labels_at)
-    if deformed.folding > _MOST_FOLDING:
-        warnings.warn(
-            f"{names}: the deformation folds over itself in {deformed.folding:.0%} of the body, so "
-            "that the affine alignment is used",
-            stacklevel=5,
-        )
-        return affine, "affine"
-    return deformed, "deformable"
-
-
-# --- segmentation --------------------------------------------------------------------------------
-
-
-def _segment(
-    model: FewShotNetwork,
-    supports: Sequence[Frame],
-    query: Frame,
-    query_scan: Scan,
-    scans: Sequence[Scan],
-    align: Align,
-    depth: float,
-    keep_islands: bool,
-    progress: bool,
-    explain: bool,
-    probabilities: bool,
-) -> Segmentation | None:
-    values = values_of(supports)
-    features = query_scan.features
-    reach = round(depth / 2 / (query.size[0] / len(query.slices)))
+    query_scan, scans = _encoded(model, target, frames, batch, progress, cache)
+    values = values_of(frames)
+    features = query_scan.features.values.transpose(0, 1)
+    reach = round(depth / 2 / (target.size[0] / len(target.slices)))
     matches, used = [], []
     by_features = by_labels = total = torch.zeros(())
     recorder = None
     if explain and isinstance(model, LSLPN) and model.config.reduce == "max":
-        recorder = recorder_of(model, supports, query)
+        recorder = VolumeRecorder(model, frames, target, features, reach)
     with tqdm(total=len(supports), desc="Segmenting", unit="support", disable=not progress) as bar:
-        for number, (support, scan) in enumerate(zip(supports, scans, strict=True)):
-            alignment, how = _aligned(support, query, scan, query_scan, align)
-            matches.append(heights_of(alignment, support, query, query.source.data.shape[0]))
+        for number, (support, scan) in enumerate(zip(frames, scans, strict=True)):
+            alignment, how = _aligned(support, target, scan, query_scan, align)
+            matches.append(heights_of(alignment, support, target, len(query.data)))
             used.append(how)
-            warped, masks = _warped(support, query, scan, query_scan, alignment, values)
-            logits = _feature_logits(model, query, features, warped, masks, reach)
-            log_odds = _label_log_odds(query, masks)
-            labelled = torch.tensor([value in values_of([support]) for value in values])
-            if recorder is not None and isinstance(model, LSLPN):
-                shown = labelled.nonzero().flatten().tolist()
-                record(
-                    recorder, model, number, alignment, support, query, features, warped,
-                    masks[:, shown], [values[n] for n in shown], reach,
-                )  # fmt: skip
-            # Where a support's features and labels agree on an organ, both are likely right.
+            warped, masks = _warped(support, target, scan, features.shape, alignment, values)
+            logits = _feature_logits(model, target, features, warped, masks, reach)
+            log_odds = _label_log_odds(target, masks)
+            shown = values_of([support])
+            labelled = torch.tensor([value in shown for value in values])
+            if recorder is not None:
+                recorder.add(number, alignment, warped, masks[:, labelled], shown)
+            # If a support's features and labels agree on an organ, both are likely right.
             agreement = (_SHARPNESS * _agreement(logits, log_odds)).exp()
             weight = torch.where(labelled, agreement, 0.0)[None, :, None, None]
             if how == "deformable":
@@ -259,57 +123,167 @@ def _segment(
     final = by_features + by_labels
     if not keep_islands:
         _remove_islands(final)
-    final = refined_logits(query, supports, _winners(final), values)
+    final = refined_logits(target, frames, _winners(final), values)
     if not keep_islands:
         _remove_islands(final)
-    labels = labels_in_source(query, final, values)
+    labels = labels_in_source(target, final, values)
     if not labels.any():
-        if min(frame.size[0] for frame in (query, *supports)) < SHORT_MM:
+        if min(frame.size[0] for frame in (target, *frames)) < SHORT_MM:
             warnings.warn(
-                f"{query.source.path.name}: nothing was found after registration; its slices are "
+                f"{query.path.name}: nothing was found after registration; its slices are "
                 "matched one by one instead",
-                stacklevel=4,
+                stacklevel=3,
             )
             return None
         warnings.warn(
-            f"{query.source.path.name}: nothing was found, every voxel is 0: everywhere the "
-            "background is more similar than an organ; the scans may show different parts of the "
+            f"{query.path.name}: nothing was found, every voxel is 0: the background is "
+            "everywhere more similar than any organ; the scans may show different parts of the "
             "body, or differ in modality, contrast agent or range of grey values",
-            stacklevel=4,
+            stacklevel=3,
         )
     agreement = _agreement(by_features, by_labels)
-    confidence = ((agreement + contrast(query, _winners(final), len(values))) / 2).tolist()
+    confidence = ((agreement + contrast(target, _winners(final), len(values))) / 2).tolist()
     found = np.isin(values, labels)
     return Segmentation(
         labels,
         np.stack(matches),
-        None if recorder is None else recorder.result(),
-        {v: round(c, 3) if f else 0.0 for v, c, f in zip(values, confidence, found, strict=True)},
-        tuple(used),
-        probabilities_in_source(query, final) if probabilities else None,
+        why=None if recorder is None else recorder.result(),
+        confidence={
+            v: round(c, 3) if f else 0.0 for v, c, f in zip(values, confidence, found, strict=True)
+        },
+        alignments=tuple(used),
+        probabilities=probabilities_in_source(target, final) if probabilities else None,
     )
+
+
+def _encoded(
+    model: FewShotNetwork,
+    query: Frame,
+    supports: Sequence[Frame],
+    batch: int,
+    progress: bool,
+    cache: dict[int, Scan] | None,
+) -> tuple[Scan, list[Scan]]:
+    """The scans of query and supports, with the features of all their slices, on the CPU."""
+    device = next(model.parameters()).device
+    scans = {} if cache is None else cache
+    total = sum(len(frame.slices) for frame in (query, *supports))
+    with tqdm(total=total, desc="Reading", unit="slice", disable=not progress) as bar:
+
+        def encoded(frame: Frame) -> Scan:
+            out = []
+            for images in frame.slices.split(batch):
+                out.append(model.encode(images.to(device)).float().cpu())
+                bar.update(len(images))
+            values = torch.cat(out)
+            check_features(values)
+            return Scan(
+                Field(frame.slices[None], frame.size),
+                Field(values.transpose(0, 1).contiguous(), frame.size),
+                None if frame.tissue is None else Field(frame.tissue[None], frame.size),
+            )
+
+        query_scan = encoded(query)
+        for number, frame in enumerate(supports):
+            known = scans[number].image if number in scans else None
+            # Another query may need another window, which changes the support's frame.
+            if not (known and known.size == frame.size and known.values[0].equal(frame.slices)):
+                scans[number] = encoded(frame)
+    return query_scan, [scans[number] for number in range(len(supports))]
+
+
+# --- registration --------------------------------------------------------------------------------
+
+
+def _aligned(
+    support: Frame,
+    query: Frame,
+    support_scan: Scan,
+    query_scan: Scan,
+    align: Literal["affine", "deformable"],
+) -> tuple[Alignment, Align]:
+    """The alignment of a support, and its kind, which is a simpler one if `align` fails."""
+
+    def warn(text: str) -> None:
+        names = f"{query.source.path.name} by {support.source.path.name}"
+        warnings.warn(f"{names}: {text}", stacklevel=5)
+
+    descriptors = (
+        slice_descriptors(query_scan.features, query.boxes),
+        slice_descriptors(support_scan.features, support.boxes),
+    )
+    heights = query.size[0], support.size[0]
+    start = initial_alignment(*descriptors, *heights)
+    if start.mirrored:
+        sides = {"x": "left and right", "y": "front and back", "z": "head and feet"}
+        swapped = " and ".join(sides[axis] for axis in start.mirrored)
+        warn(
+            f"the scans are most similar with {swapped} of one of them swapped; check that the "
+            "affines of both files are right"
+        )
+    if start.similarity < _DISSIMILAR:
+        warn(
+            f"the scans are dissimilar (mean cosine of their slices {start.similarity:.2f}), so "
+            "the result is doubtful; check that both show the same part of the body, in the same "
+            "modality"
+        )
+    registration = Registration(query_scan, support_scan)
+    positions = registration.positions
+
+    def trunks(scale: float, shift: float) -> Tensor:
+        return trunk_to_trunk(
+            positions, scale, shift, query.boxes, heights[0], support.boxes, heights[1]
+        )
+
+    initial = trunks(start.scale, start.shift)
+    matrix = registration.affine(fitted(positions, initial))
+    affine = registration.aligned(positions @ matrix[:3] + matrix[3])
+    if affine.overlap < _LEAST_OVERLAP:
+        warn(
+            f"after affine registration the bodies overlap by only {affine.overlap:.0%}, so their "
+            "bounding boxes are aligned instead"
+        )
+        return registration.aligned(initial), "body" if support.treatment.body_found else "none"
+    if align == "affine":
+        return affine, "affine"
+    starts = [matrix]
+    if line := matched_line(*descriptors, *heights):
+        scale, shift = line
+        starts += [fitted(positions, trunks(scale, shift + offset)) for offset in _OFFSETS_MM]
+    deformed = registration.deformable(starts, support.labels_at)
+    if deformed.folding > _MOST_FOLDING:
+        warn(
+            f"the deformation folds over itself in {deformed.folding:.0%} of the body, so the "
+            "affine alignment is used"
+        )
+        return affine, "affine"
+    return deformed, "deformable"
+
+
+# --- segmentation --------------------------------------------------------------------------------
 
 
 def _warped(
     support: Frame,
     query: Frame,
-    support_scan: Scan,
-    query_scan: Scan,
+    scan: Scan,
+    shape: Sequence[int],
     alignment: Alignment,
     values: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The support warped to the query: features [Z, D, h, w], masks bool [Z, N, H, W]."""
+    """The support warped to the query: features of `shape`, and masks bool [Z, N, H, W]."""
 
     def positions(shape: Sequence[int]) -> Tensor:
         return alignment.map.at(centres(shape, query.size)).movedim(0, -1)
 
-    features = support_scan.features.at(positions(query_scan.features.values.shape[1:]))
+    depth, _, height, width = shape
+    features = scan.features.at(positions((depth, height, width)))
     labels = support.labels_at(positions(query.slices.shape))
     return features.transpose(0, 1), torch.stack([labels == value for value in values], 1)
 
 
 def _feature_logits(
-    model: FewShotNetwork, query: Frame, features: Field, warped: Tensor, masks: Tensor, reach: int
+    model: FewShotNetwork, query: Frame, features: Tensor, warped: Tensor, masks: Tensor, reach: int
 ) -> Tensor:
     """Logits of each label less the background's, by features: [Z, N, H/2, W/2].
 
@@ -318,7 +292,7 @@ def _feature_logits(
     device = next(model.parameters()).device
     _, height, width = query.slices.shape
     logits = model.match_volume(
-        features.values.transpose(0, 1).to(device),
+        features.to(device),
         warped.to(device),
         masks.to(device),
         (height, width),
@@ -335,7 +309,7 @@ def _label_log_odds(query: Frame, masks: Tensor) -> Tensor:
 
 
 def _halved_and_smoothed(query: Frame, planes: Tensor, sigmas: tuple[float, float]) -> Tensor:
-    """[Z, N, H, W] at half the resolution, smoothed by Gaussians of mm along z and in the slice."""
+    """[Z, N, H, W] at half the in-plane resolution, smoothed by Gaussians (mm in z, in plane)."""
     planes = halved(planes)
     z, y, x = (n / mm for n, mm in zip((len(planes), *planes.shape[2:]), query.size, strict=True))
     sigma = (sigmas[0] * z, 0.0, sigmas[1] * y, sigmas[1] * x)
@@ -351,7 +325,7 @@ def _winners(logits: Tensor) -> Tensor:
 
 
 def _remove_islands(logits: Tensor) -> None:
-    """Make small connected components of an organ background, in place."""
+    """Turn small connected components of an organ into background, in place."""
     found = _winners(logits).numpy()
     for number, box in enumerate(ndimage.find_objects(found), 1):
         if box is None:
@@ -367,7 +341,7 @@ def _remove_islands(logits: Tensor) -> None:
 
 
 def _agreement(one: Tensor, other: Tensor) -> Tensor:
-    """Dice between the organs by two kinds of logits [Z, N, h, w]: [N]; 0 where neither has one."""
+    """Dice per organ between two kinds of logits [Z, N, h, w]: [N]; 0 if neither has the organ."""
     count = one.shape[1] + 1
     a, b = _winners(one), _winners(other)
     sizes = [w.flatten().bincount(minlength=count)[1:] for w in (a, b, torch.where(a == b, a, 0))]

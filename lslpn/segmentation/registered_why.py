@@ -1,4 +1,4 @@
-"""The windows that decided where supports were registered: `why` for maps in three dimensions."""
+"""The windows that decided if supports were registered: `why` in three dimensions."""
 
 from __future__ import annotations
 
@@ -9,81 +9,104 @@ import torch
 from torch import Tensor
 
 from ..models import LSLPN
-from .descriptors import Field, centres
+from .descriptors import centres
 from .frames import Frame
 from .registration import Alignment
-from .why import Recorder
+from .why import Recorder, Why
 
 
-def recorder_of(model: LSLPN, supports: Sequence[Frame], query: Frame) -> Recorder:
-    count = query.source.data.shape[0]
-    high, wide = (round(mm / s) for mm, s in zip(query.size[1:], query.spacing[1:], strict=True))
-    y0, x0 = query.corner
-    boxes = np.tile(np.array([y0, y0 + high, x0, x0 + wide]), (count, 1))
-    others = [np.zeros((support.source.data.shape[0], 4), np.int64) for support in supports]
-    _, height, width = query.slices.shape
-    return Recorder(count, model.head.grid, (height, width), boxes, others)
+class VolumeRecorder:
+    """Collects a `Why`, support by support.
 
+    Args:
+        model: the network, with `reduce` "max".
+        supports: all supports.
+        query: the scan to segment.
+        features: [Z, D, h, w] of the query's slices.
+        reach: how many slices a window extends to either side.
+    """
 
-def record(
-    recorder: Recorder,
-    model: LSLPN,
-    number: int,
-    alignment: Alignment,
-    support: Frame,
-    query: Frame,
-    features: Field,
-    warped: Tensor,
-    masks: Tensor,
-    values: Sequence[int],
-    reach: int,
-) -> None:
-    """Record the windows of support `number` that decide, for each slice of the query."""
-    device = next(model.parameters()).device
-    depth = len(query.slices)
-    count = query.source.data.shape[0]
-    near = ((np.arange(count) + 0.5) * depth / count).astype(int)
-    heights = heights_of(alignment, support, query, depth)
-    where = centres((depth, 16, 16), query.size)
-    there = alignment.map.at(where).movedim(0, -1)
-    planes = features.values.transpose(0, 1)
-    for slices, prototypes in model.volume_prototypes(warped.to(device), masks.to(device), reach):
-        for z, own_prototypes in zip(slices, prototypes, strict=True):
-            sources = np.flatnonzero(near == z).tolist()
-            span = heights[max(0, z - reach) : z + reach + 1]
-            span = span[span >= 0]
-            if not sources or not len(span):
-                continue
-            centre = int(heights[z]) if heights[z] >= 0 else int(span[len(span) // 2])
-            # On a slice of the support, the query's frame is shown as the nearest rectangle.
-            recorder.support_boxes[number][centre] = _rectangle(where[z], there[z], support, query)
-            recorder.add(
-                sources,
-                [0, *values],
-                planes[z].to(device).expand(len(sources), -1, -1, -1),
-                own_prototypes[None],
-                [[(number, int(s)) for s in span]],
-                [(number, centre)],
-            )
+    def __init__(
+        self, model: LSLPN, supports: Sequence[Frame], query: Frame, features: Tensor, reach: int
+    ) -> None:
+        self.model, self.supports, self.query = model, supports, query
+        self.features, self.reach = features, reach
+        y, x = (round(mm / s) for mm, s in zip(query.size[1:], query.spacing[1:], strict=True))
+        y0, x0 = query.corner
+        count = query.source.data.shape[0]
+        boxes = np.tile([y0, y0 + y, x0, x0 + x], (count, 1))
+        others = [np.zeros((support.source.data.shape[0], 4), np.int64) for support in supports]
+        _, height, width = query.slices.shape
+        self.recorder = Recorder(count, model.head.grid, (height, width), boxes, others)
+
+    def add(
+        self,
+        number: int,
+        alignment: Alignment,
+        warped: Tensor,
+        masks: Tensor,
+        values: Sequence[int],
+    ) -> None:
+        """Record the windows of a support.
+
+        Args:
+            number: of the support.
+            alignment: of the support with the query.
+            warped: [Z, D, h, w], its features warped to the query.
+            masks: bool [Z, N, H, W], its labels warped to the query.
+            values: the N labels.
+        """
+        support, query, reach = self.supports[number], self.query, self.reach
+        device = next(self.model.parameters()).device
+        depth, count = len(query.slices), query.source.data.shape[0]
+        nearest = ((np.arange(count) + 0.5) * depth / count).astype(int)
+        heights = heights_of(alignment, support, query, depth)
+        here = centres((depth, 16, 16), query.size)
+        there = alignment.map.at(here).movedim(0, -1)
+        for slices, prototypes in self.model.volume_prototypes(
+            warped.to(device), masks.to(device), reach
+        ):
+            for z, own_prototypes in zip(slices, prototypes, strict=True):
+                sources = np.flatnonzero(nearest == z).tolist()
+                span = heights[max(0, z - reach) : z + reach + 1]
+                span = span[span >= 0]
+                if not sources or not len(span):
+                    continue
+                centre = int(heights[z]) if heights[z] >= 0 else int(span[len(span) // 2])
+                # The query's frame is shown on the support's slice as the nearest rectangle.
+                box = _rectangle(here[z], there[z], support, query)
+                self.recorder.support_boxes[number][centre] = box
+                self.recorder.add(
+                    sources,
+                    [0, *values],
+                    self.features[z].to(device).expand(len(sources), -1, -1, -1),
+                    own_prototypes[None],
+                    [[(number, int(s)) for s in span]],
+                    [(number, centre)],
+                )
+
+    def result(self) -> Why:
+        """The windows recorded so far."""
+        return self.recorder.result()
 
 
 def heights_of(alignment: Alignment, support: Frame, query: Frame, count: int) -> np.ndarray:
     """The support's slice at the centre of each of `count` slices of the query, or -1."""
     z = (torch.arange(count) + 0.5) * (query.size[0] / count)
-    y, x = (mm / 2 for mm in query.size[1:])
-    place = torch.stack((z, torch.full_like(z, y), torch.full_like(z, x)), -1)
-    return support.slice_of(alignment.map.at(place[None, None])[0, 0, 0]).numpy()
+    y, x = (torch.full_like(z, mm / 2) for mm in query.size[1:])
+    heights = alignment.map.at(torch.stack((z, y, x), -1)[None, None])[0, 0, 0]
+    index = (heights / support.spacing[0]).floor().long()
+    outside = (index < 0) | (index >= len(support.source.data))
+    return torch.where(outside, -1, index).numpy()
 
 
 def _rectangle(here: Tensor, there: Tensor, support: Frame, query: Frame) -> list[int]:
     """Voxels y0, y1, x0, x1 of the support under the query's frame, by least squares."""
     out = []
-    for axis, corner in ((1, support.corner[0]), (2, support.corner[1])):
+    for axis, corner in enumerate(support.corner, 1):
         a, b = here[..., axis].flatten().double(), there[..., axis].flatten().double()
         slope = ((a - a.mean()) * (b - b.mean())).sum() / (a - a.mean()).square().sum()
-        ends = b.mean() + slope * (torch.tensor([0.0, query.size[axis]]) - a.mean())
-        limit = support.source.data.shape[axis]
-        out += [
-            min(max(round(float(end) / support.spacing[axis]) + corner, 0), limit) for end in ends
-        ]
+        for end in (0.0, query.size[axis]):
+            place = float(b.mean() + slope * (end - a.mean())) / support.spacing[axis]
+            out.append(min(max(round(place) + corner, 0), support.source.data.shape[axis]))
     return out

@@ -1,20 +1,18 @@
-"""Register one scan to another: where in the support every position of the query lies.
+"""Registration: find the position in the support of every position in the query.
 
-The search is discrete. At each point of a coarse lattice over the query, the support is compared at
-every displacement within a small cube, and displacements are chosen that have low cost and vary
-smoothly (coupled convex optimisation). First an affine map is fitted to them by trimmed least
-squares; then finer lattices deform it, from several initial maps where the offset along z is not
-certain; organs that were misplaced are relocated (see `relocation`), and gradient descent refines
-the result. Nothing is learnt.
-
-What is compared are descriptors of each position, see `descriptors`.
+The search is discrete. At each point of a coarse lattice over the query, the descriptors of the
+scans (see `descriptors`) are compared at every displacement within a small cube, and displacements
+are chosen that have low cost and vary smoothly (coupled convex optimisation). First an affine map
+is fitted to them by trimmed least squares. Then finer lattices deform it, starting from several
+maps if the offset along z is uncertain; misplaced organs are relocated (see `relocation`), and
+gradient descent refines the result. Nothing is learnt.
 
     Heinrich et al., "Non-parametric discrete registration with convex optimisation", WBIR 2014
     Siebert, Hansen, Heinrich, "Fast 3D registration with accurate optimisation and little
         learning for Learn2Reg 2021" (convexAdam)
 
-Positions are millimetres (z, y, x) from the corner of a scan's frame; a map over the query's
-frame holds a position in the support for each of its points.
+Positions are millimetres (z, y, x) from the corner of a scan's frame. A map over the query's frame
+has a position in the support for each of its points.
 """
 
 from __future__ import annotations
@@ -30,13 +28,14 @@ from torch import Tensor
 from .descriptors import Field, Scan, box_mean, centres, lattice_shape, principal_components
 from .relocation import relocate_organs
 
-_SPACING = 6.0  # mm, of the lattice that maps and their displacements live on
-# Stages, in order: points of the 6 mm lattice that are averaged, reach of the search in these.
+_SPACING = 6.0  # mm, of the lattice on which maps and displacements are defined
+# Stages, in order: width in 6 mm cells to which the lattice is coarsened, and reach of the search
+# in coarse cells.
 _AFFINE_STAGES = ((3, 4), (3, 3), (2, 3))
-_COARSE_STAGES = ((3, 4), (2, 3))  # of deformation; the best initial map is chosen after them
+_COARSE_STAGES = ((3, 4), (2, 3))  # of deformation; then the best initial map is chosen
 _FINE_STAGES = ((1, 3),)
-_COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # those of convexAdam
-_INLIERS = 0.8  # share of the displacements that an affine map is fitted to
+_COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # as in convexAdam
+_INLIERS = 0.8  # share of the displacements to which an affine map is fitted
 _LEAST_POINTS = 60
 _STEPS, _RATE, _SMOOTHNESS = 50, 1.0, 0.5  # of gradient descent
 
@@ -47,11 +46,12 @@ class Alignment:
 
     Attributes:
         map: [3, Z, Y, X] positions in the support, over the lattice of the query's frame.
-        similarity: mean cosine of the two scans' features where both have a body, each without its
-            mean over positions.
+        similarity: mean cosine of the two scans' features, each less its mean over positions,
+            where the query's body is mapped into the support.
         overlap: share of the query's body that is mapped into the support, relative to what the
             support's height can cover.
-        folding: share of the query's body where the map's Jacobian determinant is not positive.
+        folding: share of that part of the body where the map's Jacobian determinant is not
+            positive.
     """
 
     map: Field
@@ -60,19 +60,11 @@ class Alignment:
     folding: float
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """One kind of descriptor: the query's on its lattice, the support's at any position."""
-
-    query: Tensor
-    support: Field
-
-
 class Registration:
-    """Registration of a support to a query; their descriptors are computed once.
+    """Registration of a support to a query.
 
     Args:
-        query: the fixed scan, over whose lattice the map is defined.
+        query: the fixed scan; maps are defined over its lattice.
         support: the moving scan.
 
     Attributes:
@@ -92,7 +84,7 @@ class Registration:
             start: [4, 3], the initial map: position @ start[:3] + start[3].
 
         Returns:
-            [4, 3]; `start` itself where the scans overlap too little.
+            [4, 3]; `start` itself if the scans overlap too little.
         """
         matrix = start
         for width, reach in _AFFINE_STAGES:
@@ -117,8 +109,8 @@ class Registration:
         Args:
             starts: initial affine maps, [4, 3] each; the one that leads to the most similar
                 features is used.
-            labels: gives the support's labels at positions [..., 3]; with it, misplaced organs are
-                relocated.
+            labels: returns the support's labels at positions [..., 3]; if given, misplaced organs
+                are relocated.
         """
         coarse = [self._deformed(self.positions @ m[:3] + m[3], _COARSE_STAGES) for m in starts]
         best = max(coarse, key=lambda map_: self.aligned(map_).similarity)
@@ -128,12 +120,12 @@ class Registration:
                 fitted(self.positions, best),
                 self.positions,
                 labels,
-                torch.cat([pair.query for pair in self._pairs]),
-                lambda at: torch.cat([pair.support.at(at) for pair in self._pairs]),
+                self._query_descriptors,
+                self._support_descriptors,
                 self._cell.flatten(),
             )
         map_ = self._deformed(best, _FINE_STAGES)
-        return self.aligned(map_ + _gradient_descent(self._pairs, map_))
+        return self.aligned(map_ + _gradient_descent(self._kinds, map_))
 
     def _deformed(self, map_: Tensor, stages: Sequence[tuple[int, int]]) -> Tensor:
         positions, size = self.positions, self.query.image.size
@@ -145,13 +137,13 @@ class Registration:
                 mode="trilinear",
                 align_corners=False,
             )[0, :, :z, :y, :x].movedim(0, -1)
-            # Composition of both; beyond the frame, the map's displacement is that of the edge.
+            # Composition of both; outside the frame, the map's displacement is that of the edge.
             before = Field((map_ - positions).movedim(-1, 0), size)
             map_ = positions + moved + before.at(positions + moved).movedim(0, -1)
         return map_
 
     def aligned(self, positions: Tensor) -> Alignment:
-        """The alignment of a map: positions [Z, Y, X, 3] in the support, over the lattice."""
+        """The alignment for a map: positions [Z, Y, X, 3] in the support, over the lattice."""
         body, inside = self._body, self._inside(positions)
         both, count = body & inside, int(body.sum())
         cell = self._cell.view(3)
@@ -168,18 +160,21 @@ class Registration:
         )
 
     @cached_property
-    def _pairs(self) -> list[_Pair]:
-        features = principal_components(self.query.features, self.support.features)
+    def _kinds(self) -> list[tuple[Tensor, Field]]:
+        """Of each kind of descriptor, the query's [C, Z, Y, X] on the lattice and the support's."""
         kinds = [
-            features,
+            principal_components(self.query.features, self.support.features),
             (self.query.mind, self.support.mind),
             (self.query.soft_tissue, self.support.soft_tissue),
         ]
-        return [
-            _Pair(own.at(self.positions), other)
-            for own, other in kinds
-            if own is not None and other is not None
-        ]
+        return [(own.at(self.positions), other) for own, other in kinds if own and other]
+
+    @cached_property
+    def _query_descriptors(self) -> Tensor:
+        return torch.cat([own for own, _ in self._kinds])
+
+    def _support_descriptors(self, positions: Tensor) -> Tensor:
+        return torch.cat([other.at(positions) for _, other in self._kinds])
 
     @cached_property
     def _cell(self) -> Tensor:
@@ -192,10 +187,12 @@ class Registration:
         return ((positions >= 0) & (positions <= size)).all(-1)
 
     def _search(self, map_: Tensor, width: int, reach: int) -> Tensor:
-        """Displacements [3, z, y, x] in mm, over the lattice averaged by `width`."""
-        here = torch.cat([_pooled(pair.query, width) for pair in self._pairs])
-        there = torch.cat([_pooled(pair.support.at(map_), width) for pair in self._pairs])
-        cost, moves = _costs(here, there, reach)
+        """Displacements [3, z, y, x] in mm, over the lattice coarsened by `width`."""
+        cost, moves = _costs(
+            _pooled(self._query_descriptors, width),
+            _pooled(self._support_descriptors(map_), width),
+            reach,
+        )
         return _coupled_convex(cost, moves) * width * self._cell
 
     def _similarity(self, positions: Tensor, where: Tensor) -> float:
@@ -208,7 +205,7 @@ class Registration:
 
 
 def fitted(positions: Tensor, mapped: Tensor) -> Tensor:
-    """The affine map [4, 3] that is nearest to a map, by least squares."""
+    """The affine map [4, 3] that fits a map best, by least squares."""
     known, wanted = (each.reshape(-1, 3).double() for each in (positions, mapped))
     known = torch.cat([known, torch.ones(len(known), 1).double()], 1)
     return torch.linalg.lstsq(known, wanted).solution.float()
@@ -225,7 +222,7 @@ def _costs(here: Tensor, there: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     """Squared distance of descriptors [C, z, y, x] at every displacement up to `reach` cells.
 
     Returns:
-        [n, z, y, x], averaged over neighbours twice, and the n displacements [n, 3].
+        costs [n, z, y, x], smoothed, and the n displacements [n, 3].
     """
     z, y, x = here.shape[1:]
     padded = F.pad(there[None], (reach,) * 6, mode="replicate")[0]
@@ -237,48 +234,39 @@ def _costs(here: Tensor, there: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         part = (slice(dz, dz + z), slice(dy, dy + y), slice(dx, dx + x))
         cost[n] = square[part] - 2 * (here * padded[:, part[0], part[1], part[2]]).sum(0)
     cost += here.square().sum(0)
-    for _ in range(2):
-        cost = F.avg_pool3d(cost[None], 3, stride=1, padding=1, count_include_pad=False)[0]
-    return cost, moves.to(cost)
+    return _smoothed(cost, 2), moves.to(cost)
 
 
 def _coupled_convex(cost: Tensor, moves: Tensor) -> Tensor:
     """Displacements [3, z, y, x] of low cost that vary smoothly, by coupled convex optimisation.
 
-    Each round chooses the displacement that minimises its cost and its distance to the mean of its
-    neighbours, which weighs more from round to round.
+    Each round chooses at every point the displacement that minimises its cost plus its squared
+    distance to the mean over the neighbours, whose weight grows from round to round.
     """
-
-    def mean(best: Tensor) -> Tensor:
-        field = moves[best].movedim(-1, 0)
-        return F.avg_pool3d(field[None], 3, stride=1, padding=1, count_include_pad=False)[0]
-
-    field, flat = mean(cost.argmin(0)), cost.flatten(1)
+    field, flat = _smoothed(moves[cost.argmin(0)].movedim(-1, 0), 1), cost.flatten(1)
     # weight |move - field|^2 as one product, without the term that does not depend on the move.
     known = torch.cat([moves, moves.square().sum(1, keepdim=True)], 1)
     for weight in _COUPLING:
         pull = torch.cat([-2 * weight * field.flatten(1), torch.full_like(flat[:1], weight)])
-        field = mean(torch.addmm(flat, known, pull).argmin(0).view(cost.shape[1:]))
+        best = torch.addmm(flat, known, pull).argmin(0).view(cost.shape[1:])
+        field = _smoothed(moves[best].movedim(-1, 0), 1)
     return field
 
 
-def _gradient_descent(pairs: Sequence[_Pair], map_: Tensor) -> Tensor:
-    """Displacements [Z, Y, X, 3] mm that minimise the descriptors' distance and are smooth."""
+def _gradient_descent(kinds: Sequence[tuple[Tensor, Field]], map_: Tensor) -> Tensor:
+    """Smooth displacements [Z, Y, X, 3] mm that minimise the distance of the descriptors."""
     with torch.enable_grad(), torch.inference_mode(False):
-        # Tensors made in inference mode cannot be used for gradients.
-        own = [
-            (pair.query.clone(), Field(pair.support.values.clone(), pair.support.size))
-            for pair in pairs
-        ]
+        # Autograd cannot use tensors created in inference mode.
+        kinds = [(own.clone(), Field(other.values.clone(), other.size)) for own, other in kinds]
         start = map_.clone()
         moved = torch.zeros(3, *start.shape[:3], requires_grad=True)
         optimizer = torch.optim.Adam([moved], lr=_RATE)
         for _ in range(_STEPS):
             optimizer.zero_grad()
-            smooth = _smoothed(moved)
+            smooth = _smoothed(moved, 3)
             here = start + smooth.movedim(0, -1) * _SPACING
             distance = sum(
-                ((field.at(here) - query).square().sum(0).mean() for query, field in own),
+                ((other.at(here) - own).square().sum(0).mean() for own, other in kinds),
                 start.new_zeros(()),
             )
             roughness = sum(
@@ -286,17 +274,18 @@ def _gradient_descent(pairs: Sequence[_Pair], map_: Tensor) -> Tensor:
             )
             (distance + _SMOOTHNESS * roughness).backward()
             optimizer.step()
-        return _smoothed(moved.detach()).movedim(0, -1) * _SPACING
+        return _smoothed(moved.detach(), 3).movedim(0, -1) * _SPACING
 
 
-def _smoothed(field: Tensor) -> Tensor:
-    for _ in range(3):
-        field = F.avg_pool3d(field[None], 3, stride=1, padding=1, count_include_pad=False)[0]
-    return field
+def _smoothed(values: Tensor, rounds: int) -> Tensor:
+    """[C, z, y, x] averaged over neighbours, `rounds` times."""
+    for _ in range(rounds):
+        values = F.avg_pool3d(values[None], 3, stride=1, padding=1, count_include_pad=False)[0]
+    return values
 
 
 def _trimmed_affine(source: Tensor, target: Tensor) -> Tensor:
-    """Least squares [4, 3] over the `_INLIERS` best of the points, found by iteration."""
+    """An affine map [4, 3] by least squares over the best `_INLIERS` of the points, iterated."""
     ones = torch.ones(len(source), 1)
     known, wanted = torch.cat([source, ones], 1).double(), target.double()
     kept = torch.arange(len(source))

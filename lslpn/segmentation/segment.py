@@ -1,6 +1,6 @@
 """Segment a scan by one or a few labelled scans, without being told where its organs are.
 
-Supports are registered to the query and matched in three dimensions (see `registered`); or every
+Supports are registered to the query and matched in three dimensions (see `registered`), or every
 slice of the query is matched with a slice of each support (see `slicewise`).
 """
 
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, get_args, overload
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from ..data.volumes import Volume, as_volume
 from ..errors import InputError
 from ..models import FewShotNetwork
 from .descriptors import Scan
 from .registered import DEPTH_MM, segment_registered
-from .result import Segmentation
+from .result import Align, Segmentation
 from .slicewise import segment_slicewise
 
 Supports = Sequence[tuple[Volume | nib.Nifti1Image, Volume | nib.Nifti1Image]]
@@ -32,12 +33,12 @@ def segment(
 def segment(
     model: FewShotNetwork, supports: Supports, query: nib.Nifti1Image, **options: Any
 ) -> nib.Nifti1Image: ...
-def segment(  # type: ignore[misc]  # options are declared here alone
+def segment(  # type: ignore[misc]  # only the implementation declares the options
     model: FewShotNetwork,
     supports: Supports,
     query: Volume | nib.Nifti1Image,
     *,
-    align: Literal["none", "body", "affine", "deformable"] = "deformable",
+    align: Align = "deformable",
     depth: float = DEPTH_MM,
     keep_islands: bool = False,
     batch: int = 8,
@@ -45,42 +46,42 @@ def segment(  # type: ignore[misc]  # options are declared here alone
 ) -> np.ndarray | nib.Nifti1Image:
     """Segment a scan by one or more labelled scans.
 
-    Each support is registered to the query, and windows in three dimensions are matched; or, with
-    `align` "body" and "none", every slice of the query is matched with a slice of each support,
-    which then is, with its neighbours, its support.
+    With `align` "deformable" or "affine", each support is registered to the query, and windows are
+    matched in three dimensions. With "body" or "none", every slice of the query is matched with a
+    slice of each support and segmented by that slice and its neighbours.
 
     Args:
-        model: of any method; decides the size and the window, see `lslpn.untrained`. Runs where its
-            parameters are, in evaluation mode.
-        supports: pairs of an image and its labels, volumes or nibabel images. Labels mean the
-            same in all of them; the result has the same values. A label that a support lacks is
-            taken as not annotated there: the support has no say on it.
-        query: the scan to segment, likewise.
-        align: "deformable" and "affine" register each support to the query. Where a deformable
-            registration fails, the affine one is used, and where that fails, bounding boxes are
+        model: a network of any method; it determines the input size and the grey-value window, see
+            `lslpn.untrained`. Runs on the device of its parameters, in evaluation mode.
+        supports: pairs of an image and its labels, volumes or nibabel images. A label means the
+            same organ in all of them; the result uses the same values. A support without a label
+            counts as not annotated for it and is ignored for that label.
+        query: the scan to segment, a volume or a nibabel image.
+        align: "deformable" and "affine" register each support to the query. If a deformable
+            registration fails, the affine one is used, and if that fails, bounding boxes are
             aligned, with a warning; scans too small to be registered (less than 40 mm high) are
-            matched as by "body". "body" matches slices that are cropped to the patient's trunk,
-            "none" whole slices. Where one of the scans shows no body, none is cropped.
-        depth: with "deformable" and "affine", extent of a window along z in mm: a prototype is
-            pooled from the slices within half of it on either side; 0 is the slice alone. For a
+            matched as for "body". "body" matches slices that are cropped to the patient's trunk,
+            "none" whole slices. If no body is found in one of the scans, none is cropped.
+        depth: with "deformable" and "affine", the extent of a window along z in mm: a prototype is
+            pooled from the slices within half of it on either side; 0 means a single slice. For a
             patient less than 300 mm wide it is reduced in proportion, as are the 40 mm above.
-        keep_islands: with these, keep connected components of an organ that are much smaller than
-            its largest.
-        batch: query slices that are encoded at once.
+        keep_islands: with "deformable" and "affine", keep connected components of an organ that
+            are much smaller than its largest.
+        batch: number of slices that are encoded at once.
         progress: show progress bars on stderr.
 
     Returns:
-        [Z, Y, X] labels in the frame of `query.data`, of the smallest integer type that holds those
-        of the supports; for a nibabel image an image in its own grid, with its header. Warns
-        (UserWarning) where the scans could not be processed alike, where the alignment is doubtful,
-        and where nothing was found.
+        [Z, Y, X] labels in the frame of `query.data`, of the smallest integer type that holds the
+        supports' labels; for a nibabel image, an image in its own grid, with its header. Warns
+        (UserWarning) if the scans could not be processed in the same way, if the alignment is
+        doubtful, and if nothing was found.
 
     Raises:
-        InputError: no support, a support's labels are empty or on another grid than its image, or
-            the model's weights are damaged; for nibabel images what `read_image` and
-            `read_labels` raise.
-        TypeError: a scan that is neither a volume nor a nibabel image.
-        ValueError: `align` or `depth` of another value than those above.
+        InputError: there is no support, a support's labels are empty or on another grid than its
+            image, or the model's weights are damaged; for nibabel images, as `read_image` and
+            `read_labels`.
+        TypeError: a scan is neither a volume nor a nibabel image.
+        ValueError: `align` or `depth` is not one of the values above.
     """
     scan = as_volume(query)
     labels = segment_matched(
@@ -101,7 +102,7 @@ def segment_matched(
     supports: Sequence[tuple[Volume, Volume]],
     query: Volume,
     *,
-    align: Literal["none", "body", "affine", "deformable"] = "deformable",
+    align: Align = "deformable",
     depth: float = DEPTH_MM,
     keep_islands: bool = False,
     batch: int = 8,
@@ -110,13 +111,13 @@ def segment_matched(
     probabilities: bool = False,
     cache: dict[int, Scan] | None = None,
 ) -> Segmentation:
-    """As `segment`, for volumes, with more than the labels in the result.
+    """Like `segment`, for volumes only, but returns more than the labels.
 
     Args:
-        explain: return the windows that decided as well.
-        probabilities: return the probability of every label as well.
-        cache: an empty dict, passed again with the next query, the same model and the same
-            supports: it keeps the supports' features.
+        explain: also return the windows that decided.
+        probabilities: also return the probability of every label.
+        cache: an empty dict in which the supports' features are kept; pass it again with the next
+            query, the same model and the same supports.
     """
     if not supports:
         raise InputError("supports: expected at least one labelled scan, got none")
@@ -126,14 +127,25 @@ def segment_matched(
                 f"{drawn.path}: the mask is empty (every voxel is 0), expected at least one "
                 "labelled voxel; give the mask in which the organ is drawn"
             )
-    if align not in ("none", "body", "affine", "deformable"):
+    if align not in get_args(Align):
         raise ValueError(f"align: expected none, body, affine or deformable, got {align!r}")
     if not depth >= 0:
         raise ValueError(f"depth: expected 0 mm or more, got {depth}")
-    training = model.training
+    common: dict[str, Any] = {
+        "batch": batch,
+        "progress": progress,
+        "explain": explain,
+        "probabilities": probabilities,
+    }
+    training, amp = model.training, model.amp
     model.eval()
     try:
-        if align == "affine" or align == "deformable":
+        with torch.inference_mode():
+            if align == "none" or align == "body":
+                return segment_slicewise(model, supports, query, align=align, **common)
+            # On a CPU with instructions for bfloat16 it is faster; on a GPU the caller decides.
+            on_cpu = next(model.parameters()).device.type == "cpu"
+            model.amp = amp or (on_cpu and bool(torch.cpu._is_avx512_bf16_supported()))
             found = segment_registered(
                 model,
                 supports,
@@ -141,24 +153,13 @@ def segment_matched(
                 align=align,
                 depth=depth,
                 keep_islands=keep_islands,
-                batch=batch,
-                progress=progress,
-                explain=explain,
-                probabilities=probabilities,
                 cache=cache,
+                **common,
             )
             if found is not None:
                 return found
-            align = "body"
-        return segment_slicewise(
-            model,
-            supports,
-            query,
-            align=align,
-            batch=batch,
-            progress=progress,
-            explain=explain,
-            probabilities=probabilities,
-        )
+            model.amp = amp
+            return segment_slicewise(model, supports, query, align="body", warned=True, **common)
     finally:
         model.train(training)
+        model.amp = amp

@@ -6,37 +6,34 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-BEYOND = -1  # in a match: the query slice lies outside of what the support covers
+BEYOND = -1  # in a match: the query slice is outside the range that the support covers
 
 # Chosen on the 72 ordered pairs of nine SABS cases, supports whole and truncated at either end.
 # Cost of 1 mm by which the support advances more or less than the query, in cosine over 1 mm.
 _STRETCH_COST = 0.1
-BEYOND_COSINE = -0.1  # a slice less similar than this lies beyond the support
-_LEAST_MATCHED = 7  # slices, for a line through them
+BEYOND_COSINE = -0.1  # a slice less similar than this is beyond the support
+_LEAST_MATCHED = 7  # slices needed to fit a line
 _SCALES = (0.75, 1.33)
 
 
 def slice_similarity(
     query: Tensor, support: Tensor, query_step: float, support_step: float
 ) -> np.ndarray:
-    """Similarity of the slices of two scans, from -1 to 1.
+    """Cosine of the descriptors of every pair of slices of two scans: float32 [Zq, Zs].
 
-    The mean over all slices is subtracted first, so that slices are similar by what distinguishes
-    them from the others.
+    The mean over all slices is subtracted first, so that only what distinguishes a slice from the
+    others counts.
 
     Args:
-        query: [Zq, D, cells, cells] averaged features.
+        query: [Zq, D, cells, cells] features averaged over cells.
         support: [Zs, D, cells, cells].
         query_step: mm between the query's slices.
         support_step: mm between the support's.
-
-    Returns:
-        float32 [Zq, Zs], the cosine of the descriptors over all cells.
     """
     length = len(query) * query_step + len(support) * support_step
     common = (query.sum(0) * query_step + support.sum(0) * support_step) / length
-    # One cosine over all cells, not one for each: cells of air and skin, which tell little, have
-    # short vectors.
+    # One cosine over all cells, not one per cell: uninformative cells (air, skin) have short
+    # vectors and so little weight.
     a, b = (F.normalize((scan - common).flatten(1), dim=1) for scan in (query, support))
     return np.asarray((a @ b.T).numpy())
 
@@ -45,16 +42,15 @@ def match_slices(similarity: np.ndarray, query_step: float, support_step: float)
     """Match every query slice with a support slice, in order along z.
 
     Maximises the sum of similarities, less a cost for every millimetre by which the support
-    advances more or less than the query. Query slices that lie below or above the support are
-    matched with none, but not all of them: where no slices are similar, the best match is used.
+    advances more or less than the query. Query slices below or above the support are not matched.
+    If this leaves no match at all, every query slice is matched.
 
     Args:
-        similarity: [Zq, Zs], see `slice_similarity`.
-        query_step: mm between the query's slices.
-        support_step: mm between the support's.
+        similarity: [Zq, Zs], see `slice_similarity`, also for the steps.
 
     Returns:
-        int [Zq]: support slices that never decrease, with BEYOND below, above, or at both ends.
+        int [Zq]: support slices that never decrease, with BEYOND at the lower end, the upper end or
+        both.
     """
     match = _best_path(similarity, query_step, support_step, BEYOND_COSINE)
     if (match == BEYOND).all():
@@ -72,7 +68,7 @@ def _best_path(
     # Cost of advancing from support slice i (row) to j (column) within one step of the query.
     ahead = (np.arange(slices)[None, :] - np.arange(slices)[:, None]) * support_step
     price = np.where(ahead >= 0, _STRETCH_COST * np.abs(ahead - query_step), np.inf)
-    # Entering the support at slice j skips all before it; leaving it likewise.
+    # Entering the support at slice j skips all slices before it; leaving it, all after.
     skipped = _STRETCH_COST * support_step * np.arange(slices)
     entry, leave = skipped, skipped[::-1]
 
@@ -105,16 +101,13 @@ def _best_path(
 def line_through(
     match: np.ndarray, query_step: float, support_step: float
 ) -> tuple[float, float] | None:
-    """A line through matched slices, by the Theil-Sen estimator.
+    """A line through the slices of a match, by the Theil-Sen estimator.
 
-    Args:
-        match: int [Zq], see `match_slices`.
-        query_step: mm between the query's slices.
-        support_step: mm between the support's.
+    Arguments as for `match_slices`, which returns the match.
 
     Returns:
-        mm of the support for each mm of the query, 0.75 to 1.33, and the height in the support of
-        the query's lowest point in mm; None where too few slices are matched.
+        mm of the support per mm of the query, 0.75 to 1.33, and the height in the support of the
+        query's lowest point in mm; None if too few slices are matched.
     """
     (inside,) = np.nonzero(match != BEYOND)
     if len(inside) < _LEAST_MATCHED:

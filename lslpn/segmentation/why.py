@@ -1,12 +1,13 @@
 """Why a pixel got its label: the windows of the support that were most similar there.
 
-The head returns the greatest cosine of each class, not the window that it comes from. Here the same
-matching is done again at the resolution of the features, and the windows are recorded.
+The head returns the greatest cosine of each class, but not its window. Here the matching is
+repeated at the resolution of the features, and the windows are recorded.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,10 +21,14 @@ from lslpn_kernels import GridSpec
 from lslpn_kernels.geometry import Axis
 
 NONE = -1  # in `Why.labels` and `Why.windows`
+_RANKS = 3  # classes that are recorded for each cell
 
 
 class Shots(NamedTuple):
-    """Slices of one support that prototypes were pooled from: first to last, `centre` matched."""
+    """Slices of a support, `first` to `last`, from which prototypes were pooled.
+
+    `centre` is the one that was matched.
+    """
 
     support: int
     first: int
@@ -35,21 +40,21 @@ class Shots(NamedTuple):
 class Why:
     """The classes that are most similar to each part of a query, and their best windows.
 
-    All arrays are at the resolution of the features, h x w cells over the network's square input,
-    for Z query slices and R ranks, the most similar first. A cell is compared at its centre.
+    All arrays are at the resolution of the features, h x w cells over the network's input, for Z
+    query slices and R ranks, the most similar first. A cell is compared at its centre.
 
     Attributes:
-        labels: int [Z, R, h, w], label values; 0 is the background, NONE where there is no R-th.
+        labels: int [Z, R, h, w], label values; 0 is the background, NONE if there is no R-th class.
         windows: int [Z, R, h, w], the window in which that class was most similar:
-            (s * Gy + gy) * Gx + gx, with s an index into `sources[z]`; NONE where none of the
-            windows over the cell shows the class, whose cosine is 0 then.
+            (s * Gy + gy) * Gx + gx, with s an index into `sources[z]`; NONE if none of the windows
+            over the cell shows the class, whose cosine then is 0.
         cosines: float [Z, R, h, w], -1 to 1.
-        sources: for each query slice the sources that its windows were pooled from, each of one or
-            more runs of slices; empty where no organ was searched for, and the arrays mean nothing.
-        rows: [Gy, 2], where windows begin and end along y, as parts of the square's height.
-        columns: [Gx, 2], along x.
-        query_boxes: int [Z, 4], the part y0, y1, x0, x1 of each query slice that the square is.
-        support_boxes: the same of each support, [Zs, 4].
+        sources: for each query slice the sources from which windows were pooled, each of one or
+            more runs of slices; empty if no organ was searched for, so that the arrays are void.
+        rows: [Gy, 2], where windows begin and end along y, as fractions of the input's height.
+        columns: [Gx, 2], the same along x.
+        query_boxes: int [Z, 4], the part y0, y1, x0, x1 of each query slice that was the input.
+        support_boxes: the same for each support, [Zs, 4].
     """
 
     labels: np.ndarray
@@ -65,7 +70,7 @@ class Why:
 def winners(
     features: Tensor, prototypes: Tensor, grid: GridSpec, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """The greatest cosine of each class in each cell, and the window that has it.
+    """The greatest cosine of each class in each cell, and its window.
 
     Equation (3) at the centres of the cells, where the interpolated features are the features
     themselves. Of equal cosines the lowest window wins, as in the head.
@@ -74,11 +79,11 @@ def winners(
         features: [Q, D, h, w] of the query.
         prototypes: [S, C, Gy, Gx, D] of S sources; a zero prototype is a window without the class.
         grid: the windows.
-        size: (H, W) of the image, on which the windows lie.
+        size: (H, W) of the image that the windows cover.
 
     Returns:
-        cosines [Q, C, h, w] of the features' dtype, and int64 windows [Q, C, h, w] as `Why.windows`
-        has them.
+        cosines [Q, C, h, w] of the features' dtype, and int64 windows [Q, C, h, w] as in
+        `Why.windows`.
     """
     _, _, h, w = features.shape
     axes = grid.axis(size[0], h), grid.axis(size[1], w)
@@ -102,14 +107,11 @@ def winners(
 
 
 def _cells(axis: Axis) -> list[slice]:
-    """The cells whose centres each window covers."""
-    over = [
-        axis.covering(int((cell + 0.5) * axis.pixels / axis.cells)) for cell in range(axis.cells)
-    ]
-    first, last = (np.array(ends) for ends in zip(*over, strict=True))  # both never decrease
+    """The cells whose centres are in each window."""
+    centres = [int((cell + 0.5) * axis.pixels / axis.cells) for cell in range(axis.cells)]
     return [
-        slice(int(np.searchsorted(last, m)), int(np.searchsorted(first, m, side="right")))
-        for m in range(axis.windows)
+        slice(bisect_left(centres, start), bisect_left(centres, start + axis.window))
+        for start in axis.starts
     ]
 
 
@@ -117,10 +119,11 @@ class Recorder:
     """Collects a `Why` while a scan is segmented, batch by batch.
 
     Args:
-        slices: Z, of the query.
-        grid, size: the windows, and the (H, W) of the square on which they lie.
-        query_boxes, support_boxes: as in `Why`.
-        ranks: R, the classes that are kept for each cell.
+        slices: how many the query has.
+        grid: the windows.
+        size: (H, W) of the input that they cover.
+        query_boxes: as in `Why`.
+        support_boxes: as in `Why`.
     """
 
     def __init__(
@@ -130,12 +133,12 @@ class Recorder:
         size: tuple[int, int],
         query_boxes: np.ndarray,
         support_boxes: Sequence[np.ndarray],
-        ranks: int = 3,
     ) -> None:
-        self.grid, self.size, self.ranks = grid, size, ranks
+        self.grid, self.size = grid, size
         self.query_boxes, self.support_boxes = query_boxes, tuple(support_boxes)
         self.sources: list[tuple[tuple[Shots, ...], ...]] = [()] * slices
-        # Labels, windows, cosines [Z, R, h, w], and [Z, 1, h, w] best organ less background.
+        # Labels, windows and cosines [Z, R, h, w]; the best organ's cosine less the background's,
+        # [Z, 1, h, w].
         self.arrays: list[np.ndarray] = []
 
     def add(
@@ -147,26 +150,29 @@ class Recorder:
         sources: Sequence[Sequence[tuple[int, int]]],
         matched: Sequence[tuple[int, int]],
     ) -> None:
-        """Record some query slices; of slices recorded twice, the larger margin wins in each cell.
+        """Record some query slices.
+
+        If a slice is recorded twice, each cell keeps the larger margin of an organ over the
+        background.
 
         Args:
-            queries: their numbers.
+            queries: numbers of the slices.
             values: the label values of the C classes, 0 first.
             features: [Q, D, h, w].
             prototypes: [S, C, Gy, Gx, D].
-            sources: for each source the (support, slice) that it was pooled from.
-            matched: the (support, slice) that the query slices are matched with.
+            sources: for each source, the (support, slice) pairs from which it was pooled.
+            matched: the (support, slice) pairs with which the query slices are matched.
         """
         cosines, windows = winners(features, prototypes, self.grid, self.size)
         margin = cosines[:, 1:].amax(1, keepdim=True) - cosines[:, :1]
-        order = cosines.sort(dim=1, descending=True, stable=True).indices[:, : self.ranks]
-        # Sources recorded for these slices with other classes come first.
+        order = cosines.sort(dim=1, descending=True, stable=True).indices[:, :_RANKS]
+        # Sources already recorded for these slices, with other classes, come first.
         shift = len(self.sources[queries[0]]) * math.prod(self.grid.shape(*self.size))
         windows = torch.where(windows == NONE, NONE, windows + shift)
         label = torch.tensor(values, device=features.device)[order]
         new = [label, windows.gather(1, order), cosines.gather(1, order), margin]
         if not self.arrays:
-            shape = (len(self.sources), self.ranks, *features.shape[2:])
+            shape = (len(self.sources), _RANKS, *features.shape[2:])
             self.arrays = [
                 np.full(shape, NONE, np.int32),
                 np.full(shape, NONE, np.int32),
@@ -185,18 +191,18 @@ class Recorder:
             self.sources[z] += tuple(_spans(source, dict(matched)) for source in sources)
 
     def result(self) -> Why:
-        """What was recorded."""
+        """The windows recorded so far."""
         labels, windows, cosines = self.arrays[:3] or [
-            np.full((len(self.sources), self.ranks, 1, 1), NONE, kind)
+            np.full((len(self.sources), _RANKS, 1, 1), NONE, kind)
             for kind in (np.int32, np.int32, np.float32)
         ]
-        edges = []
-        for pixels in self.size:
-            axis = self.grid.axis(pixels)
-            edges.append(np.array([(s, s + axis.window) for s in axis.starts]) / pixels)
+        rows, columns = (
+            np.array([(s, s + axis.window) for s in axis.starts]) / axis.pixels
+            for axis in map(self.grid.axis, self.size)
+        )
         return Why(
             labels, windows, cosines, tuple(self.sources),
-            edges[0], edges[1], self.query_boxes, self.support_boxes,
+            rows, columns, self.query_boxes, self.support_boxes,
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Scans and labels as one HTML page that any browser opens, without a network.
+"""Scans and labels as an HTML page that opens offline in any browser.
 
-Takes plain data: volumes, arrays, names. Knows nothing of networks.
+Takes plain data (volumes, arrays, names) and does not depend on networks.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _HEIGHT = 720  # of the page in a notebook, in pixels
 
 @dataclass(frozen=True)
 class View:
-    """A scan with its labels, ready to be shown; made by `view`.
+    """A scan with its labels, ready to be shown; returned by `view`.
 
-    A notebook shows it as it is: through ipyniivue where that is installed, else as the page.
+    In a notebook it displays itself, by ipyniivue if that is installed, otherwise as the page.
 
     Attributes:
         title: the page's title.
-        facts: what the page says.
-        blocks: what it shows, base64 by name.
+        facts: the page's data, except for volumes.
+        blocks: volumes by name, in base64.
     """
 
     title: str
@@ -49,11 +49,11 @@ class View:
     blocks: dict[str, str] = field(repr=False)
 
     def html(self) -> str:
-        """The page: one document that holds everything and asks for nothing."""
+        """The page: a self-contained HTML document."""
         return viewer(self.title, self.facts, self.blocks)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page, whole or not at all.
+        """Write the page, completely or not at all.
 
         Raises:
             InputError: the file cannot be written.
@@ -62,7 +62,7 @@ class View:
         return Path(path)
 
     def widget(self) -> Any:
-        """An `ipyniivue.NiiVue` with the scan and the first labels, to go on with in Python.
+        """An `ipyniivue.NiiVue` with the scan and the first labels, for further use in Python.
 
         Raises:
             InputError: ipyniivue is not installed.
@@ -81,13 +81,12 @@ class View:
         shown = [volume("image", opacity=1.0, cal_min=low, cal_max=high)]
         if "layer-0" in self.blocks:
             labels = volume("layer-0", opacity=0.5, cal_min=None, cal_max=None)
-            colours = ["#000000", *(organ["colour"] for organ in self.facts["organs"])]
-            channels = {
-                channel: [int(hue[i : i + 2], 16) for hue in colours]
+            organs = [{"colour": "#000000", "name": ""}, *self.facts["organs"]]
+            channels: dict[str, Any] = {
+                channel: [int(organ["colour"][i : i + 2], 16) for organ in organs]
                 for channel, i in (("R", 1), ("G", 3), ("B", 5))
             }
-            names = ["", *(organ["name"] for organ in self.facts["organs"])]
-            labels.set_colormap_label({**channels, "labels": names})
+            labels.set_colormap_label(channels | {"labels": [organ["name"] for organ in organs]})
             shown.append(labels)
         widget = NiiVue(is_radiological_convention=True)
         widget.load_volumes(shown)
@@ -119,30 +118,31 @@ def view(
     """Show a scan with its labels: in a notebook, or by `view(...).save("scan.html")`.
 
     A scan of more than 12 million voxels is thinned, and the page says so; volumes and Dice are
-    those of the whole scan. Of files no more than their names go into the page.
+    those of the whole scan. The page contains the names of files, but not their paths.
 
     Args:
         image: the scan, or the path of its file.
-        labels: whole numbers, 0 the background: [Z, Y, X] in the frame of `image.data`, a volume,
-            or the path of a file; or such labels by name, of which the first are on the left.
+        labels: whole numbers, 0 for the background: [Z, Y, X] in the frame of `image.data`, a
+            volume, or the path of a file; or a mapping from names to such labels, of which the
+            first are shown on the left.
         truth: ground truth; it is shown beside the labels, with their Dice.
-        names: label value to the organ's name.
-        confidence: label value to how sure the segmentation is of the organ, 0 to 1; organs below
-            0.5 are named on top.
-        supports: the labelled scans that it was segmented by; the slices that were matched follow
+        names: maps label values to organ names.
+        confidence: maps label values to the confidence in the organ, 0 to 1; a note names organs
+            below 0.5.
+        supports: the labelled scans by which the scan was segmented; their matched slices follow
             those of the query.
-        why: which windows decided, see `lslpn.segmentation.why`; its supports are `supports`, in
-            that order.
-        title: default: the name of the image's file.
-        notes: lines that the page shows on top.
+        why: the windows that decided, see `lslpn.segmentation.why`; its supports must be
+            `supports`, in that order.
+        title: of the page; default: the name of the image's file.
+        notes: lines at the top of the page.
 
     Raises:
-        InputError: a file cannot be used; labels in another grid than their image's, negative, or
-            no whole numbers.
+        InputError: a file cannot be used, or labels are on another grid than their image, negative
+            or not whole numbers.
     """
     scan = image if isinstance(image, Volume) else read_image(image)
-    alone = "labels" if truth is None else "prediction"
-    named = dict(labels) if isinstance(labels, Mapping) else {alone: labels}
+    only = "labels" if truth is None else "prediction"
+    named = dict(labels) if isinstance(labels, Mapping) else {only: labels}
     if truth is not None:
         named["ground truth"] = truth
     layers = {name: _array(name, one, scan) for name, one in named.items() if one is not None}
@@ -151,7 +151,7 @@ def view(
     facts, blocks = contents(
         scan,
         layers,
-        truth=None if truth is None else "ground truth",
+        truth=None if truth is None else layers["ground truth"],
         names=names or {},
         confidence=confidence or {},
         supports=supports,
@@ -162,7 +162,7 @@ def view(
 
 
 def _array(name: str, labels: Labels, image: Volume) -> np.ndarray:
-    """Labels in the frame of the image, checked."""
+    """Labels in the frame of the image, after checking them."""
     if isinstance(labels, (str, os.PathLike)):
         labels = read_labels(labels)
     if isinstance(labels, Volume):

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a page: the table, a box plot, the worst cases first."""
+"""The results of an evaluation as a page: a table, a box plot, and the worst cases first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..evaluation.results import Evaluation, Row, cell
 from ..files import write_text
 from .page import document
 
-_WORST = 24  # pairs of organ and case that are shown with pictures
+_WORST = 24  # pairs of organ and case that have pictures
 _SIDE = 192  # pixels along the longer side of a picture
 
 
@@ -28,11 +28,12 @@ def write_evaluation(
     evaluations: Sequence[Evaluation],
     views: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write evaluations, one for each grid of windows, as one HTML page that needs neither network
-    nor script.
+    """Write evaluations as an HTML page that needs neither a network nor scripts.
 
-    Pictures are of evaluations that hold `examples`; `views` has the address, relative to the page,
-    of each case's own page. The file is replaced whole or not at all.
+    Args:
+        path: the file, which is replaced completely or not at all.
+        evaluations: one for each grid of windows; those with `examples` get pictures.
+        views: address of each case's own page, relative to this page.
 
     Raises:
         InputError: the file cannot be written.
@@ -49,15 +50,19 @@ def write_experiment(
     pictures: Sequence[Path],
     evaluations: Iterable[tuple[str, Evaluation]],
 ) -> Path:
-    """Write the tables and figures of an experiment as one HTML page, like `write_evaluation`.
+    """Write the tables and figures of an experiment as an HTML page, like `write_evaluation`.
 
-    `text` is Markdown, of which links and HTML are shown as text; `pictures` are PNG files, which
-    follow it; `evaluations`, from which the tables were made, are folded up below their names.
+    Args:
+        path: the file.
+        title: of the page.
+        text: Markdown; links and HTML in it are shown as text.
+        pictures: PNG files, which follow the text.
+        evaluations: those that the tables summarise, with their names; collapsed on the page.
     """
     from markdown_it import MarkdownIt
 
     written = MarkdownIt("js-default").disable(["link", "image"]).render(text)
-    # The page's policy forbids styles at elements; numbers stand on the right by its own.
+    # The page's policy forbids style attributes; its style aligns numbers to the right anyway.
     body = ["<section>" + written.replace(' style="text-align:right"', "")]
     for picture in pictures:
         coded = base64.b64encode(picture.read_bytes()).decode("ascii")
@@ -99,7 +104,7 @@ def _section(evaluation: Evaluation, views: Mapping[str, str], several: bool) ->
 
 
 def _table(evaluation: Evaluation) -> str:
-    heads = ("organ", "cases", "mean", "median", "least", "greatest")
+    heads = ("organ", "cases", "mean", "median", "min", "max")
     parts = ["<table><caption>Dice over the query cases</caption><thead><tr>"]
     parts += [f'<th scope="col">{head}</th>' for head in heads]
     parts.append("</tr></thead><tbody>")
@@ -117,7 +122,7 @@ def _table(evaluation: Evaluation) -> str:
 
 
 def _boxes(evaluation: Evaluation) -> str:
-    """A box plot by hand: quartiles, median, and every case as a point."""
+    """A box plot as SVG: quartiles, median, and every case as a point."""
     left, width, line = 150, 560, 34
     organs = [organ for organ in evaluation.organs if evaluation.scores(organ)]
     if not organs:
@@ -162,11 +167,11 @@ def _worst(evaluation: Evaluation, views: Mapping[str, str]) -> str:
         return ""
     examples = evaluation.shown
     label = {organ: i for i, organ in enumerate(evaluation.organs, 1)}
-    parts = ["<h2>Cases, the worst first</h2>"]
+    parts = ["<h2>Cases, worst first</h2>"]
     if examples and len(rows) > _WORST:
         parts.append(
-            f"<p class=quiet>Of {len(rows)} pairs of organ and case the {_WORST} worst have "
-            "pictures; the others follow as a list.</p>"
+            f"<p class=quiet>The {_WORST} worst of {len(rows)} pairs of organ and case have "
+            "pictures.</p>"
         )
     parts.append("<ol>")
     for i, row in enumerate(rows):
@@ -175,8 +180,8 @@ def _worst(evaluation: Evaluation, views: Mapping[str, str]) -> str:
             where = f'<a href="{escape(views[row.case])}">{where}</a>'
         text = (
             f"<p><b>{escape(row.organ)}</b> in {where}: Dice {row.dice:.3f} "
-            f"<span class=quiet>({row.predicted_voxels} voxels found, {row.truth_voxels} in the "
-            "ground truth)</span></p>"
+            f"<span class=quiet>({row.predicted_voxels} voxels predicted, {row.truth_voxels} in "
+            "the ground truth)</span></p>"
         )
         example = examples.get((row.organ, row.case))
         pictures = ""

@@ -1,7 +1,7 @@
-"""One HTML file with everything in it: template, style, scripts and data.
+"""A self-contained HTML file: template, style, scripts and data.
 
-What is data stays data. Text goes into the page as JSON whose "<" is escaped, and is shown by the
-script as text; the page's own policy lets only the scripts and styles written here run, by their
+Data cannot become code. Text is embedded as JSON with "<" escaped, and the script shows it as text;
+the page's content security policy allows only the scripts and the style embedded here, by their
 hashes, and forbids every request.
 """
 
@@ -23,22 +23,25 @@ def _asset(name: str) -> str:
 
 
 def _source(text: str) -> str:
-    """How a Content-Security-Policy names an inline script or style."""
+    """The source of an inline script or style in a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def document(title: str, body: str, *, scripts: tuple[str, ...] = (), data: str = "") -> str:
-    """A whole document in the viewer's style.
+    """A complete document in the viewer's style.
 
-    `title` is plain text, `body` and `data` are HTML, escaped by the caller; after them run the
-    `scripts`, names of assets.
+    Args:
+        title: plain text.
+        body: HTML, escaped by the caller.
+        scripts: names of the assets that run after the body and the data.
+        data: HTML, escaped by the caller.
     """
     style = _asset("page.css")
     code = [_asset(name) for name in scripts]
+    allowed = " ".join(map(_source, code)) or "'none'"
     policy = (
         f"default-src 'none'; style-src {_source(style)}; img-src data: blob:; "
-        f"script-src {' '.join(map(_source, code)) or chr(39) + 'none' + chr(39)}; "
-        "base-uri 'none'; form-action 'none'"
+        f"script-src {allowed}; base-uri 'none'; form-action 'none'"
     )
     parts = [
         "<!doctype html>",
@@ -58,8 +61,8 @@ def document(title: str, body: str, *, scripts: tuple[str, ...] = (), data: str 
 
 
 def viewer(title: str, facts: Mapping[str, Any], blocks: Mapping[str, str]) -> str:
-    """The page of a scan; see `payload.contents`."""
-    # No "<" in it: the text of a script element ends at the first "</script".
+    """The page of a scan; for facts and blocks see `payload.contents`."""
+    # A script element ends at the first "</script", so its text must not contain "<".
     text = json.dumps({"title": title, **facts}, allow_nan=False).replace("<", "\\u003c")
     data = [f'<script type="application/json" id="facts">{text}</script>']
     data += [

@@ -1,9 +1,10 @@
-"""What a page holds: volumes thinned to what a browser carries, organs with their measures."""
+"""The content of a page: volumes, thinned if too large for a browser, and measures of organs."""
 
 from __future__ import annotations
 
 import base64
 import gzip
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,14 @@ from ..segmentation.result import doubtful
 if TYPE_CHECKING:
     from ..segmentation.why import Why
 
-
 # A CT of 9.2 million voxels makes a page of 10 MB.
 _VOXELS = 12_000_000
 _SUPPORT_VOXELS = 4_000_000
-_LARGEST_LABEL = 254  # labels that a page tells apart; uint8 without 0 and 255
+_MOST_LABELS = 254  # uint8 without 0 and 255
 
 # (name, low, high) in HU: level 50 width 400, level -600 width 1500, level 400 width 1800.
 _WINDOWS = (("Abdomen", -150.0, 250.0), ("Lung", -1350.0, 150.0), ("Bone", -500.0, 1300.0))
-_SHARES = (0.01, 0.995)  # of the voxels of a scan that is no CT: what is shown black and white
+_QUANTILES = (0.01, 0.995)  # shown black and white in scans other than CT
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Support:
 
     Attributes:
         image: the scan.
-        labels: [Z, Y, X] in its frame.
-        match: for each slice of the query the slice of this scan, or -1.
-        name: what it is called; default: its file's name.
+        labels: [Z, Y, X] in the frame of `image.data`.
+        match: for each slice of the query, the matched slice of this scan, or -1.
+        name: shown on the page; default: the file's name.
     """
 
     image: Volume
@@ -53,64 +53,58 @@ class Support:
 
 
 def file_stem(volume: Volume) -> str:
-    """The name of a volume's file without folder and ending: no path goes into a page."""
-    name = volume.path.name
-    for ending in (".gz", ".nii"):
-        name = name[: -len(ending)] if name.lower().endswith(ending) else name
-    return name
+    """The name of a volume's file without folder and ending, since pages must not contain paths."""
+    return re.sub(r"(\.nii)?(\.gz)?$", "", volume.path.name, flags=re.IGNORECASE)
 
 
 def contents(
     image: Volume,
     layers: Mapping[str, np.ndarray],
     *,
-    truth: str | None,
+    truth: np.ndarray | None,
     names: Mapping[int, str],
     confidence: Mapping[int, float],
     supports: Sequence[Support],
     why: Why | None,
     notes: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Facts, as JSON takes them, and blocks of base64; see `view` for the arguments."""
+    """Facts for JSON, and blocks of base64; see `view` for the arguments."""
     notes = list(notes)
     step = _step(image, _VOXELS)
     values = _values([*layers.values(), *(s.labels for s in supports)])
-    if len(values) > _LARGEST_LABEL:
-        notes.append(f"Of {len(values)} labels the first {_LARGEST_LABEL} are shown.")
-        values = values[:_LARGEST_LABEL]
-    counts = {name: _Counts(labels, values) for name, labels in layers.items()}
+    if len(values) > _MOST_LABELS:
+        notes.append(f"Only the first {_MOST_LABELS} of {len(values)} labels are shown.")
+        values = values[:_MOST_LABELS]
+    counts = {name: _counts(labels, values) for name, labels in layers.items()}
     organs = [
         {
             "value": value,
             "name": names.get(value, f"label {value}"),
             "colour": colour(value),
-            "ml": [round(float(c.voxels[rank]) * image.voxel_ml, 2) for c in counts.values()],
-            "dice": _dice(layers, truth, counts, value, rank),
+            "ml": [round(float(n[rank]) * image.voxel_ml, 2) for n, _ in counts.values()],
+            "dice": _dice(layers, truth, value),
             "confidence": confidence.get(value),
-            "at": next((c.at[rank] for c in counts.values() if rank in c.at), None),
+            "at": next((at[rank] for _, at in counts.values() if rank in at), None),
         }
         for rank, value in enumerate(values.tolist(), 1)
     ]
     if unsure := [o["name"] for o in organs if o["value"] in doubtful(confidence)]:
         notes.append(f"Low confidence, check these organs: {', '.join(unsure)}.")
     if not layers:
-        notes.append("No labels were given: the scan alone is shown.")
-    for name, one in counts.items():
-        if not one.voxels[1:].any():
+        notes.append("No labels were given, so only the scan is shown.")
+    for name, (_, at) in counts.items():
+        if not at:
             notes.append(f"{name.capitalize()}: nothing is labelled, every voxel is 0.")
     if supports and not confidence:
-        notes.append(
-            "No confidence is given: it is worked out where supports are registered to the scan."
-        )
+        notes.append("No confidence: it is computed only if supports are registered to the scan.")
     if max(step) > 1:
         notes.append(
-            f"The scan is large: of its voxels every {_ordinal(step[2])} along x and y and every "
-            f"{_ordinal(step[0])} slice are in this page. Volumes are those of the whole scan."
+            f"The scan is large, so this page has only {_every(step[2])} voxel along x and y, and "
+            f"{_every(step[0])} slice. Volumes are those of the whole scan."
         )
     facts: dict[str, Any] = {
         "image": _scan(image, step, file_stem(image)),
         "layers": list(layers),
-        "truth": truth,
         "organs": organs,
         "supports": [],
         "notes": notes,
@@ -134,7 +128,7 @@ def contents(
 
 
 def _values(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """All label values, sorted; slice by slice, since a large scan leaves no room for a sort."""
+    """All label values, sorted; slice by slice, to save memory."""
     found: set[int] = set()
     for labels in arrays:
         for plane in labels:
@@ -143,57 +137,45 @@ def _values(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _ranks(plane: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Label values to 1, 2, ... in the order of `values`; 0 where there is none of them."""
+    """Label values to 1, 2, ... in the order of `values`; others to 0."""
     if not len(values):
         return np.zeros(plane.shape, np.uint8)
     at = np.searchsorted(values, plane).clip(0, len(values) - 1)
     return np.where(values[at] == plane, at + 1, 0).astype(np.uint8)
 
 
-class _Counts:
-    """Voxels of each organ, and a point in the slice that shows most of it."""
-
-    def __init__(self, labels: np.ndarray, values: np.ndarray) -> None:
-        areas = np.stack(
-            [np.bincount(_ranks(p, values).ravel(), minlength=len(values) + 1) for p in labels]
-        )
-        self.voxels = areas.sum(0)
-        self.at: dict[int, list[int]] = {}
-        for rank, z in enumerate(areas[:, 1:].argmax(0), 1):
-            if self.voxels[rank]:
-                y, x = np.nonzero(labels[z] == values[rank - 1])
-                nearest = np.argmin((y - y.mean()) ** 2 + (x - x.mean()) ** 2)
-                self.at[rank] = [int(z), int(y[nearest]), int(x[nearest])]
-
-
-def _dice(
-    layers: Mapping[str, np.ndarray],
-    truth: str | None,
-    counts: Mapping[str, _Counts],
-    value: int,
-    rank: int,
-) -> float | None:
-    """Of the first layer with the truth; None where the truth does not show the organ."""
-    first = next(iter(layers), None)
-    if truth is None or first is None or first == truth or not counts[truth].voxels[rank]:
-        return None
-    both = sum(
-        int(np.count_nonzero((a == value) & (b == value)))
-        for a, b in zip(layers[first], layers[truth], strict=True)
+def _counts(labels: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, dict[int, list[int]]]:
+    """Voxels of each rank, and a point of each organ found, in the slice that shows most of it."""
+    areas = np.stack(
+        [np.bincount(_ranks(p, values).ravel(), minlength=len(values) + 1) for p in labels]
     )
-    total = int(counts[first].voxels[rank] + counts[truth].voxels[rank])
-    return round(2 * both / total, 4)
+    at = {}
+    for rank, z in enumerate(areas[:, 1:].argmax(0), 1):
+        y, x = np.nonzero(labels[z] == values[rank - 1])
+        if len(y):
+            nearest = np.argmin((y - y.mean()) ** 2 + (x - x.mean()) ** 2)
+            at[rank] = [int(z), int(y[nearest]), int(x[nearest])]
+    return areas.sum(0), at
+
+
+def _dice(layers: Mapping[str, np.ndarray], truth: np.ndarray | None, value: int) -> float | None:
+    """Dice of the first layer with the truth; None if the truth does not show the organ."""
+    first = next(iter(layers.values()), None)
+    if truth is None or first is None or first is truth or not (truth == value).any():
+        return None
+    found, expected = first == value, truth == value
+    # `evaluation.results` has a function for this, but imports torch.
+    both = np.count_nonzero(found & expected)
+    return round(2 * both / (np.count_nonzero(found) + np.count_nonzero(expected)), 4)
 
 
 # --- volumes -----------------------------------------------------------------------------------
 
 
 def _step(volume: Volume, limit: int) -> tuple[int, int, int]:
-    """Every how many voxels along (z, y, x) are kept: the finer axes are thinned first."""
+    """Keep every how many-th voxel along (z, y, x); the finer axes are thinned first."""
     z, xy = 1, 1
-    while (
-        np.prod([-(-n // s) for n, s in zip(volume.data.shape, (z, xy, xy), strict=True)]) > limit
-    ):
+    while volume.data[::z, ::xy, ::xy].size > limit:
         if z * volume.spacing[0] < xy * min(volume.spacing[1:]):
             z += 1
         else:
@@ -201,38 +183,41 @@ def _step(volume: Volume, limit: int) -> tuple[int, int, int]:
     return z, xy, xy
 
 
-def _ordinal(n: int) -> str:
-    return {1: "", 2: "2nd", 3: "3rd"}.get(n, f"{n}th")
+def _every(n: int) -> str:
+    return {1: "every", 2: "every 2nd", 3: "every 3rd"}.get(n, f"every {n}th")
 
 
 def _scan(volume: Volume, step: tuple[int, int, int], name: str) -> dict[str, Any]:
+    """Facts about a scan; its windows are in the values of the file, the first shown initially."""
+    data, how = volume.data, interpret(volume.data)
+    windows = [[name, low + how.offset, high + how.offset] for name, low, high in _WINDOWS]
+    if not how.hu:
+        windows = [["Whole range", float(data.min()), float(data.max())]]
+        sample = data.ravel()[:: max(1, data.size >> 20)]
+        low, high = (float(v) for v in np.quantile(sample, _QUANTILES))
+        if low < high:
+            windows.insert(0, ["Tissue", low, high])
     return {
         "name": name,
-        "shape": list(volume.data.shape),
+        "shape": list(data.shape),
         "spacing": [round(float(v), 4) for v in volume.spacing],
         "step": list(step),
-        **_grey(volume),
+        "windows": windows,
+        "unit": "HU" if how.hu else "",
+        "offset": how.offset,
     }
 
 
-def _thinned(data: np.ndarray, step: tuple[int, int, int]) -> tuple[np.ndarray, list[int]]:
-    """Every step-th voxel, and where the first of them is: in the middle of what it stands for."""
-    first = [min(s // 2, n - 1) for s, n in zip(step, data.shape, strict=True)]
-    z, y, x = (slice(f, None, s) for f, s in zip(first, step, strict=True))
-    return data[z, y, x], first
-
-
 def _pack(
-    data: np.ndarray,
-    like: Volume,
-    step: tuple[int, int, int],
-    values: np.ndarray | None = None,
+    data: np.ndarray, like: Volume, step: tuple[int, int, int], values: np.ndarray | None = None
 ) -> str:
-    """A .nii.gz in display orientation as base64; labels as their ranks among `values`.
+    """A thinned .nii.gz in display orientation as base64; labels become ranks among `values`.
 
-    The header is new: nothing of the file's own, which may name persons or folders, is kept.
+    Its header is a new one, since the file's own may contain names of persons or folders.
     """
-    thin, first = _thinned(data, step)
+    # The voxel that is kept is in the middle of those that it stands for.
+    first = [min(s // 2, n - 1) for s, n in zip(step, data.shape, strict=True)]
+    thin = data[tuple(slice(f, None, s) for f, s in zip(first, step, strict=True))]
     if values is not None:
         voxels = np.stack([_ranks(plane, values) for plane in thin])
     elif thin.min() >= -32768 and thin.max() <= 32767 and (thin == np.rint(thin)).all():
@@ -243,7 +228,7 @@ def _pack(
     scaled[:3, 3] = first[::-1]
     image = nib.Nifti1Image(voxels.transpose(2, 1, 0), like.affine @ scaled)
     if voxels.dtype.kind == "f":
-        image.set_data_dtype(np.int16)  # nibabel finds the slope that keeps the most
+        image.set_data_dtype(np.int16)  # nibabel chooses the slope
     return _base64(image.to_bytes())
 
 
@@ -251,26 +236,11 @@ def _base64(raw: bytes) -> str:
     return base64.b64encode(gzip.compress(raw, compresslevel=6, mtime=0)).decode("ascii")
 
 
-def _grey(image: Volume) -> dict[str, Any]:
-    """The window that a page opens with, and those it offers, in the values of the file."""
-    how = interpret(image.data)
-    if how.hu:
-        windows = [[name, low + how.offset, high + how.offset] for name, low, high in _WINDOWS]
-        return {"windows": windows, "unit": "HU", "offset": how.offset}
-    sample = image.data.ravel()[:: max(1, image.data.size >> 20)]
-    low, high = (float(v) for v in np.quantile(sample, _SHARES))
-    least, most = float(image.data.min()), float(image.data.max())
-    windows = [["Whole range", least, most]]
-    if low < high:
-        windows.insert(0, ["Tissue", low, high])
-    return {"windows": windows, "unit": "", "offset": 0}
-
-
 # --- why ---------------------------------------------------------------------------------------
 
 
 def _pack_why(why: Why, values: np.ndarray) -> tuple[dict[str, Any], str]:
-    """Three arrays [Z', R, h, w], one after the other: labels, windows, cosines x 10000."""
+    """Facts, and arrays [Z', R, h, w] one after the other: windows, cosines x 10000, ranks."""
     slices = [z for z, sources in enumerate(why.sources) if sources]
     labels = why.labels[slices]
     ranks = np.where(labels < 0, 255, _ranks(labels, values)).astype(np.uint8)
@@ -285,20 +255,20 @@ def _pack_why(why: Why, values: np.ndarray) -> tuple[dict[str, Any], str]:
         "support_boxes": [boxes.tolist() for boxes in why.support_boxes],
         "sources": [[[list(s) for s in source] for source in why.sources[z]] for z in slices],
     }
-    # The widest words first, so that all lie at multiples of their size.
+    # The widest type first, so that each array is aligned.
     return facts, _base64(windows.tobytes() + cosines.tobytes() + ranks.tobytes())
 
 
 def check_labels(name: str, labels: np.ndarray, image: Volume) -> None:
-    """Refuse labels of another shape than the image's, negative ones, and no whole numbers."""
+    """Refuse labels that do not have the image's shape or are not whole numbers from 0."""
     if labels.shape != image.data.shape:
         given, wanted = (" x ".join(map(str, a.shape)) for a in (labels, image.data))
         raise InputError(
             f"{name}: expected labels in the grid of the image, [Z, Y, X] = {wanted}, got {given}; "
-            "give the labels that were made for this scan"
+            "give labels of this scan"
         )
     if labels.dtype.kind not in "iub" or labels.min() < 0:
         raise InputError(
             f"{name}: expected whole numbers from 0, got {labels.dtype} from {labels.min():g}; "
-            "round them, or check that the image was not given for the labels"
+            "round them, or check that the image was not given as labels"
         )

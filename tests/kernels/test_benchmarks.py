@@ -171,7 +171,7 @@ def test_a_record_of_another_commit_is_not_continued(
     assert head.main(arguments) == 0
     before = path.read_bytes()
     monkeypatch.setattr(machine, "commit", lambda: "another")
-    with pytest.raises(SystemExit, match="made with another commit; name a file that is new"):
+    with pytest.raises(SystemExit, match="written with another commit; give a new file"):
         head.main(arguments)
     assert path.read_bytes() == before
 

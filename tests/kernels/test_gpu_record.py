@@ -228,7 +228,7 @@ def test_the_table_shows_what_was_counted(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(record))
     text = table.section(tmp_path)
     assert "| paper float32: D=256 | `cuda` | 4 | 75/25 | 9 | 3 | 12.3 |" in text
-    assert "counted and not measured" in text
+    assert "counted, not measured" in text
     assert "GPU.** Not measured yet" in text
 
 

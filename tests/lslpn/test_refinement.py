@@ -17,7 +17,7 @@ SHAPE = (24, 40, 40)
 
 
 def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
-    """A ball, all in mm."""
+    """A ball, in mm."""
     places = np.meshgrid(
         *((np.arange(n) + 0.5) * mm for n, mm in zip(SHAPE, CELL, strict=True)), indexing="ij"
     )
@@ -25,7 +25,7 @@ def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
 
 
 def scan(*parts: tuple[np.ndarray, float]) -> np.ndarray:
-    """Noise around 0.4, and parts of other grey values."""
+    """Noise around 0.4, with offsets in some parts."""
     grey = np.random.default_rng(0).normal(0.4, 0.05, SHAPE)
     for where, more in parts:
         grey[where] += more
@@ -64,7 +64,7 @@ def test_an_organ_without_contrast_is_unchanged() -> None:
 
 
 def test_histograms_of_the_supports_correct_an_organ_that_is_mostly_off() -> None:
-    """Most of the initial mask is not the organ, so that this scan alone is not enough."""
+    """Most of the initial mask is outside the organ, so this scan's histogram is not enough."""
     organ, found = ball((60, 60, 60), 18), ball((60, 60, 80), 18)
     grey = scan((organ, 0.2))
     known = {1: grey_histogram(grey, organ, CELL)}
@@ -74,15 +74,15 @@ def test_histograms_of_the_supports_correct_an_organ_that_is_mostly_off() -> Non
     assert dice(helped == 1, organ) > dice(alone == 1, organ) + 0.1
 
 
-def test_contrast_is_that_of_an_organ_to_its_surroundings() -> None:
+def test_contrast_is_measured_to_the_surroundings_of_an_organ() -> None:
     organ, other = ball((60, 40, 60), 20), ball((60, 90, 60), 20)
     grey = torch.from_numpy(scan((organ, 0.3), (other, 0.05)))
     size = (24 * 5.0, 40 * 3.0, 40 * 3.0)
-    doubled = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)  # a frame is halved again
+    doubled = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)  # `half` averages them again
     frame = Frame(doubled, size, *[cast(Any, None)] * 7)
     found = torch.zeros(SHAPE, dtype=torch.int64)
     found[torch.from_numpy(organ)], found[torch.from_numpy(other)] = 1, 2
-    found[20:22, 2:10, 2:10] = 4  # only noise, as around it
+    found[20:22, 2:10, 2:10] = 4  # noise, like its surroundings
     clear, faint, absent, none = contrast(frame, found, 4).tolist()
     assert 0.8 < clear < 1
     assert 0.05 < faint < 0.7 * clear

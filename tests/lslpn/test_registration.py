@@ -40,7 +40,7 @@ def model() -> LSLPN:
 
 
 def _anatomy(positions: Tensor) -> Tensor:
-    """Smooth structure in all directions, one value for each position; 0 far from the middle."""
+    """A value for each position that varies smoothly in all directions; 0 far from the middle."""
     generator = torch.Generator().manual_seed(3)
     waves = torch.randn(12, 3, generator=generator) * 0.05
     phases = torch.rand(12, generator=generator) * 6.28
@@ -51,7 +51,7 @@ def _anatomy(positions: Tensor) -> Tensor:
 
 
 def _scan(map_: Tensor | None = None, spacing: float = 3.0) -> Scan:
-    """The anatomy, or a scan whose positions are at `map_` of it."""
+    """The anatomy, or a scan that shows it displaced by `map_`."""
     places = centres(lattice_shape(_SIZE, spacing), _SIZE)
     image = _anatomy(places if map_ is None else map_)[None]
     field = Field(image, _SIZE)
@@ -95,8 +95,8 @@ def test_a_deformation_is_found_and_does_not_fold() -> None:
     assert found.similarity > plain.similarity
 
 
-def test_soft_tissue_alone_is_registered() -> None:
-    """Organs of any brightness, which features and edges do not show, in fat and air."""
+def test_soft_tissue_is_sufficient_for_registration() -> None:
+    """Soft tissue in fat and air, with nothing for features and edges."""
     places = centres(lattice_shape(_SIZE, 3.0), _SIZE)
     truth = torch.tensor([15.0, -18.0, 12.0])
     nothing = Field(torch.ones(4, 10, 10, 10), _SIZE)
@@ -120,10 +120,10 @@ def test_folds_and_missing_overlap_are_measured() -> None:
     assert registration.aligned(places).folding == 0
     away = places + places.new_tensor([_SIZE[0] * 0.75, 0, 0])
     assert registration.aligned(away).overlap < 0.3
-    # A support of few slices can cover no more of the query than its own height.
+    # A support of few slices cannot cover more of the query than its own height.
     part = Field(scan.image.values[:, :20], (60.0, *_SIZE[1:]))
     low = Registration(scan, Scan(part, scan.features))
-    assert low.aligned(places).overlap > 0.5  # its part of the body is the thin end
+    assert low.aligned(places).overlap > 0.5  # it shows the narrow end of the body
     assert low.aligned(away).overlap == 0
     torch.testing.assert_close(
         fitted(places, places * 2 + 5),
@@ -184,7 +184,7 @@ def test_the_trunk_is_mapped_to_the_trunk() -> None:
 def test_a_window_is_the_mean_over_all_pixels_of_all_its_slices(
     reach: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oracle weighs each slice's masked average by its pixels."""
+    """The oracle weights each slice's masked average by its number of pixels."""
     generator = torch.Generator().manual_seed(reach)
     depth, height, width = 7, 40, 36
     network = _model(channels=5, min_pixels=4)
@@ -193,7 +193,7 @@ def test_a_window_is_the_mean_over_all_pixels_of_all_its_slices(
     masks[:, 1] &= ~masks[:, 0]
     masks[2] = False
     grid = network.head.grid
-    wide = reference.cosine_match  # the oracle of the match, in float64
+    wide = reference.cosine_match  # the oracle for matching, in float64
     classes = torch.cat([~masks.any(1, keepdim=True), masks], 1).double()
     expected = []
     for z in range(depth):
@@ -278,7 +278,7 @@ def test_tissue_in_ct_does_not_depend_on_contrast_agent(
         assert ((plain.tissue - share).abs() < 0.08).float().mean() > least
 
 
-def test_tissue_is_known_in_ct_alone(model: LSLPN, support: tuple[Volume, Volume]) -> None:
+def test_tissue_is_only_known_in_ct(model: LSLPN, support: tuple[Volume, Volume]) -> None:
     image, labels = support
     bright = dataclasses.replace(model.config, window=(30.0, 300.0))
     mr = dataclasses.replace(image, data=(image.data.clip(-1000, 1000) + 1000) ** 2 / 1e3)
@@ -321,7 +321,7 @@ def test_the_most_probable_label_is_the_result(
     assert shares.dtype == np.uint8
     assert shares.shape == (3, *query[0].data.shape)
     likeliest = np.concatenate([255 - shares.sum(0, dtype=int, keepdims=True), shares]).argmax(0)
-    # Between equally probable labels rounding decides.
+    # Rounding decides between equally probable labels.
     assert (likeliest == found.labels).mean() > 0.99
     for label in (1, 2, 3):
         assert dice_of(likeliest, found.labels, label) > 0.9
@@ -343,7 +343,7 @@ def test_a_support_of_several_queries_is_encoded_once(
     again = segment_matched(model, [support], query[0], **options)  # type: ignore[arg-type]
     np.testing.assert_array_equal(first.labels, again.labels)
     assert sum(encoded) < 1.6 * both
-    # Cached features are not used for a scan that needs another window.
+    # The cache is not used for a query that needs another window.
     darker = dataclasses.replace(query[0], data=query[0].data.clip(-1024, 0) + 1500)
     alone, beside = (
         segment_matched(model, [support], darker, align="affine", cache=c) for c in (None, cache)
@@ -386,7 +386,7 @@ def test_a_scan_too_small_to_be_registered_is_matched_slice_by_slice(
 ) -> None:
     if small == "one slice":
         image, labels = (part(volume, 7, 8) for volume in support)
-    else:  # 14 slices of 1 mm in a patient who is 192 mm wide
+    else:  # 14 slices of 1 mm in a patient 192 mm wide
         image, labels = (dataclasses.replace(v, spacing=(1.0, 3.0, 3.0)) for v in support)
     with pytest.warns(UserWarning, match="too small to be registered"):
         result = segment_matched(model, [(image, labels)], image)

@@ -1,4 +1,4 @@
-"""Organs that registration has misplaced are found by template matching."""
+"""Relocation of misplaced organs by template matching."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _scene(seed: int, corner: tuple[int, int, int], level: float) -> Tensor:
-    """Descriptors with one organ of 7 x 6 x 5 cells in them."""
+    """Descriptors of a scene with one organ of 7 x 6 x 5 cells."""
     out = 0.3 * _noise(seed, _SHAPE)
     z, y, x = corner
     out[:, z : z + 9, y : y + 8, x : x + 7] = _noise(9, (9, 8, 7)) + level
@@ -37,7 +37,7 @@ def _labels(corner: tuple[int, int, int]) -> Tensor:
 
 
 def _at(values: Tensor, positions: Tensor) -> Tensor:
-    """Values [..., Z, Y, X] of the cell that positions fall in; 0 outside."""
+    """Values [..., Z, Y, X] of the cells that contain the positions; 0 outside."""
     cells = (positions / _CELL).floor().long()
     inside = ((cells >= 0) & (cells < torch.tensor(_SHAPE))).all(-1)
     z, y, x = cells.clamp(torch.zeros(3, dtype=torch.int64), torch.tensor(_SHAPE) - 1).unbind(-1)
@@ -51,10 +51,10 @@ def _found(query: Tensor, corner: tuple[int, int, int]) -> Tensor:
     )
 
 
-def test_correlation_is_that_of_its_definition() -> None:
+def test_correlation_equals_its_definition() -> None:
     template, query = _noise(0, (4, 3, 5)), _noise(1, (7, 6, 9)) + 2
     weight = (torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(2)) < 0.6).float()
-    query[:, 3:, 3:, 4:] = 0.5  # a part without any pattern
+    query[:, 3:, 3:, 4:] = 0.5  # a constant part
     found = correlation(template, weight, query)
     assert found.shape == (4, 4, 5)
     inside = weight > 0

@@ -33,7 +33,7 @@ from lslpn.segmentation.slice_matching import (
 )
 from lslpn.segmentation.slicewise import _prepare
 
-# Slice by slice; test_registration.py has the rest.
+# Slice by slice; test_registration.py tests registration.
 segment = functools.partial(lslpn.segmentation.segment.segment, align="body")
 segment_matched = functools.partial(lslpn.segmentation.segment.segment_matched, align="body")
 
@@ -48,7 +48,7 @@ def model() -> LSLPN:
 
 
 def _worth(similarity: np.ndarray, path: tuple[int, ...], dq: float, ds: float) -> float:
-    """The score that match_slices maximises; `path` has -1 below and S above the support."""
+    """The score that `match_slices` maximises; `path` has -1 below the support and S above it."""
     count = similarity.shape[1]
     total = 0.0
     for z, s in enumerate(path):
@@ -86,7 +86,7 @@ def test_no_path_has_a_higher_score(
         p for p in itertools.product(range(-1, count + 1), repeat=queries) if _allowed(p, count)
     ]
     best = max(paths, key=lambda p: _worth(similarity, p, dq, ds))
-    if all(s in (-1, count) for s in best):  # a query without any match is not allowed
+    if all(s in (-1, count) for s in best):  # a query must have a match
         inside = [p for p in paths if all(0 <= s < count for s in p)]
         best = max(inside, key=lambda p: _worth(similarity, p, dq, ds))
     expected = [BEYOND if s in (-1, count) else s for s in best]
@@ -137,19 +137,19 @@ def test_a_longer_support_matches_the_whole_query() -> None:
     assert np.abs(support[match] - query).max() <= 3
 
 
-def test_dissimilar_slices_are_matched_nevertheless() -> None:
+def test_dissimilar_slices_are_still_matched() -> None:
     assert (match_slices(np.full((5, 3), -1.0), 3.0, 3.0) != BEYOND).all()
     assert match_slices(np.array([[-1.0]]), 3.0, 3.0).tolist() == [0]
 
 
 def test_similarity_of_slices() -> None:
     generator = torch.Generator().manual_seed(0)
-    scan = torch.rand(6, 32, 4, 4, generator=generator) + 5  # a large part is common to all
+    scan = torch.rand(6, 32, 4, 4, generator=generator) + 5  # all slices have much in common
     same = slice_similarity(scan, scan, 3.0, 3.0)
     np.testing.assert_allclose(np.diag(same), 1, atol=1e-5)
     off = same[~np.eye(6, dtype=bool)]
     assert off.max() < 0.3
-    # Twice the slices at half the distance are the same scan: the common part is the same.
+    # Twice as many slices at half the distance are the same scan and have the same mean.
     dense = slice_similarity(scan.repeat_interleave(2, dim=0), scan, 1.5, 3.0)
     np.testing.assert_allclose(dense[::2], same, atol=1e-5)
 
@@ -165,7 +165,7 @@ def test_organs_are_found_in_another_synthetic_scan(
     assert found.dtype == np.uint8
     for label in (1, 2, 3):
         assert dice_of(found, query[1].data, label) > 0.6
-    # A slice far from every organ comes out empty: the first and last of the phantom have none.
+    # Slices far from every organ are empty, such as the first of the phantom.
     assert not query[1].data[0].any()
     assert not found[0].any()
 
@@ -175,7 +175,7 @@ def test_field_of_view_does_not_matter_after_the_body_crop(
 ) -> None:
     image, labels = synthetic_ct(1, shift=0.04)
     wide = np.full((14, 112, 120), -1000.0)
-    wide[:, 40:94, 8:72] = image[:, :54]  # the table is cut off
+    wide[:, 40:94, 8:72] = image[:, :54]  # without the table
     truth = np.zeros(wide.shape, np.uint8)
     truth[:, 40:94, 8:72] = labels[:, :54]
     volume = read_image(write_nifti(tmp_path / "wide.nii.gz", wide))
@@ -277,11 +277,11 @@ def test_size_of_the_batch_does_not_matter(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     one, many = (segment(model, [support], query[0], batch=batch) for batch in (1, 64))
-    # Convolutions of another batch size round differently, which may change a tie.
+    # Convolutions with another batch size round differently, which may change a tie.
     assert (one == many).mean() > 0.9999
 
 
-def test_single_slices(model: LSLPN, support: tuple[Volume, Volume]) -> None:
+def test_a_single_slice_is_segmented(model: LSLPN, support: tuple[Volume, Volume]) -> None:
     image, labels = (part(volume, 7, 8) for volume in support)
     found = segment(model, [(image, labels)], image)
     assert found.shape == (1, 56, 64)
@@ -318,7 +318,7 @@ def test_progress_is_shown_only_on_request(
     assert "Segmenting: 100%" in err
 
 
-# --- scans that were stored otherwise -----------------------------------------------------------
+# --- scans that were stored differently ----------------------------------------------------------
 
 
 def _changed(scan: tuple[Volume, Volume], data: np.ndarray) -> tuple[Volume, Volume]:
@@ -357,15 +357,28 @@ def test_two_scans_are_limited_to_their_common_window(
     np.testing.assert_array_equal(target.slices, prepare(ModelConfig(size=64), limited[0]).slices)
 
 
-def test_a_subtracted_offset_is_reported(
-    model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
+@pytest.mark.parametrize(
+    ("align", "slices"), [("body", (0, 14)), ("affine", (0, 14)), ("affine", (7, 8))]
+)
+def test_a_subtracted_offset_is_reported_once(
+    model: LSLPN,
+    support: tuple[Volume, Volume],
+    query: tuple[Volume, Volume],
+    align: str,
+    slices: tuple[int, int],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
-    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: taken for CT stored as HU \+ 1024"):
-        segment(model, [support], _changed(query, query[0].data + 1024)[0])
+    """A single slice cannot be registered and is segmented by the fallback."""
+    shifted = _changed(query, query[0].data + 1024)[0]
+    segment(model, [support], part(shifted, *slices), align=align)
+    notes = [str(warning.message) for warning in recwarn]
+    reports = [note for note in notes if "taken for CT stored as HU + 1024" in note]
+    assert len(reports) == 1
+    assert reports[0].startswith("1LPI.nii.gz: ")
 
 
 def _mr(scan: tuple[Volume, Volume], noise: float) -> tuple[Volume, Volume]:
-    """The scan as an MR, with a background of exact zeros or of noise."""
+    """The scan as an MR, with a background of zeros or of noise."""
     rng = np.random.default_rng(0)
     levels = [0, 0, 300, 150, 1800]
     clean = np.interp(scan[0].data, [-1000, -300, -100, 40, 190], levels)
@@ -375,7 +388,7 @@ def _mr(scan: tuple[Volume, Volume], noise: float) -> tuple[Volume, Volume]:
     return _changed(scan, noisy)
 
 
-def test_mr_over_noise_by_a_support_over_zeros(
+def test_mr_with_a_noisy_background_by_a_support_with_a_zero_background(
     model: LSLPN,
     support: tuple[Volume, Volume],
     query: tuple[Volume, Volume],
@@ -387,7 +400,7 @@ def test_mr_over_noise_by_a_support_over_zeros(
     assert not recwarn.list
 
 
-def test_where_one_scan_shows_no_body_none_is_cropped(
+def test_no_scan_is_cropped_if_one_shows_no_body(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     support = _mr(support, 0)
@@ -402,7 +415,7 @@ def _stuck(matches: np.ndarray) -> np.ndarray:
     return np.full_like(matches, 13)
 
 
-def test_matches_that_collapse_are_tried_without_the_crop(
+def test_collapsed_matches_are_repeated_without_cropping(
     model: LSLPN,
     support: tuple[Volume, Volume],
     query: tuple[Volume, Volume],
@@ -434,11 +447,11 @@ def test_collapsed_matches_and_an_empty_result_are_reported(
     assert not found.any()
     notes = [str(one.message) for one in caught]
     assert len(notes) == 2
-    assert "so that the result is doubtful" in notes[0]
+    assert "so the result is doubtful" in notes[0]
     assert "nothing was found, every voxel is 0: none of its slices matches one" in notes[1]
 
 
-def test_a_result_without_any_label_is_reported(
+def test_an_empty_result_is_reported(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     image, labels = support
@@ -452,7 +465,7 @@ def test_a_result_without_any_label_is_reported(
         assert not segment(model, [(image, dataclasses.replace(labels, data=one))], blank).any()
 
 
-def test_weights_that_are_nan_are_refused(
+def test_nan_weights_are_refused(
     support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
     broken = untrained(dataclasses.replace(preset("published").model, size=64))
@@ -462,7 +475,7 @@ def test_weights_that_are_nan_are_refused(
         segment(broken, [support], query[0])
 
 
-def test_bad_supports(
+def test_bad_supports_are_refused(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="at least one labelled scan"):

@@ -1,4 +1,4 @@
-"""Pages: their content, and how a real browser shows them."""
+"""The content of pages, and how real browsers show them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ HOSTILE = {
 def volume(
     data: np.ndarray, spacing: tuple[float, float, float] = (4.0, 3.0, 3.0), tilt: float = 0.0
 ) -> Volume:
-    """A volume without a file; x to the left, y to the back, turned about x by `tilt` radians."""
+    """A volume without a file; x to the left, y to the back, rotated about x by `tilt` radians."""
     affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
     turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
     affine[1:3, 1:3] = turn @ affine[1:3, 1:3]
@@ -61,8 +63,8 @@ def block(shown: View, name: str) -> nib.Nifti1Image:
 
 
 @pytest.mark.parametrize("size", [(32, 24), (29, 35)])
-def test_winners_are_those_of_the_equations(size: tuple[int, int]) -> None:
-    """With as many cells as pixels the centres are the pixels, which `reference` compares."""
+def test_winners_agree_with_the_equations(size: tuple[int, int]) -> None:
+    """With as many cells as pixels, cells are compared at the pixels, as by `reference`."""
     generator = torch.Generator().manual_seed(0)
     grid = GridSpec(1 / 4)
     features = torch.randn(2, 8, *size, generator=generator, dtype=torch.float64)
@@ -72,7 +74,7 @@ def test_winners_are_those_of_the_equations(size: tuple[int, int]) -> None:
     expected = reference.cosine_match(features[None], prototypes[None], grid, size)[0]
     torch.testing.assert_close(cosines, expected)
 
-    # The reported window has that cosine, and covers the pixel.
+    # The reported window has this cosine and contains the pixel.
     unit = torch.nn.functional.normalize(prototypes, dim=-1).flatten(1, 2)
     direction = torch.nn.functional.normalize(features, dim=1)
     named = torch.einsum("qdyx,cwd->qcwyx", direction, unit)
@@ -93,7 +95,7 @@ def test_windows_of_several_sources_and_parts_are_separate() -> None:
     features[0, 0, 0] = features[0, 1, 1] = 1.0
     boxes = np.array([[0, 16, 0, 16]])
     record = Recorder(2, grid, size, np.repeat(boxes, 2, 0), [boxes, boxes])
-    # The background is the same everywhere; of two sources the second shows the organ.
+    # The background is the same everywhere; only the second of two sources shows the organ.
     first = torch.stack([torch.stack([axes[3], 0 * axes[0]]), torch.stack([axes[3], axes[0]])])
     shots = [[(0, 4), (0, 6)], [(1, 9)]]
     record.add([1], [0, 7], features, first[:, :, None, None], shots, [(0, 5)])
@@ -109,7 +111,7 @@ def test_windows_of_several_sources_and_parts_are_separate() -> None:
 # --- what goes into a page -----------------------------------------------------------------------
 
 
-def test_measures_are_those_of_the_whole_scan() -> None:
+def test_measures_are_of_the_whole_scan() -> None:
     image, labels = synthetic_ct(0)
     found = np.roll(labels, 1, 2)
     shown = view(volume(image.astype(np.float32)), found, truth=labels, names={1: "liver"})
@@ -125,7 +127,7 @@ def test_measures_are_those_of_the_whole_scan() -> None:
     np.testing.assert_array_equal(block(shown, "image").get_fdata().transpose(2, 1, 0), image)
 
 
-def test_large_scans_are_thinned_where_they_are_finest() -> None:
+def test_large_scans_are_thinned_along_their_finest_axes() -> None:
     grey = np.arange(1000, dtype=np.float32)[:, None, None] % 7
     data = np.broadcast_to(grey, (1000, 240, 220))
     labels = np.zeros(data.shape, np.uint8)
@@ -133,7 +135,7 @@ def test_large_scans_are_thinned_where_they_are_finest() -> None:
     shown = view(volume(data, (0.9, 0.5, 0.5)), labels)
     assert shown.facts["image"]["step"] == [2, 2, 2]
     assert shown.facts["organs"][0]["ml"] == [pytest.approx(0.045, abs=0.006)]
-    assert "every 2nd along x and y and every 2nd slice" in shown.facts["notes"][0]
+    assert "every 2nd voxel along x and y, and every 2nd slice" in shown.facts["notes"][0]
     small = block(shown, "layer-0")
     assert small.shape == (110, 120, 500)
     # Of slices 2 and 3 the page has slice 3.
@@ -157,10 +159,10 @@ def test_a_page_reports_what_it_cannot_show() -> None:
     support = Support(image, empty, range(len(empty)))
     given = view(image, empty, supports=[support], confidence={1: 0.0}).facts["notes"]
     alone = view(image, empty, supports=[support]).facts["notes"]
-    assert [note[:23] for note in alone if note not in given] == ["No confidence is given:"]
+    assert [note[:14] for note in alone if note not in given] == ["No confidence:"]
     many = empty.copy()
     many.ravel()[: 7 * 300] = np.repeat(np.arange(300) * 7 + 1, 7)
-    assert "Of 300 labels the first 254 are shown." in view(image, many).facts["notes"]
+    assert "Only the first 254 of 300 labels are shown." in view(image, many).facts["notes"]
     assert len(view(image, np.where(many > 1400, 0, many)).facts["organs"]) == 200
 
 
@@ -198,13 +200,18 @@ def test_no_path_and_no_address_is_in_a_page(tmp_path: Path) -> None:
     assert "<title>a &lt;b&gt;</title>" in own
 
 
-def test_niivue_is_the_one_that_is_named() -> None:
+def test_the_viewer_does_not_import_torch() -> None:
+    code = "import sys, lslpn.viewer; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_niivue_is_the_version_in_the_notice() -> None:
     script = (ROOT / "lslpn/viewer/assets/niivue.umd.js").read_bytes()
     assert hashlib.sha256(script).hexdigest() in (ROOT / "NOTICE").read_text()
     assert b"</script" not in script
 
 
-def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     shown = view(volume(synthetic_ct(0)[0].astype(np.float32)))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
@@ -274,7 +281,7 @@ def test_view_writes_a_page(
 
 
 @pytest.mark.parametrize("fault", ["grid", "four", "folder"])
-def test_view_refuses_in_one_line(
+def test_view_reports_errors_in_one_line(
     scans: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
     page = tmp_path / "page.html"
@@ -355,7 +362,7 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
         elif "DISPLAY" not in os.environ:
             pytest.skip("Firefox draws no WebGL without a display; try xvfb-run pytest")
         else:
-            try:  # an unpatched one, by WebDriver BiDi
+            try:  # an unpatched Firefox, by WebDriver BiDi
                 started = driver.firefox.launch(
                     executable_path=program, channel="moz-firefox", headless=False
                 )
@@ -372,22 +379,22 @@ def firefox(browser: Any) -> bool:
 
 
 class Tab:
-    """A page in the browser, offline; records its errors and its requests."""
+    """A page in the browser, offline, with its errors and its requests."""
 
     def __init__(
         self, browser: Any, file: Path, mark: str | None = "body[data-ready]", before: str = ""
     ) -> None:
         self.own = [file.as_uri()]  # its requests
         if firefox(browser):
-            self.own = []  # reports no requests of files
-            # The policy of the page forbids what Playwright does to inspect it.
+            self.own = []  # Firefox does not report requests for files
+            # The page's policy does not allow Playwright to inspect it.
             policy = r"(<|&lt;)meta http-equiv=\S*Content-Security-Policy.*"
             file.write_text(re.sub(policy, "", file.read_text("utf-8")), "utf-8")
         self.context = browser.new_context(
             viewport={"width": 1000, "height": 640}, offline=True, reduced_motion="reduce"
         )
         self.page = self.context.new_page()
-        self.page.set_default_timeout(120_000)  # not a measure: a browser that hangs ends
+        self.page.set_default_timeout(120_000)  # so that a browser that hangs is ended
         self.faults: list[str] = []
         self.page.on("console", lambda m: self.faults.append(m.text) if m.type != "log" else None)
         self.page.on("pageerror", lambda e: self.faults.append(str(e)))
@@ -400,11 +407,11 @@ class Tab:
             self.page.wait_for_selector(mark)
 
     def drawn(self) -> None:
-        """Wait until everything has been drawn: a click goes to what is on the screen."""
+        """Wait until everything has been drawn, since clicks go to what is on the screen."""
         self.page.evaluate("new Promise((go) => requestAnimationFrame(() => setTimeout(go, 50)))")
 
     def picture(self, pane: str = "#left") -> np.ndarray:
-        """The canvas as it is on the screen, [H, W, 3], once everything has been drawn."""
+        """The canvas as on the screen, [H, W, 3], once everything has been drawn."""
         self.drawn()
         raw = self.page.locator(f"{pane} .stage").screenshot()
         return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).astype(int)
@@ -419,7 +426,7 @@ def coloured(picture: np.ndarray) -> int:
 
 @pytest.fixture(scope="module")
 def scene() -> tuple[View, Why]:
-    """A query with hostile names, its ground truth, a support, and windows that won."""
+    """A query with hostile names, its ground truth, a support, and winning windows."""
     image, labels = synthetic_ct(0)
     support, given = synthetic_ct(1, shape=(16, 50, 60))
     match = np.array([-1, *range(1, 14)])
@@ -486,7 +493,7 @@ def test_organs_can_be_hidden_and_shown(tab: Tab) -> None:
 
 
 def test_clicking_an_organs_name_moves_to_it(tab: Tab, scene: tuple[View, Why]) -> None:
-    """The voxel that the page computes against NiiVue's, which uses the affine."""
+    """The page's voxel agrees with NiiVue's, which is computed with the affine."""
     facts, image = scene[0].facts, block(scene[0], "image").get_fdata()
     for organ in facts["organs"]:
         tab.page.get_by_role("button", name=organ["name"], exact=True).click()
@@ -519,7 +526,7 @@ def test_slices_follow_the_key_and_the_support_follows_them(tab: Tab) -> None:
     for _ in range(20):
         tab.page.keyboard.press("PageDown")
     assert "slice 0 of 0–13" in tab.text("#left figcaption")
-    assert "lies beyond <b>support</b>" in tab.text("#right .stage p")
+    assert "is beyond the range of <b>support</b>" in tab.text("#right .stage p")
     tab.page.get_by_role("slider", name="Axial").fill(str(z))
     assert f"slice {z} of 0–13" in tab.text("#left figcaption")
 
@@ -539,23 +546,23 @@ def test_a_click_shows_the_winning_windows(tab: Tab, scene: tuple[View, Why]) ->
         window = int(why.windows[at])
         cosines.append(float(why.cosines[at]))
         assert names[int(why.labels[at])].strip() in said
-        assert f"window {window // 3 + 1} down, {window % 3 + 1} across" in said
+        assert f"window in row {window // 3 + 1}, column {window % 3 + 1}" in said
     shown = [float(v) for v in re.findall(r"^-?\d\.\d{3}$", said, re.MULTILINE)]
-    assert shown == pytest.approx(cosines, abs=6e-4)  # they are kept to 4 digits
+    assert shown == pytest.approx(cosines, abs=6e-4)  # stored with 4 digits
     assert f"of <b>support</b>, slices {z - 1} to {z + 1}, matched {z}" in said
-    # Winner and runner-up on the query, with the cell, and on the support.
+    # The cell, winner and runner-up on the query; winner and runner-up on the support.
     assert tab.page.locator("#left svg rect").count() == 3
     assert tab.page.locator("#right svg rect").count() == 2
 
 
 def test_prediction_beside_ground_truth(tab: Tab) -> None:
-    tab.page.get_by_label("Beside it").select_option(label="ground truth")
+    tab.page.get_by_label("Compare with").select_option(label="ground truth")
     tab.page.wait_for_selector("#right figcaption:has-text('ground truth')")
     right = tab.picture("#right")
     assert coloured(right) > 500
     assert coloured(right) != coloured(tab.picture())
     assert "ground truth: " in tab.text("#here")
-    tab.page.get_by_label("Beside it").select_option(label="nothing")
+    tab.page.get_by_label("Compare with").select_option(label="nothing")
     tab.page.wait_for_selector("#right", state="hidden")
 
 

@@ -4,11 +4,11 @@
   const facts = JSON.parse($("facts").textContent);
   const { image, layers, organs, supports, why } = facts;
   const AXIAL = 0, CORONAL = 1, SAGITTAL = 2, RENDER = 4;
-  const hidden = new Set(); // ranks of organs that are switched off; organ i has rank i + 1
-  let here = image.shape.map((n) => n >> 1); // z, y, x of the whole scan, in display order
-  let because = null; // what the marks show
+  const hidden = new Set(); // ranks of the organs that are hidden; organ i has rank i + 1
+  let here = image.shape.map((n) => n >> 1); // voxel z, y, x of the whole scan, in display order
+  let because = null; // the boxes that the marks show
 
-  // Text only ever becomes text: no name is parsed as HTML.
+  // Strings become text nodes, so no name is parsed as HTML.
   const make = (tag, attributes = {}, ...children) => {
     const element = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) {
@@ -23,10 +23,10 @@
     if (rank) box.style.background = organs[rank - 1].colour;
     return box;
   };
-  const span = (count) => `0–${count - 1}`; // numbers are those of NumPy and of the reports
+  const span = (count) => `0–${count - 1}`; // numbered as in NumPy and the reports
   const called = (rank) => (rank ? organs[rank - 1].name : "background");
   const radios = (parent, name, choices, choose) => {
-    choices.forEach(([text, title], i) => {
+    choices.forEach(([text, title = ""], i) => {
       const input = make("input", { type: "radio", name, checked: i === 0 });
       input.addEventListener("change", () => choose(i));
       parent.append(make("label", { title }, input, text));
@@ -34,7 +34,7 @@
   };
 
   // --- geometry: voxels of the whole scan, of the thinned one, and NiiVue's fractions --------
-  // Stored x runs to the patient's left and y to the back; fractions run to the right and front.
+  // Stored x points to the patient's left and y to the back; fractions to the right and front.
   const kept = (volume, axis) => {
     const [n, step] = [volume.shape[axis], volume.step[axis]];
     const first = Math.min(step >> 1, n - 1);
@@ -59,12 +59,8 @@
     const table = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: [""] };
     organs.forEach((organ, i) => {
       const rgb = parseInt(organ.colour.slice(1), 16);
-      table.R.push(rgb >> 16);
-      table.G.push((rgb >> 8) & 255);
-      table.B.push(rgb & 255);
-      table.A.push(hidden.has(i + 1) ? 0 : 255);
-      table.I.push(i + 1);
-      table.labels.push("");
+      const entry = { R: rgb >> 16, G: (rgb >> 8) & 255, B: rgb & 255, A: hidden.has(i + 1) ? 0 : 255, I: i + 1, labels: "" };
+      for (const [name, value] of Object.entries(entry)) table[name].push(value);
     });
     return table;
   };
@@ -88,7 +84,7 @@
         loadingText: "",
         logLevel: "error",
       });
-      // NiiVue draws at once whenever anything is set; one picture per frame is enough.
+      // NiiVue draws whenever a property is set; once per frame is enough.
       const draw = this.nv.drawScene.bind(this.nv);
       let due = false;
       this.nv.drawScene = () => {
@@ -109,7 +105,7 @@
 
     async show(name, volume, imageBlock, labelBlock) {
       [this.name, this.volume] = [name, volume];
-      this.canvas.setAttribute("aria-label", `Pictures of ${name}; arrow keys move through them`);
+      this.canvas.setAttribute("aria-label", `Views of ${name}; arrow keys move through them`);
       while (this.nv.volumes.length) this.nv.removeVolume(this.nv.volumes[0]);
       const load = (block) =>
         niivue.NVImage.loadFromBase64({ base64: $(block).textContent, name: `${block}.nii.gz`, colormap: "gray" });
@@ -120,7 +116,7 @@
         this.nv.addVolume(labels);
         this.nv.setOpacity(1, $("opacity").value / 100);
       }
-      // The support's slice is the matched one: it follows the query and nothing else.
+      // The support shows the matched slice: it follows the query and cannot be moved.
       this.nv.setCrosshairWidth(volume === image ? 1 : 0);
       this.canvas.style.pointerEvents = volume === image ? "" : "none";
       this.window(volume.windows[Math.min(chosenWindow, volume.windows.length - 1)]);
@@ -145,13 +141,13 @@
         this.nv.setSliceType(only);
         return;
       }
-      // A large axial picture, and the three others below it or to its right.
+      // A large axial view, and the three others below it or to its right.
       const { width, height } = this.canvas.getBoundingClientRect();
       const large = 0.66, small = 1 - large;
       this.nv.setCustomLayout([AXIAL, CORONAL, SAGITTAL, RENDER].map((sliceType, i) => {
-        const beside = width > height ? [large, (i - 1) / 3, small, 1 / 3] : [(i - 1) / 3, large, 1 / 3, small];
-        const first = width > height ? [0, 0, large, 1] : [0, 0, 1, large];
-        return { sliceType, position: i ? beside : first };
+        const wide = i ? [large, (i - 1) / 3, small, 1 / 3] : [0, 0, large, 1];
+        const high = i ? [(i - 1) / 3, large, 1 / 3, small] : [0, 0, 1, large];
+        return { sliceType, position: width > height ? wide : high };
       }));
     }
 
@@ -162,7 +158,7 @@
       this.moving = false;
     }
 
-    // Boxes of `because` on the axial picture: [y0, y1, x0, x1] in voxels of the whole scan.
+    // Draws the boxes of `because` on the axial view: [y0, y1, x0, x1] in voxels of the scan.
     mark() {
       this.svg.replaceChildren();
       if (!because || !this.volume) return;
@@ -223,12 +219,12 @@
     say();
   }
 
-  // The support's slice that the query's slice was matched with.
+  // Goes to the support's slice that matches the query's.
   function follow(pane) {
     const slice = pane.volume.match[here[0]];
     pane.figure.querySelector(".stage p")?.remove();
     if (slice < 0) {
-      const text = `Slice ${here[0]} lies beyond ${pane.volume.name}: it was matched with none of its slices.`;
+      const text = `Slice ${here[0]} is beyond the range of ${pane.volume.name}: it has no match there.`;
       pane.figure.querySelector(".stage").append(make("p", {}, text));
     } else pane.go([slice, pane.volume.shape[1] >> 1, pane.volume.shape[2] >> 1]);
   }
@@ -246,17 +242,11 @@
   }
 
   function say() {
-    const volumes = panes[0].nv.volumes;
+    const [scan] = panes[0].nv.volumes;
     const mm = panes[0].nv.frac2mm(toFraction(image, here), 0, true);
-    const value = (volume) => {
-      const at = volume.mm2vox([mm[0], mm[1], mm[2]]);
-      return volume.getValue(at[0], at[1], at[2]);
-    };
+    const value = (volume) => volume.getValue(...volume.mm2vox([mm[0], mm[1], mm[2]]));
     const parts = [];
-    if (volumes.length) {
-      const grey = value(volumes[0]) - image.offset;
-      parts.push(`${Number(grey.toPrecision(4))} ${image.unit}`.trim());
-    }
+    if (scan) parts.push(`${Number((value(scan) - image.offset).toPrecision(4))} ${image.unit}`.trim());
     for (const pane of panes) {
       if (pane.volume === image && pane.nv.volumes.length > 1) parts.push(`${pane.name}: ${called(value(pane.nv.volumes[1]))}`);
     }
@@ -283,36 +273,30 @@
     const [z, y, x] = here;
     const [, ranks, h, w] = why.shape;
     const index = why.slices.indexOf(z);
-    if (index < 0) {
-      $("because").replaceChildren(make("p", {}, "No organ was looked for in this slice: what it was matched with shows none."));
-      return;
-    }
+    const instead = (text) => $("because").replaceChildren(make("p", {}, text));
+    if (index < 0) return instead("No organ was searched for in this slice, since its match shows none.");
     const [y0, y1, x0, x1] = why.query_boxes[index];
     const row = Math.floor(((y + 0.5 - y0) / (y1 - y0)) * h);
     const column = Math.floor(((x + 0.5 - x0) / (x1 - x0)) * w);
-    if (row < 0 || row >= h || column < 0 || column >= w) {
-      $("because").replaceChildren(make("p", {}, "This point lies outside of the body’s box, which is all that was compared."));
-      return;
-    }
+    if (row < 0 || row >= h || column < 0 || column >= w) return instead("This point is outside the body’s bounding box; only the box was compared.");
     const within = ([a, b, c, d], [top, bottom], [left, right]) =>
       [a + top * (b - a), a + bottom * (b - a), c + left * (d - c), c + right * (d - c)];
     because = { query: [[within(why.query_boxes[index], [row / h, (row + 1) / h], [column / w, (column + 1) / w]), "cell"]], support: [] };
-    const items = [];
-    const cosines = [];
+    const [items, cosines] = [[], []];
     for (let r = 0; r < ranks; r++) {
       const i = ((index * ranks + r) * h + row) * w + column;
       const rank = reasons.ranks[i];
       if (rank === 255) continue;
       const cosine = reasons.cosines[i] / 10000;
       cosines.push([called(rank), cosine]);
-      let text = "drawn in none of the windows over this point";
+      let text = "not labelled in any window over this point";
       if (reasons.windows[i] >= 0) {
         const [Gy, Gx] = [why.rows.length, why.columns.length];
         const [gy, gx] = [Math.floor(reasons.windows[i] / Gx) % Gy, reasons.windows[i] % Gx];
         const source = why.sources[index][Math.floor(reasons.windows[i] / (Gy * Gx))];
         const from = source.map(([support, first, centre, last]) =>
           `${supports[support]?.name ?? `support ${support + 1}`}, slice${first < last ? `s ${first} to ${last}, matched ${centre}` : ` ${centre}`}`);
-        text = `window ${gy + 1} down, ${gx + 1} across, of ${from.join(" and ")}`;
+        text = `window in row ${gy + 1}, column ${gx + 1}, of ${from.join(" and ")}`;
         if (r < 2) {
           const kind = r ? "second" : "first";
           because.query.push([within(why.query_boxes[index], why.rows[gy], why.columns[gx]), kind]);
@@ -328,11 +312,11 @@
     }
     const summary = cosines.length > 1
       ? `${cosines[0][0]}, ${(cosines[0][1] - cosines[1][1]).toFixed(3)} ahead of ${cosines[1][0]}`
-      : `${cosines[0][0]} alone`;
+      : `only ${cosines[0][0]}`;
     $("because").replaceChildren(
       make("p", {}, summary),
       make("ol", {}, ...items),
-      make("p", { className: "quiet" }, `Cosine of the features here with each class’s prototype in its best window. Solid: the winner’s window; dashed: the runner-up’s. Compared at ${h} × ${w} cells, so that borders may differ by a cell.`),
+      make("p", { className: "quiet" }, `Cosine of the features here with each class’s prototype in its best window. Solid: the winner’s window; dashed: the runner-up’s. Compared at ${h} × ${w} cells, so borders may be off by a cell.`),
     );
   }
 
@@ -340,7 +324,9 @@
   function organTable() {
     const dice = organs.some((organ) => organ.dice !== null);
     const sure = organs.some((organ) => organ.confidence !== null);
-    const heads = [...layers.map((name) => (layers.length > 1 ? `${name}, ml` : "ml")), ...(dice ? ["Dice"] : []), ...(sure ? ["confidence"] : [])];
+    const heads = layers.map((name) => (layers.length > 1 ? `${name}, ml` : "ml"));
+    if (dice) heads.push("Dice");
+    if (sure) heads.push("confidence");
     const table = $("organs");
     table.append(make("thead", {}, make("tr", {}, ...["organ", ...heads].map((text) => make("th", { scope: "col" }, text)))));
     const body = make("tbody");
@@ -351,7 +337,7 @@
         else hidden.add(i + 1);
         panes.forEach((pane) => pane.paint());
       });
-      const jump = make("button", { type: "button", className: "jump", disabled: !organ.at, title: organ.at ? "go to it" : "not found" }, organ.name);
+      const jump = make("button", { type: "button", className: "jump", disabled: !organ.at, title: organ.at ? "go to this organ" : "not found" }, organ.name);
       jump.addEventListener("click", () => move(organ.at));
       const cells = organ.ml.map((ml) => (ml ? ml.toFixed(ml < 10 ? 1 : 0) : "–"));
       if (dice) cells.push(organ.dice === null ? "–" : organ.dice.toFixed(2));
@@ -371,9 +357,9 @@
   }
 
   // --- assembly ------------------------------------------------------------------------------
-  const times = (list, digits) => [...list].reverse().map((v) => (digits ? Number(v.toFixed(digits)) : v)).join(" × ");
+  const times = (list) => [...list].reverse().map((v) => Number(v.toFixed(2))).join(" × ");
   $("title").textContent = facts.title;
-  $("about").textContent = `${times(image.shape)} voxels of ${times(image.spacing, 2)} mm`;
+  $("about").textContent = `${times(image.shape)} voxels of ${times(image.spacing)} mm`;
   $("notes").append(...facts.notes.map((note) => make("li", {}, note)));
   organTable();
   if (!organs.length) $("organs").closest("section").hidden = true;
@@ -381,10 +367,10 @@
   let chosenLayout = null, chosenWindow = 0;
   const panes = [];
   if (!document.createElement("canvas").getContext("webgl2")) {
-    $("panes").replaceChildren(make("p", {}, "This browser has no WebGL 2, so that no picture can be drawn. The table of organs holds all the same."));
+    $("panes").replaceChildren(make("p", {}, "This browser has no WebGL 2, so the scan cannot be drawn. The table of organs is complete."));
     document.querySelectorAll(".bar, .row, #position, #position + p").forEach((part) => (part.hidden = true));
     document.querySelectorAll("#organs input, #organs button").forEach((part) => (part.disabled = true));
-    document.body.dataset.ready = "without pictures";
+    document.body.dataset.ready = "without views";
     return;
   }
   const besides = [
@@ -392,7 +378,7 @@
     ...layers.slice(1).map((name, i) => [name, () => [name, image, "image", `layer-${i + 1}`]]),
     ...supports.map((support, i) => [`support ${support.name}`, () => [`support ${support.name}`, support, `support-${i}`, `support-${i}-labels`]]),
   ];
-  radios($("layout"), "layout", [["All"], ["Axial"], ["Coronal"], ["Sagittal"], ["3-D"]].map(([t]) => [t, ""]), (i) => {
+  radios($("layout"), "layout", [["All"], ["Axial"], ["Coronal"], ["Sagittal"], ["3-D"]], (i) => {
     chosenLayout = [null, AXIAL, CORONAL, SAGITTAL, RENDER][i];
     panes.forEach((pane) => pane.layout());
     move(here);
@@ -403,7 +389,7 @@
   });
   besides.forEach(([name], i) => $("beside").append(make("option", { value: i }, name)));
   $("beside-choice").hidden = besides.length < 2;
-  // One after the other: a choice may come while the one before it still loads.
+  // One after the other, since the previous choice may still be loading.
   let turn = Promise.resolve();
   const beside = () => (turn = turn.then(async () => {
     const choice = besides[$("beside").value][1];
@@ -416,7 +402,7 @@
         await right.nv.attachToCanvas(right.canvas);
       }
       await right.show(...choice());
-      right.nv.setAtlasOutline($("outline").checked ? 1 : 0);
+      outline(right);
       panes[1] = right;
     }
     panes.forEach((pane) => pane.nv.resizeListener());
@@ -424,7 +410,8 @@
     move(here);
   }));
   $("beside").addEventListener("change", beside);
-  $("outline").addEventListener("change", () => panes.forEach((pane) => pane.nv.setAtlasOutline($("outline").checked ? 1 : 0)));
+  const outline = (pane) => pane.nv.setAtlasOutline($("outline").checked ? 1 : 0);
+  $("outline").addEventListener("change", () => panes.forEach(outline));
   $("opacity").addEventListener("input", () => panes.forEach((pane) => pane.nv.volumes.length > 1 && pane.nv.setOpacity(1, $("opacity").value / 100)));
 
   let right = null;
@@ -445,6 +432,6 @@
   document.body.dataset.ready = "yes";
   window.lslpn = { panes, where: () => here };
 })().catch((error) => {
-  document.getElementById("here").textContent = `The pictures cannot be drawn: ${error.message}`;
+  document.getElementById("here").textContent = `The scan cannot be drawn: ${error.message}`;
   throw error;
 });
