@@ -1,7 +1,6 @@
-"""The demo: segments one real CT scan with the labels of another.
+"""The demo: segments a CT scan from another one, both of which ship with the package.
 
-Both scans ship with the package. They differ in orientation, spacing and field of view, and one
-covers a fifth of the other's height; the network has been trained without labels.
+They differ in orientation, spacing and field of view, and one covers a fifth of the other's height.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ def run_demo(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Segment demo scan B by demo scan A and write the result.
+    """Segment demo scan B from demo scan A and write the result.
 
-    Writes into the folder `out`, each file whole or not at all: prediction.nii.gz, the labels in
-    B's own grid; overlay.png, support, ground truth and prediction side by side; report.json, what
-    this function returns; result.html, a page that shows all of it, see `lslpn.viewer`.
+    Writes atomically into the folder `out`: prediction.nii.gz, the labels in B's own grid;
+    overlay.png, support, ground truth and prediction side by side; report.json, the returned dict;
+    result.html, a page that shows the result, see `lslpn.viewer`.
 
     Returns:
-        dice: organ to its 3-D Dice, for the organs in B's labels, the largest first;
-        volumes_ml: organ to {"prediction", "truth"}, for all organs of A;
-        seconds, versions, settings, matched_slices (for each slice of B the one of A, or -1), and
-        note: that the labels are TotalSegmentator's predictions, not a human's.
+        dice: the 3-D Dice of each organ in B's labels, the largest organ first;
+        volumes_ml: "prediction" and "truth" of each organ of A;
+        seconds, versions, settings, matched_slices (the slice of A for each slice of B, or -1), and
+        note: that the labels are TotalSegmentator's predictions.
 
     Raises:
-        InputError: `out` cannot be written to, or the installation lacks a file.
+        InputError: `out` cannot be written to, or a file is missing from the installation.
     """
     start = time.perf_counter()
     folder = Path(out)
@@ -118,7 +117,7 @@ def _draw(
     match: np.ndarray,
     organs: dict[str, int],
 ) -> None:
-    """Rows of support, ground truth and prediction, each cut to the patient's trunk."""
+    """Draw rows of support, ground truth and prediction, cropped to the patient's trunk."""
     boxes_a, boxes_b = body_boxes(support[0]), body_boxes(query[0])
     rows = []
     for part in _SHOWN:
@@ -126,7 +125,7 @@ def _draw(
         truth = _panel(query[0], query[1].data, z, boxes_b, f"query, slice {z}: given labels")
         result = _panel(query[0], prediction, z, boxes_b, f"query, slice {z}: found")
         s = int(match[z])
-        if s == BEYOND:  # nothing to show beside it
+        if s == BEYOND:  # no slice of the support to show
             rows.append([truth, result])
             continue
         given = _panel(support[0], support[1].data, s, boxes_a, f"support, slice {s}")

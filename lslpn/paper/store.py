@@ -178,8 +178,8 @@ class Store:
         complete = before.step >= run.config.train.steps
         if run.key in self.given and not complete:
             raise InputError(
-                f"{folder}: stopped at step {before.step} of {run.config.train.steps}; finish it "
-                "first, with lslpn train --resume"
+                f"{folder}: stopped at step {before.step} of {run.config.train.steps}; resume its "
+                "training and finish it first"
             )
         return complete
 

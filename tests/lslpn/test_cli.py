@@ -455,7 +455,7 @@ def test_a_checkpoint_of_another_architecture(
     (tmp_path / "text.pt").write_text("hello")
     for name, said in (
         ("w.pt", "another architecture"),
-        ("other.pt", "no checkpoint of lslpn"),
+        ("other.pt", "not an lslpn checkpoint"),
         ("text.pt", "cannot be read"),
     ):
         code, _, err = run(

@@ -97,7 +97,9 @@ def test_live_batch_norm_on_cpus_equals_that_of_an_accumulated_batch(
     """SyncBatchNorm needs GPUs; on CPUs each process has its own statistics, and says so."""
     done = two_processes(words(data, tmp_path / "two", batch_norm="live", steps=1))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("note: on the CPU each process takes batch-norm statistics over") == 1
+    assert (
+        done.stderr.count("note: on the CPU each process computes batch-norm statistics over") == 1
+    )
     for name, accumulate in (("parts", 2), ("whole", 1)):
         live = words(data, tmp_path / name, batch_norm="live", steps=1, accumulate=accumulate)
         assert main(live) == 0

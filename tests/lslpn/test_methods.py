@@ -439,7 +439,7 @@ def test_checkpoints_without_a_method_are_lslpn(tmp_path: Path) -> None:
     assert load_checkpoint(file).config.model.method == "lslpn"
     # PANet has the same tensors: a changed name must not turn a file of LSLPN into one.
     torch.save({**stored, "method": "panet"}, file)
-    with pytest.raises(InputError, match=r"says method 'panet'.*'lslpn'"):
+    with pytest.raises(InputError, match=r"is of method 'panet'.*'lslpn'"):
         load_model(file)
 
 
@@ -468,7 +468,7 @@ def test_one_way_and_one_shot_for_senet() -> None:
 def test_senet_with_several_ways_or_shots_is_refused_before_training(
     change: dict[str, int],
 ) -> None:
-    with pytest.raises(InputError, match=r"another than 'senet'.*1 way and 1 shot, with"):
+    with pytest.raises(InputError, match=r"senet is for 1 way and 1 shot, not [12] and [12]"):
         config("senet", **change)
 
 

@@ -403,7 +403,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_an_existing_run_is_not_overwritten(dataset: Dataset, tmp_path: Path) -> None:
     run(dataset, tmp_path / "run", small(steps=1))
     before = (tmp_path / "run" / FILE_NAME).read_bytes()
-    with pytest.raises(InputError, match=r"holds a training run already.*`resume=True`"):
+    with pytest.raises(InputError, match=r"already holds a training run.*`resume=True`"):
         run(dataset, tmp_path / "run", small(steps=1))
     assert (tmp_path / "run" / FILE_NAME).read_bytes() == before
 
@@ -605,7 +605,7 @@ EDITS: dict[str, tuple[tuple[str, ...], object]] = {
         ("empty", "cannot be read"),
         ("text", "cannot be read"),
         ("module", "cannot be read"),
-        ("foreign", "no checkpoint of lslpn"),
+        ("foreign", "not an lslpn checkpoint"),
         ("method", "method 'protonet'.*expected one of lslpn, panet"),
         ("version", "version 99"),
         ("option", "'colour'"),
@@ -616,9 +616,9 @@ EDITS: dict[str, tuple[tuple[str, ...], object]] = {
         ),
         ("missing tensor", r"another architecture.*layer3\.0\.conv1\.weight"),
         ("flipped bits", r"cannot be read \(wrong checksum of .*damaged"),
-        ("not finite", r"damaged: encoder\.layer3\.0\.conv1\.weight holds values.*not finite"),
-        ("infinite", r"damaged: encoder\.layer3\.0\.conv1\.weight holds values.*not finite"),
-        ("no tensor", r"encoder\.layer3\.0\.conv1\.weight is no dense tensor"),
+        ("not finite", r"damaged: encoder\.layer3\.0\.conv1\.weight has values.*not finite"),
+        ("infinite", r"damaged: encoder\.layer3\.0\.conv1\.weight has values.*not finite"),
+        ("no tensor", r"encoder\.layer3\.0\.conv1\.weight is not a dense tensor"),
         ("too large", r"another architecture.*\(1000000000, 1536, 3, 3\)"),
         ("beyond counting", "no network can be built"),
         ("config", "must be a table"),
@@ -628,7 +628,7 @@ EDITS: dict[str, tuple[tuple[str, ...], object]] = {
         ("weights", "model is list, not dict"),
         ("data", "data is str, not dict"),
         ("held-out organs", "hold_out is str, not list"),
-        ("a case", "cases holds something else than names"),
+        ("a case", "cases is not a list of names"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_clear_error(
@@ -645,7 +645,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_error(
 def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.*no such file or folder"):
         checkpoint_path(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=f"holds no {FILE_NAME}"):
+    with pytest.raises(InputError, match=f"has no {FILE_NAME}"):
         load_model(tmp_path)
 
 
