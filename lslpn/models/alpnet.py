@@ -1,8 +1,8 @@
-"""ALPNet: prototypes of small cells, of which each pixel is compared with the most similar.
+"""ALPNet: prototypes of small cells, with which each pixel is compared by a softmax.
 
 Ouyang et al., "Self-Supervision with Superpixels: Training Few-Shot Medical Image Segmentation
-without Annotation", ECCV 2020; here on the encoder that all prototype methods of this package
-share, instead of its ResNet-101.
+without Annotation", ECCV 2020; here with the encoder that the prototype methods of this package
+share, instead of a ResNet-101.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from lslpn_kernels.reference import class_masks
 from .alignment import AlignedNetwork
 
 _LOGIT_SCALE = 20.0
-_TRAINING_CELL, _TEST_CELL = 4, 2  # side of a cell in features
+_TRAINING_CELL, _TEST_CELL = 4, 2  # side of a cell in feature locations
 _INSIDE = 0.95  # a cell with more of the mask than this is a prototype of its class
-_EPS = 1e-4  # shorter features than this have no direction
+_EPS = 1e-4  # least length by which features are divided
 
-# Prototypes [P, D] of unit length (or zero), for each episode and class.
+# Prototypes [P, D] of unit length (or zero), by episode and class.
 Prototypes = list[list[Tensor]]
 
 
 class ALPNet(AlignedNetwork):
     """Adaptive local prototypes: the means of cells of the support's features.
 
-    Masks are brought to the size of the features. Features and masks are averaged over cells of
-    4 x 4 in training and 2 x 2 otherwise; a cell of which a class holds over 0.95 is one of its
-    prototypes. So is, for the foreground classes, the mean over all of the mask; the background
-    has that one only where no cell passes. With d_p = 20 cos(feature, prototype p), the score of
-    a class is sum_p softmax(d)_p d_p, interpolated to the image.
+    Masks are resized to the features. Features and masks are averaged over cells of 4 x 4 in
+    training and 2 x 2 otherwise; a cell that is more than 0.95 of one class is a prototype of it.
+    The mean over the whole mask is another prototype of a foreground class, and of the background
+    if no cell is. With d_p = 20 cos(feature, prototype p), the score of a class is
+    sum_p softmax(d)_p d_p, interpolated to the image.
 
-    Published for one class and one support image; with more, the cells and the masks' means of
-    all support images are prototypes together. Args and errors: those of `EncoderNetwork`; of
-    the configuration the grid, `logit_scale` and `min_pixels` are LSLPN's alone.
+    Published for one class and one support image; with more, the cells and means of all support
+    images are prototypes. Args and errors are those of `EncoderNetwork`; grid, `logit_scale` and
+    `min_pixels` of the configuration are not used.
     """
 
     name = "alpnet"
     class_weights = (0.05, 1.0)
-    # As its authors have it, against the ease of predicting nothing.
+    # As in the authors' code; penalises predicting nothing.
     needs_prediction = False
 
     def describe(self, features: Tensor, masks: Tensor) -> Prototypes:
-        """The prototypes, normalised, for each episode and class; the background's come first."""
+        """The normalised prototypes by episode and class, of which the background is the first."""
         size = features.shape[-2:]
         classes = class_masks(masks, masks.shape[2] + 1).to(features.dtype)
         small = F.interpolate(classes.flatten(0, 1), size, mode="bilinear", align_corners=False)
@@ -72,7 +72,7 @@ class ALPNet(AlignedNetwork):
 
     @staticmethod
     def _shown(means: Tensor, total: Tensor) -> Tensor:
-        """Means [K, D] of the images that show the class; a zero where none does."""
+        """Means [K, D] of the images that show the class, or one zero if none does."""
         shown = total[:, 0] > 0
         return means[shown] if bool(shown.any()) else means[:1]
 
@@ -88,7 +88,7 @@ class ALPNet(AlignedNetwork):
 
 def _matched(prototypes: Tensor, pixels: Tensor) -> Tensor:
     """sum_p softmax(d)_p d_p of prototypes [P, D] and pixels [Q, D, n]: [Q, n]."""
-    # One query at a time: [P, n] is large where a scan's background is the support.
+    # One query at a time: [P, n] is large for the background of whole scans.
     found = []
     for query in pixels:
         d = _LOGIT_SCALE * (prototypes @ query)
