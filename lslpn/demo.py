@@ -50,10 +50,10 @@ def run_demo(
         InputError: `out` cannot be written to, or a file is missing from the installation.
     """
     start = time.perf_counter()
-    folder = Path(out)
     names = ("prediction.nii.gz", "overlay.png", "report.json", "result.html")
-    for name in names:
-        check_writable(folder / name)
+    prediction, picture, record, page = files = [Path(out) / name for name in names]
+    for file in files:
+        check_writable(file)
     organs = demo_organs()
     image, labels = read_image(demo_image("a")), read_labels(demo_labels("a"))
     query, truth = read_image(demo_image("b")), read_labels(demo_labels("b"))
@@ -62,8 +62,8 @@ def run_demo(
     found = segment_matched(model, [(image, labels)], query, progress=progress, explain=True)
     match = found.matches[0]
 
-    write_labels(folder / names[0], found.labels, query)
-    _draw(folder / names[1], (image, labels), (query, truth), found.labels, match, organs)
+    write_labels(prediction, found.labels, query)
+    _draw(picture, (image, labels), (query, truth), found.labels, match, organs)
     view(
         query,
         found.labels,
@@ -74,20 +74,14 @@ def run_demo(
         why=found.why,
         title="CT B, segmented by the labels of CT A",
         notes=[LABELS_NOTE],
-    ).save(folder / names[3])
-    present = {o: v for o, v in organs.items() if (truth.data == v).any()}
-    largest_first = sorted(present, key=lambda o: -np.count_nonzero(truth.data == organs[o]))
+    ).save(page)
+    masks = {o: (found.labels == v, truth.data == v) for o, v in organs.items()}
+    largest_first = sorted(masks, key=lambda o: -np.count_nonzero(masks[o][1]))
     report: dict[str, Any] = {
-        "dice": {
-            o: round(dice(found.labels == organs[o], truth.data == organs[o]), 4)
-            for o in largest_first
-        },
+        "dice": {o: round(dice(*masks[o]), 4) for o in largest_first if masks[o][1].any()},
         "volumes_ml": {
-            o: {
-                "prediction": _millilitres(found.labels == v, query),
-                "truth": _millilitres(truth.data == v, query),
-            }
-            for o, v in organs.items()
+            o: {"prediction": _millilitres(mask, query), "truth": _millilitres(drawn, query)}
+            for o, (mask, drawn) in masks.items()
         },
         "seconds": round(time.perf_counter() - start, 1),
         "settings": {
@@ -101,7 +95,7 @@ def run_demo(
         "versions": versions(),
         "note": LABELS_NOTE,
     }
-    write_json(folder / names[2], report)
+    write_json(record, report)
     return report
 
 

@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _T = TypeVar("_T")
 # How long one process waits for another: reading many scans takes minutes.
@@ -45,8 +46,6 @@ class World:
         """The sum over all processes; `value` is not modified."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         total = value.clone()
         dist.all_reduce(total)
         return total
@@ -55,8 +54,6 @@ class World:
         """The value of the first process, unpickled in the others, so it must be trusted."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         held = [value]
         dist.broadcast_object_list(held, src=0)
         return held[0]
@@ -65,8 +62,6 @@ class World:
         """Refuse values that differ between processes."""
         if self.size == 1:
             return
-        import torch.distributed as dist
-
         held: list[Any] = [None] * self.size
         dist.all_gather_object(held, value)
         if any(other != held[0] for other in held):
@@ -78,8 +73,6 @@ class World:
 
 def world() -> World:
     """The processes that were `joined`, or this one."""
-    import torch.distributed as dist
-
     if not (dist.is_available() and dist.is_initialized()):
         return World()
     return World(dist.get_rank(), dist.get_world_size())
@@ -108,8 +101,6 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     if not launched(environment):
         yield device
         return
-    import torch
-    import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     local = int(environment.get("LOCAL_RANK", "0"))
@@ -142,8 +133,6 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
 
 def _own(device: str, local: int) -> str:
     """The device of process number `local` of this machine."""
-    import torch
-
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(
             f"device: expected auto, cpu or cuda under torchrun, got {device!r}; every process "
