@@ -186,7 +186,7 @@ class Store:
     def _train(self, run: Run, where: str) -> None:
         folder = self.run_folder(run)
         begun = is_file(folder / FILE_NAME)
-        what = "training on" if begun else "training"
+        what = "continuing training" if begun else "training"
         self.say(f"{where}{what} to step {run.config.train.steps} in {folder}")
         train(
             run.config,

@@ -1,4 +1,4 @@
-"""The command line on real files: results, errors of one line, and the files that remain."""
+"""The command line on real files: results, one-line errors, and the files that remain."""
 
 from __future__ import annotations
 
@@ -793,7 +793,7 @@ def test_segment_reports_assumptions_and_an_empty_result(tmp_path: Path, run: Ru
     assert ("note: grey.nii.gz: nothing was found" in err) == (out.count(": not found") == 3)
 
 
-def test_the_cpu_is_taken_without_a_look_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_is_used_without_looking_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def looked() -> bool:
         raise AssertionError("looked for a GPU")
 

@@ -86,8 +86,8 @@ def test_two_processes_give_the_weights_of_one_process_on_the_whole_batch(
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Of two steps, relative. Live batch norm over a few small images is ill-conditioned: rounding
-    in the last layer's gradient is some hundred times as large in the first layer's."""
+    """The relative difference of two steps. Live batch norm over a few small images is
+    ill-conditioned: rounding in the last layer's gradient grows a hundredfold up to the first."""
     return float((one - other).norm() / one.norm())
 
 

@@ -1,4 +1,4 @@
-"""The experiments: reports agree with the evaluations, and a resumed run with a complete one."""
+"""The experiments: reports agree with evaluations, and resumed experiments with complete ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ TABLE1 = ("--method", "lslpn,panet", "--seeds", "1,2", "--classes", "all", "--un
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished table1, to be read only."""
+    """A folder with a finished table1; do not modify it."""
     out = tmp_path_factory.mktemp("finished") / "out"
     assert main(words("table1", data, out, *TABLE1)) == 0
     return out
@@ -63,7 +63,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy to work in: of links, since files are replaced and never modified."""
+    """A copy to work in, of hard links, since files are replaced and never modified."""
     shutil.copytree(finished, tmp_path / "out", copy_function=os.link)
     return tmp_path / "out"
 
@@ -216,7 +216,7 @@ def test_a_killed_experiment_ends_with_the_same_numbers(
     trained = out / "runs/lslpn/liver/seed1/checkpoint.pt"
     stamp = trained.stat().st_mtime_ns
     assert main(command) == 0
-    assert trained.stat().st_mtime_ns == stamp  # a complete run was taken as it is
+    assert trained.stat().st_mtime_ns == stamp  # a complete run is not touched
     for organ in ("liver", "kidney"):
         name = f"evaluations/lslpn/{organ}/seed1/published-12-none"
         rows = [loaded(folder, name)["evaluations"][0]["rows"] for folder in (out, finished)]
@@ -557,7 +557,7 @@ def test_the_commands_of_the_documentation(capsys: pytest.CaptureFixture[str]) -
     assert set(found[1].test) == set(GOLD) - {"10000132"}
 
 
-def test_settings_of_one_method_alone(
+def test_settings_of_a_single_method(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = ("--method", "lslpn,panet", "--seeds", "1", "--classes", "all")

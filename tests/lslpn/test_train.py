@@ -62,7 +62,7 @@ def run(dataset: Dataset, out: Path, config: Config, **arguments: object) -> LSL
 
 
 def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor in nested dicts and lists, by its path."""
+    """All tensors in nested dicts and lists, by path."""
     if isinstance(value, torch.Tensor):
         return {path: value}
     items = (
@@ -84,11 +84,11 @@ def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
 
 
 class StopError(Exception):
-    """Stands for a kill in tests that run in this process."""
+    """A kill, in tests that run in this process."""
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Interrupt `train` in the step after `steps` of its own steps."""
+    """Interrupt `train` after `steps` steps."""
     done = 0
     real = train_module.train_step
 
@@ -276,7 +276,7 @@ def test_training_leaves_torchs_generator_unchanged(dataset: Dataset, tmp_path: 
 
 
 def test_held_out_organs_do_not_affect_the_weights(dataset: Dataset, tmp_path: Path) -> None:
-    """With held-out organs labelled as background the run is the same."""
+    """The run is the same if held-out organs are labelled as background."""
     import nibabel as nib
     import numpy as np
 
