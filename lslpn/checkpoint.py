@@ -21,7 +21,7 @@ import torch
 from .assets import trained_weights
 from .config import Config
 from .errors import InputError
-from .files import first_unusable, is_file, load_safetensors, load_tensors, look_up, write_bytes
+from .files import check_state, is_file, load_safetensors, load_tensors, look_up, write_bytes
 from .models import METHODS, FewShotNetwork, build
 
 FILE_NAME = "checkpoint.pt"
@@ -173,21 +173,8 @@ def check_weights(
     model: FewShotNetwork, checkpoint: Checkpoint, name: str | os.PathLike[str]
 ) -> None:
     """Refuse weights of another architecture or that are not finite; `name` is for the message."""
-    own, given = model.state_dict(), checkpoint.model
-    if unusable := first_unusable(given):
-        raise InputError(
-            f"{name}: is damaged: {unusable}; copy it again, or train the network again"
-        )
-    differ = sorted(set(own) ^ set(given), key=str)
-    differ += [k for k in own if k in given and own[k].shape != given[k].shape]
-    if differ:
-        key = differ[0]
-        has = tuple(given[key].shape) if key in given else "nothing"
-        wants = tuple(own[key].shape) if key in own else "nothing"
-        raise InputError(
-            f"{name}: has another architecture: {len(differ)} tensors differ, the first is {key}: "
-            f"expected {wants}, found {has}; build the model from the checkpoint's configuration"
-        )
+    correct = "build the model from the checkpoint's configuration"
+    check_state(checkpoint.model, model.state_dict(), name, correct)
 
 
 def load_model(

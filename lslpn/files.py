@@ -227,17 +227,38 @@ def load_safetensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[st
         raise InputError(f"{path}: cannot be read ({error}), expected {expected}") from error
 
 
-def first_unusable(state: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first unusable tensor of a state dict, or None if all are usable."""
+def check_state(
+    given: Mapping[str, Any], own: Mapping[str, Any], name: str | os.PathLike[str], correct: str
+) -> None:
+    """Refuse a state dict whose tensors differ from `own` in names or shapes, or are not dense,
+    real and finite.
+
+    Raises:
+        InputError: the message starts with `name` and, for another architecture, ends with
+            `correct`, which says how to correct it.
+    """
     import torch
 
-    for name, value in state.items():
+    for key, value in given.items():
+        wrong = None
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-            return f"{name} is not a dense tensor"
-        if value.is_quantized or value.is_complex():
-            return f"{name} holds {value.dtype}, not real numbers"
-        if not bool(value.isfinite().all()):
-            return f"{name} has values that are not finite"
-        if name.endswith("running_var") and bool((value < 0).any()):
-            return f"{name} has negative variances"
-    return None
+            wrong = "is not a dense tensor"
+        elif value.is_quantized or value.is_complex():
+            wrong = f"holds {value.dtype}, not real numbers"
+        elif not bool(value.isfinite().all()):
+            wrong = "has values that are not finite"
+        elif key.endswith("running_var") and bool((value < 0).any()):
+            wrong = "has negative variances"
+        if wrong:
+            raise InputError(f"{name}: is damaged: {key} {wrong}; use another copy of the file")
+    differ = sorted(set(own) ^ set(given), key=str)
+    differ += [key for key in own if key in given and own[key].shape != given[key].shape]
+    if differ:
+        expected, found = (
+            tuple(state[differ[0]].shape) if differ[0] in state else "nothing"
+            for state in (own, given)
+        )
+        raise InputError(
+            f"{name}: has another architecture: {len(differ)} tensors differ, the first is "
+            f"{differ[0]}: expected {expected}, found {found}; {correct}"
+        )

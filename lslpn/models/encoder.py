@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..assets import trunk_weights
 from ..config import ModelConfig, StrideOn
 from ..errors import InputError
-from ..files import first_unusable, is_file, load_safetensors, load_tensors
+from ..files import check_state, is_file, load_safetensors, load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -178,22 +178,14 @@ class Encoder(nn.Module):
         else:
             name, state = str(source), _read_state_dict(Path(source))
         state = {k: v for k, v in state.items() if not k.startswith(_IGNORED_LAYERS)}
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("reduction.")}
-        faults = []
-        if missing := [k for k in own.keys() - state if not k.endswith("num_batches_tracked")]:
-            faults.append(f"{len(missing)} tensors are missing (such as {min(missing)})")
-        if unknown := state.keys() - own:
-            faults.append(f"{len(unknown)} are unknown (such as {min(unknown)})")
-        if wrong := [k for k in own if k in state and state[k].shape != own[k].shape]:
-            k = wrong[0]
-            faults.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
-        if faults:
-            raise InputError(
-                f"{name}: does not fit the ResNet-50 trunk: {'; '.join(faults)}; give a ResNet-50 "
-                "state dict with torchvision's names (conv1, bn1, layer1, layer2, layer3)"
-            )
-        if unusable := first_unusable(state):
-            raise InputError(f"{name}: is damaged: {unusable}; copy or download the file again")
+        own = {
+            key: value
+            for key, value in self.state_dict().items()
+            if not key.startswith("reduction.")
+            and (key in state or not key.endswith("num_batches_tracked"))
+        }
+        names = "torchvision's names (conv1, bn1, layer1, layer2, layer3)"
+        check_state(state, own, name, f"give a ResNet-50 state dict with {names}")
         with torch.no_grad():
             for key, tensor in state.items():
                 own[key].copy_(tensor)

@@ -155,7 +155,7 @@ def test_training_continues_from_exported_weights(
     words = ["train", "--data", str(dataset.root), "--out", str(tmp_path / "run"), "--quiet"]
     words += ["--weights", str(file), "--set", "steps=1", "--set", "lr=1e-9", "--set", "batch=1"]
     assert main([*words, "--set", "channels=9"]) == 2
-    assert "the network is that of the weights" in capsys.readouterr().err
+    assert "whose settings cannot be changed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main(words) == 0
     trained = load_checkpoint(tmp_path / "run")
