@@ -169,14 +169,6 @@ def _checked(content: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def check_weights(
-    model: FewShotNetwork, checkpoint: Checkpoint, name: str | os.PathLike[str]
-) -> None:
-    """Refuse weights of another architecture or that are not finite; `name` is for the message."""
-    correct = "build the model from the checkpoint's configuration"
-    check_state(checkpoint.model, model.state_dict(), name, correct)
-
-
 def load_model(
     path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
 ) -> FewShotNetwork:
@@ -195,7 +187,7 @@ def load_model(
 
 
 def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNetwork:
-    """The network of a checkpoint, on the CPU and in evaluation mode; raises as `check_weights`."""
+    """The network of a checkpoint, on the CPU and in evaluation mode; raises as `check_state`."""
     # The initial weights would be overwritten, and their file may be gone.
     config = dataclasses.replace(checkpoint.config.model, weights="random")
     # First without memory, since a broken configuration may ask for more than there is.
@@ -207,7 +199,7 @@ def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNet
             f"{name}: no network can be built from its configuration "
             f"({str(error).splitlines()[0]}); use an unmodified file"
         ) from error
-    check_weights(shapes, checkpoint, name)
+    check_state(checkpoint.model, shapes.state_dict(), name)
     with torch.random.fork_rng(devices=[]):
         model = build(config)
     model.load_state_dict(checkpoint.model)

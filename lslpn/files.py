@@ -228,15 +228,13 @@ def load_safetensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[st
 
 
 def check_state(
-    given: Mapping[str, Any], own: Mapping[str, Any], name: str | os.PathLike[str], correct: str
+    given: Mapping[str, Any],
+    own: Mapping[str, Any],
+    name: str | os.PathLike[str],
+    correct: str = "build the model from its configuration",
 ) -> None:
     """Refuse a state dict whose tensors differ from `own` in names or shapes, or are not dense,
-    real and finite.
-
-    Raises:
-        InputError: the message starts with `name` and, for another architecture, ends with
-            `correct`, which says how to correct it.
-    """
+    real and finite; `name` and `correct`, how to correct it, are for the message."""
     import torch
 
     for key, value in given.items():

@@ -29,14 +29,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .checkpoint import FILE_NAME, Checkpoint, check_weights, save_checkpoint
+from .checkpoint import FILE_NAME, Checkpoint, save_checkpoint
 from .config import Config, TrainConfig
 from .data.dataset import Dataset
 from .data.episodes import Batch, Episodes
 from .data.superpixels import SuperpixelEpisodes
 from .distributed import World, world
 from .errors import InputError
-from .files import is_file, write_json
+from .files import check_state, is_file, write_json
 from .info import versions
 from .models import FewShotNetwork, untrained
 from .runs import Log, check_same_data, held, load_optimizer
@@ -102,7 +102,7 @@ def train(
         model = untrained(config, seed=options.seed) if model is None else model
         if before is not None:
             check_same_data(file, before.data, data)
-            check_weights(model, before, file)
+            check_state(before.model, model.state_dict(), file)
             model.load_state_dict(before.model)
         model.amp = options.amp
         if not options.channels_last:

@@ -99,16 +99,13 @@ def evaluate(
 
     [bold]lslpn evaluate --data DIR --checkpoint RUN --support CASE[/bold]
     """
-    networks = {
-        "--checkpoint": given.checkpoint is not None,
-        "--weights": given.weights is not None,
-        "--untrained": untrained,
-    }
-    if sum(networks.values()) != 1:
-        named = " and ".join(name for name, there in networks.items() if there)
+    options = {"--checkpoint": given.checkpoint, "--weights": given.weights}
+    named = [name for name, value in options.items() if value is not None]
+    named += ["--untrained"] * untrained
+    if len(named) != 1:
         raise InputError(
             "expected one of --checkpoint RUN, --weights NAME and --untrained, got "
-            + (named or "none of them")
+            + (" and ".join(named) or "none of them")
         )
     if not untrained and method is not None:
         raise InputError("--method: a trained network has its own; only use it with --untrained")

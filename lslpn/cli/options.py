@@ -304,20 +304,20 @@ class Network:
 
     def __post_init__(self) -> None:
         """Refuse unknown weights, and options of an untrained network with a trained one."""
-        options = {"--preset": self.preset, "--seed": self.seed}
-        describing = [name for name, value in options.items() if value is not None]
-        if self.checkpoint is not None and describing:
+        options = {"--weights": self.weights, "--preset": self.preset, "--seed": self.seed}
+        given = [name for name, value in options.items() if value is not None]
+        if self.checkpoint is not None and given:
             raise InputError(
-                f"{describing[0]}: a checkpoint has its own; leave out {describing[0]} or "
-                "--checkpoint"
+                f"{given[0]}: a checkpoint has its own; leave out {given[0]} or --checkpoint"
             )
-        if self.weights not in (None, "imagenet") and describing:
+        if self.weights in (None, "imagenet"):
+            return
+        if len(given) > 1:
             raise InputError(
                 f"--weights {self.weights}: --preset and --seed describe an untrained network; "
                 "leave them out, or give --weights imagenet"
             )
-        known = self.weights in (None, "ct", "imagenet")
-        if not known and not str(self.weights).endswith(".safetensors"):
+        if self.weights != "ct" and not self.weights.endswith(".safetensors"):
             raise InputError(
                 "--weights: expected ct, imagenet or a file that ends in .safetensors, got "
                 f"{self.weights}"
@@ -353,7 +353,7 @@ class Network:
         if self.size is not None:
             # Only the resizing of the input changes: the network accepts any size.
             model.config = dataclasses.replace(model.config, size=self.size)
-        return model.to(where).eval(), trained
+        return model.to(where), trained
 
     def name(self, method: Method | None) -> str:
         """The name of the network in results."""

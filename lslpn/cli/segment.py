@@ -109,8 +109,6 @@ def segment(
     [bold]lslpn segment --support-image A.nii.gz --support-mask A_mask.nii.gz --query B.nii.gz
     --out B_mask.nii.gz[/bold]
     """
-    if given.weights is not None and given.checkpoint is not None:
-        raise InputError("--weights: a checkpoint has its own; leave out --weights or --checkpoint")
     results = {"--out": out, "--probabilities": probabilities or [], "--html": html or []}
     matching = [("--support-mask", support_mask, "--support-image", support_image)]
     matching += [(name, files, "--query", query) for name, files in results.items() if files]
@@ -120,12 +118,11 @@ def segment(
                 f"{name}: expected one per {other}, got {len(files)} for {len(others)}; give "
                 "them in pairs, in the same order"
             )
+    inputs = {"--support-image": support_image, "--support-mask": support_mask, "--query": query}
+    taken = [(name, path) for name, files in inputs.items() for path in files]
     written = [(name, path) for name, files in results.items() for path in files]
     for name, path in written:
         check_ending(path, name, *((".html", ".htm") if name == "--html" else (".nii.gz", ".nii")))
-    pairs = [("--support-image", support_image), ("--support-mask", support_mask)]
-    taken = [(name, path) for name, files in (*pairs, ("--query", query)) for path in files]
-    for name, path in written:
         for other, file in taken:
             if _same_file(path, file):
                 raise InputError(f"{name}: {path} is also given as {other}; choose another name")

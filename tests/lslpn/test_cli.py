@@ -395,7 +395,7 @@ def test_a_data_set_without_its_json(run: Run, tmp_path: Path) -> None:
         (["--untrained", "--organ=liver", "--device=cuda:99"], "cuda:99 does not exist"),
         (["--untrained", "--organ=liver", "--chunks=3", "--protocol=adnet"], "one support slice"),
         (["--untrained", "--checkpoint=x"], "got --checkpoint and --untrained"),
-        (["--weights=ct", "--checkpoint=x"], "got --checkpoint and --weights"),
+        (["--weights=ct", "--checkpoint=x"], "--weights: a checkpoint has its own"),
         (["--weights=ct", "--method=panet"], "--method: a trained network"),
         (["--weights=ct", "--seed=1"], "--weights ct: --preset and --seed"),
         (["--weights=vit"], "--weights: expected ct"),
