@@ -63,22 +63,16 @@ class ALPNet(AlignedNetwork):
             for c in range(small.shape[2]):
                 prototypes = cells[b][passed[b, :, c]]
                 if c > 0 or len(prototypes) == 0:
-                    prototypes = torch.cat(
-                        (prototypes, self._shown(means[b, :, c], total[b, :, c]))
-                    )
-                of_classes.append(_directions(prototypes, -1))
+                    shown = total[b, :, c, 0] > 0
+                    shown[0] |= ~shown.any()  # one zero if no image shows the class
+                    prototypes = torch.cat((prototypes, means[b, :, c][shown]))
+                of_classes.append(F.normalize(prototypes, dim=-1, eps=_EPS))
             found.append(of_classes)
         return found
 
-    @staticmethod
-    def _shown(means: Tensor, total: Tensor) -> Tensor:
-        """Means [K, D] of the images that show the class, or one zero if none does."""
-        shown = total[:, 0] > 0
-        return means[shown] if bool(shown.any()) else means[:1]
-
     def scores(self, features: Tensor, support: Prototypes) -> Tensor:
         size = features.shape[-2:]
-        pixels = _directions(features, 2).flatten(3)  # [B, Q, D, h w]
+        pixels = F.normalize(features, dim=2, eps=_EPS).flatten(3)  # [B, Q, D, h w]
         scores = [
             torch.stack([_matched(prototypes, query) for prototypes in classes], 1)
             for query, classes in zip(pixels, support, strict=True)
@@ -94,7 +88,3 @@ def _matched(prototypes: Tensor, pixels: Tensor) -> Tensor:
         d = _LOGIT_SCALE * (prototypes @ query)
         found.append((d.softmax(0) * d).sum(0))
     return torch.stack(found)
-
-
-def _directions(features: Tensor, dim: int) -> Tensor:
-    return F.normalize(features, dim=dim, eps=_EPS)
