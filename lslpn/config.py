@@ -157,7 +157,7 @@ class TrainConfig:
     """Support and query slices differ by at most this in relative position (0 to 1) within the
     organ's range of their scans; if no slice is that near, the nearest one is used."""
     augment_probability: _Probability = 0.5
-    """Probability of gamma, contrast and brightness changes, each, per slice."""
+    """Probability of each of gamma, contrast and brightness, per slice."""
     augment_low: float = 0.5
     augment_high: float = 2.0
     """Range of the factors of augmentation."""

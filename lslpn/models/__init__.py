@@ -33,15 +33,8 @@ METHODS: dict[str, type[LSLPN] | type[PANet] | type[SENet] | type[ALPNet]] = {
 
 
 def build(config: ModelConfig, *, generator: torch.Generator | None = None) -> FewShotNetwork:
-    """The untrained network of `config.method`.
-
-    Args:
-        config: settings of the network.
-        generator: for the encoder's reduction layer; None uses torch's default generator.
-
-    Raises:
-        InputError: `config.weights` cannot be loaded.
-    """
+    """The untrained network of `config.method`; raises InputError if `config.weights` cannot be
+    loaded. `generator` is for the reduction layer; None uses torch's default generator."""
     return METHODS[config.method](config, generator=generator)
 
 
