@@ -144,21 +144,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         for name in ("cases", "organs", "hold_out"):
             if not all(isinstance(value, str) for value in _checked(checkpoint.data, name, list)):
                 raise TypeError(f"{name} is not a list of names")
-    except KeyError as error:
+        # The weights do not tell: methods may have the same tensors.
+        if (method := checkpoint.config.model.method) != content["method"]:
+            raise ValueError(f"method {content['method']!r} is {method!r} in its configuration")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
         raise InputError(
-            f"{file}: has no {error}, which every checkpoint has; use an unmodified file"
+            f"{file}: does not fit this version of lslpn ({what}); use an unmodified file, or the "
+            "lslpn that wrote it"
         ) from error
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{file}: its configuration does not fit this version of lslpn ({error}); "
-            "use the lslpn that wrote it"
-        ) from error
-    # The weights do not tell: methods may have the same tensors.
-    if checkpoint.config.model.method != content["method"]:
-        raise InputError(
-            f"{file}: is of method {content['method']!r}, but its configuration says "
-            f"{checkpoint.config.model.method!r}; use an unmodified file"
-        )
     return checkpoint
 
 
