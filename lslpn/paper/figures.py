@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import unknown
+from ..errors import InputError, unknown
 from ..evaluation.overlay import overlay
 from ..evaluation.results import Evaluation, Example, dice
 from . import report
@@ -37,7 +37,7 @@ def run(
     several.
 
     Raises:
-        InputError: a case or organ that is not tested, and as `table1.run`.
+        InputError: a case or organ that is not tested; nothing to show; and as `table1.run`.
     """
     setup = store.setup
     tested = [case for fold in setup.subject_folds for case in fold.test]
@@ -75,6 +75,12 @@ def run(
         for one in done
         for example in one.evaluations[0].examples
     ]
+    if not rows:
+        skipped = done[0].evaluations[0].skipped[0]
+        raise InputError(
+            f"nothing to show: no chosen case has a score of a chosen organ ({skipped.organ} in "
+            f"{skipped.case}: {skipped.reason}); choose other cases or organs"
+        )
     columns = list(dict.fromkeys(one.task.run.label for one in done))
 
     def pictures(content: report.Content) -> list[Path]:

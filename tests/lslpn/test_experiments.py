@@ -579,15 +579,31 @@ def test_settings_of_a_single_method(
         assert expected in capsys.readouterr().err
 
 
+def without_kidney(root: Path, cases: int, *names: str) -> Path:
+    """A data set in which some cases do not show the kidney."""
+    data = write_synthetic_dataset(root, cases=cases)
+    for name in names:
+        path = data / "labelsTr" / f"{name}.nii.gz"
+        image = nib.load(path)
+        kept = np.asarray(image.dataobj)
+        kept[kept == 3] = 0
+        nib.save(nib.Nifti1Image(kept, image.affine, image.header), path)
+    return data
+
+
+def test_figures_of_an_organ_that_no_case_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = without_kidney(tmp_path / "data", 4, "syn_02", "syn_03")
+    command = words("figures", data, tmp_path / "out", "--seeds", "1", "--organ", "kidney", steps=1)
+    assert main(command) == 2
+    assert "nothing to show: " in capsys.readouterr().err
+
+
 def test_a_support_without_the_organ_is_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_synthetic_dataset(tmp_path / "data", cases=3)
-    path = data / "labelsTr" / "syn_00.nii.gz"
-    image = nib.load(path)
-    kept = np.asarray(image.dataobj)
-    kept[kept == 3] = 0
-    nib.save(nib.Nifti1Image(kept, image.affine, image.header), path)
+    data = without_kidney(tmp_path / "data", 3, "syn_00")
     assert main(words("table1", data, tmp_path / "out", "--seeds", "1")) == 2
     said = capsys.readouterr().err
     assert "the support syn_00 does not show enough of kidney" in said
