@@ -118,12 +118,10 @@ def _draw(
         z = round(part * (len(match) - 1))
         truth = _panel(query[0], query[1].data, z, boxes_b, f"query, slice {z}: given labels")
         result = _panel(query[0], prediction, z, boxes_b, f"query, slice {z}: found")
-        s = int(match[z])
-        if s == BEYOND:  # no slice of the support to show
-            rows.append([truth, result])
-            continue
-        given = _panel(support[0], support[1].data, s, boxes_a, f"support, slice {s}")
-        rows.append([given, truth, result])
+        rows.append([truth, result])
+        if (s := int(match[z])) != BEYOND:
+            given = _panel(support[0], support[1].data, s, boxes_a, f"support, slice {s}")
+            rows[-1].insert(0, given)
     overlay(
         path,
         rows,

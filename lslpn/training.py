@@ -130,7 +130,9 @@ def train(
             batch = episodes.batch(step, processes.share(options.batch))
             return batch.pinned() if device.type == "cuda" else batch
 
-        batches = _prefetched(make, first, options.steps, _workers(device))
+        # Training on the CPU needs the cores itself.
+        workers = 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2))
+        batches = _prefetched(make, first, options.steps, workers)
         stack.enter_context(contextlib.closing(batches))
         # Dropout draws from torch's global generator; restore its state afterwards.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -306,11 +308,6 @@ def _prefetched(
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _workers(device: torch.device) -> int:
-    """The number of threads that prepare batches; on the CPU training needs the cores."""
-    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 def _mixed(seed: int, step: int, rank: int = 0) -> int:
