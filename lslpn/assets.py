@@ -1,8 +1,4 @@
-"""Data in the package: two CT scans with labels, and weights.
-
-Sources and licences are in NOTICE. The labels of the scans are TotalSegmentator's predictions,
-not drawn by a human.
-"""
+"""Data in the package: CT scans with labels, and weights; NOTICE has sources and licences."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from typing import Literal
 from .errors import InputError
 
 LABELS_NOTE = (
-    "The labels of both demo scans are predictions of TotalSegmentator, not drawings by a human: "
+    "The labels of both demo scans are predictions of TotalSegmentator, not drawn by a human: "
     "the Dice scores say how far the two methods agree."
 )
 
@@ -23,24 +19,21 @@ def asset(name: str) -> Path:
     """The path of a shipped file.
 
     Raises:
-        InputError: the installation lacks it.
+        InputError: it is missing from the installation.
     """
     path = Path(str(files("lslpn") / "assets" / name))
     if not path.is_file():
-        raise InputError(
-            f"{path}: the file belongs to the package and is not there; install lslpn again"
-        )
+        raise InputError(f"{path}: a file of the package is missing; install lslpn again")
     return path
 
 
 def trunk_weights() -> Path:
-    """ResNet-50, conv1 to layer3, trained on ImageNet; torchvision's names, safetensors."""
+    """The weights of ResNet-50, conv1 to layer3, trained on ImageNet, with torchvision's names."""
     return asset("resnet50_imagenet_trunk.safetensors")
 
 
 def trained_weights() -> Path:
-    """LSLPN trained on CT scans, see docs/weights.md: its tensors, and as metadata its
-    configuration, safetensors."""
+    """LSLPN trained on CT scans, as written by `save_weights`; see docs/weights.md."""
     return asset("lslpn_ct.safetensors")
 
 
@@ -50,11 +43,11 @@ def demo_image(scan: Literal["a", "b"]) -> Path:
 
 
 def demo_labels(scan: Literal["a", "b"]) -> Path:
-    """The labels of demo scan "a" or "b"; `demo_organs` names them."""
+    """The labels of demo scan "a" or "b", which are TotalSegmentator's predictions."""
     return asset(f"ct_{scan}_labels.nii.gz")
 
 
 def demo_organs() -> dict[str, int]:
-    """Organ name to label value in the labels of both demo scans."""
+    """The label value of each organ in both demo scans, by name."""
     labels: dict[str, int] = json.loads(asset("labels.json").read_text("utf-8"))["labels"]
     return labels

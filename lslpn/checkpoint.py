@@ -1,7 +1,7 @@
 """Checkpoints: one file with the weights, the configuration and the progress of training.
 
-Files are written to a temporary name and renamed, so that a kill at any moment leaves the previous
-one intact, and read with `weights_only`, so that a checkpoint from elsewhere cannot run code.
+They are written atomically, and read with `weights_only`, so that a checkpoint from elsewhere
+cannot run code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from .assets import trained_weights
 from .config import Config
 from .errors import InputError
-from .files import first_unusable, is_file, load_safetensors, load_tensors, look_up, write_bytes
+from .files import check_state, is_file, load_safetensors, load_tensors, look_up, write_bytes
 from .models import METHODS, FewShotNetwork, build
 
 FILE_NAME = "checkpoint.pt"
@@ -31,18 +31,18 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds."""
+    """The content of a checkpoint file."""
 
     config: Config
-    step: int  # gradient steps done
-    model: dict[str, Any]  # state dict of the network
-    optimizer: dict[str, Any]  # and of the optimizer, to resume
+    step: int  # number of gradient steps so far
+    model: dict[str, Any]  # the network's state dict
+    optimizer: dict[str, Any]  # the optimizer's state dict
     data: dict[str, Any]  # "dataset", "cases", "organs", "hold_out", "checksum" of the training
-    versions: dict[str, str]  # of lslpn's dependencies, for the record
+    versions: dict[str, str]  # see `info.versions`
 
 
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint, whole or not at all; raises as `files.write_bytes`."""
+    """Write a checkpoint atomically; raises as `files.write_bytes`."""
     content = {
         **vars(checkpoint),
         "config": checkpoint.config.to_dict(),
@@ -50,20 +50,20 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "version": _VERSION,
         "method": checkpoint.config.model.method,
     }
-    # Through memory: torch's own writer reports a full disk as an internal error.
+    # Through memory, since torch's own writer reports a full disk as an internal error.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_bytes(path, buffer.getbuffer())
 
 
 def save_weights(path: str | os.PathLike[str], model: FewShotNetwork) -> None:
-    """Write the weights alone as safetensors, with the network's configuration in the metadata.
+    """Write only the weights as safetensors, with the network's configuration in the metadata.
 
-    `load_model` builds the network again; any reader of safetensors has the weights, which
-    `model.load_state_dict` takes back.
+    `load_model` restores the network. Any reader of safetensors can read the weights, which are the
+    network's state dict.
 
     Raises:
-        InputError: another ending than .safetensors, or `path` cannot be written.
+        InputError: `path` does not end in .safetensors or cannot be written.
     """
     if not str(path).endswith(".safetensors"):
         raise InputError(f"{path}: expected a name that ends in .safetensors")
@@ -75,7 +75,7 @@ def save_weights(path: str | os.PathLike[str], model: FewShotNetwork) -> None:
 
 
 def _load_weights_file(path: Path) -> FewShotNetwork:
-    """The network of a file of `save_weights`."""
+    """The network in a file of `save_weights`."""
     expected = "a file written by lslpn.save_weights"
     weights, metadata = load_safetensors(path, expected)
     try:
@@ -89,16 +89,16 @@ def _load_weights_file(path: Path) -> FewShotNetwork:
 def pretrained() -> FewShotNetwork:
     """The network that ships, in evaluation mode: LSLPN trained on CT scans without any label.
 
-    What it was trained on, and what it reaches, is in docs/weights.md.
+    docs/weights.md has its training data and results.
 
     Raises:
-        InputError: the installation lacks the file.
+        InputError: the file is missing from the installation.
     """
     return load_model(trained_weights())
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that `path`, a RUN folder or the file itself, stands for."""
+    """The checkpoint file of a RUN folder, or the file itself."""
     given = Path(path)
     if is_file(given):
         return given
@@ -109,24 +109,25 @@ def checkpoint_path(path: str | os.PathLike[str]) -> Path:
         )
     if not is_file(given / FILE_NAME):
         raise InputError(
-            f"{given}: holds no {FILE_NAME}, expected the folder of a training run; "
-            "check the path, or wait for the run's first checkpoint"
+            f"{given}: has no {FILE_NAME}, expected the folder of a training run; check the path, "
+            "or wait for the run's first checkpoint"
         )
     return given / FILE_NAME
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a checkpoint, given the file or the RUN folder, onto the CPU.
+    """Read a checkpoint, given the file or the RUN folder, onto the CPU.
 
     Raises:
-        InputError: it is missing, damaged, of another program, another method or a newer version.
+        InputError: it is missing, damaged, not an lslpn checkpoint, or has an unknown method or
+            version.
     """
     file = checkpoint_path(path)
     content = load_tensors(file, "a checkpoint written by lslpn train")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(
-            f"{file}: is no checkpoint of lslpn, expected a file written by lslpn train; for "
-            "weights of a ResNet-50 alone set the option weights"
+            f"{file}: is not an lslpn checkpoint, expected a file written by lslpn train; for "
+            "weights of a ResNet-50 use the setting weights"
         )
     if content.get("version") != _VERSION or content.get("method") not in tuple(METHODS):
         raise InputError(
@@ -142,23 +143,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         )
         for name in ("cases", "organs", "hold_out"):
             if not all(isinstance(value, str) for value in _checked(checkpoint.data, name, list)):
-                raise TypeError(f"{name} holds something else than names")
-    except KeyError as error:
+                raise TypeError(f"{name} is not a list of names")
+        # The weights do not tell: methods may have the same tensors.
+        if (method := checkpoint.config.model.method) != content["method"]:
+            raise ValueError(f"method {content['method']!r} is {method!r} in its configuration")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
         raise InputError(
-            f"{file}: has no {error}, which every checkpoint has; use the file as it was written"
+            f"{file}: does not fit this version of lslpn ({what}); use an unmodified file, or the "
+            "lslpn that wrote it"
         ) from error
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{file}: its configuration does not fit this version of lslpn ({error}); "
-            "use the lslpn that wrote it"
-        ) from error
-    # Methods may have the same tensors, and a file without the option is from before there were
-    # others: the two places must agree.
-    if checkpoint.config.model.method != content["method"]:
-        raise InputError(
-            f"{file}: says method {content['method']!r}, but its configuration says "
-            f"{checkpoint.config.model.method!r}; it was changed, use the file as it was written"
-        )
     return checkpoint
 
 
@@ -169,38 +163,17 @@ def _checked(content: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def check_weights(
-    model: FewShotNetwork, checkpoint: Checkpoint, name: str | os.PathLike[str]
-) -> None:
-    """Refuse weights of another architecture, or that are not finite; `name` is for the message."""
-    own, given = model.state_dict(), checkpoint.model
-    if unusable := first_unusable(given):
-        raise InputError(
-            f"{name}: is damaged: {unusable}; copy it again, or train the network again"
-        )
-    differ = sorted(set(own) ^ set(given), key=str)
-    differ += [k for k in own if k in given and own[k].shape != given[k].shape]
-    if differ:
-        key = differ[0]
-        has = tuple(given[key].shape) if key in given else "nothing"
-        wants = tuple(own[key].shape) if key in own else "nothing"
-        raise InputError(
-            f"{name}: is of another architecture: {len(differ)} tensors differ, the first is "
-            f"{key}: expected {wants}, found {has}; build the model from the checkpoint's own "
-            "configuration"
-        )
-
-
 def load_model(
     path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
 ) -> FewShotNetwork:
-    """The trained network, in evaluation mode; `path` is a checkpoint, the folder of a run, or a
-    file of `save_weights`, which ends in .safetensors.
+    """Load a trained network, in evaluation mode, with its configuration in `model.config`.
 
-    The network's and its input's configuration come from the file: `model.config`.
+    `path` is a checkpoint, the folder of a run, or a file of `save_weights`, which ends in
+    .safetensors.
 
     Raises:
-        InputError: as `load_checkpoint`; weights of another architecture, or not finite.
+        InputError: as `load_checkpoint`, or the weights do not fit the configuration or are not
+            finite.
     """
     if str(path).endswith(".safetensors"):
         return _load_weights_file(Path(path)).to(device)
@@ -208,19 +181,19 @@ def load_model(
 
 
 def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNetwork:
-    """The network of a checkpoint, on the CPU and in evaluation mode; as `check_weights`."""
-    # The trunk's first weights are overwritten anyway, and their file may be gone.
+    """The network of a checkpoint, on the CPU and in evaluation mode; raises as `check_state`."""
+    # The initial weights would be overwritten, and their file may be gone.
     config = dataclasses.replace(checkpoint.config.model, weights="random")
-    # First without memory: the configuration may ask for more of it than there is.
+    # First without memory, since a broken configuration may ask for more than there is.
     try:
         with torch.device("meta"):
             shapes = build(config)
-    except (RuntimeError, TypeError) as error:  # numbers beyond what torch counts with
+    except (RuntimeError, TypeError) as error:  # sizes that torch cannot represent
         raise InputError(
             f"{name}: no network can be built from its configuration "
-            f"({str(error).splitlines()[0]}); use the file as it was written"
+            f"({str(error).splitlines()[0]}); use an unmodified file"
         ) from error
-    check_weights(shapes, checkpoint, name)
+    check_state(checkpoint.model, shapes.state_dict(), name)
     with torch.random.fork_rng(devices=[]):
         model = build(config)
     model.load_state_dict(checkpoint.model)

@@ -1,7 +1,6 @@
-"""The demo: segments one real CT scan with the labels of another.
+"""The demo: segments a CT scan from another one, both of which ship with the package.
 
-Both scans ship with the package. They differ in orientation, spacing and field of view, and one
-covers a fifth of the other's height; the network has been trained without labels.
+They differ in orientation, spacing and field of view, and one covers a fifth of the other's height.
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ def run_demo(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Segment demo scan B by demo scan A and write the result.
+    """Segment demo scan B from demo scan A and write the result.
 
-    Writes into the folder `out`, each file whole or not at all: prediction.nii.gz, the labels in
-    B's own grid; overlay.png, support, ground truth and prediction side by side; report.json, what
-    this function returns; result.html, a page that shows all of it, see `lslpn.viewer`.
+    Writes atomically into the folder `out`: prediction.nii.gz, the labels in B's own grid;
+    overlay.png, support, ground truth and prediction side by side; report.json, the returned dict;
+    result.html, a page that shows the result, see `lslpn.viewer`.
 
     Returns:
-        dice: organ to its 3-D Dice, for the organs in B's labels, the largest first;
-        volumes_ml: organ to {"prediction", "truth"}, for all organs of A;
-        seconds, versions, settings, matched_slices (for each slice of B the one of A, or -1), and
-        note: that the labels are TotalSegmentator's predictions, not a human's.
+        dice: the 3-D Dice of each organ in B's labels, the largest organ first;
+        volumes_ml: "prediction" and "truth" of each organ of A;
+        seconds, versions, settings, matched_slices (the slice of A for each slice of B, or -1), and
+        note: that the labels are TotalSegmentator's predictions.
 
     Raises:
-        InputError: `out` cannot be written to, or the installation lacks a file.
+        InputError: `out` cannot be written to, or a file is missing from the installation.
     """
     start = time.perf_counter()
-    folder = Path(out)
     names = ("prediction.nii.gz", "overlay.png", "report.json", "result.html")
-    for name in names:
-        check_writable(folder / name)
+    prediction, picture, record, page = files = [Path(out) / name for name in names]
+    for file in files:
+        check_writable(file)
     organs = demo_organs()
     image, labels = read_image(demo_image("a")), read_labels(demo_labels("a"))
     query, truth = read_image(demo_image("b")), read_labels(demo_labels("b"))
@@ -63,8 +62,8 @@ def run_demo(
     found = segment_matched(model, [(image, labels)], query, progress=progress, explain=True)
     match = found.matches[0]
 
-    write_labels(folder / names[0], found.labels, query)
-    _draw(folder / names[1], (image, labels), (query, truth), found.labels, match, organs)
+    write_labels(prediction, found.labels, query)
+    _draw(picture, (image, labels), (query, truth), found.labels, match, organs)
     view(
         query,
         found.labels,
@@ -75,20 +74,14 @@ def run_demo(
         why=found.why,
         title="CT B, segmented by the labels of CT A",
         notes=[LABELS_NOTE],
-    ).save(folder / names[3])
-    present = {o: v for o, v in organs.items() if (truth.data == v).any()}
-    largest_first = sorted(present, key=lambda o: -np.count_nonzero(truth.data == organs[o]))
+    ).save(page)
+    masks = {o: (found.labels == v, truth.data == v) for o, v in organs.items()}
+    largest_first = sorted(masks, key=lambda o: -np.count_nonzero(masks[o][1]))
     report: dict[str, Any] = {
-        "dice": {
-            o: round(dice(found.labels == organs[o], truth.data == organs[o]), 4)
-            for o in largest_first
-        },
+        "dice": {o: round(dice(*masks[o]), 4) for o in largest_first if masks[o][1].any()},
         "volumes_ml": {
-            o: {
-                "prediction": _millilitres(found.labels == v, query),
-                "truth": _millilitres(truth.data == v, query),
-            }
-            for o, v in organs.items()
+            o: {"prediction": _millilitres(mask, query), "truth": _millilitres(drawn, query)}
+            for o, (mask, drawn) in masks.items()
         },
         "seconds": round(time.perf_counter() - start, 1),
         "settings": {
@@ -102,7 +95,7 @@ def run_demo(
         "versions": versions(),
         "note": LABELS_NOTE,
     }
-    write_json(folder / names[2], report)
+    write_json(record, report)
     return report
 
 
@@ -118,19 +111,17 @@ def _draw(
     match: np.ndarray,
     organs: dict[str, int],
 ) -> None:
-    """Rows of support, ground truth and prediction, each cut to the patient's trunk."""
+    """Draw rows of support, ground truth and prediction, cropped to the patient's trunk."""
     boxes_a, boxes_b = body_boxes(support[0]), body_boxes(query[0])
     rows = []
     for part in _SHOWN:
         z = round(part * (len(match) - 1))
         truth = _panel(query[0], query[1].data, z, boxes_b, f"query, slice {z}: given labels")
         result = _panel(query[0], prediction, z, boxes_b, f"query, slice {z}: found")
-        s = int(match[z])
-        if s == BEYOND:  # nothing to show beside it
-            rows.append([truth, result])
-            continue
-        given = _panel(support[0], support[1].data, s, boxes_a, f"support, slice {s}")
-        rows.append([given, truth, result])
+        rows.append([truth, result])
+        if (s := int(match[z])) != BEYOND:
+            given = _panel(support[0], support[1].data, s, boxes_a, f"support, slice {s}")
+            rows[-1].insert(0, given)
     overlay(
         path,
         rows,

@@ -1,7 +1,7 @@
 """Training in several processes: `torchrun --nproc_per_node=N -m lslpn train ...`.
 
-`joined` connects the processes that torchrun has started, `world` is the rank and number of them.
-Without torchrun there is one process, and both do nothing.
+`joined` connects the processes that torchrun has started; `world` returns their number and this
+one's rank. Without torchrun there is one process, and `joined` does nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _T = TypeVar("_T")
 # How long one process waits for another: reading many scans takes minutes.
@@ -26,9 +27,9 @@ _PATIENCE = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together."""
+    """The processes that train together."""
 
-    rank: int = 0  # this one's number
+    rank: int = 0  # of this process
     size: int = 1
 
     @property
@@ -37,36 +38,30 @@ class World:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """The numbers of `count`, a multiple of the size, that are this process's."""
+        """This process's part of range(count); `count` is a multiple of the size."""
         each = count // self.size
         return range(self.rank * each, (self.rank + 1) * each)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes; `value` stays as it is."""
+        """The sum over all processes; `value` is not modified."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         total = value.clone()
         dist.all_reduce(total)
         return total
 
     def from_first(self, value: _T) -> _T:
-        """What the first process has, in all of them. Only for what that one made itself."""
+        """The value of the first process, unpickled in the others, so it must be trusted."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         held = [value]
         dist.broadcast_object_list(held, src=0)
         return held[0]
 
     def agree(self, value: Any, what: str) -> None:
-        """Refuse values that are not equal in all processes."""
+        """Refuse values that differ between processes."""
         if self.size == 1:
             return
-        import torch.distributed as dist
-
         held: list[Any] = [None] * self.size
         dist.all_gather_object(held, value)
         if any(other != held[0] for other in held):
@@ -77,9 +72,7 @@ class World:
 
 
 def world() -> World:
-    """This process among those that were `joined`."""
-    import torch.distributed as dist
-
+    """The processes that were `joined`, or this one."""
     if not (dist.is_available() and dist.is_initialized()):
         return World()
     return World(dist.get_rank(), dist.get_world_size())
@@ -87,34 +80,32 @@ def world() -> World:
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun started this process as one of several."""
-    told = all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    return told and int(environment["WORLD_SIZE"]) > 1
+    named = all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return named and int(environment["WORLD_SIZE"]) > 1
 
 
 @contextlib.contextmanager
 def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """Bring together the processes that torchrun started; one alone is left as it is.
+    """Connect the processes that torchrun started; does nothing for a single process.
 
-    The processes of GPUs talk through NCCL and take one GPU each, those of CPUs through gloo.
-    Within, only the first process gives warnings. Where one fails the others end as well, and
-    only the one that failed first raises its error: the others leave with SystemExit.
+    On GPUs the processes communicate through NCCL and use one GPU each, on CPUs through gloo.
+    Only the first process issues warnings. If one fails, the others end as well; only the first to
+    fail raises its error, the others raise SystemExit.
 
     Yields:
-        the device of this process, of "auto", "cpu" or "cuda[:N]".
+        the device of this process; for a single one it is `device` itself.
 
     Raises:
-        InputError: a GPU was named by number, or there are fewer GPUs than processes.
+        InputError: `device` has a number, or there are fewer GPUs than processes.
     """
     if not launched(environment):
         yield device
         return
-    import torch
-    import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     local = int(environment.get("LOCAL_RANK", "0"))
     store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-    # torchrun may start all of them again, with the same store.
+    # torchrun may restart all processes with the same store.
     attempt = f"lslpn/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     failures = dist.PrefixStore(f"{attempt}/failures", store)
     try:
@@ -136,32 +127,30 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
         if _failed_first(failures):
             raise
         raise SystemExit(1) from error
-    # Not after an error: it may wait for those that are gone.
+    # Not after an error, when it might wait for processes that have ended.
     dist.destroy_process_group()
 
 
 def _own(device: str, local: int) -> str:
     """The device of process number `local` of this machine."""
-    import torch
-
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(
             f"device: expected auto, cpu or cuda under torchrun, got {device!r}; every process "
-            "takes a GPU of its own"
+            "uses a GPU of its own"
         )
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if local >= torch.cuda.device_count():
         raise InputError(
             f"torchrun: process {local} of this machine has no GPU, torch finds "
-            f"{torch.cuda.device_count()}; start at most as many with --nproc_per_node"
+            f"{torch.cuda.device_count()}; start no more processes than that"
         )
     return f"cuda:{local}"
 
 
 def _failed_first(failures: Any) -> bool:
-    """Whether this process is the first to fail; the others fail because of it."""
+    """Whether this process is the first to fail, so that the others fail because of it."""
     try:
         return int(failures.add("count", 1)) == 1
-    except Exception:  # the store went with the process that failed
+    except Exception:  # the store ended with the process that failed
         return False

@@ -5,21 +5,21 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """An argument or file of the user cannot be used.
+    """A user's argument or file cannot be used.
 
-    The message is one or two sentences: which file or argument, what was expected, what was found,
-    and how to correct it. `lslpn` prints it to stderr and exits with code 2.
+    The message says in one or two sentences which file or argument it is, what was expected, what
+    was found, and how to correct it. `lslpn` prints it to stderr and exits with code 2.
     """
 
 
 def meant(given: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'liver'?)", or nothing where no name is like the one that was given."""
+    """ " (did you mean 'liver'?)", or "" if no known name is similar."""
     close = difflib.get_close_matches(given, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def unknown(what: str, given: str, where: str, known: Iterable[str], most: int = 999) -> InputError:
-    """The error for a name that is not there, with the one that was meant and those there are."""
+    """The error for an unknown name, with a suggestion and up to `most` of the known names."""
     names = list(known)
     shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
     return InputError(

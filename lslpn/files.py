@@ -1,4 +1,4 @@
-"""Atomic writes, a lock for a folder, and tensors from files of others.
+"""Atomic writes, a lock for a folder, and reading tensors from untrusted files.
 
 All files of this package are written here: to a temporary file in the same folder, flushed to
 disk, and renamed over the target. A kill at any moment leaves the previous file intact.
@@ -27,7 +27,7 @@ _SUFFIX_CHARACTERS = 20
 def _refusal(path: Path, error: OSError | ValueError) -> InputError:
     return InputError(
         f"{path}: cannot be written ({_reason(error)}); "
-        "give an output path in a folder that you may write to"
+        "choose an output path in a folder where you have write permission"
     )
 
 
@@ -36,13 +36,10 @@ def _reason(error: Exception) -> str:
 
 
 def look_up(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """What is at `path`; None where nothing is.
+    """The status of `path`, or None if it does not exist.
 
-    `Path.exists` and its like raise a bare OSError where a folder may not be searched or a name
-    is too long.
-
-    Raises:
-        InputError: it cannot be found out.
+    Unlike `Path.exists` and its kin, which raise an OSError if a folder cannot be searched or a
+    name is too long, it raises an InputError.
     """
     try:
         return os.stat(path)
@@ -50,8 +47,8 @@ def look_up(path: str | os.PathLike[str]) -> os.stat_result | None:
         return None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise InputError(
-            f"{path}: cannot be looked up ({_reason(error)}); check the path and whether you may "
-            "read its folder"
+            f"{path}: cannot be accessed ({_reason(error)}); check the path and the permissions "
+            "of its folder"
         ) from error
 
 
@@ -69,14 +66,14 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path to write to; on a clean exit it takes the place of `path`.
+    """Yield a path to write to, which replaces `path` on a clean exit.
 
-    The yielded file lies in the folder of `path` (which is made if need be), starts with a dot
-    and ends in `.partial` followed by the suffixes of `path`, because nibabel and matplotlib
-    read the format off the name. On any exception it is removed and `path` stays as it was.
+    The yielded file is in the folder of `path`, which is created if necessary. Its name starts with
+    a dot and ends in `.partial` and the suffixes of `path`, from which nibabel and matplotlib take
+    the format. On any exception it is removed and `path` stays as it was.
 
     Raises:
-        InputError: the folder cannot be made or written to, or the disk refuses.
+        InputError: the folder cannot be created or written to, or the disk is full.
     """
     target = Path(path)
     try:
@@ -85,7 +82,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _refusal(target, error) from error
     try:
         yield aside
-        # mkstemp makes the file private; give it the mode that a plain open() would have.
+        # mkstemp creates a private file; give it the mode of a plain open().
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(aside, 0o666 & ~mask)
@@ -100,15 +97,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _beside(target: Path) -> Path:
-    """An empty file in the folder of `target`, which is made if need be."""
+    """A new empty file in the folder of `target`, which is created if necessary."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # A name that the file system does not take is refused here, before anything is written.
+        # This also refuses names that the file system does not take, before anything is written.
         if stat.S_ISDIR(os.stat(target).st_mode):
             raise IsADirectoryError(21, "it is a folder")
     except FileNotFoundError:
         pass
-    # Of a long name with dots in it, no more than the file system takes; names have 255 bytes.
+    # A long name with dots in it may have long suffixes; file systems take 255 bytes.
     suffix = "".join(target.suffixes[-2:])[-_SUFFIX_CHARACTERS:]
     suffix = suffix[suffix.find(".") :] if "." in suffix else ""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".lslpn.", suffix=f".partial{suffix}")
@@ -117,7 +114,7 @@ def _beside(target: Path) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can open folders at all."""
+    """Make a rename survive a power cut, if the system can open folders."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -127,23 +124,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write `data` to `path`, whole or not at all; raises as `replacing` does."""
+    """Write `data` to `path` atomically; raises as `replacing`."""
     with replacing(path) as aside:
         aside.write_bytes(data)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all; raises as `write_bytes` does."""
+    """Write `text` to `path` as UTF-8 atomically; raises as `replacing`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write `content` as JSON to `path`, whole or not at all; raises as `write_bytes` does."""
+    """Write `content` to `path` as JSON atomically; raises as `replacing`."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
-    """Append `text` as UTF-8 to `path`; a kill may cut it, so readers leave out what is cut."""
+    """Append `text` to `path` as UTF-8. A kill may truncate it, which readers must expect."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
@@ -152,7 +149,7 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise what `write_bytes` would, before the work is done; makes the folder of `path`."""
+    """Raise what `write_bytes` would, before any work is done; creates the folder of `path`."""
     target = Path(path)
     try:
         _beside(target).unlink()
@@ -162,10 +159,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for the time of the `with`; the folder must be there and writable.
+    """Hold the lock of a folder, which must exist and be writable.
 
-    The lock is the operating system's and ends with the process, however that ends. Leaves an
-    empty file `.lock`, which means nothing once nobody holds it.
+    The lock is the operating system's and ends with the process, however that ends. It leaves an
+    empty file `.lock`, which has no meaning once nobody holds it.
 
     Raises:
         InputError: somebody else holds it, or the file cannot be written.
@@ -177,13 +174,13 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"{folder}: another lslpn is at work in it; wait until that has ended, or give "
-            "another folder"
+            f"{folder}: another lslpn is at work in it; wait until it has ended, or give another "
+            "folder"
         ) from error
     except (OSError, NotImplementedError) as error:
         raise InputError(
-            f"{path}: cannot be locked ({_reason(error)}); give a "
-            "folder on a disk that you may write to and that knows locks"
+            f"{path}: cannot be locked ({_reason(error)}); give a folder where you have write "
+            "permission, on a disk that supports locks"
         ) from error
     try:
         yield
@@ -192,7 +189,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def load_tensors(path: str | os.PathLike[str], expected: str) -> Any:
-    """What torch.save wrote to `path`, on the CPU: tensors and plain values, no code.
+    """Read tensors and plain values, never code, that torch.save wrote to `path`, onto the CPU.
 
     The archive's checksums are verified, which torch does not do.
 
@@ -200,25 +197,25 @@ def load_tensors(path: str | os.PathLike[str], expected: str) -> Any:
         InputError: the file is damaged, holds something else, or was not written by torch.save;
             the message ends with `expected`, a phrase such as "a state dict".
     """
-    import torch  # here, since most who need this module need no torch
+    import torch  # here, since most users of this module need no torch
 
     try:
-        if zipfile.is_zipfile(path):  # older files of torch.save are not
+        if zipfile.is_zipfile(path):  # files of old versions of torch are not
             with zipfile.ZipFile(path) as archive:
                 if (record := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {record}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file makes the unpickler fail in every way there is
-        # torch's message goes on for a page, in terminal colours; its first sentence will do.
+    except Exception as error:  # on such files the unpickler can raise anything
+        # torch's message fills a page, in terminal colours; its first sentence is enough.
         first = re.split(r"\. |[\n\x1b]", str(error))[0][:120] or type(error).__name__
         raise InputError(
-            f"{path}: cannot be read ({first}); it is damaged or something else, expected "
+            f"{path}: cannot be read ({first}); it is damaged or another kind of file, expected "
             f"{expected}"
         ) from error
 
 
 def load_safetensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata; as `load_tensors`."""
+    """The tensors of a safetensors file, on the CPU, and its metadata; raises as `load_tensors`."""
     from safetensors import SafetensorError, safe_open
 
     if not is_file(path):
@@ -230,18 +227,36 @@ def load_safetensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[st
         raise InputError(f"{path}: cannot be read ({error}), expected {expected}") from error
 
 
-def first_unusable(state: Mapping[str, Any]) -> str | None:
-    """The first tensor of a state dict that no network can compute with, and what is wrong with it;
-    None where all can be used."""
+def check_state(
+    given: Mapping[str, Any],
+    own: Mapping[str, Any],
+    name: str | os.PathLike[str],
+    correct: str = "build the model from its configuration",
+) -> None:
+    """Refuse a state dict whose tensors differ from `own` in names or shapes, or are not dense,
+    real and finite; `name` and `correct`, how to correct it, are for the message."""
     import torch
 
-    for name, value in state.items():
+    for key, value in given.items():
+        wrong = None
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-            return f"{name} is no dense tensor"
-        if value.is_quantized or value.is_complex():
-            return f"{name} holds {value.dtype}, not real numbers"
-        if not bool(value.isfinite().all()):
-            return f"{name} holds values that are not finite"
-        if name.endswith("running_var") and bool((value < 0).any()):
-            return f"{name} holds negative variances"
-    return None
+            wrong = "is not a dense tensor"
+        elif value.is_quantized or value.is_complex():
+            wrong = f"holds {value.dtype}, not real numbers"
+        elif not bool(value.isfinite().all()):
+            wrong = "has values that are not finite"
+        elif key.endswith("running_var") and bool((value < 0).any()):
+            wrong = "has negative variances"
+        if wrong:
+            raise InputError(f"{name}: is damaged: {key} {wrong}; use another copy of the file")
+    differ = sorted(set(own) ^ set(given), key=str)
+    differ += [key for key in own if key in given and own[key].shape != given[key].shape]
+    if differ:
+        expected, found = (
+            tuple(state[differ[0]].shape) if differ[0] in state else "nothing"
+            for state in (own, given)
+        )
+        raise InputError(
+            f"{name}: has another architecture: {len(differ)} tensors differ, the first is "
+            f"{differ[0]}: expected {expected}, found {found}; {correct}"
+        )

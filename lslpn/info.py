@@ -17,7 +17,7 @@ from lslpn_kernels import backends
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """The versions of the software that a result depends on."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("lslpn", "numpy", "nibabel"):
         try:
@@ -28,19 +28,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit that this package runs from, with "-dirty" after it where tracked files were
-    changed since; None where it is installed, or where git cannot tell."""
+    """The git commit that this package runs from, followed by "-dirty" if tracked files have been
+    changed; None if the package is installed or git cannot tell."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        # Not an error for the user: a result without a commit still has its versions.
         done = subprocess.run(
             ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
         )
         return done.stdout.strip()
 
     try:
-        # A package installed into an environment inside somebody's checkout is not part of it.
+        # An environment inside somebody's checkout is not part of it.
         git("ls-files", "--error-unmatch", Path(__file__).name)
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
@@ -64,13 +63,13 @@ def collect() -> dict[str, Any]:
 
 
 def report(facts: dict[str, Any]) -> str:
-    """`collect()` as text for people."""
+    """The facts of `collect` as readable text."""
     cpu = facts["cpu"]
     gpus = [
         f"{g['name']}, {g['memory_gib']:.0f} GiB, compute capability {g['capability']}"
         for g in facts["gpus"]
     ]
-    why = "this torch is built without CUDA" if not facts["cuda"] else "torch finds no usable GPU"
+    why = "torch finds no usable GPU" if facts["cuda"] else "this torch is built without CUDA"
     gpus = gpus or [f"none: {why}"]
     lines = [*facts["versions"].items(), ("platform", facts["platform"])]
     lines.append(("processor", f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']}"))
@@ -91,7 +90,7 @@ def _columns(lines: list[tuple[str, str]], indent: str = "") -> str:
 
 
 def _cores() -> int:
-    # What this process may use, which in a container or a job is less than what there is.
+    # A container or a job may use fewer cores than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

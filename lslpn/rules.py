@@ -1,4 +1,4 @@
-"""Constraints on settings, declared beside the fields of a dataclass, and parsing from text."""
+"""Constraints on settings, declared with the fields of a dataclass, and parsing from text."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .errors import InputError, meant
 
 
 class Rule(NamedTuple):
-    """What a value must be besides its type: `Annotated[int, Rule(...)]` beside the field."""
+    """A constraint on a field besides its type: `Annotated[int, Rule(...)]`."""
 
     expected: str
     holds: Callable[[Any], bool]
 
 
 def at_least(low: int, what: str = "{} or more") -> Rule:
-    """A rule; `what` says it in words."""
+    """The rule for a lower bound, in the words of `what`."""
     return Rule(what.format(low), lambda value: value >= low)
 
 
 def require(ok: bool, config: object, name: str, expected: str) -> None:
-    """Raise InputError unless `ok`."""
+    """Raise an InputError about the field `name` unless `ok`."""
     if not ok:
         given = getattr(config, name)
-        raise InputError(f"The option {name} must be {expected}; {given!r} was given.")
+        raise InputError(f"The option {name} must be {expected}, not {given!r}.")
 
 
 def _words(kind: Any) -> str:
@@ -45,12 +45,12 @@ def _words(kind: Any) -> str:
 
 
 def hints(kind: type) -> dict[str, Any]:
-    """Fields and their types, with their rules: `Annotated` where there is one."""
+    """The fields' types, `Annotated` if they have rules."""
     return typing.get_type_hints(kind, include_extras=True)
 
 
 def check(config: Any) -> None:
-    """Every field against its rule and, where it is a choice, against the choices."""
+    """Check every field against its rule and, if it is a Literal, against the choices."""
     for name, kind in hints(type(config)).items():
         value = getattr(config, name)
         rules = getattr(kind, "__metadata__", ())
@@ -63,26 +63,25 @@ def check(config: Any) -> None:
             require(optional or rule.holds(value), config, name, rule.expected)
 
 
-def known(given: Mapping[str, Any], names: set[str], what: str) -> None:
+def check_names(given: Mapping[str, Any], names: set[str], what: str) -> None:
+    """Raise an InputError if `given` has a name that is not in `names`."""
     for name in given:
         if name not in names:
             raise InputError(
-                f"There is no {what} {name!r}{meant(str(name), names)}; known are: "
+                f"There is no {what} {name!r}{meant(str(name), names)}; choose from "
                 f"{', '.join(sorted(names))}."
             )
 
 
 def number(text: str) -> float:
-    """A number, or a fraction such as 1/16; ValueError or ZeroDivisionError where it is none.
-
-    Not `fractions.Fraction`, which computes for hours on 1e999999999.
-    """
+    """A number, or a fraction such as 1/16; raises ValueError or ZeroDivisionError otherwise."""
+    # fractions.Fraction would compute for hours on 1e999999999.
     numerator, slash, denominator = text.partition("/")
     return float(numerator) / (float(denominator) if slash else 1)
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value`, perhaps a string of the command line, as the type that the field is declared to."""
+    """Convert `value`, which may be a string from the command line, to the type of a field."""
     if typing.get_origin(kind) is Annotated:
         kind = kind.__origin__
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -102,20 +101,17 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     if origin is tuple:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
-        if not isinstance(value, (list, tuple)):
-            raise wrong
-        if args[-1] is not Ellipsis and len(value) != len(args):
+        fixed = args[-1] is not Ellipsis
+        if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(args)):
             raise wrong
         return tuple(coerce(name, part, args[0]) for part in value)
     if kind is str:
         return str(value)
     if kind is bool:
         words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in words:
-            return words[value.lower()]
-        raise wrong
+        if not isinstance(value, (bool, str)) or str(value).lower() not in words:
+            raise wrong
+        return words[str(value).lower()]
     if isinstance(value, bool):
         raise wrong
     try:

@@ -1,7 +1,7 @@
 """The folder of a training run, and the settings that must agree to resume it.
 
-config.json     its settings, and the data it is trained on
-log.csv         step, loss, lr, seconds per step, and how many of these waiting for the batch
+config.json     its settings and the data that it is trained on
+log.csv         step, loss, lr, seconds per step, and seconds of these spent waiting for the batch
 checkpoint.pt   the latest state, and after the last step the result
 """
 
@@ -29,13 +29,13 @@ _FREE_ON_RESUME = ("log_every", "checkpoint_every")
 
 @contextmanager
 def held(folder: Path, config: Config, resume: bool) -> Iterator[Checkpoint | None]:
-    """Hold the folder of a run, alone; yields the checkpoint to go on from, None for a start.
+    """Hold the lock of a run's folder; yields the checkpoint to resume from, or None.
 
     Raises:
         InputError: another process is at work in it, or it cannot be written; it holds a run and
-            `resume` is False, or none and `resume` is True, or one of another configuration.
+            `resume` is False, or none and `resume` is True, or one with another configuration.
     """
-    _check_start(folder, resume)  # refuse before a folder is made
+    _check_start(folder, resume)  # before the folder is created
     file = folder / FILE_NAME
     check_writable(file)
     with locked(folder):
@@ -51,20 +51,20 @@ def held(folder: Path, config: Config, resume: bool) -> Iterator[Checkpoint | No
 
 
 def _check_start(folder: Path, resume: bool) -> None:
-    """Refuse to begin where a run lies already, and to resume where none does."""
+    """Refuse to start in a folder that holds a run, and to resume in one that does not."""
     begun = look_up(folder / FILE_NAME) is not None
     if begun and not resume:
         raise InputError(
-            f"{folder}: holds a training run already; go on with `resume=True`, or give another "
-            "folder"
+            f"{folder}: already holds a training run; continue it with `resume=True`, or give "
+            "another folder"
         )
-    # A run killed before its first checkpoint left a config.json; it starts over.
+    # A run killed before its first checkpoint has only a config.json; it starts over.
     if resume and not begun and not is_file(folder / "config.json"):
-        raise InputError(f"{folder}: holds no run to resume; check the path, or start a run there")
+        raise InputError(f"{folder}: holds no run to resume; check the path, or start a new run")
 
 
 def fixed(config: Config) -> dict[str, Any]:
-    """A configuration without what changes no result, ready for JSON."""
+    """The settings that affect the result, ready for JSON."""
     plain = config.to_dict()
     for name in _FREE_ON_RESUME:
         del plain["train"][name]
@@ -72,14 +72,14 @@ def fixed(config: Config) -> dict[str, Any]:
 
 
 def changes(before: Config, now: Config) -> list[str]:
-    """What two configurations differ in, of all that decides a result, as lines such as
-    "steps was 400, now 500"."""
+    """The differences of two configurations in the settings that affect the result, as lines such
+    as "steps was 400, now 500"."""
     a, b = ({**fixed(config), "preset": None} for config in (before, now))
     return differences(a, b)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The places in which two nests of dicts and lists differ, in words."""
+    """The differences of two nested structures of dicts and lists, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for key in [*before, *(k for k in now if k not in before)]:
@@ -95,7 +95,7 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def check_same_data(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with other cases, organs or voxels than a run began with."""
+    """Refuse to resume a run with other cases, organs or voxels than it started with."""
     for name, value in now.items():
         # Runs of earlier versions have no checksum of the voxels.
         if before.get(name) != value and not (name == "checksum" and name not in before):
@@ -109,7 +109,7 @@ def check_same_data(file: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def load_optimizer(optimizer: torch.optim.SGD, before: Checkpoint, file: Path) -> None:
-    """Goes on with the momentum of a checkpoint; InputError where it is not of this network."""
+    """Restore the momentum of a checkpoint; InputError if it does not fit the network."""
     try:
         optimizer.load_state_dict(before.optimizer)
         fits = all(
@@ -121,14 +121,14 @@ def load_optimizer(optimizer: torch.optim.SGD, before: Checkpoint, file: Path) -
         fits = False
     if not fits:
         raise InputError(
-            f"{file}: its optimizer state does not fit its network, expected the file as it was "
-            "written; start another run"
+            f"{file}: its optimizer state does not fit its network, expected an unmodified file; "
+            "start another run"
         )
 
 
 def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
-    """Seconds of all steps of a run by its log, and how many of them it waited for its batches;
-    None without a readable log."""
+    """The seconds of all steps of a run according to its log, and how many of them were spent
+    waiting for batches; None without a readable log."""
     total, waited, before = 0.0, 0.0, 0
     for line in _whole_lines(Path(folder) / "log.csv"):
         step, _, _, seconds, waiting = (float(value) for value in line.split(","))
@@ -140,10 +140,10 @@ def time_spent(folder: str | os.PathLike[str]) -> tuple[float, float] | None:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a log without its header; none of a file that cannot be read.
+    """The lines of a log without its header; none if the file cannot be read.
 
-    Lines are appended, and a kill or a full disk may cut one: what is no line of five numbers
-    with an end is left out.
+    Lines are appended, and a kill or a full disk may truncate one. Anything but a complete line of
+    five numbers is skipped.
     """
     try:
         text = path.read_text("utf-8")
@@ -153,7 +153,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 class Log:
-    """log.csv; a resumed run drops the lines after its checkpoint and goes on."""
+    """log.csv; a resumed run drops the lines after its checkpoint."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path

@@ -4,10 +4,10 @@ All random numbers are functions of the seed and the step (see episodes.py; drop
 each step), so that a resumed run ends with bitwise the same weights as an uninterrupted one, on the
 same machine, with the same torch, kernels, and numbers of threads and processes.
 
-Several processes (see distributed.py) share the episodes of a batch, which is the same for any
-number of them. The resulting weights are equal up to rounding, except that dropout differs between
-processes, and that on the CPU live batch norm has the statistics of each process's own images, as
-it has those of each part of an accumulated batch.
+Several processes (see distributed.py) share the episodes of a batch, which does not depend on their
+number. The resulting weights are equal up to rounding, with two exceptions: dropout differs between
+processes, and on the CPU live batch norm uses the statistics of each process's own images, just as
+it uses those of each part of an accumulated batch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .checkpoint import FILE_NAME, Checkpoint, check_weights, save_checkpoint
+from .checkpoint import FILE_NAME, Checkpoint, save_checkpoint
 from .config import Config, TrainConfig
 from .data.dataset import Dataset
 from .data.episodes import Batch, Episodes
 from .data.superpixels import SuperpixelEpisodes
 from .distributed import World, world
 from .errors import InputError
-from .files import is_file, write_json
+from .files import check_state, is_file, write_json
 from .info import versions
 from .models import FewShotNetwork, untrained
 from .runs import Log, check_same_data, held, load_optimizer
@@ -55,31 +55,31 @@ def train(
     model: FewShotNetwork | None = None,
     callback: Callable[[int, float, float], None] | None = None,
 ) -> FewShotNetwork:
-    """Trains the network and leaves it in `out`; returns it in evaluation mode.
+    """Train a network, save it in `out`, and return it in evaluation mode.
 
     Args:
         config: a preset, or one changed by `with_overrides`.
         dataset: the scans.
         hold_out: organs that are never a class of an episode.
-        cases: the scans to train on. Keep the ones you test on out of here.
-        out: the folder of the run; made if it is not there.
-        resume: go on from the checkpoint in `out`.
+        cases: the scans to train on, without those to test on.
+        out: the folder of the run; created if it does not exist.
+        resume: continue from the checkpoint in `out`.
         device: where to compute.
         progress: show bars with rate and time left.
         model: a network of your own, which is trained in place; default: the untrained one of
             `config`. Its `config` must equal `config.model`; to resume, pass a network built the
-            same way. `load_model` builds only the networks of this package: load the weights of
+            same way. `load_model` builds only the networks of this package; load the weights of
             another one with `load_checkpoint(out).model`.
-        callback: called as callback(step, loss, lr) whenever a line of the log is written: the
-            steps done, the mean loss since the last call, the learning rate; of several processes
-            only in the first.
+        callback: called as callback(step, loss, lr) whenever a line of the log is written, with the
+            number of steps so far, the mean loss since the last call, and the learning rate. With
+            several processes it is called only in the first.
 
     Raises:
-        InputError: `model` has another configuration than `config`; another process is at work in
-            `out`; it holds a run already and `resume` is False, or it holds none and `resume` is
-            True, or the run in it had another configuration or other data; `out` cannot be
-            written; the loss is no longer finite (the last good checkpoint stays); and everything
-            that `Episodes` and the network raise.
+        InputError: the configurations of `model` and `config` differ; another process is at work
+            in `out`; `out` holds a run and `resume` is False, or none and `resume` is True, or a
+            run with another configuration or other data; `out` cannot be written; the loss is no
+            longer finite (the last good checkpoint is kept); and all that `Episodes` and the
+            network raise.
     """
     folder, processes, options = Path(out), world(), config.train
     file, device = folder / FILE_NAME, torch.device(device)
@@ -102,7 +102,7 @@ def train(
         model = untrained(config, seed=options.seed) if model is None else model
         if before is not None:
             check_same_data(file, before.data, data)
-            check_weights(model, before, file)
+            check_state(before.model, model.state_dict(), file)
             model.load_state_dict(before.model)
         model.amp = options.amp
         if not options.channels_last:
@@ -130,9 +130,11 @@ def train(
             batch = episodes.batch(step, processes.share(options.batch))
             return batch.pinned() if device.type == "cuda" else batch
 
-        batches = _prefetched(make, first, options.steps, _workers(device))
+        # Training on the CPU needs the cores itself.
+        workers = 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2))
+        batches = _prefetched(make, first, options.steps, workers)
         stack.enter_context(contextlib.closing(batches))
-        # Dropout draws from torch's own generator; leave the caller's as it was.
+        # Dropout draws from torch's global generator; restore its state afterwards.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         shown = {"total": options.steps, "initial": first, "disable": not progress}
         bar = stack.enter_context(tqdm(desc="training", unit="step", **shown))
@@ -150,7 +152,7 @@ def train(
             bar.update()
             saving = done == options.steps or done % options.checkpoint_every == 0
             logging = saving or done % options.log_every == 0
-            # Reading the loss waits for the device; on the CPU there is nothing to wait for.
+            # Reading the loss waits for a GPU; on the CPU it costs nothing.
             if logging or device.type == "cpu":
                 loss = _finite(pending, done, file, processes)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.0e}", refresh=False)
@@ -171,11 +173,11 @@ def train(
 
 
 def _check(config: Config, model: FewShotNetwork | None, processes: World) -> None:
-    """Refuse a network of another configuration, and a batch that cannot be shared."""
+    """Refuse a network with another configuration, and a batch that cannot be divided."""
     if model is not None and model.config != config.model:
         raise InputError(
             "model: its configuration differs from `config.model`; build the network with "
-            "config.model, or give a configuration with that of the network"
+            "config.model, or give the configuration of the network"
         )
     each = processes.size * config.train.accumulate
     if config.train.batch % each:
@@ -187,13 +189,13 @@ def _check(config: Config, model: FewShotNetwork | None, processes: World) -> No
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """torch.compile works in the first step; what it cannot do on this machine is said."""
+    """Report an error of torch.compile, which compiles in the first step."""
     try:
         yield
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        # Two lines: what failed, and why. What follows is advice on debugging torch.
+        # Two lines: what failed, and why. The rest is advice on debugging torch.
         reason = " ".join(str(error).split("\n")[:2]) or type(error).__name__
         raise InputError(
             f"compile: torch.compile fails here ({reason}); run with compile=false"
@@ -201,7 +203,7 @@ def _compiling() -> Iterator[None]:
 
 
 class _Learner(nn.Module):
-    """A network whose forward is its loss: what DistributedDataParallel wants to be called."""
+    """A network whose forward returns its loss, as DistributedDataParallel needs it."""
 
     def __init__(self, model: FewShotNetwork, options: TrainConfig) -> None:
         super().__init__()
@@ -213,7 +215,7 @@ class _Learner(nn.Module):
 
 
 def _synchronised(model: FewShotNetwork, device: torch.device, processes: World) -> FewShotNetwork:
-    """With live batch norm, statistics over the images of all processes, where torch has that."""
+    """Let live batch norm take its statistics over the images of all processes, on GPUs."""
     live = any(isinstance(m, _BatchNorm) and m.training for m in model.train().modules())
     if processes.size == 1 or not live:
         return model
@@ -221,8 +223,8 @@ def _synchronised(model: FewShotNetwork, device: torch.device, processes: World)
         converted: FewShotNetwork = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return converted
     warnings.warn(
-        "on the CPU each process takes batch-norm statistics over its own share of a batch, and "
-        "those of the first are kept; with batch_norm=frozen the number of processes makes no "
+        "on the CPU each process computes batch-norm statistics over its own share of a batch, "
+        "and those of the first are kept; with batch_norm=frozen the number of processes makes no "
         "difference",
         stacklevel=2,
     )
@@ -236,15 +238,14 @@ def train_step(
     options: TrainConfig,
     parallel: DistributedDataParallel | None = None,
 ) -> Tensor:
-    """One gradient step over a batch: this process's part, on the network's device.
+    """One gradient step over this process's part of a batch, on the network's device.
 
-    The loss is the mean over the pixels with a label of the whole batch, in however many parts and
-    processes it is computed; a method whose loss is another mean is weighted likewise. `parallel`
-    wraps the network where there are several processes.
+    The loss is the mean over the labelled pixels of the whole batch, in however many parts and
+    processes it is computed. A method whose loss is another mean is weighted by these pixels as
+    well. `parallel` wraps the network if there are several processes.
 
     Returns:
-        the loss, a scalar that is still on the device; of several processes, this one's part of
-        the sum.
+        the loss, a scalar on the device; with several processes, this one's part of the sum.
     """
     optimizer.zero_grad(set_to_none=True)
     processes = World() if parallel is None else world()
@@ -255,11 +256,11 @@ def train_step(
     parts = batch.split(options.accumulate)
     for number, part in enumerate(parts, 1):
         weight = (part.query_labels != options.ignore_index).sum() / whole
-        # Gradients are summed up here and exchanged once, with the last part.
+        # Gradients are accumulated, and exchanged once, with the last part.
         last = number == len(parts)
         with contextlib.nullcontext() if parallel is None or last else parallel.no_sync():
             loss = compute(part) * weight
-            # DistributedDataParallel takes the mean over the processes.
+            # DistributedDataParallel averages over the processes.
             (loss * processes.size).backward()
         total += loss.detach()
     optimizer.step()
@@ -267,7 +268,7 @@ def train_step(
 
 
 def make_optimizer(model: FewShotNetwork, options: TrainConfig) -> torch.optim.SGD:
-    """SGD over everything that learns; the reduction layer has a learning rate of its own."""
+    """SGD over all trainable parameters; the reduction layer has its own learning rate."""
     fresh = model.fresh_parameters()
     mine = {id(p) for p in fresh}
     trunk = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
@@ -281,12 +282,12 @@ def make_optimizer(model: FewShotNetwork, options: TrainConfig) -> torch.optim.S
 
 
 def learning_rate(options: TrainConfig, step: int) -> float:
-    """The learning rate of step `step`, counted from 0: times lr_decay at every milestone."""
+    """The learning rate of `step`, counted from 0: multiplied by lr_decay at every milestone."""
     return options.lr * options.lr_decay ** sum(m <= step for m in options.milestones)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, options: TrainConfig, step: int) -> float:
-    """Sets every group's learning rate for `step` and returns the trunk's."""
+    """Set every group's learning rate for `step` and return the trunk's."""
     lr = learning_rate(options, step)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
@@ -296,7 +297,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, options: TrainConfig, st
 def _prefetched(
     make: Callable[[int], Batch], first: int, steps: int, workers: int
 ) -> Generator[Batch, None, None]:
-    """The batches of steps first .. steps - 1, made in threads while those before are in use."""
+    """The batches of steps first .. steps - 1, prepared in threads ahead of their use."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="episodes")
     try:
         ahead = deque(pool.submit(make, step) for step in range(first, min(steps, first + workers)))
@@ -309,32 +310,27 @@ def _prefetched(
         pool.shutdown(cancel_futures=True)
 
 
-def _workers(device: torch.device) -> int:
-    """Threads that make batches. On the CPU training itself needs the cores."""
-    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2))
-
-
 def _mixed(seed: int, step: int, rank: int = 0) -> int:
-    """A seed for one step of one process: neighbouring steps and seeds give unrelated ones."""
+    """A seed for one step of one process, unrelated to those of neighbouring steps and seeds."""
     entropy = [seed, step, rank] if rank else [seed, step]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def _finite(pending: list[Tensor], step: int, file: Path, processes: World) -> float:
-    """Mean of the losses since the last line of the log, which must be a number."""
+    """The mean of the losses since the last line of the log, which must be finite."""
     loss = float(processes.sum(torch.stack(pending)).mean())
     if not math.isfinite(loss):
         raise InputError(
             f"training diverged: the loss is {loss} at step {step}; lower lr, or run without amp. "
-            + (f"The last good checkpoint is in {file}" if is_file(file) else "Nothing was saved")
+            + (f"The last good checkpoint is {file}" if is_file(file) else "Nothing was saved")
         )
     return loss
 
 
 def _check_finite(model: FewShotNetwork, step: int) -> None:
-    """A finite loss does not vouch for the update that came after it."""
+    """Refuse weights that became infinite in an update after a finite loss."""
     if not all(bool(t.isfinite().all()) for t in model.state_dict().values()):
         raise InputError(
             f"training diverged: the weights are no longer finite after step {step}; lower lr. "
-            "The checkpoint before this one, if any, stays as it is"
+            "The previous checkpoint, if any, is kept"
         )

@@ -26,7 +26,7 @@ from .train import train
 app = group(
     "Few-shot segmentation of organs: with one labelled scan, find the organ in another.\n\n"
     "The method is the location-sensitive local prototype network (Yu et al., 2021). "
-    "[bold]lslpn demo[/bold] shows it on two CT scans that come along; "
+    "[bold]lslpn demo[/bold] shows it on two CT scans that ship with the package; "
     "[bold]lslpn COMMAND --help[/bold] explains a command.",
     name="lslpn",
     epilog="--debug, before or after the command, shows the traceback of an error.",
@@ -50,7 +50,7 @@ def _global(
     ),
     debug: bool = option("--debug", "Show the traceback of an error.", False),
 ) -> None:
-    # `main` takes --debug off the line, wherever it stands; it is declared here for the help.
+    # `main` removes --debug from the words, wherever it is; it is declared here for the help.
     pass
 
 
@@ -74,59 +74,50 @@ app.add_typer(experiment_app, name="experiment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: the words after `lslpn`, by default those of the process.
+    """Run the command line with the words after `lslpn`, by default those of the process.
 
     Returns:
-        the exit code: 0, 1, 2 or 130 as the module's docstring has them.
+        the exit code, see above.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"] or ["--help"]
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        return _run(words, debug)
-
-
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as a plain note, without the line of code that gave it."""
-    say(f"note: {message}")
-
-
-def _run(words: list[str], debug: bool) -> int:
-    try:
-        # Not standalone: errors come up to here, and one place decides how they read.
-        code = typer.main.get_command(app).main(words, prog_name="lslpn", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else 1
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc()
-        code, message = _explained(error)
-        if code == 1 and not debug:
-            message += "; --debug shows where it happened"
-        if message:
-            say(message)
-        return code
+        # Show warnings as plain notes, without the line of code that issued them.
+        warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
+        try:
+            # Not standalone, so that all errors arrive here.
+            code = typer.main.get_command(app).main(words, prog_name="lslpn", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except SystemExit as leave:
+            return leave.code if isinstance(leave.code, int) else 1
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                traceback.print_exc()
+            code, message = _explained(error)
+            if code == 1 and not debug:
+                message += "; --debug shows where it happened"
+            if message:
+                say(message)
+            return code
 
 
 def _explained(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error, and the line that says what it is."""
+    """The exit code and the message of an error."""
     if isinstance(error, (KeyboardInterrupt, InterruptedByUserError, typer.Abort)):
         return 130, "interrupted; nothing was left half-written"
     if isinstance(error, InputError):
         return 2, f"error: {error}"
     if isinstance(error, OSError) and error.filename is not None:
-        # A path that the system does not take or give, wherever it was first used.
         return 2, (
             f"error: {error.filename}: cannot be used ({error.strerror or error}); check the path "
-            "and whether you may read and write there"
+            "and its permissions"
         )
-    # Wrong options: typer has had two classes of this name, so it is known by its attributes.
+    # Wrong options. typer has had two classes for them, so they are recognised by attributes.
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "lslpn"
-        # A group of commands without one has printed its help, and has nothing to add.
+        # A group without a command has printed its help, and its message is empty.
         message = error.format_message().rstrip(".")
         return 2, f"error: {message}; see `{path} --help`" if message else ""
     return 1, f"error: {type(error).__name__}: {error}"

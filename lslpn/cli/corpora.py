@@ -1,4 +1,4 @@
-"""`lslpn prepare`: a command per public corpus."""
+"""`lslpn prepare`: a command for each public corpus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import InputError
 from .options import QUIET, command, group, option, say, sharing, split
 
 prepare_app = group(
-    "Turn a public corpus, as it is distributed, into a data set for the other commands."
+    "Convert a public corpus, as it is distributed, into a data set for the other commands."
 )
 
 _ORGANS = option(
@@ -22,30 +22,28 @@ _ORGANS = option(
 )
 _ALLOW_MISSING = option(
     "--allow-missing",
-    "Take a case though an organ has no file in it; the organ is background there.",
+    "Accept cases without a file for an organ, which is background there.",
     False,
 )
 
 
 @dataclass(frozen=True)
 class _Given:
-    """The options that all recipes share: `_recipe` gives every command these."""
+    """The options that all corpora share, which `_recipe` adds to every command."""
 
     src: Path = typer.Argument(..., metavar="SRC", help="The corpus, unpacked.")
     dst: Path = typer.Argument(..., metavar="DST", help="The data set's folder; new or empty.")
     cases: list[str] | None = option(
         "--cases CASE",
-        "Only these cases, repeated or with commas; default: all that the corpus has.",
+        "Only these cases, repeated or with commas; default: all.",
     )
-    skip_bad: bool = option(
-        "--skip-bad", "Make a data set of the good cases, and list the others.", False
-    )
-    resume: bool = option("--resume", "Go on in DST; cases finished there are kept.", False)
+    skip_bad: bool = option("--skip-bad", "Convert the good cases, and list the others.", False)
+    resume: bool = option("--resume", "Continue in DST, and keep its finished cases.", False)
     quiet: bool = QUIET
 
 
 def _recipe(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function of `_Given` and of options of its own a command."""
+    """Make a command of a function of `_Given` and options of its own."""
     return command(prepare_app)(sharing(_Given, function))
 
 
@@ -58,8 +56,8 @@ def visceral(
     organ: list[str] | None = _ORGANS,
     annotator: str | None = option(
         "--annotator ID",
-        "Whose drawing to take where an organ has several, as the file names have it; default,"
-        " and where there is none of theirs: the lowest number.",
+        "The annotator to use if an organ has several, as in the file names; default, and if there "
+        "is none of theirs: the lowest number.",
     ),
     allow_missing: bool = _ALLOW_MISSING,
 ) -> None:
@@ -115,16 +113,16 @@ def _prepare(name: str, given: _Given, **options: Any) -> None:
         say(f"note: {note}; see {dst / 'prepared.json'}")
     if outcome.left_out:
         count = len(outcome.left_out)
-        say(f"note: {count} case{'s' * (count != 1)} left out, which show none of the organs")
+        say(f"note: {count} case{'s' * (count != 1)} left out, without any of the organs")
     if not outcome.complete:
         count, done = len(outcome.problems), len(outcome.done)
         if not count:
             raise InputError(f"{src}: no case shows any of the organs; choose others with --organ")
         kept = (
             f"{done} good case{'s are' if done != 1 else ' is'} in {dst}, not yet a data set; "
-            "correct the files and --resume, or take the good cases alone with --resume --skip-bad"
+            "correct the files and --resume, or use only the good cases with --resume --skip-bad"
             if done
             else "no case can be used; correct the files and --resume"
         )
         raise InputError(f"{src}: {count} problem{'s' * (count != 1)}, listed above; {kept}")
-    print(f"written: {dst}, {len(outcome.done)} cases; prepared.json there says from what")
+    print(f"written: {dst}, {len(outcome.done)} cases; see prepared.json there for their files")

@@ -40,15 +40,15 @@ def evaluate(
     given: Network,
     *,
     data: Path = DATA,
-    support: str = option("--support CASE", "The case whose labels are given.", ...),
+    support: str = option("--support CASE", "The labelled case.", ...),
     untrained: bool = option(
         "--untrained", "No training: ImageNet features and a random reduction layer.", False
     ),
     method: Method | None = METHOD,
     query: list[str] | None = option(
         "--query CASE",
-        "Cases to segment, repeated or with commas; default: all that neither the training saw"
-        " nor is the support.",
+        "Cases to segment, repeated or with commas; default: all but the support and those that "
+        "were trained on.",
     ),
     organ: list[str] | None = option(
         "--organ NAME",
@@ -58,35 +58,35 @@ def evaluate(
     protocol: Protocol = option(
         "--protocol NAME",
         "Which support slice segments which query slices. [bold]published[/bold]: 12 chunks of"
-        " the organ's range. [bold]senet[/bold]: 10, median over cases. [bold]alpnet[/bold]: 3"
-        " parts. [bold]adnet[/bold]: one support slice for the whole scan, no knowledge of the"
-        " query's range.",
+        " the organ's range. [bold]senet[/bold]: 10 chunks, median over cases."
+        " [bold]alpnet[/bold]: 3 chunks. [bold]adnet[/bold]: one support slice for the whole scan,"
+        " without knowledge of the query's range.",
         "published",
     ),
     chunks: int | None = CHUNKS,
     align: Align | None = option(
         "--align",
         "body crops the scans to the patient's body first; default: as the checkpoint was "
-        "trained, and none without one.",
+        "trained, or none.",
     ),
     scale: list[str] | None = option(
         "--scale FRACTION",
-        "Size of a window over the image, such as 1/8, or 1/8:1 with a spacing of its own; "
-        "default: the model's. Repeated, every grid is evaluated in one pass.",
+        "Size of a window over the image, such as 1/8, or 1/8:1 with its own spacing; default: the "
+        "model's. Repeat to evaluate several grids in one pass.",
     ),
     spacing: str | None = option(
         "--spacing FRACTION",
         "Distance of windows over their size, such as 1/2; 1 is no overlap; default: the model's.",
     ),
     out: Path = option(
-        "--out DIR", "Where evaluation.json and the figures go.", Path("evaluation")
+        "--out DIR", "Folder for evaluation.json and the figures.", Path("evaluation")
     ),
     batch: int = BATCH,
     markdown: bool = option("--markdown", "Print the tables as Markdown.", False),
     html: bool = option(
         "--html",
-        "Write evaluation.html as well: the table, a box plot, the worst cases first, and a "
-        "page in views/ for each case.",
+        "Also write evaluation.html: the table, a box plot, the worst cases first, and a page in "
+        "views/ for each case.",
         False,
     ),
     force: bool = FORCE,
@@ -99,19 +99,16 @@ def evaluate(
 
     [bold]lslpn evaluate --data DIR --checkpoint RUN --support CASE[/bold]
     """
-    networks = {
-        "--checkpoint": given.checkpoint is not None,
-        "--weights": given.weights is not None,
-        "--untrained": untrained,
-    }
-    if sum(networks.values()) != 1:
-        named = " and ".join(name for name, there in networks.items() if there)
+    options = {"--checkpoint": given.checkpoint, "--weights": given.weights}
+    named = [name for name, value in options.items() if value is not None]
+    named += ["--untrained"] * untrained
+    if len(named) != 1:
         raise InputError(
             "expected one of --checkpoint RUN, --weights NAME and --untrained, got "
-            + (named or "none of them")
+            + (" and ".join(named) or "none of them")
         )
     if not untrained and method is not None:
-        raise InputError("--method: a trained network has its own; give it with --untrained only")
+        raise InputError("--method: a trained network has its own; only use it with --untrained")
     result = out / "evaluation.json"
     check_new(result, force)
 
@@ -167,7 +164,7 @@ def evaluate(
 def _grids(
     scales: Sequence[str] | None, spacing: str | None, model: FewShotNetwork
 ) -> list[GridSpec] | None:
-    """The grids to evaluate LSLPN with; None for other methods."""
+    """The grids to evaluate LSLPN with, or None for other methods."""
     from lslpn_kernels import GridSpec
 
     from ..models import LSLPN
@@ -190,7 +187,7 @@ def _choices(
     organs: list[str],
     queries: list[str],
 ) -> tuple[list[str], list[str]]:
-    """Organs and query cases to evaluate on; says what a reader of the result should know."""
+    """Organs and query cases to evaluate on, with a note about those that were trained on."""
     record = {} if checkpoint is None else checkpoint.data
     held_out, learnt, trained = (record.get(k, []) for k in ("hold_out", "organs", "cases"))
     if not organs:
@@ -201,13 +198,13 @@ def _choices(
                 + ", ".join(dataset.labels)
             )
     elif seen := [organ for organ in organs if organ in learnt]:
-        say(f"note: the training did not hold out {', '.join(seen)}")
+        say(f"note: training did not hold out {', '.join(seen)}")
     if not queries:
         queries = [c for c in dataset.cases if c != support and c not in trained]
         if not queries:
             raise InputError(
-                "--query: the training saw every case but the support; name cases to evaluate on"
+                "--query: every case but the support was trained on; name cases to evaluate on"
             )
     elif seen := [c for c in queries if c in trained]:
-        say(f"note: the training saw {', '.join(seen)} (other organs of them)")
+        say(f"note: training used {', '.join(seen)} (with other organs)")
     return organs, queries

@@ -1,4 +1,4 @@
-"""Options that commands share, and how they are parsed."""
+"""Options that commands share, and their parsing."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 DEFAULT_SEED = 1234  # of an untrained model
 Preset = Literal["paper", "published"]
 
-
 _F = TypeVar("_F", bound=Callable[..., None])
 _T = TypeVar("_T")
 
 
 class InterruptedByUserError(Exception):
-    """Ctrl-C, in a form that no version of typer turns into something else on its way up."""
+    """Ctrl-C, as an exception that no version of typer catches."""
 
 
 class _OneOfEach(TyperCommand):
-    """A command that refuses two values for an option of one: the parser would take the last."""
+    """A command that refuses a repeated option unless it takes several values; click would use the
+    last one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = self.make_parser(ctx).parse_args(args=list(args))[2]
@@ -52,7 +52,7 @@ class _OneOfEach(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-# Arguments of the library whose options are not called as they are, the likeliest first.
+# The options of library arguments whose name differs, the most likely one first.
 _OPTIONS = {
     "cases": ("--cases", "--train-cases"),
     "given": ("--run",),
@@ -67,10 +67,10 @@ _OPTIONS = {
 
 
 def in_options(message: str, function: Callable[..., None], values: Sequence[object]) -> str:
-    """A message of the library with the options of a command for the arguments that it names.
+    """Replace library arguments in a message with the options of a command.
 
-    Those are a word before a colon at its start, and what stands in backquotes, alone or with a
-    value: `resume=True`.
+    Arguments are a word before a colon at the start, and names in backquotes, which may have a
+    value: `resume=True`. A word that is a path among the command's `values` is left as it is.
     """
     own = {
         name
@@ -78,8 +78,11 @@ def in_options(message: str, function: Callable[..., None], values: Sequence[obj
         for name in getattr(parameter.default, "param_decls", None) or ()
     }
 
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    paths = {str(one).rpartition("=")[2] for one in flat}  # of --run METHOD:FOLD:SEED=PATH as well
+
     def option(match: re.Match[str]) -> str:
-        if match[1] in map(str, values):  # a file, called as an option is
+        if match[1] in paths:
             return match[0]
         name = match[1] or match[2]
         names = _OPTIONS.get(name, (f"--{name.replace('_', '-')}",))
@@ -89,7 +92,7 @@ def in_options(message: str, function: Callable[..., None], values: Sequence[obj
 
 
 def group(help: str, **more: Any) -> typer.Typer:
-    """An application, or a group of commands."""
+    """A group of commands."""
     return typer.Typer(
         help=help,
         rich_markup_mode="rich",
@@ -100,8 +103,8 @@ def group(help: str, **more: Any) -> typer.Typer:
 
 
 def command(app: typer.Typer) -> Callable[[_F], _F]:
-    """Make a function a command of `app`: Ctrl-C as one exception, the docstring as paragraphs,
-    and the library's messages in the words of the command line."""
+    """Make a function a command of `app`, with its docstring as the help, one exception for Ctrl-C,
+    and options in place of arguments in the library's messages."""
 
     def decorate(function: _F) -> _F:
         @functools.wraps(function)
@@ -114,7 +117,7 @@ def command(app: typer.Typer) -> Callable[[_F], _F]:
                 message = in_options(str(error), function, list(values.values()))
                 raise InputError(message) from error
 
-        # Line breaks of the source would otherwise be kept within paragraphs.
+        # typer would keep the line breaks within paragraphs.
         paragraphs = (function.__doc__ or "").split("\n\n")
         run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
         app.command(function.__name__.replace("_", "-"), cls=_OneOfEach)(run)
@@ -124,8 +127,8 @@ def command(app: typer.Typer) -> Callable[[_F], _F]:
 
 
 def sharing(shared: type, function: Callable[..., _T]) -> Callable[..., _T]:
-    """A function of an instance of `shared`, a dataclass of options, and of options of its own, as
-    a function of all these options."""
+    """Turn a function of an instance of `shared`, a dataclass of options, and of further options
+    into a function of all these options."""
     own = typing.get_type_hints(function, include_extras=True)
     common = typing.get_type_hints(shared, include_extras=True)
     options = [
@@ -146,7 +149,8 @@ def sharing(shared: type, function: Callable[..., _T]) -> Callable[..., _T]:
 
 
 def option(declaration: str, help: str, default: Any = None, **more: Any) -> Any:
-    """An option as it is written: "--out DIR", "--force" or "--quiet -q"; `...` is no default."""
+    """An option declared as "--out DIR", "--force" or "--quiet -q"; the default `...` makes it
+    required."""
     words = declaration.split()
     names = [word for word in words if word.startswith("-")]
     metavar = words[-1] if words[-1] not in names else None
@@ -157,10 +161,10 @@ DATA = option(
     "--data DIR", "Data set in nnU-Net's raw layout: dataset.json, imagesTr, labelsTr.", ...
 )
 DEVICE = option("--device NAME", "auto (a GPU if there is one), cpu, or cuda[:N].", "auto")
-FORCE = option("--force", "Replace results that are already there.", False)
+FORCE = option("--force", "Replace existing results.", False)
 QUIET = option("--quiet -q", "No progress bars.", False)
 BATCH = option("--batch N", "Query slices encoded at once.", 8, min=1)
-CHUNKS = option("--chunks N", "Parts of the organ's range; default: the protocol's own.", min=1)
+CHUNKS = option("--chunks N", "Parts of the organ's range; default: the protocol's.", min=1)
 NAMES = option(
     "--names JSON",
     'Names of the organs for the page: a dataset.json, or any file with its "labels".',
@@ -175,9 +179,9 @@ METHOD = option(
 
 
 def split(values: Sequence[str] | None, known: Collection[str] = ()) -> list[str]:
-    """Repeated and comma-separated values as one list, each once.
+    """Repeated and comma-separated values as one list without duplicates.
 
-    `known` are names that may hold commas themselves: the longest one is taken whole.
+    Names in `known` may contain commas: the longest match is not split.
     """
     found: list[str] = []
     for value in values or ():
@@ -191,7 +195,7 @@ def split(values: Sequence[str] | None, known: Collection[str] = ()) -> list[str
 
 
 def pairs(option: str, values: Sequence[str] | None, expected: str) -> dict[str, str]:
-    """NAME=VALUE pairs, each name once; `expected` is for the message."""
+    """NAME=VALUE pairs with distinct names; `expected` is for the message."""
     found: dict[str, str] = {}
     for value in values or ():
         name, equals, rest = (part.strip() for part in value.partition("="))
@@ -211,7 +215,7 @@ def settings_of(values: Sequence[str] | None) -> dict[str, str]:
 
 
 def fraction(text: str, option: str) -> float:
-    """1/8, 0.125 or 1 as a number in (0, 1]."""
+    """A number in (0, 1], written as 1/8, 0.125 or 1."""
     try:
         value = number(text)
     except (ValueError, ZeroDivisionError):
@@ -224,7 +228,7 @@ def fraction(text: str, option: str) -> float:
 
 
 def grid_of(text: str, spacing: float) -> GridSpec:
-    """SIZE or SIZE:SPACING of --scale."""
+    """The grid of --scale SIZE or SIZE:SPACING."""
     from lslpn_kernels import GridSpec
 
     size, colon, own = text.partition(":")
@@ -232,7 +236,7 @@ def grid_of(text: str, spacing: float) -> GridSpec:
 
 
 def torch_device(name: str) -> torch.device:
-    """What --device names; InputError where it is not there."""
+    """The device of --device; InputError if it does not exist."""
     import torch
 
     if name == "auto":
@@ -244,25 +248,25 @@ def torch_device(name: str) -> torch.device:
         raise wrong from error
     if device.type not in ("cpu", "cuda"):
         raise wrong
-    if device.type == "cuda":  # on the CPU, nothing asks for GPUs
+    if device.type == "cuda":  # for the CPU, do not initialise CUDA
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise InputError(
-                f"--device: {name} is not there, torch finds {count} GPUs; "
-                "take cpu, or see `lslpn info`"
+                f"--device: {name} does not exist, torch finds {count} GPUs; use cpu, or see "
+                "`lslpn info`"
             )
     return device
 
 
 def check_new(path: Path, force: bool) -> None:
-    """Refuse a result that is there, unless told to replace it, or that cannot be written."""
+    """Refuse a result that already exists, unless `force`, or that cannot be written."""
     if look_up(path) is not None and not is_folder(path) and not force:
         raise InputError(f"{path}: already exists; give another --out, or --force to replace it")
     check_writable(path)
 
 
 def check_ending(path: Path, name: str, *endings: str) -> None:
-    """Refuse a result whose name does not say what it is."""
+    """Refuse a result with another ending."""
     if not path.name.lower().endswith(endings):
         raise InputError(
             f"{name}: expected a name that ends in {' or '.join(endings)}, got {path.name}"
@@ -271,7 +275,7 @@ def check_ending(path: Path, name: str, *endings: str) -> None:
 
 @dataclass(frozen=True)
 class Network:
-    """The options that say which network is used, for commands made by `sharing`."""
+    """The options that choose the network, for `sharing`."""
 
     checkpoint: Path | None = option(
         "--checkpoint RUN",
@@ -279,15 +283,15 @@ class Network:
     )
     weights: str | None = option(
         "--weights NAME",
-        "Without a checkpoint: ct (trained on CT scans without labels; `lslpn segment` takes it by "
-        "default), imagenet (before training), or a file of lslpn.save_weights.",
+        "Without a checkpoint: ct (trained on CT scans without labels, the default of `lslpn "
+        "segment`), imagenet (before training), or a file of lslpn.save_weights.",
     )
     preset: Preset | None = option(
-        "--preset", f"{_PRESET_HELP}; of an untrained model, default: published."
+        "--preset", f"{_PRESET_HELP}; for an untrained model, default: published."
     )
     size: int | None = option(
         "--size PIXELS",
-        "Side of the square that slices are resized to; default: the model's own.",
+        "Side of the square that slices are resized to; default: the model's.",
         min=32,
     )
     seed: int | None = option(
@@ -299,20 +303,21 @@ class Network:
     device: str = DEVICE
 
     def __post_init__(self) -> None:
-        """Refuse weights that name no network, and what a trained network settles beside it."""
-        options = {"--preset": self.preset, "--seed": self.seed}
-        describing = [name for name, value in options.items() if value is not None]
-        if self.checkpoint is not None and describing:
+        """Refuse unknown weights, and options of an untrained network with a trained one."""
+        options = {"--weights": self.weights, "--preset": self.preset, "--seed": self.seed}
+        given = [name for name, value in options.items() if value is not None]
+        if self.checkpoint is not None and given:
             raise InputError(
-                f"{describing[0]}: a checkpoint has its own; give it without --checkpoint only"
+                f"{given[0]}: a checkpoint has its own; leave out {given[0]} or --checkpoint"
             )
-        if self.weights not in (None, "imagenet") and describing:
+        if self.weights in (None, "imagenet"):
+            return
+        if len(given) > 1:
             raise InputError(
                 f"--weights {self.weights}: --preset and --seed describe an untrained network; "
                 "leave them out, or give --weights imagenet"
             )
-        known = self.weights in (None, "ct", "imagenet")
-        if not known and not str(self.weights).endswith(".safetensors"):
+        if self.weights != "ct" and not self.weights.endswith(".safetensors"):
             raise InputError(
                 "--weights: expected ct, imagenet or a file that ends in .safetensors, got "
                 f"{self.weights}"
@@ -325,7 +330,7 @@ class Network:
     def load(
         self, *, untrained: bool = False, method: Method | None = None
     ) -> tuple[FewShotNetwork, Checkpoint | None]:
-        """The network, ready to run, and the checkpoint that it comes from.
+        """The network, ready to run, and its checkpoint, if it has one.
 
         Without any option it is the network that ships, unless `untrained`.
         """
@@ -346,12 +351,12 @@ class Network:
         else:
             model = trained_network(self.weights or "ct")
         if self.size is not None:
-            # The network takes any size: only what its input is resized to changes.
+            # Only the resizing of the input changes: the network accepts any size.
             model.config = dataclasses.replace(model.config, size=self.size)
-        return model.to(where).eval(), trained
+        return model.to(where), trained
 
     def name(self, method: Method | None) -> str:
-        """What it is called in results."""
+        """The name of the network in results."""
         if self.checkpoint is not None:
             return str(self.checkpoint)
         if self.weights is not None:
@@ -361,12 +366,12 @@ class Network:
 
 
 def trained_network(weights: str) -> FewShotNetwork:
-    """The network of --weights: `ct`, which ships, or that of a file."""
+    """The network of --weights, `ct` or a file."""
     from ..checkpoint import load_model, pretrained
 
     return pretrained() if weights == "ct" else load_model(weights)
 
 
 def say(line: str) -> None:
-    """A line for people, on stderr."""
+    """Print a line to stderr."""
     print(f"lslpn: {' '.join(line.split())}", file=sys.stderr, flush=True)

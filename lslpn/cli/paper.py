@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 experiment_app = group(
     "The paper's experiments: train what is not trained yet, evaluate it, and write the "
     "tables and figures.\n\n"
-    "An experiment that was stopped goes on where it was when the same command is given "
-    "again. Commands for the same --out share its trained networks."
+    "Repeat a command to continue an experiment that was stopped. Commands with the same --out "
+    "share its trained networks."
 )
 
 _Some = list[str] | None
@@ -46,18 +46,18 @@ _METHOD = option(
     "--method NAME", "lslpn, panet, senet or alpnet, repeated or with commas; default: lslpn."
 )
 _UNTRAINED = option("--untrained", "Add the first method's network before training.", False)
-_ONLY_UNTRAINED = option("--untrained", "The network before training, in its place.", False)
+_ONLY_UNTRAINED = option("--untrained", "Use the network before training instead.", False)
 _CLASSES = option(
     "--classes",
-    "Train on all labels that are not held out, on those of the other --fold alone "
-    "(tested), or on superpixels, without any label (none).",
+    "Train on all labels that are not held out, only on those of the other --fold (tested), or "
+    "on superpixels, without any label (none).",
     "all",
 )
 
 
 @dataclass(frozen=True)
 class _Given:
-    """The options that all experiments share: `_experiment` gives every command these."""
+    """The options that all experiments share, which `_experiment` adds to every command."""
 
     data: Path = DATA
     out: Path = option(
@@ -66,8 +66,8 @@ class _Given:
     fold: _Some = option(
         "--fold ORGANS",
         "Organs that are held out and tested together, such as liver, or "
-        "kidney_right+kidney_left; repeat for more folds. Default: liver; spleen; the kidneys; "
-        "the psoas muscles, as far as the data set has them.",
+        "kidney_right+kidney_left; repeat for more folds. Default: those of liver, spleen, the "
+        "kidneys and the psoas muscles that the data set has.",
     )
     folds: int | None = option(
         "--folds K",
@@ -81,18 +81,19 @@ class _Given:
         "all that are not tested.",
     )
     test_cases: _Some = option(
-        "--test-cases CASE", "Cases to test on, likewise; default: all that are not trained on."
+        "--test-cases CASE",
+        "Cases to test on, in the same form; default: all that are not trained on.",
     )
     support: str | None = option(
-        "--support CASE",
-        "The case whose labels are given at the test; default: the first to train on.",
+        "--support CASE", "The labelled case of the test; default: the first training case."
     )
     seeds: _Some = option(
         "--seeds N", "A training run for each, repeated or with commas; default: 1234,1235,1236."
     )
     setting: Literal["I", "II"] = option(
         "--setting",
-        "I: held-out organs may lie unlabelled in training slices; II: such slices are left out.",
+        "I: held-out organs may be visible, unlabelled, in training slices; II: such slices are "
+        "excluded.",
         "I",
     )
     protocol: Protocol = option(
@@ -105,16 +106,16 @@ class _Given:
     preset: Preset = PRESET
     sets: _Some = option(
         "--set [METHOD.]NAME=VALUE",
-        "Change one setting of the preset, such as --set size=257, or of one method alone: "
-        "--set alpnet.supervision=superpixels; repeat for more.",
+        "Change one setting of the preset, such as --set size=257, or only for one method, such "
+        "as --set alpnet.supervision=superpixels; repeat for more.",
     )
     runs: Path | None = option(
         "--runs DIR",
-        "Where trained networks lie, and new ones go, METHOD/FOLD/seedN; default: OUT/runs.",
+        "The folder of trained networks, old and new, as METHOD/FOLD/seedN; default: OUT/runs.",
     )
     run: _Some = option(
         "--run METHOD:FOLD:SEED=RUN",
-        "Take a network that `lslpn train` made with the same settings; repeat for more.",
+        "Use a network that `lslpn train` trained with the same settings; repeat for more.",
     )
     batch: int = BATCH
     device: str = DEVICE
@@ -122,12 +123,12 @@ class _Given:
 
 
 def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
-    """Make a function of `_Given` and of options of its own a command, which prints its files."""
-    made = sharing(_Given, function)
+    """Make a command of a function of `_Given` and options of its own that returns files."""
+    shared = sharing(_Given, function)
 
-    @functools.wraps(made)
+    @functools.wraps(shared)
     def run(**values: Any) -> None:
-        files = made(**values)
+        files = shared(**values)
         for file in files:
             if file.suffix == ".md":
                 print(file.read_text("utf-8"))
@@ -143,28 +144,26 @@ def _experiment(function: Callable[..., list[Path]]) -> Callable[..., None]:
 def table1(
     given: _Given,
     method: _Some = _METHOD,
-    classes: list[str] | None = option(
+    classes: _Some = option(
         "--classes NAME",
-        "Train with added classes (all labels that are not held out: all), without them (the "
-        "organs of the other --fold alone: tested), or on superpixels, without any label "
-        "(none); repeated or with commas; default: all,tested.",
+        "Train with added classes (all labels that are not held out: all), without them (only the "
+        "organs of the other --fold: tested), or on superpixels, without any label (none); "
+        "repeated or with commas; default: all,tested.",
     ),
     untrained: bool = _UNTRAINED,
 ) -> list[Path]:
     """Table 1: every method, per organ and mean, with and without added classes."""
     from ..paper import table1 as experiment
 
+    kinds = _classes(classes) + ["untrained"] * untrained
     with _opened(given) as store:
-        methods = split(method) or ["lslpn"]
-        return experiment.run(
-            store, methods, _seeds(given.seeds), classes=_classes(classes), untrained=untrained
-        )
+        return experiment.run(store, _methods(method), _seeds(given.seeds), kinds)
 
 
 @_experiment
 def grid_scale(
     given: _Given,
-    scale: list[str] | None = option(
+    scale: _Some = option(
         "--scale FRACTION",
         "Size of a window over the image, or SIZE:SPACING, repeated or with commas; default: "
         "1/16, 1/8, 1/4 and 1, and without overlap 1/16:1, 1/8:1 and 1/4:1.",
@@ -174,15 +173,14 @@ def grid_scale(
 ) -> list[Path]:
     """Fig. 3, left: the size of the windows, with and without overlap.
 
-    The networks are those of table1; every grid is tried on each in one pass.
+    The networks are those of table1; each is evaluated with every grid in one pass.
     """
     from ..paper import grid_scale as experiment
 
     grids = [grid_of(text, experiment.OVERLAP) for text in split(scale)]
-    with _opened(given, experiment.own(grids)) as store:
-        return experiment.run(
-            store, _seeds(given.seeds), grids=grids, classes=classes, untrained=untrained
-        )
+    with _opened(given) as store:
+        kind = "untrained" if untrained else classes
+        return experiment.run(store, _seeds(given.seeds), grids or experiment.DEFAULT_GRIDS, kind)
 
 
 @_experiment
@@ -194,25 +192,24 @@ def misalignment(
 ) -> list[Path]:
     """Fig. 3, right: how well organs are found, against how well support and query are aligned.
 
-    Every network is evaluated twice, with the scans as they lie and cropped to the body; --align
+    Every network is evaluated twice, with whole scans and with scans cropped to the body; --align
     says how it is trained.
     """
     from ..paper import misalignment as experiment
 
     with _opened(given) as store:
-        return experiment.run(
-            store, [method], _seeds(given.seeds), classes=classes, untrained=untrained
-        )
+        kind = "untrained" if untrained else classes
+        return experiment.run(store, method, _seeds(given.seeds), kind)
 
 
 @_experiment
 def figures(
     given: _Given,
     method: _Some = _METHOD,
-    case: list[str] | None = option(
+    case: _Some = option(
         "--case CASE", "Test cases to show, repeated or with commas; default: the first two."
     ),
-    organ: list[str] | None = option(
+    organ: _Some = option(
         "--organ NAME", "Organs to show, repeated or with commas; default: all that are held out."
     ),
     untrained: bool = _UNTRAINED,
@@ -220,16 +217,15 @@ def figures(
 ) -> list[Path]:
     """Fig. 2 and 4: support, query, ground truth and each method's result.
 
-    Shows the middle slice of an organ, never the best one; of several --seeds the first.
+    Shows the middle slice of an organ, never the best one. Only the first of --seeds is used.
     """
     from ..paper import figures as experiment
 
+    kinds: list[Any] = [classes, "untrained"] if untrained else [classes]
     with _opened(given) as store:
-        methods, cases = split(method) or ["lslpn"], split(case, store.setup.dataset.cases)
-        shown = {"cases": cases, "organs": split(organ, store.setup.dataset.organs)}
-        return experiment.run(
-            store, methods, _seeds(given.seeds)[0], classes=classes, untrained=untrained, **shown
-        )
+        dataset, seed = store.setup.dataset, _seeds(given.seeds)[0]
+        cases, organs = split(case, dataset.cases), split(organ, dataset.organs)
+        return experiment.run(store, _methods(method), seed, kinds, cases=cases, organs=organs)
 
 
 # --- parts ----------------------------------------------------------------------------------
@@ -245,8 +241,8 @@ _SET_BY = {
 
 
 @contextmanager
-def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Store]:
-    """The experiment's folder, with everything that was given checked."""
+def _opened(given: _Given) -> Iterator[Store]:
+    """The experiment's folder, locked, after all shared options have been checked."""
     from ..config import PRESETS, with_overrides
     from ..data.dataset import Dataset
     from ..distributed import launched
@@ -260,15 +256,15 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
             "`torchrun -m lslpn train` and give them with --run"
         )
     dataset = Dataset.open(given.data)
-    changes: dict[str, dict[str, str]] = {"": {}}  # by method; those of all methods by ""
+    changes: dict[str, dict[str, str]] = {"": {}}  # by method, "" for all methods
     for key, value in settings_of(given.sets).items():
         method, _, name = key.rpartition(".")
         if name in _SET_BY and not (method and name == "supervision"):
-            raise InputError(f"--set {name}: is set by {_SET_BY[name]}; use that")
+            raise InputError(f"--set {name}: is set by {_SET_BY[name]}; use that instead")
         changes.setdefault(method, {})[name] = value
     common = {"align": given.align, "drop_test_slices": str(given.setting == "II")}
-    common.update(changes.pop(""))  # scans are trained on as they are tested, unless --set differs
-    # Organs whose names hold commas are taken whole, joined ones too.
+    common.update(changes.pop(""))  # --set align=... may differ, for training only
+    # Names with commas in them are not split, nor are such names joined by +.
     known = set(dataset.organs)
     known |= {
         text for text in given.fold or () if known.issuperset(map(str.strip, text.split("+")))
@@ -290,21 +286,25 @@ def _opened(given: _Given, own: Mapping[str, Any] | None = None) -> Iterator[Sto
         own=changes,
     )
     for method in changes:
-        setup.config_of(method, 0)  # refuses what is not known
+        setup.config_of(method, 0)  # refuses unknown methods and settings
     store = Store(
         given.out,
         setup,
+        say,
         runs=given.runs,
         given=_given_runs(given.run),
         device=torch_device(given.device),
         progress=not given.quiet,
-        say=say,
     )
-    with opened(store, own):
+    with opened(store):
         yield store
 
 
-def _seeds(given: list[str] | None) -> list[int]:
+def _methods(given: _Some) -> list[str]:
+    return split(given) or ["lslpn"]
+
+
+def _seeds(given: _Some) -> list[int]:
     from ..paper.plan import DEFAULT_SEEDS
 
     texts = split(given)
@@ -313,7 +313,7 @@ def _seeds(given: list[str] | None) -> list[int]:
     return [int(text) for text in texts] or list(DEFAULT_SEEDS)
 
 
-def _classes(given: list[str] | None) -> list[Any]:
+def _classes(given: _Some) -> list[Any]:
     known, texts = get_args(Classes), split(given)
     for text in texts:
         if text not in known:
@@ -321,8 +321,8 @@ def _classes(given: list[str] | None) -> list[Any]:
     return texts or ["all", "tested"]
 
 
-def _given_runs(given: list[str] | None) -> dict[str, Path]:
-    """METHOD:FOLD:SEED=RUN."""
+def _given_runs(given: _Some) -> dict[str, Path]:
+    """The METHOD:FOLD:SEED=RUN pairs of --run."""
     expected = "METHOD:FOLD:SEED=RUN such as lslpn:liver:1234=DIR"
     found = pairs("--run", given, expected)
     for key, path in found.items():

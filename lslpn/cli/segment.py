@@ -34,11 +34,11 @@ def demo(
     device: str = DEVICE,
     quiet: bool = QUIET,
 ) -> None:
-    """Segment one CT scan from another; both come with the package.
+    """Segment one CT scan from another; both ship with the package.
 
-    Scan A with its labels is the support, scan B the query: another orientation, spacing and
-    field of view. The labels of both are predictions of TotalSegmentator, not a human's. Runs
-    offline, in minutes on two CPU cores.
+    Scan A with its labels is the support, scan B the query, which has another orientation, spacing
+    and field of view. The labels of both are predictions of TotalSegmentator, not drawn by a human.
+    Runs offline, in minutes on two CPU cores.
     """
     from ..demo import run_demo
 
@@ -48,56 +48,55 @@ def demo(
         print(f"{organ:<{width}}  Dice {value:.3f}")
     print(report["note"])
     print(f"written to {out}: result.html, prediction.nii.gz, overlay.png, report.json")
-    print(f"open {out / 'result.html'} in any browser to see it, and click into it to see why")
+    print(f"open {out / 'result.html'} in any browser, and click on a voxel to see why")
 
 
 def segment(
     given: Network,
     *,
     support_image: list[Path] = option(
-        "--support-image NIFTI", "A labelled scan; repeat for more of them.", ...
+        "--support-image NIFTI", "A labelled scan; repeat for more.", ...
     ),
     support_mask: list[Path] = option(
         "--support-mask NIFTI",
-        "Its labels: 0 is background, each other number an organ; one per --support-image, in "
+        "Its labels: 0 is background, every other number an organ; one per --support-image, in "
         "the same order.",
         ...,
     ),
     query: list[Path] = option(
         "--query NIFTI",
-        "The scan to segment; repeat for more of them, for which the labelled scans are read once.",
+        "The scan to segment; repeat for more; the labelled scans are read only once.",
         ...,
     ),
     out: list[Path] = option(
         "--out NIFTI",
-        "The labels to write, in the query's own grid, affine and header; one per --query, in "
-        "the same order.",
+        "The labels to write, with the query's grid, affine and header; one per --query, in the "
+        "same order.",
         ...,
     ),
     probabilities: list[Path] | None = option(
         "--probabilities NIFTI",
-        "Write the probability of every label as well, in a fourth axis, from the lowest label "
-        "to the highest; one per --query.",
+        "Also write the probability of every label, along a fourth axis, from the lowest label to "
+        "the highest; one per --query.",
     ),
     html: list[Path] | None = option(
         "--html HTML",
-        "Write a page as well that shows the result in any browser: slices and 3-D, the "
-        "support beside the query, and why a voxel got its label; one per --query.",
+        "Also write a page that shows the result in any browser: slices and 3-D, the support "
+        "beside the query, and why a voxel got its label; one per --query.",
     ),
     names: Path | None = NAMES,
     align: Literal["none", "body", "affine", "deformable"] = option(
         "--align",
         "affine and deformable register the labelled scan to the query; body and none match "
-        "slice with slice, cropped to the patient's body or whole.",
+        "single slices, cropped to the patient's body or whole.",
         "deformable",
     ),
     depth: float | None = option(
-        "--depth MM", "Extent of a window along z, where scans are registered; default: 60.", min=0
+        "--depth MM", "Extent of a window along z, if scans are registered; default: 60.", min=0
     ),
     keep_islands: bool = option(
         "--keep-islands",
-        "Keep small components of an organ that are apart from the rest, where scans are "
-        "registered.",
+        "Keep small components of an organ that are apart from the rest, if scans are registered.",
         False,
     ),
     force: bool = FORCE,
@@ -105,13 +104,11 @@ def segment(
 ) -> None:
     """Find the organs of a labelled scan in another scan.
 
-    Without --checkpoint the network is the one that ships, trained on CT scans without any label.
+    By default it uses the network that ships, trained on CT scans without any label.
 
     [bold]lslpn segment --support-image A.nii.gz --support-mask A_mask.nii.gz --query B.nii.gz
     --out B_mask.nii.gz[/bold]
     """
-    if given.weights is not None and given.checkpoint is not None:
-        raise InputError("--weights: a checkpoint has its own; leave out --weights or --checkpoint")
     results = {"--out": out, "--probabilities": probabilities or [], "--html": html or []}
     matching = [("--support-mask", support_mask, "--support-image", support_image)]
     matching += [(name, files, "--query", query) for name, files in results.items() if files]
@@ -121,25 +118,23 @@ def segment(
                 f"{name}: expected one per {other}, got {len(files)} for {len(others)}; give "
                 "them in pairs, in the same order"
             )
+    inputs = {"--support-image": support_image, "--support-mask": support_mask, "--query": query}
+    taken = [(name, path) for name, files in inputs.items() for path in files]
     written = [(name, path) for name, files in results.items() for path in files]
     for name, path in written:
         check_ending(path, name, *((".html", ".htm") if name == "--html" else (".nii.gz", ".nii")))
-    pairs = [("--support-image", support_image), ("--support-mask", support_mask)]
-    taken = [(name, path) for name, files in (*pairs, ("--query", query)) for path in files]
-    for name, path in written:
         for other, file in taken:
             if _same_file(path, file):
-                raise InputError(f"{name}: {path} is also given as {other}; give it another name")
+                raise InputError(f"{name}: {path} is also given as {other}; choose another name")
         taken.append((name, path))
-    registers = align in ("affine", "deformable")
-    for name, unused in (("--depth", depth is not None), ("--keep-islands", keep_islands)):
-        if unused and not registers:
+    for name, used in (("--depth", depth is not None), ("--keep-islands", keep_islands)):
+        if used and align not in ("affine", "deformable"):
             raise InputError(
-                f"{name}: belongs to --align affine and deformable; give one of them, or "
-                "leave it out"
+                f"{name}: only applies to --align affine and deformable; use one of them, or "
+                f"leave out {name}"
             )
     if names is not None and not html:
-        raise InputError("--names: expected --html as well, whose page shows them; give both")
+        raise InputError("--names: expected --html as well, since its page shows them; give both")
     for _, path in written:
         check_new(path, force)
 
@@ -220,7 +215,7 @@ def view(
     labels: list[Path] | None = typer.Argument(
         None,
         metavar="[LABELS]...",
-        help="Labels of it; the first are shown on the left, the others beside them.",
+        help="Its labels; the first are shown on the left, the others beside them.",
         show_default=False,
     ),
     truth: Path | None = option(
@@ -235,7 +230,7 @@ def view(
 ) -> None:
     """Write a page that shows a scan and its labels in any browser, offline.
 
-    One HTML file holds everything; large scans are thinned for it.
+    One HTML file holds everything; large scans are reduced for it.
 
     [bold]lslpn view B.nii.gz B_mask.nii.gz --out B.html[/bold]
     """

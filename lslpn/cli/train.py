@@ -28,19 +28,18 @@ def train(
     hold_out: list[str] | None = option(
         "--hold-out ORGAN",
         "An organ that training must not see, to evaluate on it; repeat for more. Default: "
-        "none, for organs that the data set has no labels of.",
+        "none, if the data set has no labels of the organ you want.",
     ),
     method: Method | None = METHOD,
     preset: Preset = PRESET,
     weights: str | None = option(
         "--weights NAME",
-        "Go on from a trained network: ct (the one that ships) or a file of "
-        "lslpn.save_weights. Method and network are then those of the weights.",
+        "Start from a trained network: ct (the one that ships) or a file of lslpn.save_weights. "
+        "Method and network settings are then those of the weights.",
     ),
     case: list[str] | None = option(
         "--cases CASE",
-        "Cases to train on, repeated or with commas; default: all. Keep some apart for `lslpn "
-        "evaluate`.",
+        "Cases to train on, repeated or with commas; default: all. Keep some for `lslpn evaluate`.",
     ),
     setting: list[str] | None = option(
         "--set NAME=VALUE",
@@ -53,8 +52,8 @@ def train(
 ) -> None:
     """Train the network on episodes of all organs but those held out.
 
-    No choice is made on held-out organs or on other cases: the checkpoint is the last one.
-    A run that was stopped goes on with --resume, to the same weights bit for bit. Several GPUs
+    Nothing is selected on held-out organs or other cases: the checkpoint is the last one.
+    --resume continues a run that was stopped, to bitwise the same weights. Several GPUs
     share a batch with torchrun --nproc_per_node=N -m lslpn train.
 
     [bold]lslpn train --data DIR --hold-out liver --preset published --out RUN[/bold]
@@ -78,8 +77,8 @@ def train(
         config = with_overrides(config, **changes)
         if model is not None and config.model != model.config:
             raise InputError(
-                f"--weights {weights}: the network is that of the weights, so its settings cannot "
-                "be changed; leave out --method and every --set that describes the network"
+                f"--weights {weights}: has its own network, whose settings cannot be changed; "
+                "leave out --method and every --set that describes the network"
             )
         plain = config.train.supervision == "superpixels" and not is_file(data / "dataset.json")
         dataset = UnlabelledScans.open(data) if plain else Dataset.open(data)

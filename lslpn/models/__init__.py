@@ -1,4 +1,4 @@
-"""The few-shot networks, one module for each value of `ModelConfig.method`."""
+"""The few-shot networks: a module for each value of `ModelConfig.method`."""
 
 from __future__ import annotations
 
@@ -33,35 +33,26 @@ METHODS: dict[str, type[LSLPN] | type[PANet] | type[SENet] | type[ALPNet]] = {
 
 
 def build(config: ModelConfig, *, generator: torch.Generator | None = None) -> FewShotNetwork:
-    """The network of `config.method`, untrained.
-
-    Args:
-        config: of the network.
-        generator: random numbers of the encoder's reduction layer; None uses torch's default one.
-
-    Raises:
-        InputError: `config.weights` cannot be loaded.
-    """
+    """The untrained network of `config.method`; raises InputError if `config.weights` cannot be
+    loaded. `generator` is for the reduction layer; None uses torch's default generator."""
     return METHODS[config.method](config, generator=generator)
 
 
 def untrained(
     config: str | Config | ModelConfig = "published", *, seed: int = 1234
 ) -> FewShotNetwork:
-    """The network before training, in evaluation mode: ImageNet trunk, random reduction layer.
+    """A network before training, in evaluation mode: ImageNet trunk, random reduction layer.
 
-    LSLPN, which the presets are for, segments already: the authors report a liver Dice of 0.73 at
-    step 0.
+    LSLPN can already segment: its authors report a liver Dice of 0.73 at step 0.
 
     Args:
-        config: a configuration, whose `ModelConfig.method` says which network; or a preset's name,
-            for that preset with scans cropped to the body (`ModelConfig.align`), which suits a
-            network that no training has accustomed to whole slices.
-        seed: of the reduction layer, and of everything that does not come from ImageNet.
+        config: a configuration, or the name of a preset. With a name, scans are cropped to the body
+            (`ModelConfig.align`), which suits a network that was not trained on whole slices.
+        seed: for the reduction layer and everything else without ImageNet weights.
 
     Raises:
-        InputError: no preset of that name, weights that cannot be loaded, or a seed below 0 or
-            above 2^63 - 1.
+        InputError: an unknown preset, weights that cannot be loaded, or a seed below 0 or above
+            2^63 - 1.
     """
     if not 0 <= seed < 2**63:
         raise InputError(f"seed: expected a whole number from 0 to 2^63 - 1, got {seed}")
@@ -69,7 +60,7 @@ def untrained(
         config = dataclasses.replace(preset(config).model, align="body")
     if isinstance(config, Config):
         config = config.model
-    # Modules draw from torch's own generator as they are built; the caller's stays as it was.
+    # Modules draw from torch's global generator; restore its state afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(config, generator=torch.Generator().manual_seed(seed)).eval()

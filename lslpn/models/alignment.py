@@ -19,12 +19,12 @@ from .base import EncoderNetwork, segmentation_loss
 
 
 class AlignedNetwork(EncoderNetwork):
-    """A network that scores features, interpolates the logits, and learns with alignment.
+    """A network that scores features, interpolates the logits, and is trained with alignment.
 
     Attributes:
-        class_weights: of background and foreground in the cross-entropy; None for equal ones.
-        needs_prediction: whether a class that was predicted nowhere in the query is left out of
-            the alignment, which has no prototype of it then.
+        class_weights: weights of background and foreground in the cross-entropy; None if equal.
+        needs_prediction: whether a class that was predicted nowhere in the query, and so has no
+            prototype, is excluded from the alignment.
     """
 
     class_weights: ClassVar[tuple[float, float] | None] = None
@@ -34,7 +34,7 @@ class AlignedNetwork(EncoderNetwork):
     def scores(self, features: Tensor, support: Any) -> Tensor:
         """Logits [B, Q, N + 1, h, w] at the resolution of the features [B, Q, D, h, w].
 
-        `describe`, whose result `support` is, takes masks of the features' size as well.
+        `support` is the result of `describe`, which also accepts masks of the features' size.
         """
 
     def match(self, features: Tensor, support: Any, size: tuple[int, int]) -> Tensor:
@@ -42,7 +42,7 @@ class AlignedNetwork(EncoderNetwork):
         return _resized(self.scores(features, support), size)
 
     def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
-        """Cross-entropy, and `options.alignment_weight` times the alignment loss."""
+        """Cross-entropy plus `options.alignment_weight` times the alignment loss."""
         masks, labels = batch.support_masks, batch.query_labels
         features = self._features(batch.support_images, masks, batch.query_images)
         support, query = features[:, : masks.shape[1]], features[:, masks.shape[1] :]
@@ -58,12 +58,12 @@ class AlignedNetwork(EncoderNetwork):
         return loss
 
     def _alignment(self, support: Tensor, masks: Tensor, query: Tensor, coarse: Tensor) -> Tensor:
-        """Cross-entropy of the support, segmented by the query's predicted mask.
+        """Cross-entropy of the support, segmented from the query's predicted mask.
 
-        Every support image is segmented for each class n that it shows, as class n against the
-        background; other classes have no loss there. With `needs_prediction` a class that was
-        predicted nowhere in the query counts zero; otherwise its scores are zero, and its loss
-        that of the background's. No gradient goes through the predicted mask.
+        Every support image is segmented once for each class that it shows, as this class against
+        the background; pixels of other classes have no loss. For a class that was predicted
+        nowhere in the query, the loss is zero with `needs_prediction`, and otherwise that of zero
+        scores. No gradient flows through the predicted mask.
         """
         classes = masks.shape[2] + 1
         predicted = F.one_hot(coarse.argmax(2), classes).movedim(-1, 2)[:, :, 1:].to(torch.uint8)

@@ -1,16 +1,16 @@
-"""The encoder: ResNet-50 up to its third stage at output stride 8, then one reducing layer.
+"""The encoder: ResNet-50 up to its third stage at output stride 8, then a reduction layer.
 
 The trunk is CANet's, which LSLPN uses (the paper, section 4, "a customized version of ResNet-50"):
 
     conv1     7x7, stride 2
-    max-pool  3x3, stride 2, ceil_mode          (this is what makes 512 -> 65 and 257 -> 33)
+    max-pool  3x3, stride 2, ceil_mode          (which makes 512 -> 65 and 257 -> 33)
     layer1    3 bottlenecks,  256 channels
     layer2    4 bottlenecks,  512 channels, stride 2
     layer3    6 bottlenecks, 1024 channels, stride 1, dilation 2
     layer4    dropped
     reduction concat(layer2, layer3) -> 3x3 convolution, dilation 2, bias -> ReLU -> Dropout2d
 
-The modules carry torchvision's names, so torchvision's state dicts fit.
+The modules have torchvision's names, so torchvision's state dicts fit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..assets import trunk_weights
 from ..config import ModelConfig, StrideOn
 from ..errors import InputError
-from ..files import first_unusable, is_file, load_safetensors, load_tensors
+from ..files import check_state, is_file, load_safetensors, load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,7 +43,7 @@ def feature_size(pixels: int) -> int:
 
 
 class Bottleneck(nn.Module):
-    """1x1 -> 3x3 -> 1x1 with a shortcut around; `stride_on` says which of the first two strides."""
+    """1x1 -> 3x3 -> 1x1 and a shortcut; one of the first two has the stride, see `stride_on`."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class Bottleneck(nn.Module):
 
 
 def _normalised(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)). With stored statistics the two are one convolution, so it is run as one:
-    equal to rounding, gradients included, and the activations are read and written once less."""
+    """norm(conv(x)). With stored statistics the two are run as one convolution: equal up to
+    rounding, gradients included, and activations are read and written once less."""
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, _BatchNorm)  # BatchNorm2d, or SyncBatchNorm in its place
     if norm.training:
@@ -114,13 +114,12 @@ class Encoder(nn.Module):
     a ReLU), in the dtype of the parameters; h = feature_size(H), w = feature_size(W).
 
     Args:
-        config: its `channels`, `dropout`, `weights`, `stride_on` and `batch_norm` are used. The
-            affine parameters of batch norm are frozen in both modes.
-        generator: for the random numbers of the reduction layer, N(0, 0.01); None uses torch's
-            default one.
+        config: `channels`, `dropout`, `weights`, `stride_on` and `batch_norm` are used. The affine
+            parameters of batch norm are frozen in both modes.
+        generator: for the reduction layer, N(0, 0.01); None uses torch's default generator.
 
     Raises:
-        InputError: `weights` cannot be read or does not hold this trunk.
+        InputError: `weights` cannot be read or does not fit this trunk.
     """
 
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
@@ -165,11 +164,11 @@ class Encoder(nn.Module):
         return self
 
     def load_trunk(self, source: str | Path | Mapping[str, Tensor]) -> None:
-        """Fills conv1 .. layer3 from a state dict with torchvision's names, strictly.
+        """Load conv1 .. layer3 from a state dict with torchvision's names, strictly.
 
-        `layer4` and `fc` are ignored; every tensor of the trunk must be there with its shape
-        (`num_batches_tracked` may be missing) and nothing else. Any floating dtype is accepted.
-        The reduction layer is left as it is. Files of torch.save are read with weights_only.
+        The state dict must have every tensor of the trunk in its shape (`num_batches_tracked` may
+        be missing) and no others, except `layer4` and `fc`, which are ignored. Any floating dtype
+        is accepted. The reduction layer is not changed.
 
         Raises:
             InputError: the file is missing, unreadable, damaged, or not a ResNet-50 state dict.
@@ -179,22 +178,14 @@ class Encoder(nn.Module):
         else:
             name, state = str(source), _read_state_dict(Path(source))
         state = {k: v for k, v in state.items() if not k.startswith(_IGNORED_LAYERS)}
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("reduction.")}
-        faults = []
-        if missing := [k for k in own.keys() - state if not k.endswith("num_batches_tracked")]:
-            faults.append(f"{len(missing)} tensors are missing (such as {min(missing)})")
-        if unknown := state.keys() - own:
-            faults.append(f"{len(unknown)} are unknown (such as {min(unknown)})")
-        if wrong := [k for k in own if k in state and state[k].shape != own[k].shape]:
-            k = wrong[0]
-            faults.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
-        if faults:
-            raise InputError(
-                f"{name}: does not fit the ResNet-50 trunk: {'; '.join(faults)}; give a ResNet-50 "
-                "state dict with torchvision's names (conv1, bn1, layer1, layer2, layer3)"
-            )
-        if unusable := first_unusable(state):
-            raise InputError(f"{name}: is damaged: {unusable}; copy or download the file again")
+        own = {
+            key: value
+            for key, value in self.state_dict().items()
+            if not key.startswith("reduction.")
+            and (key in state or not key.endswith("num_batches_tracked"))
+        }
+        names = "torchvision's names (conv1, bn1, layer1, layer2, layer3)"
+        check_state(state, own, name, f"give a ResNet-50 state dict with {names}")
         with torch.no_grad():
             for key, tensor in state.items():
                 own[key].copy_(tensor)
@@ -208,7 +199,7 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(
-            f"{path}: holds no state dict, expected tensors by name; write one with "
+            f"{path}: is not a state dict, expected tensors by name; write one with "
             "torch.save(model.state_dict(), path)"
         )
     return state

@@ -19,11 +19,11 @@ from ..config import ModelConfig, TrainConfig
 from ..data.episodes import Batch
 from .base import EncoderNetwork
 
-_MOST_NUMBERS = 2**25  # prototypes of a volume that are held at once: 128 MiB
+_MOST_NUMBERS = 2**25  # of a volume's prototypes in memory: 128 MiB
 
 
 class LocalPrototypes(NamedTuple):
-    """What LSLPN knows of the support: `values` [B, N + 1, Gy, Gx, D] of the windows of `grid`."""
+    """Prototypes `values` [B, N + 1, Gy, Gx, D] of the windows of `grid`."""
 
     grid: GridSpec
     values: Tensor
@@ -38,16 +38,16 @@ class LSLPN(EncoderNetwork):
     labels = logits.argmax(2)                               # 0 background, 1..N the organs
     ```
 
-    Shapes and the convention for N ways and K shots are those of `FewShotNetwork`. The cosine does
-    not see the prototypes' length, so with masks that are empty but for their own way the
-    prototypes are the mean over that way's shots, and the background's the mean over ways and
+    Shapes and the convention for N ways and K shots are those of `FewShotNetwork`. The cosine
+    ignores the length of prototypes. So with masks that are empty except for their own way,
+    foreground prototypes are the mean over that way's shots, and the background's the mean over all
     shots.
 
-    Args and errors: those of `EncoderNetwork`.
+    Args and errors are those of `EncoderNetwork`.
 
     Attributes:
-        head: the part after the encoder; `encode` and `head` are the two halves, for whoever
-            wants to encode a scan once and match it often.
+        head: the part after the encoder; use `encode` and `head` to encode a scan once and match
+            it often.
     """
 
     name = "lslpn"
@@ -65,12 +65,12 @@ class LSLPN(EncoderNetwork):
     def describe(
         self, features: Tensor, masks: Tensor, grid: GridSpec | None = None
     ) -> LocalPrototypes:
-        """Local prototypes, equation (1); `grid` takes the place of the model's own."""
+        """Local prototypes, equation (1); `grid` replaces the model's."""
         head = self._head(grid)
         return LocalPrototypes(head.grid, head.prototypes(features, masks))
 
     def match(self, features: Tensor, support: LocalPrototypes, size: tuple[int, int]) -> Tensor:
-        """Cosines with the best of the windows over each pixel, equation (3), times the scale."""
+        """`logit_scale` times the best cosine of the windows over each pixel, equation (3)."""
         return self._head(support.grid).match(features, support.values, size)
 
     def match_volume(
@@ -78,9 +78,8 @@ class LSLPN(EncoderNetwork):
     ) -> Tensor:
         """As `FewShotNetwork.match_volume`, with windows that are 2 reach + 1 slices deep.
 
-        A window's prototype is the mean over all of its pixels of a class, on all of its slices
-        together (equation (1) in three dimensions); one with no more than `config.min_pixels` of
-        them is zero.
+        A window's prototype is the mean over all pixels of a class in all of its slices (equation
+        (1) in three dimensions), or zero if there are no more than `config.min_pixels`.
         """
         out = [
             self.head.match(query[slices.start : slices.stop, None], prototypes, size)[:, 0]
@@ -91,11 +90,10 @@ class LSLPN(EncoderNetwork):
     def volume_prototypes(
         self, support: Tensor, masks: Tensor, reach: int
     ) -> Iterator[tuple[range, Tensor]]:
-        """Prototypes of windows of 2 reach + 1 slices, some slices at a time.
+        """Prototypes of windows of 2 reach + 1 slices, for some slices at a time.
 
-        Takes features [Z, D, h, w] and bool masks [Z, N, H, W]; yields the slices in the middle of
-        the windows, and for each of them prototypes [len(slices), N + 1, Gy, Gx, D], zero where no
-        more than `config.min_pixels` pixels of a window show the class.
+        Takes features [Z, D, h, w] and bool masks [Z, N, H, W]; yields the middle slices of
+        windows, and their prototypes [len(slices), N + 1, Gy, Gx, D] as in `match_volume`.
         """
         grid = self.head.grid
         gy, gx = grid.shape(*masks.shape[-2:])
@@ -119,7 +117,7 @@ class LSLPN(EncoderNetwork):
             )
 
     def loss(self, batch: Batch, options: TrainConfig) -> Tensor:
-        """Cross-entropy, zero where no pixel has a label; in one pass that writes no logits."""
+        """Cross-entropy, or zero if no pixel has a label, in one pass that writes no logits."""
         features, support = self._halves(
             batch.support_images, batch.support_masks, batch.query_images
         )
@@ -139,7 +137,7 @@ def _head(config: ModelConfig, grid: GridSpec) -> LocalPrototypeHead:
 
 
 def _window_sums(planes: Tensor, grid: GridSpec) -> Tensor:
-    """[..., H, W] summed over the windows: [..., Gy, Gx]."""
+    """Sums of planes [..., H, W] over the windows: [..., Gy, Gx]."""
     y, x = (grid.axis(pixels) for pixels in planes.shape[-2:])
     # float64 holds sums of counts exactly.
     sums = F.pad(planes.double().cumsum(-1).cumsum(-2), (1, 0, 1, 0))

@@ -1,7 +1,7 @@
 """SENet: one network encodes the support and gates another, which segments the query.
 
 Roy et al., "'Squeeze & Excite' Guided Few-Shot Segmentation of Volumetric Images", Medical Image
-Analysis 2020. It has neither prototypes nor pretrained weights.
+Analysis 2020. It has no prototypes and no pretrained weights.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ _CONDITIONER, _SEGMENTER = 16, 64  # channels of the arms
 _LEVELS = 4
 _KERNEL = 5
 
-Gates = list[Tensor]  # one for each of the 9 places, [B, 1, y, x]
+Gates = list[Tensor]  # one for each of the 9 blocks, [B, 1, y, x]
 
 
 class SENet(FewShotNetwork):
     """Squeeze and excite: the conditioner's gates multiply the segmenter's features.
 
-    Both arms are encoder and decoder of four levels with blocks of a 5 x 5 convolution, PReLU and
-    batch norm, 2 x 2 max-pooling and unpooling to where the maxima were. The conditioner reads
-    the support image and its mask; after each of its nine blocks a 1 x 1 convolution and a
-    sigmoid make a spatial gate for the same place of the segmenter, which reads the query. The
-    segmenter's deepest level has a skip connection, and no other has: with them the support's
-    mask would be copied.
+    Both arms are encoder-decoders of four levels, with blocks of a 5 x 5 convolution, PReLU and
+    batch norm, 2 x 2 max-pooling, and unpooling to the positions of the maxima. The conditioner
+    reads the support image and its mask; after each of its nine blocks, a 1 x 1 convolution and a
+    sigmoid compute a spatial gate for the same block of the segmenter, which reads the query. Only
+    the segmenter's deepest level has a skip connection: more would copy the support's mask.
 
     Features are the images themselves. For 1 way and 1 shot.
 
     Args:
-        config: of the network: its size and grey values; the encoder's options are not used.
+        config: settings of the network; those of the encoder are not used.
         generator: not used; the arms are initialised from torch's default generator.
     """
 
@@ -55,7 +54,7 @@ class SENet(FewShotNetwork):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode(self, images: Tensor) -> Tensor:
-        """The images as they are, [..., 1, S, S]."""
+        """The images themselves, [..., 1, S, S]."""
         return images.unsqueeze(-3)
 
     def describe(self, features: Tensor, masks: Tensor) -> Gates:
@@ -67,8 +66,8 @@ class SENet(FewShotNetwork):
         _, shots, ways = masks.shape[:3]
         if (ways, shots) != (1, 1):
             raise InputError(
-                f"SENet: is defined for 1 way and 1 shot, got {ways} ways and {shots} support "
-                "images; set ways and shots to 1, or take another method"
+                f"SENet: is for 1 way and 1 shot, got {ways} ways and {shots} support images; set "
+                "ways and shots to 1, or choose another method"
             )
         given = torch.cat((features[:, 0], masks[:, 0].to(features.dtype)), 1)
         with self._autocast(given):
@@ -76,7 +75,7 @@ class SENet(FewShotNetwork):
             return [squeeze(x).sigmoid() for squeeze, x in zip(self.squeeze, found, strict=True)]
 
     def match(self, features: Tensor, support: Gates, size: tuple[int, int]) -> Tensor:
-        """The segmenter's output [B, Q, 2, H, W]; interpolated where `size` is not the image's."""
+        """The segmenter's output [B, Q, 2, H, W], interpolated to `size` if necessary."""
         queries = features.shape[1]
         images = features.flatten(0, 1)
         with self._autocast(images):
@@ -90,9 +89,9 @@ class SENet(FewShotNetwork):
     def match_volume(
         self, query: Tensor, support: Tensor, masks: Tensor, size: tuple[int, int], reach: int
     ) -> Tensor:
-        """As `FewShotNetwork.match_volume`, by slice z alone and a way at a time.
+        """As `FewShotNetwork.match_volume`, from slice z only, one way at a time.
 
-        A foreground logit is what it exceeds its own background by, and the background is 0.
+        A foreground logit is its difference to that way's background, and the background is 0.
         """
         leads = []
         for way in masks.split(1, dim=1):
@@ -128,7 +127,7 @@ def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor
 
 
 class _Arm(nn.Module):
-    """Encoder, bottleneck and decoder; forward returns what each of the nine blocks gave."""
+    """Encoder, bottleneck and decoder; forward returns the outputs of the nine blocks."""
 
     def __init__(self, channels: int, width: int, *, skip: bool) -> None:
         super().__init__()
@@ -148,7 +147,7 @@ class _Arm(nn.Module):
             found.append(x if gates is None else x * gates[len(found)])
             return found[-1]
 
-        pooled: list[tuple[Tensor, Tensor]] = []  # of each level: before pooling, where the maxima
+        pooled: list[tuple[Tensor, Tensor]] = []  # by level: input, and positions of the maxima
         for block in self.down:
             before = block(x)
             x, places = F.max_pool2d(before, 2, return_indices=True)

@@ -7,15 +7,14 @@ unless others are named: nothing is selected by its result.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..errors import unknown
+from ..errors import InputError, unknown
 from ..evaluation.overlay import overlay
 from ..evaluation.results import Evaluation, Example, dice
 from . import report
-from .plan import Classes, Run, plan_runs
+from .plan import TrainedOn, plan_runs
 from .store import Done, Store, Task
 
 NAME = "figures"
@@ -26,23 +25,19 @@ def run(
     store: Store,
     methods: Sequence[str],
     seed: int,
+    classes: Sequence[TrainedOn],
     *,
     cases: Sequence[str] = (),
     organs: Sequence[str] = (),
-    classes: Classes = "all",
-    untrained: bool = False,
 ) -> list[Path]:
-    """Train where needed, segment the chosen cases, and draw them; as `table1.run`.
+    """Train what is not trained yet, segment the chosen cases, and draw them.
 
     Shows `cases`, by default the first two of each subject fold, and `organs`, by default all that
-    are tested; with `untrained` a column for the first method's network before training.
-
-    Returns:
-        figures.json, .csv, .md and .html in the folder; fig2.png with the first method's results,
-        and fig4.png with those of all, where there are several.
+    are tested. fig2.png has the results of the first method, fig4.png those of all if there are
+    several.
 
     Raises:
-        InputError: a case that is not tested, an organ that no fold holds out.
+        InputError: a case or organ that is not tested; nothing to show; and as `table1.run`.
     """
     setup = store.setup
     tested = [case for fold in setup.subject_folds for case in fold.test]
@@ -53,14 +48,39 @@ def run(
         if organ not in setup.organs:
             raise unknown("organ", organ, "the folds that are held out", setup.organs)
     tasks = []
-    for one in plan_runs(setup, methods, [seed], classes=[classes], untrained=untrained):
+    for one in plan_runs(setup, methods, [seed], classes):
         test = one.subjects.test
-        shown = tuple(c for c in test if c in cases) if cases else test[:DEFAULT_CASES]
-        wanted = tuple(organ for organ in one.organs if not organs or organ in organs)
-        if shown and wanted:
-            tasks.append(Task(one, setup.align, organs=wanted, queries=shown, pictures=True))
+        queries = tuple(c for c in test if c in cases) if cases else test[:DEFAULT_CASES]
+        shown = tuple(organ for organ in one.organs if not organs or organ in organs)
+        if queries and shown:
+            tasks.append(Task(one, setup.align, organs=shown, queries=queries, pictures=True))
     done = store.results(tasks)
-    rows = list(_rows(done))
+    rows = [
+        (
+            one.task.run,
+            {
+                "label": one.task.run.label,
+                "method": one.task.run.method,
+                "seed": seed,
+                "subject_fold": one.task.run.subjects.name,
+                "organ": example.organ,
+                "case": example.case,
+                "support": one.evaluations[0].support,
+                "support_slice": example.support_slice,
+                "query_slice": example.query_slice,
+                "dice_of_slice": dice(example.prediction > 0, example.truth > 0),
+                "dice": one.evaluations[0].dice[example.organ, example.case],
+            },
+        )
+        for one in done
+        for example in one.evaluations[0].examples
+    ]
+    if not rows:
+        skipped = done[0].evaluations[0].skipped[0]
+        raise InputError(
+            f"nothing to show: no chosen case has a score of a chosen organ ({skipped.organ} in "
+            f"{skipped.case}: {skipped.reason}); choose other cases or organs"
+        )
     columns = list(dict.fromkeys(one.task.run.label for one in done))
 
     def pictures(content: report.Content) -> list[Path]:
@@ -73,33 +93,12 @@ def run(
         store,
         NAME,
         done,
-        {"seed": seed, "classes": classes, "table": [row for _, row in rows]},
+        {"seed": seed, "classes": classes[0], "table": [row for _, row in rows]},
         title=f"Pictures of {setup.dataset.name}",
         sections=[_table],
+        rows=rows,
         pictures=pictures,
-        rows=lambda content: [{**row, **report.origin(content, run)} for run, row in rows],
     )
-
-
-def _rows(done: Sequence[Done]) -> Iterable[tuple[Run, dict[str, Any]]]:
-    """What is shown, and its Dice: of the slice, and of the whole."""
-    for one in done:
-        evaluation, run = one.evaluations[0], one.task.run
-        for shown in evaluation.examples:
-            row = {
-                "label": run.label,
-                "method": run.method,
-                "seed": run.seed,
-                "subject_fold": run.subjects.name,
-                "organ": shown.organ,
-                "case": shown.case,
-                "support": evaluation.support,
-                "support_slice": shown.support_slice,
-                "query_slice": shown.query_slice,
-                "dice_of_slice": dice(shown.prediction > 0, shown.truth > 0),
-                "dice": evaluation.dice[shown.organ, shown.case],
-            }
-            yield run, row
 
 
 def _draw(
@@ -131,7 +130,7 @@ def _table(content: report.Content) -> str:
     lines = [[row[name] for name in names] for row in content["table"]]
     return report.table(
         "The middle one of the slices that show the organ, not the best one. Dice of the slice is "
-        "in the network's square, Dice that of the whole organ in the scan's own grid. Seed "
+        "computed in the network's square, Dice over the whole organ in the scan's own grid. Seed "
         f"{content['seed']}.",
         ["", "organ", "case", "support slice", "query slice", "Dice of the slice", "Dice"],
         lines,

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lslpn_kernels import GridSpec
 
 from ..evaluation.overlay import colour
 from ..evaluation.results import fraction
 from . import report
-from .plan import Classes, Setup, in_words, plan_runs
+from .plan import TrainedOn, in_words, plan_runs
 from .stats import by_method, summary
-from .store import Done, Store, Task
+from .store import Store, Task
 
 NAME = "grid-scale"
 OVERLAP = 1 / 2
@@ -28,58 +27,34 @@ DEFAULT_GRIDS = (
 )
 
 
-def own(grids: Sequence[GridSpec]) -> dict[str, Any]:
-    """What two calls for one folder must agree on, beside the settings of all experiments."""
-    return {NAME: {"grids": [[g.scale, g.spacing] for g in grids or DEFAULT_GRIDS]}}
-
-
 def run(
-    store: Store,
-    seeds: Sequence[int],
-    *,
-    grids: Sequence[GridSpec] = (),
-    classes: Classes = "all",
-    untrained: bool = False,
+    store: Store, seeds: Sequence[int], grids: Sequence[GridSpec], classes: TrainedOn
 ) -> list[Path]:
-    """Train LSLPN where it is not trained yet, evaluate every grid, and write the comparison.
-
-    As `table1.run`, but `untrained` takes the network before training instead of the trained one.
-
-    Returns:
-        grid-scale.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
-        -tested or -none for these networks.
-    """
-    setup, grids = store.setup, tuple(grids) or DEFAULT_GRIDS
-    runs = plan_runs(setup, ["lslpn"], seeds, classes=[classes], untrained=untrained)
-    done = store.results(
-        [Task(one, setup.align, grids=grids) for one in runs if one.trained != untrained]
-    )
+    """Train LSLPN if it is not trained yet, evaluate every grid, and write the comparison; raises
+    as `table1.run`, and an InputError if the folder has results of other grids."""
+    setup = store.setup
+    store.agree(NAME, {"grids": [[grid.scale, grid.spacing] for grid in grids]})
+    runs = plan_runs(setup, ["lslpn"], seeds, [classes])
+    done = store.results([Task(one, setup.align, grids=tuple(grids)) for one in runs])
+    table = []
+    for g, grid in enumerate(grids):
+        [of_seeds] = by_method(done, setup.organs, g).values()  # of one network, LSLPN
+        table.append({"scale": grid.scale, "spacing": grid.spacing, **summary(of_seeds)})
     return report.publish(
         store,
-        NAME + report.suffix(classes, untrained),
+        NAME + report.suffix(classes),
         done,
         {
             "seeds": list(seeds),
-            "classes": None if untrained else classes,
-            "table": summarise(setup, grids, done),
+            "classes": None if classes == "untrained" else classes,
+            "table": table,
         },
         title=f"Size of the windows on {setup.dataset.name}",
         sections=[_table],
-        rows=lambda content: report.score_rows(done, content),
+        rows=report.score_rows(done),
         draw=_draw,
         size=(6, 4),
     )
-
-
-def summarise(
-    setup: Setup, grids: Sequence[GridSpec], done: Sequence[Done]
-) -> list[dict[str, Any]]:
-    """A line per grid: Dice per organ and mean over the organs, mean and deviation over seeds."""
-    lines = []
-    for g, grid in enumerate(grids):
-        [seeds] = by_method(done, setup.organs, g).values()  # of one network, LSLPN
-        lines.append({"scale": grid.scale, "spacing": grid.spacing, **summary(seeds)})
-    return lines
 
 
 def _table(content: report.Content) -> str:
@@ -111,7 +86,7 @@ def _table(content: report.Content) -> str:
 def _draw(axes: report.Axes, content: report.Content) -> None:
     rows = sorted(content["table"], key=lambda row: float(row["scale"]))
     scales = sorted({row["scale"] for row in rows})
-    # One window covers the image at scale 1: it belongs to both lines.
+    # One window covers the image at scale 1, so that point belongs to both lines.
     for label, chosen, marker, line, hue in (
         ("overlapping", [r for r in rows if r["spacing"] < 1 or r["scale"] == 1], "o", "-", 2),
         ("no overlap", [r for r in rows if r["spacing"] == 1 or r["scale"] == 1], "s", "--", 1),

@@ -8,7 +8,7 @@ cropping, and with both scans cropped to the body's bounding box.
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..evaluation.overlay import colour
 from ..evaluation.protocols import Protocol, areas
 from ..evaluation.results import dice
 from . import report
-from .plan import Align, Classes, SubjectFold, in_words, plan_runs
+from .plan import Align, TrainedOn, in_words, plan_runs
 from .stats import correlate, spread
 from .store import Done, Store, Task
 
@@ -32,59 +32,33 @@ NAME = "misalignment"
 _ALIGNS: tuple[Align, ...] = get_args(Align)
 # The paper's words: "an alignment Dice of less than 40%", "often higher than 60%".
 _POORLY_ALIGNED, _WELL_FOUND = 0.4, 0.6
+# Of a point: align, subject fold, organ and case.
+_Key = tuple[str, str, str, str]
 
 
-def run(
-    store: Store,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    classes: Classes = "all",
-    untrained: bool = False,
-) -> list[Path]:
-    """Train where needed, evaluate with and without body boxes, and write points and plot.
-
-    As `table1.run` for one method, but `untrained` takes the network before training instead of
-    the trained one. A point's segmentation Dice is the mean over the seeds.
-
-    Returns:
-        misalignment.json, .csv, .md, .html and .png in the folder; their names end in -untrained,
-        -tested or -none for these networks.
-    """
+def run(store: Store, method: str, seeds: Sequence[int], classes: TrainedOn) -> list[Path]:
+    """Train what is not trained yet, evaluate with and without body boxes, and write points and
+    plot; raises as `table1.run`. The segmentation Dice of a point is the mean over the seeds."""
     setup = store.setup
-    runs = plan_runs(setup, methods, seeds, classes=[classes], untrained=untrained)
-    done = store.results(
-        [Task(one, align) for one in runs if one.trained != untrained for align in _ALIGNS]
-    )
-    alike: dict[tuple[str, str], dict[str, dict[str, float]]] = {
-        (fold.name, align): _alignments(store, runs[0].config.model, fold, align)
-        for fold in setup.subject_folds
-        for align in _ALIGNS
-    }
-    found = points(done, alike)
-    run_of = {one.task.run.subjects.name: one.task.run for one in done}
-    shared = {
-        "method": methods[0],
-        "classes": "untrained" if untrained else classes,
-        "seeds": " ".join(map(str, seeds)),
-    }
+    runs = plan_runs(setup, [method], seeds, [classes])
+    done = store.results([Task(one, align) for one in runs for align in _ALIGNS])
+    found = _points(done, _alignments(store, runs[0].config.model))
+    run_of = {one.subjects.name: one for one in runs}
+    shared = {"method": method, "classes": classes, "seeds": " ".join(map(str, seeds))}
     return report.publish(
         store,
-        NAME + report.suffix(classes, untrained),
+        NAME + report.suffix(classes),
         done,
         {
-            "method": methods[0],
+            "method": method,
             "seeds": list(seeds),
-            "classes": None if untrained else classes,
-            "summary": summarise(found, setup.organs),
+            "classes": None if classes == "untrained" else classes,
+            "summary": _summary(found, setup.organs),
             "points": found,
         },
         title=f"Misalignment on {setup.dataset.name}",
         sections=[_table],
-        rows=lambda content: [
-            {**shared, **point, **report.origin(content, run_of[point["subject_fold"]])}
-            for point in found
-        ],
+        rows=[(run_of[point["subject_fold"]], {**shared, **point}) for point in found],
         draw=_draw,
         size=(7, 5),
     )
@@ -101,7 +75,7 @@ def alignment(
 
     Support and query are labels in the file's own slices [Z, Y, X], from which the protocol
     chooses, and in the network's square [Z, S, S], where they are compared. Query pixels of the
-    value `ignore` are left out. None where no pair of slices shows the organ.
+    value `ignore` do not count. Returns None if no pair of slices shows the organ.
     """
     drawn, copied = [], []
     for pair in rule.pairs(areas(support[0], label), areas(query[0], label)):
@@ -113,77 +87,20 @@ def alignment(
     return dice(np.concatenate(copied), np.concatenate(drawn))
 
 
-def points(
-    done: Sequence[Done], alike: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
-) -> list[dict[str, Any]]:
-    """A point for each organ, query case and alignment; Dice is the mean over the seeds.
-
-    `alike` has the alignment Dice: by subject fold and align, then by case and organ.
-    """
-    scores: dict[tuple[str, str, str, str], list[float]] = {}
-    for one in done:
-        for row in one.evaluations[0].rows:
-            key = (one.task.align, one.task.run.subjects.name, row.organ, row.case)
-            scores.setdefault(key, []).append(row.dice)
-    return [
-        {
-            "align": align,
-            "subject_fold": fold,
-            "organ": organ,
-            "case": case,
-            "alignment_dice": alike[fold, align][case][organ],
-            "segmentation_dice": statistics.fmean(values),
-            "deviation": spread(values).deviation,
-        }
-        for (align, fold, organ, case), values in scores.items()
-        if organ in alike[fold, align].get(case, {})
-    ]
-
-
-def summarise(found: Sequence[Mapping[str, Any]], organs: Sequence[str]) -> list[dict[str, Any]]:
-    """Per way of aligning, for each organ and all of them: means, correlation, and the share of
-    poorly aligned pairs that are well found."""
-    lines = []
-    for align in _ALIGNS:
-        for organ in (*organs, None):
-            chosen = [
-                p for p in found if p["align"] == align and (organ is None or p["organ"] == organ)
-            ]
-            if not chosen:
-                continue
-            x = [p["alignment_dice"] for p in chosen]
-            y = [p["segmentation_dice"] for p in chosen]
-            poor = [b for a, b in zip(x, y, strict=True) if a < _POORLY_ALIGNED]
-            lines.append(
-                {
-                    "align": align,
-                    "organ": organ or "all",
-                    "alignment_dice": statistics.fmean(x),
-                    "segmentation_dice": statistics.fmean(y),
-                    **dataclasses.asdict(correlate(x, y)),
-                    "poorly_aligned": len(poor),
-                    "of_these_well_found": sum(value > _WELL_FOUND for value in poor),
-                }
-            )
-    return lines
-
-
-def _alignments(
-    store: Store, model: ModelConfig, fold: SubjectFold, align: Align
-) -> dict[str, dict[str, float]]:
-    """Alignment Dice of every test case and organ of a fold."""
+def _alignments(store: Store, model: ModelConfig) -> dict[_Key, float]:
+    """The alignment Dice of every test case and organ, where there is one."""
     setup, dataset = store.setup, store.setup.dataset
-    store.say(f"overlaying support {fold.support} and {len(fold.test)} queries, align {align}")
-    support = _labels(dataset, fold.support, model, align)
-    found: dict[str, dict[str, float]] = {}
-    for case in tqdm(fold.test, unit="case", disable=not store.progress):
-        query = _labels(dataset, case, model, align)
-        found[case] = {}
-        for organ in setup.organs:
-            label = dataset.label_of(organ)
-            value = alignment(setup.rule, support, query, label, dataset.ignore)
-            if value is not None:
-                found[case][organ] = value
+    found: dict[_Key, float] = {}
+    for fold, align in itertools.product(setup.subject_folds, _ALIGNS):
+        store.say(f"overlaying support {fold.support} and {len(fold.test)} queries, align {align}")
+        support = _labels(dataset, fold.support, model, align)
+        for case in tqdm(fold.test, unit="case", disable=not store.progress):
+            query = _labels(dataset, case, model, align)
+            for organ in setup.organs:
+                label = dataset.label_of(organ)
+                value = alignment(setup.rule, support, query, label, dataset.ignore)
+                if value is not None:
+                    found[align, fold.name, organ, case] = value
     return found
 
 
@@ -195,6 +112,53 @@ def _labels(
     ready = prepare(config, image, labels, align=align)
     assert ready.labels is not None
     return labels.data, ready.labels
+
+
+def _points(done: Sequence[Done], alignments: Mapping[_Key, float]) -> list[dict[str, Any]]:
+    """A point for each organ, query case and alignment; its Dice is the mean over the seeds."""
+    scores: dict[_Key, list[float]] = {}
+    for one in done:
+        for row in one.evaluations[0].rows:
+            key = (one.task.align, one.task.run.subjects.name, row.organ, row.case)
+            scores.setdefault(key, []).append(row.dice)
+    return [
+        {
+            "align": key[0],
+            "subject_fold": key[1],
+            "organ": key[2],
+            "case": key[3],
+            "alignment_dice": alignments[key],
+            "segmentation_dice": statistics.fmean(values),
+            "deviation": spread(values).deviation,
+        }
+        for key, values in scores.items()
+        if key in alignments
+    ]
+
+
+def _summary(points: Sequence[Mapping[str, Any]], organs: Sequence[str]) -> list[dict[str, Any]]:
+    """For each alignment and organ, and for all organs: means, correlations, and how many of the
+    poorly aligned pairs are well found."""
+    lines = []
+    for align, organ in itertools.product(_ALIGNS, (*organs, None)):
+        chosen = [p for p in points if p["align"] == align and organ in (p["organ"], None)]
+        if not chosen:
+            continue
+        x = [p["alignment_dice"] for p in chosen]
+        y = [p["segmentation_dice"] for p in chosen]
+        poor = [b for a, b in zip(x, y, strict=True) if a < _POORLY_ALIGNED]
+        lines.append(
+            {
+                "align": align,
+                "organ": organ or "all",
+                "alignment_dice": statistics.fmean(x),
+                "segmentation_dice": statistics.fmean(y),
+                **correlate(x, y),
+                "poorly_aligned": len(poor),
+                "of_these_well_found": sum(value > _WELL_FOUND for value in poor),
+            }
+        )
+    return lines
 
 
 _COLUMNS = {
@@ -243,7 +207,7 @@ def _draw(axes: report.Axes, content: report.Content) -> None:
                 edgecolors=colour(i),
                 label=organ.replace("_", " ") if filled else None,
             )
-    axes.scatter([], [], marker="o", color="0.4", label="as the scans lie")
+    axes.scatter([], [], marker="o", color="0.4", label="whole scans")
     axes.scatter([], [], marker="^", facecolors="none", edgecolors="0.4", label="body boxes")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, zorder=0)
     axes.set_xlim(0, 1)

@@ -2,8 +2,9 @@
 
 There are two kinds of folds. An *organ fold* is a group of organs that are held out of training and
 tested together (a left and a right kidney, say). A *subject fold* divides the cases into training
-and test cases. Every run, method x classes x organ fold x subject fold x seed, has one network.
-Without labels there is nothing to hold out, and the runs of all organ folds share one.
+and test cases. A run is one combination of method, classes, organ fold, subject fold and seed, with
+a network of its own. Training without labels holds nothing out, so the runs of all organ folds then
+share a network.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..config import Align, Classes, Config, with_overrides
 from ..data.dataset import Dataset
@@ -24,24 +25,26 @@ from ..evaluation.protocols import PROTOCOLS, Protocol
 from ..runs import fixed
 
 DEFAULT_SEEDS = (1234, 1235, 1236)
-# The organs of the paper's Table 1, by what their names begin with.
+# What a network was trained on: see `Run`.
+TrainedOn = Classes | Literal["untrained"]
+# The organs of the paper's Table 1, by a word of their names.
 _TABLE1 = ("liver", "spleen", "kidney", "psoas")
 _LONGEST_NAME = 200  # bytes; file systems take 255
 
 
 @dataclass(frozen=True)
 class SubjectFold:
-    """Cases to train on, cases to test on, and the one whose labels are given at the test."""
+    """Cases to train on, cases to test on, and the support of the test."""
 
-    name: str  # empty where there is only one, else "1", "2", ...
+    name: str  # "1", "2", ..., or empty if there is only one
     train: tuple[str, ...]
-    test: tuple[str, ...]  # neither trained on nor the support
+    test: tuple[str, ...]  # without `train` and `support`
     support: str
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs and evaluations of an experiment have in common."""
+    """The settings shared by all runs and evaluations of an experiment."""
 
     dataset: Dataset
     config: Config  # the preset with its changes; a run replaces `method`, `seed` and `organs`
@@ -50,21 +53,21 @@ class Setup:
     rule: Protocol = PROTOCOLS["published"]
     align: Align = "none"  # of the evaluation
     batch: int = 8  # query slices encoded at once
-    # By method: changes of the configuration for that one alone.
+    # Changes of the configuration for single methods, by method.
     own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def config_of(self, method: str, seed: int) -> Config:
-        """The configuration of a method's run; InputError where there is no such method."""
+        """The configuration of a run; raises InputError if the method is unknown."""
         config = with_overrides(self.config, method=method, seed=seed)
         return with_overrides(config, **self.own.get(method, {}))
 
     @property
     def organs(self) -> tuple[str, ...]:
-        """All organs that are tested, in the order of the folds."""
+        """All tested organs, in the order of the folds."""
         return tuple(organ for fold in self.organ_folds for organ in fold)
 
     def settings(self) -> dict[str, Any]:
-        """What two calls for one folder must agree on, ready for JSON."""
+        """The settings in which two calls for one folder must agree, ready for JSON."""
         return {
             "dataset": self.dataset.name,
             "labels": dict(self.dataset.labels),
@@ -80,75 +83,76 @@ class Setup:
 
 @dataclass(frozen=True)
 class Run:
-    """One network: how it is trained, and which organs of which cases it then segments.
+    """One network: how it is trained, and which organs of which cases it segments.
 
     With `classes` "all" it is trained on every label that is not held out (the paper's "added
-    classes"), with "tested" on the organs of the other organ folds only, and with "none" on
-    superpixels, without any label.
+    classes"), with "tested" on the organs of the other organ folds only, with "none" on
+    superpixels, without any label, and with "untrained" not at all.
     """
 
     method: str
-    classes: Classes
+    classes: TrainedOn
     organs: tuple[str, ...]  # the organ fold
     subjects: SubjectFold
-    seed: int  # of training, and of the untrained layers
+    seed: int  # of training, and of the layers that start from noise
     config: Config
-    trained: bool = True  # False for the network before training
+
+    @property
+    def trained(self) -> bool:
+        return self.classes != "untrained"
 
     @property
     def hold_out(self) -> tuple[str, ...]:
-        """Organs that training must not see: the organ fold, where training reads labels at all."""
+        """The organs that training must not see: the organ fold, if training reads labels."""
         reads = self.classes != "none" or self.config.train.drop_test_slices
         return self.organs if reads else ()
 
     @property
     def variant(self) -> str:
-        """Method and classes, as folders and `--run` have it."""
-        if not self.trained:
-            return f"{self.method}-untrained"
+        """Method and classes in the names of folders and in `--run`."""
         return self.method if self.classes == "all" else f"{self.method}-{self.classes}"
 
     @property
     def label(self) -> str:
-        """Method and classes for people: a row of the table."""
-        if not self.trained:
-            return f"{self.method}, untrained"
+        """Method and classes in tables and figures."""
         return f"{self.method}, {in_words(self.classes)}"
 
     @property
     def in_full(self) -> str:
-        """The run for people: `label`, folds and seed."""
+        """`label`, folds and seed, for messages and headings."""
         where = f"subject fold {self.subjects.name}, " if self.subjects.name else ""
         return f"{self.label}; {', '.join(self.organs)} held out, {where}seed {self.seed}"
 
     @property
     def path(self) -> Path:
-        """Where its evaluations lie, below the folder of evaluations."""
+        """The folder of its evaluations, relative to that of all evaluations."""
         return Path(self.variant, self._fold(self.organs), f"seed{self.seed}")
 
     @property
     def training_path(self) -> Path:
-        """Where its network lies, below the folder of the runs."""
+        """The folder of its network, relative to that of all runs."""
         return Path(self.variant, self._fold(self.hold_out), f"seed{self.seed}")
 
     @property
     def key(self) -> str:
-        """METHOD:FOLD:SEED of its network, as `--run` has it."""
+        """METHOD:FOLD:SEED of its network, as in `--run`."""
         return f"{self.variant}:{self._fold(self.hold_out)}:{self.seed}"
 
     def _fold(self, organs: tuple[str, ...]) -> str:
-        """The folds' name: "liver", "kidney_a+kidney_b@2", "any"."""
+        """The folds in one word: "liver", "kidney_a+kidney_b@2", "any"."""
         subjects = f"@{self.subjects.name}" if self.subjects.name else ""
         return _file_name(("+".join(organs) or "any") + subjects)
 
 
-def in_words(classes: Classes) -> str:
-    """What a network is trained on, for people."""
+def in_words(classes: TrainedOn) -> str:
+    """What a network was trained on, for tables."""
+    if classes == "untrained":
+        return classes
     return "no classes" if classes == "none" else f"{classes} classes"
 
 
 def common_settings(config: Config) -> dict[str, Any]:
-    """`fixed`, without what differs from run to run of one experiment."""
+    """`fixed` without the settings that differ between the runs of an experiment."""
     plain = fixed(config)
     del plain["model"]["method"]
     for name in ("seed", "organs", "supervision"):
@@ -157,28 +161,20 @@ def common_settings(config: Config) -> dict[str, Any]:
 
 
 def plan_runs(
-    setup: Setup,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    classes: Sequence[Classes] = ("all",),
-    untrained: bool = False,
+    setup: Setup, methods: Sequence[str], seeds: Sequence[int], classes: Sequence[TrainedOn]
 ) -> list[Run]:
-    """All runs, those of the first seed first, so that a table can be made early.
+    """All runs, those of the first seed first.
 
-    A method that is set to superpixels is trained on no classes, once, whatever `classes` says.
-    `untrained` adds the first method's network before training.
+    A method that is set to superpixels is trained once, on no classes, instead of on `classes`.
+    Of "untrained" networks there is only that of the first method.
 
     Raises:
-        InputError: an unknown method; "tested" with organ folds that leave nothing to train on.
+        InputError: an unknown method; "tested" with only one organ fold.
     """
-    for what, values in (("method", methods), ("seeds", seeds), ("classes", classes)):
-        if not values:
-            raise InputError(f"{what}: expected at least one, got none")
     if "tested" in classes and len(setup.organ_folds) < 2:
         raise InputError(
             "classes: without added classes a network is trained on the organs of the other "
-            "folds, and there is one fold alone; add a second one to `organ_folds`, or train on "
+            "folds, but there is only one fold; add a second one to `organ_folds`, or train on "
             "all classes"
         )
     runs = []
@@ -189,16 +185,18 @@ def plan_runs(
         config = setup.config_of(method, seed)
         others = tuple(organ for organ in setup.organs if organ not in fold)
         unlabelled = config.train.supervision == "superpixels"
-        kinds: Sequence[Classes] = ("none",) if unlabelled else classes
+        kinds = ("none" if unlabelled and kind != "untrained" else kind for kind in classes)
         for kind in dict.fromkeys(kinds):
-            changed = with_overrides(
-                config,
-                organs=others if kind == "tested" else None,
-                supervision="superpixels" if kind == "none" else "labels",
-            )
+            if kind == "untrained" and method != methods[0]:
+                continue
+            changed = config
+            if kind != "untrained":
+                changed = with_overrides(
+                    config,
+                    organs=others if kind == "tested" else None,
+                    supervision="superpixels" if kind == "none" else "labels",
+                )
             runs.append(Run(method, kind, fold, subjects, seed, changed))
-        if untrained and method == methods[0]:
-            runs.append(Run(method, "all", fold, subjects, seed, config, trained=False))
     return runs
 
 
@@ -206,10 +204,10 @@ def plan_runs(
 
 
 def organ_folds(dataset: Dataset, given: Sequence[str] = ()) -> tuple[tuple[str, ...], ...]:
-    """The organ folds: each a name, or several joined by "+"; default: those of Table 1.
+    """The organ folds: names of organs, joined by "+" if several; default: those of Table 1.
 
     Raises:
-        InputError: an unknown organ, one in two folds, or a data set without an organ of Table 1.
+        InputError: an unknown organ, one in two folds, or no organ of Table 1 in the data set.
     """
     if given:
         folds = [tuple(part.strip() for part in text.split("+") if part.strip()) for text in given]
@@ -232,13 +230,15 @@ def organ_folds(dataset: Dataset, given: Sequence[str] = ()) -> tuple[tuple[str,
         for organ in fold:
             dataset.label_of(organ)
             if organ in seen:
-                raise InputError(f"organ_folds: {organ} is given twice; each organ has one fold")
+                raise InputError(
+                    f"organ_folds: {organ} is given twice; put each organ into one fold"
+                )
             seen.add(organ)
         other = files.setdefault(_file_name("+".join(fold)), fold)
         if other is not fold:
             raise InputError(
                 f"organ_folds: {'+'.join(other)} and {'+'.join(fold)} would share their files, "
-                "whose names have _ for most signs; rename an organ in dataset.json"
+                "whose names have _ for special characters; rename an organ in dataset.json"
             )
     return tuple(folds)
 
@@ -253,11 +253,11 @@ def subject_folds(
 ) -> tuple[SubjectFold, ...]:
     """The cases to train on and to test on.
 
-    With `parts` the sorted cases are cut into so many equal parts, each tested by a network that
-    is trained on the others; the case after a part (after the last: the first) is its support, as
-    in ALPNet's folds. Otherwise `train` and `test` are names or patterns such as "silver_*", by
-    default all other cases. The support, by default the first case to train on, may be one of
-    those to train on, and is never tested.
+    With `parts` the sorted cases are cut into that many equal parts, and each part is tested with
+    a network trained on the others. Its support is the case after it (for the last part the first
+    case), as in ALPNet's folds. Otherwise `train` and `test` are names or patterns such as
+    "silver_*"; if one of them is not given, it is all cases but the other's. The support, by
+    default the first case to train on, may be a training case and is never tested.
 
     Raises:
         InputError: neither `parts` nor `train` nor `test`, or `parts` with one of the others; an
@@ -267,8 +267,7 @@ def subject_folds(
     if parts is not None:
         if train or test or support:
             raise InputError(
-                "parts: cuts the cases by itself; leave out `train`, `test` and `support`, or "
-                "`parts`"
+                "parts: divides all cases; leave out `train`, `test` and `support`, or `parts`"
             )
         if not 2 <= parts <= len(cases):
             raise InputError(f"parts: expected 2 to {len(cases)} (the cases), got {parts}")
@@ -284,8 +283,8 @@ def subject_folds(
         )
     if not train and not test:
         raise InputError(
-            "`train`, `test` or `parts`: expected one of them; say who is trained on "
-            f"and who is tested, of the {len(cases)} cases {cases[0]} to {cases[-1]}"
+            "`train`, `test` or `parts`: expected one of them; say which of the "
+            f"{len(cases)} cases {cases[0]} to {cases[-1]} to train on or to test on"
         )
     if support is not None:
         dataset.check_case(support)
@@ -293,8 +292,8 @@ def subject_folds(
     tested = tuple(case for case in tested if case != support)
     if both := [case for case in trained if case in tested]:
         raise InputError(
-            f"test: {', '.join(both)} would be trained on as well; a network is not to be "
-            "tested on scans that it saw"
+            f"test: {', '.join(both)} would be trained on as well; test on cases that are not "
+            "trained on"
         )
     if not train:
         trained = tuple(c for c in cases if c not in tested and c != support)
@@ -315,8 +314,8 @@ def _cases(dataset: Dataset, given: Sequence[str], what: str) -> tuple[str, ...]
         if not matching:
             if any(mark in text for mark in "*?["):
                 raise InputError(
-                    f"{what}: no case of data set {dataset.name} is named like {text!r}; "
-                    f"there are {dataset.cases[0]} to {dataset.cases[-1]}"
+                    f"{what}: no case of data set {dataset.name} matches {text!r}; its cases "
+                    f"are {dataset.cases[0]} to {dataset.cases[-1]}"
                 )
             dataset.check_case(text)
         found.update(matching)

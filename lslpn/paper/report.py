@@ -1,7 +1,7 @@
 """The files of an experiment: NAME.json, NAME.csv, NAME.md, NAME.html and pictures.
 
-Markdown, page and pictures are made from the same record as the JSON, so that they agree. All of
-them name folds, support, preset, settings, commit and versions.
+All are written from the record in the JSON, so that they agree, and all name folds, support,
+preset, settings, commit and versions.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Classes, preset
+from ..config import preset
 from ..evaluation.overlay import write_figure
-from ..evaluation.results import Evaluation, fraction, render_table
+from ..evaluation.results import fraction, render_table
 from ..files import write_json, write_text
 from ..info import commit, versions
 from ..viewer.evaluation import write_experiment
-from .plan import Run, common_settings
+from .plan import Run, TrainedOn, common_settings
 from .stats import Spread
 from .store import Done, Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What goes into the JSON: the circumstances of an experiment and its results.
+# The JSON: the circumstances of an experiment and its results.
 Content = Mapping[str, Any]
+# Lines of the CSV, all with the same columns, and the run that each belongs to.
+Rows = Sequence[tuple[Run, Mapping[str, Any]]]
 
 
 def publish(
@@ -40,35 +42,36 @@ def publish(
     *,
     title: str,
     sections: Sequence[Callable[[Content], str]],
-    rows: Callable[[Content], Iterable[Mapping[str, Any]]],
+    rows: Rows,
     pictures: Callable[[Content], list[Path]] | None = None,
     draw: Callable[[Axes, Content], None] | None = None,
     size: tuple[float, float] = (8, 4),
 ) -> list[Path]:
     """Write NAME.json, NAME.csv, NAME.md, NAME.html and, with `draw`, NAME.png.
 
-    `results`, ready for JSON, and the circumstances are the `content` from which `sections` make
-    the Markdown, `rows` the CSV (all with the same names), `draw` a plot of `size` inches, and
-    `pictures` PNG files in the folder. The page has a section for each evaluation in `done`.
+    `results`, ready for JSON, and the circumstances are the content from which `sections` write
+    the Markdown, `draw` a plot of `size` inches, and `pictures` PNG files in the folder. The page
+    has a section for each evaluation in `done`.
     """
     content = {**_circumstances(store, name, done), **results}
     record, lines, markdown, page, plot = (
         store.folder / f"{name}.{ending}" for ending in ("json", "csv", "md", "html", "png")
     )
     write_json(record, content)
-    write_text(lines, _csv(list(rows(content))))
+    write_text(lines, _csv([{**row, **_origin(content, run)} for run, row in rows]))
     drawn = [] if pictures is None else pictures(content)
     links = [f"![{picture.stem}]({picture.name})" for picture in drawn]
-    text = [text for section in (*sections, _made_from) if (text := section(content).strip())]
+    text = [text for section in (*sections, _provenance) if (text := section(content).strip())]
     write_text(markdown, "\n\n".join([f"# {title}", *links, *text]) + "\n")
     if draw is not None:
         drawn.append(_plot(plot, content, draw, size))
-    # Without pictures of cases, which an evaluation that is read back does not have.
-    named = [
-        (_name(one, evaluation), replace(evaluation, examples=()))
-        for one in done
-        for evaluation in one.evaluations
-    ]
+    named = []
+    for one in done:
+        for evaluation in one.evaluations:
+            grid = f", windows of {evaluation.windows}" if one.task.grids else ""
+            heading = f"{one.task.run.in_full}, align {evaluation.align}{grid}"
+            # Without pictures of cases, which an evaluation that is read back does not have.
+            named.append((heading, replace(evaluation, examples=())))
     write_experiment(page, title, "\n\n".join(text), drawn, named)
     return [record, lines, markdown, page, *drawn]
 
@@ -113,20 +116,14 @@ def _run(done: Done) -> dict[str, Any]:
     }
 
 
-def _name(done: Done, evaluation: Evaluation) -> str:
-    """Of one evaluation, for people."""
-    grid = f", windows of {evaluation.windows}" if done.task.grids else ""
-    return f"{done.task.run.in_full}, align {evaluation.align}{grid}"
-
-
 def organs(content: Content) -> list[str]:
-    """All organs that are tested, in the order of the folds."""
+    """All tested organs, in the order of the folds."""
     return [organ for fold in content["organ_folds"] for organ in fold]
 
 
-def suffix(classes: Classes, untrained: bool) -> str:
-    """What the names of an experiment's files end in for these networks."""
-    return "-untrained" if untrained else "" if classes == "all" else f"-{classes}"
+def suffix(classes: TrainedOn) -> str:
+    """The end of the names of files about networks that were not trained on all classes."""
+    return "" if classes == "all" else f"-{classes}"
 
 
 def of_seeds(content: Content, average: str = "mean ± deviation") -> str:
@@ -136,41 +133,37 @@ def of_seeds(content: Content, average: str = "mean ± deviation") -> str:
     return f"{what} ({', '.join(map(str, seeds))})"
 
 
-def score_rows(done: Sequence[Done], content: Content) -> Iterable[dict[str, Any]]:
-    """A line of CSV for every Dice: what it is, and all that it was made from."""
-    for one in done:
-        run = one.task.run
-        for evaluation in one.evaluations:
-            for row in evaluation.rows:
-                yield {
-                    "method": run.method,
-                    "classes": run.classes if run.trained else "untrained",
-                    "held_out": "+".join(run.organs),
-                    "subject_fold": run.subjects.name,
-                    "seed": run.seed,
-                    "organ": row.organ,
-                    "case": row.case,
-                    "dice": f"{row.dice:.6f}",
-                    "slices": row.slices,
-                    "truth_voxels": row.truth_voxels,
-                    "predicted_voxels": row.predicted_voxels,
-                    "scale": fraction(evaluation.scale),
-                    "spacing": fraction(evaluation.spacing),
-                    "align": evaluation.align,
-                    **origin(content, run),
-                }
+def score_rows(done: Sequence[Done]) -> Rows:
+    """A line of CSV for every Dice."""
+    return [
+        (
+            one.task.run,
+            {
+                "method": one.task.run.method,
+                "classes": one.task.run.classes,
+                "held_out": "+".join(one.task.run.organs),
+                "subject_fold": one.task.run.subjects.name,
+                "seed": one.task.run.seed,
+                **vars(row),
+                "dice": f"{row.dice:.6f}",
+                "scale": fraction(evaluation.scale),
+                "spacing": fraction(evaluation.spacing),
+                "align": evaluation.align,
+            },
+        )
+        for one in done
+        for evaluation in one.evaluations
+        for row in evaluation.rows
+    ]
 
 
-def origin(content: Content, run: Run) -> dict[str, Any]:
-    """The columns of a CSV that say what a line was made from."""
+def _origin(content: Content, run: Run) -> dict[str, Any]:
+    """The columns of a CSV that say which data and settings a line comes from."""
     return {
         "dataset": content["dataset"],
         "support": run.subjects.support,
         "trained_on": " ".join(run.subjects.train) if run.trained else "",
-        "protocol": content["protocol"],
-        "chunks": content["chunks"],
-        "setting": content["setting"],
-        "preset": content["preset"],
+        **{name: content[name] for name in ("protocol", "chunks", "setting", "preset")},
         "changed_from_preset": _changes(content),
         "commit": content["commit"] or "",
         "versions": " ".join(f"{k}={v}" for k, v in content["versions"].items()),
@@ -196,15 +189,15 @@ def _changes(content: Content) -> str:
 
 
 def table(title: str, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table with a line above it; cells are text, numbers, or spreads as dicts."""
+    """A Markdown table below a title; cells are text, numbers, or spreads as dicts."""
     plain = [
         [str(Spread(**one)) if isinstance(one, dict) else one for one in line] for line in lines
     ]
     return render_table(title, header, plain, True).strip()
 
 
-def _made_from(content: Content) -> str:
-    """What the results were made from, as a section of Markdown."""
+def _provenance(content: Content) -> str:
+    """The data, settings and software behind the results, as a section of Markdown."""
     facts = [
         f"Data set {content['dataset']}; held out together: "
         + "; ".join(", ".join(fold) for fold in content["organ_folds"])
@@ -227,7 +220,7 @@ def _made_from(content: Content) -> str:
     ]
     runs = content["runs"]
     if evaluated := {run["evaluated_by_commit"] for run in runs} - {content["commit"]}:
-        facts.append(f"Some evaluations were made at commit {', '.join(map(str, evaluated))}.")
+        facts.append(f"Some evaluations are from commit {', '.join(map(str, evaluated))}.")
     times = {run["run"]: spent for run in runs if (spent := run["training_seconds"]) is not None}
     if times:
         took = timedelta(seconds=round(sum(times.values())))
@@ -240,7 +233,7 @@ def _made_from(content: Content) -> str:
         f"{name}={value}" for group in ("model", "train") for name, value in content[group].items()
     ]
     facts.append("All settings: " + ", ".join(settings) + ".")
-    return "## Made from\n\n" + "\n".join(f"- {fact}" for fact in facts)
+    return "## Data and settings\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 
 # --- plots ----------------------------------------------------------------------------------
@@ -252,7 +245,7 @@ def _plot(
     draw: Callable[[Axes, Content], None],
     size: tuple[float, float],
 ) -> Path:
-    """Write a plot as PNG, with what it was made from in small print below."""
+    """Write a plot as PNG, with `small_print` below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=130, layout="constrained")
@@ -268,7 +261,7 @@ def _plot(
 
 
 def small_print(content: Content) -> str:
-    """What the results were made from, in a line or two."""
+    """The data, settings and software behind the results, in a line or two."""
     subjects = "; ".join(
         f"{len(fold['train'])} cases to train, {len(fold['test'])} to test, "
         f"support {fold['support']}"

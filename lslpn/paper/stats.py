@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import pearsonr, spearmanr, wilcoxon
 
 from ..evaluation.results import Evaluation, Row, average_of
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample deviation (n - 1) of `count` values; None where they do not exist."""
+    """Mean and sample deviation (n - 1) of `count` values; None if they do not exist."""
 
     mean: float | None
     deviation: float | None
@@ -33,7 +34,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of the values that are numbers; NaN, a score that is missing, is left out."""
+    """The spread of the values that are not NaN, which marks a missing score."""
     kept = [value for value in values if not math.isnan(value)]
     return Spread(
         mean=statistics.fmean(kept) if kept else None,
@@ -45,7 +46,8 @@ def spread(values: Sequence[float]) -> Spread:
 def by_method(
     done: Sequence[Done], organs: Sequence[str], grid: int = 0
 ) -> dict[str, list[Evaluation]]:
-    """By method and classes an evaluation of all folds for each seed, with one of the grids."""
+    """For each method and choice of classes, an evaluation per seed that covers all folds; `grid`
+    is the number of the grid of windows."""
     found: dict[str, dict[int, list[Row]]] = {}
     for one in done:
         run = one.task.run
@@ -59,7 +61,7 @@ def by_method(
 
 
 def summary(seeds: Sequence[Evaluation]) -> dict[str, Any]:
-    """The spread over the seeds of each organ's average, and of the mean over the organs, ready
+    """The spread over the seeds of each organ's average and of the mean over the organs, ready
     for JSON."""
 
     def over_seeds(organ: str | None) -> dict[str, Any]:
@@ -71,53 +73,45 @@ def summary(seeds: Sequence[Evaluation]) -> dict[str, Any]:
     }
 
 
-def mean_of_folds(seeds: Sequence[Evaluation], folds: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """As "mean" of `summary`, where organs that are held out together count once."""
-    means = [
-        average_of(average_of(one.headline(organ) for organ in fold) for fold in folds)
-        for one in seeds
-    ]
-    return asdict(spread(means))
+def compare(
+    first: str, second: str, a: Mapping[Any, float], b: Mapping[Any, float]
+) -> dict[str, Any]:
+    """Compare two sets of scores by Wilcoxon's signed-rank test, two-sided.
 
+    Scores are paired by the keys (an organ of a case) that both sets have.
 
-@dataclass(frozen=True)
-class Comparison:
-    """Wilcoxon's signed-rank test, two-sided, of paired scores; numbers are None without a pair."""
-
-    first: str
-    second: str
-    pairs: int
-    difference: float | None  # mean of first minus second
-    p: float | None  # probability of ranks as uneven as these if neither were better
-    p_holm: float | None = None  # after Holm's correction for the comparisons made together
-
-
-def compare(first: str, second: str, a: Mapping[Any, float], b: Mapping[Any, float]) -> Comparison:
-    """Compare two sets of scores over the keys (an organ of a case) that both have."""
-    # scipy.stats takes most of a second to import, which `lslpn --help` need not pay.
-    from scipy.stats import wilcoxon
-
-    differences = np.array([a[key] - b[key] for key in a if key in b])
-    if not len(differences):
-        return Comparison(first, second, 0, None, None)
-    # The test has nothing to rank where all pairs are equal; then nothing speaks for either.
-    p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
-    return Comparison(first, second, len(differences), float(differences.mean()), p)
-
-
-def compare_all(lines: Mapping[str, Sequence[Evaluation]]) -> list[Comparison]:
-    """Every two of the methods, with Holm's correction for the number of comparisons.
-
-    Compared in pairs is the mean over the seeds, per organ and case.
+    Returns:
+        the names `first` and `second`, the number of "pairs", the mean "difference" of first minus
+        second, its "p", and "p_holm", which `compare_all` sets; None without a pair.
     """
+    differences = np.array([a[key] - b[key] for key in a if key in b])
+    difference = p = None
+    if len(differences):
+        difference = float(differences.mean())
+        # wilcoxon cannot rank pairs that are all equal.
+        p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
+    return {
+        "first": first,
+        "second": second,
+        "pairs": len(differences),
+        "difference": difference,
+        "p": p,
+        "p_holm": None,
+    }
+
+
+def compare_all(lines: Mapping[str, Sequence[Evaluation]]) -> list[dict[str, Any]]:
+    """`compare` every two methods by the means over their seeds, with Holm's correction."""
     means: dict[str, dict[tuple[str, str], float]] = {}
     for label, seeds in lines.items():
         dice = [one.dice for one in seeds]
         keys = dict.fromkeys(key for scores in dice for key in scores)
         means[label] = {key: average_of(s[key] for s in dice if key in s) for key in keys}
     tests = [compare(a, b, means[a], means[b]) for a, b in itertools.combinations(means, 2)]
-    corrected = iter(holm([test.p for test in tests if test.p is not None]))
-    return [test if test.p is None else replace(test, p_holm=next(corrected)) for test in tests]
+    tested = [test for test in tests if test["p"] is not None]
+    for test, p in zip(tested, holm([test["p"] for test in tested]), strict=True):
+        test["p_holm"] = p
+    return tests
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -129,19 +123,12 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in corrected]
 
 
-@dataclass(frozen=True)
-class Correlation:
-    """Pearson's r and Spearman's rho; None for fewer than 3 points or without any variation."""
-
-    points: int
-    pearson: float | None
-    spearman: float | None
-
-
-def correlate(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """Of paired values."""
-    from scipy.stats import pearsonr, spearmanr
-
-    if len(x) < 3 or min(np.ptp(x), np.ptp(y)) == 0:
-        return Correlation(len(x), None, None)
-    return Correlation(len(x), float(pearsonr(x, y).statistic), float(spearmanr(x, y).statistic))
+def correlate(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
+    """Correlations of paired values: the number of "points", Pearson's r as "pearson", Spearman's
+    rho as "spearman"; None for fewer than 3 points or constant values."""
+    defined = len(x) >= 3 and min(np.ptp(x), np.ptp(y)) > 0
+    return {
+        "points": len(x),
+        "pearson": float(pearsonr(x, y).statistic) if defined else None,
+        "spearman": float(spearmanr(x, y).statistic) if defined else None,
+    }

@@ -1,24 +1,23 @@
 """An experiment's folder: trains and evaluates what is not done yet.
 
     OUT/experiment.json                           settings that all calls share
-    OUT/runs/METHOD/FOLD/seedN/                    a training run, as `lslpn train` leaves it
+    OUT/runs/METHOD/FOLD/seedN/                    a training run, as `lslpn train` writes it
     OUT/evaluations/METHOD/FOLD/seedN/NAME.json    its evaluations, and their inputs
 
-Runs are trained by `lslpn.train` and evaluated by `lslpn.evaluate`. Files are written atomically,
-so an experiment can be killed at any moment and started again: finished parts are reused, and an
-unfinished run continues from its checkpoint.
+Files are written atomically, so an experiment can be killed at any moment and started again:
+finished parts are reused, and an unfinished run continues from its checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -48,18 +47,18 @@ class Task:
     run: Run
     align: Align
     grids: tuple[GridSpec, ...] = ()  # instead of the model's own windows
-    organs: tuple[str, ...] | None = None  # default: the run's own
+    organs: tuple[str, ...] | None = None  # default: the run's
     queries: tuple[str, ...] | None = None  # default: the run's test cases
-    pictures: bool = False  # keep the pictures of the middle slices as well
+    pictures: bool = False  # keep pictures of the middle slices
 
 
 @dataclass(frozen=True)
 class Done:
-    """A task that is done."""
+    """A finished task."""
 
     task: Task
-    evaluations: tuple[Evaluation, ...]  # one per grid; examples only if the task wants pictures
-    training_seconds: float | None  # None for an untrained network or a run without its log
+    evaluations: tuple[Evaluation, ...]  # one per grid; with examples if the task has pictures
+    training_seconds: float | None  # None if the network is untrained or its log is missing
     commit: str | None  # of the code that evaluated
 
 
@@ -67,34 +66,34 @@ class Done:
 class Store:
     """The folder of an experiment, to be used within `opened`."""
 
-    folder: Path  # made if need be
+    folder: Path
     setup: Setup
-    runs: Path | None = None  # of trained networks, default OUT/runs; experiments may share it
-    given: Mapping[str, Path] = field(default_factory=dict)  # other runs, by METHOD:FOLD:SEED
+    say: Callable[[str], None]  # for progress and notes
+    runs: Path | None = None  # trained networks, default OUT/runs; experiments may share it
+    given: Mapping[str, Path] = field(default_factory=dict)  # runs elsewhere, by METHOD:FOLD:SEED
     device: str | torch.device = "cpu"
     progress: bool = True
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
-    _model: tuple[Path | Run, FewShotNetwork] | None = None
+    _model: tuple[Path, FewShotNetwork] | None = None
 
     def results(self, tasks: Sequence[Task]) -> list[Done]:
-        """Train and evaluate whatever is not there yet, and read back the rest.
+        """Train and evaluate what is not done yet, and read back the rest.
 
         Raises:
-            InputError: a run that is there was made with another configuration or other data;
-                `--run` names one that is not among them; and all that training and evaluation
-                raise.
+            InputError: an existing run has another configuration or other data; `given` has a run
+                that is not part of the experiment; and all that training and evaluation raise.
         """
         runs = {task.run.key: task.run for task in tasks if task.run.trained}
         if unknown := [key for key in self.given if key not in runs]:
             raise InputError(
-                f"given: {unknown[0]} is no run of this experiment; they are {', '.join(runs)}"
+                f"given: {unknown[0]} is not a run of this experiment; give one of "
+                f"{', '.join(runs)}"
             )
-        # All of them first: what is wrong with the last is not to be found after a day's work.
+        # Check all of them first, so that an error in the last one does not come after a day.
         to_train = [key for key, run in runs.items() if not self._trained(run)]
         to_evaluate = sum(self._read(task) is None for task in tasks)
         self.say(
-            f"{len(runs)} networks to train, {len(runs) - len(to_train)} of them trained already; "
-            f"{len(tasks)} evaluations, {len(tasks) - to_evaluate} of them done already"
+            f"{len(runs)} networks to train, {len(runs) - len(to_train)} of them already trained; "
+            f"{len(tasks)} evaluations, {len(tasks) - to_evaluate} of them already done"
         )
         if to_train:
             self._check_supports(tasks)
@@ -112,7 +111,7 @@ class Store:
         return found
 
     def _check_supports(self, tasks: Sequence[Task]) -> None:
-        """Refuse a support that does not show an organ, before days of training and not after."""
+        """Refuse a support that does not show an organ, before days of training."""
         rule, dataset = self.setup.rule, self.setup.dataset
         wanted: dict[str, set[str]] = {}
         for task in tasks:
@@ -127,13 +126,40 @@ class Store:
                     )
 
     def run_folder(self, run: Run) -> Path:
-        """Where a run lies."""
+        """The folder of a run."""
         return self.given.get(run.key, (self.runs or self.folder / "runs") / run.training_path)
+
+    def agree(self, name: str, settings: dict[str, Any]) -> None:
+        """Record the settings of an experiment in the folder, or refuse to change them."""
+        file = self.folder / SETTINGS
+        settings, before = json.loads(json.dumps(settings)), {}
+        if is_file(file):
+            try:
+                before = json.loads(file.read_text("utf-8"))["settings"]
+                # Settings that an earlier version did not have take their defaults.
+                common = before["all experiments"]
+                parts = {group: common[group] for group in ("preset", "model", "train")}
+                common.update(common_settings(Config.from_dict(parts)))
+                common.setdefault("own", {})
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{file}: cannot be read as the settings of an experiment ({error}); give "
+                    "another folder"
+                ) from error
+        if name in before:
+            if changed := differences(before[name], settings):
+                raise InputError(
+                    f"{self.folder}: holds results with other settings: {'; '.join(changed)}; "
+                    "give the same options as before, or another folder"
+                )
+            return
+        content = {"settings": {**before, name: settings}, "versions": versions()}
+        write_json(file, {**content, "commit": commit()})
 
     # --- training ---------------------------------------------------------------------------
 
     def _trained(self, run: Run) -> bool:
-        """Whether a run is complete; refuses one of another configuration or of other data."""
+        """Whether a run is complete; refuses one with another configuration or other data."""
         folder = self.run_folder(run)
         if run.key not in self.given and not is_file(folder / FILE_NAME):
             return False
@@ -141,13 +167,13 @@ class Store:
         changed = changes(before.config, run.config)
         was = {**before.data, "cases": sorted(before.data["cases"])}
         now = {"dataset": self.setup.dataset.name, "cases": sorted(run.subjects.train)}
-        if run.hold_out:  # where no label is read, it makes no difference what was held out
+        if run.hold_out:  # without labels it makes no difference what was held out
             was["hold_out"], now["hold_out"] = sorted(was["hold_out"]), sorted(run.hold_out)
         changed += differences({name: was.get(name) for name in now}, now)
         if changed:
             raise InputError(
-                f"{folder}: holds a run of another configuration: {'; '.join(changed)}; give the "
-                "same options as then, or another folder"
+                f"{folder}: holds a run with another configuration: {'; '.join(changed)}; give "
+                "the options it was trained with, or another folder"
             )
         complete = before.step >= run.config.train.steps
         if run.key in self.given and not complete:
@@ -160,7 +186,7 @@ class Store:
     def _train(self, run: Run, where: str) -> None:
         folder = self.run_folder(run)
         begun = is_file(folder / FILE_NAME)
-        what = "training on" if begun else "training"
+        what = "continuing training" if begun else "training"
         self.say(f"{where}{what} to step {run.config.train.steps} in {folder}")
         train(
             run.config,
@@ -176,7 +202,7 @@ class Store:
     # --- evaluation -------------------------------------------------------------------------
 
     def name(self, task: Task) -> str:
-        """What an evaluation is called."""
+        """The name of an evaluation's file, without its ending."""
         kind = "grids-" if task.grids else "pictures-" if task.pictures else ""
         return f"{kind}{self.setup.rule.name}-{self.setup.rule.chunks}-{task.align}"
 
@@ -184,7 +210,7 @@ class Store:
         return self.folder / "evaluations" / task.run.path / f"{self.name(task)}.json"
 
     def _asked(self, task: Task) -> dict[str, Any]:
-        """What the network of a task is asked."""
+        """The arguments of `evaluate_grids` that identify a task."""
         return {
             "support": task.run.subjects.support,
             "queries": task.queries or task.run.subjects.test,
@@ -195,7 +221,7 @@ class Store:
         }
 
     def _key(self, task: Task) -> dict[str, Any]:
-        """Everything that an evaluation depends on, except the weights, as JSON has it."""
+        """Everything that an evaluation depends on except the weights, in JSON's types."""
         run = task.run
         key = {
             **self._asked(task),
@@ -211,12 +237,12 @@ class Store:
         return plain
 
     def _checkpoint_sum(self, run: Run) -> int | None:
-        """A checksum of a run's checkpoint; None where there is none."""
+        """A checksum of a run's checkpoint, or None if it does not exist."""
         file = self.run_folder(run) / FILE_NAME
         return zlib.crc32(file.read_bytes()) if run.trained and is_file(file) else None
 
     def _read(self, task: Task) -> Done | None:
-        """An evaluation that was made before, or None."""
+        """A finished evaluation that is still valid, or None."""
         file = self._file(task)
         if not is_file(file):
             return None
@@ -226,7 +252,7 @@ class Store:
             before["config"] = fixed(Config.from_dict(before["config"]))
             if before != self._key(task):
                 return None
-            # Checkpoints are large, and one that was cleared away takes nothing from its results.
+            # Checkpoints are large; results stay valid if one was deleted.
             now = self._checkpoint_sum(task.run)
             if now is not None and content["checkpoint"] != now:
                 return None
@@ -235,8 +261,8 @@ class Store:
                 [one] = evaluations
                 evaluations = [replace(one, examples=_pictures(file.with_suffix(".npz")))]
             return Done(task, tuple(evaluations), content["training_seconds"], content["commit"])
-        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
-            self.say(f"note: {file} cannot be read ({error}) and is made again")
+        except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as error:
+            self.say(f"note: {file} cannot be read ({error}) and is evaluated again")
             return None
 
     def _evaluate(self, task: Task) -> Done:
@@ -267,62 +293,26 @@ class Store:
         return done
 
     def _load(self, run: Run) -> FewShotNetwork:
-        """The network; the last one is kept, since its evaluations follow each other."""
-        which = self.run_folder(run) if run.trained else run
-        if self._model is None or self._model[0] != which:
-            folder = self.run_folder(run)
+        """The network of a run; the last one is kept, since its evaluations follow each other."""
+        folder = self.run_folder(run)
+        if self._model is None or self._model[0] != folder:
             model = load_model(folder) if run.trained else untrained(run.config, seed=run.seed)
-            self._model = which, model.to(self.device).eval()
+            self._model = folder, model.to(self.device)
         return self._model[1]
 
 
 @contextmanager
-def opened(store: Store, own: Mapping[str, Any] | None = None) -> Iterator[Store]:
-    """Hold the folder of an experiment, alone; `own` are settings of one, by its name.
+def opened(store: Store) -> Iterator[None]:
+    """Hold the lock of an experiment's folder.
 
     Raises:
-        InputError: another process is at work in the folder, it cannot be written, or what was
-            done in it was done with other settings.
+        InputError: another process is at work in the folder, it cannot be written, or its results
+            have other settings.
     """
-    file = store.folder / SETTINGS
-    check_writable(file)
+    check_writable(store.folder / SETTINGS)
     with locked(store.folder):
-        _agree(file, {"all experiments": store.setup.settings(), **(own or {})})
-        yield store
-
-
-def _agree(file: Path, settings: dict[str, Any]) -> None:
-    """Write down the settings of a folder, or refuse those that differ from what is there."""
-    settings = json.loads(json.dumps(settings))
-    before: dict[str, Any] = {}
-    if is_file(file):
-        try:
-            before = json.loads(file.read_text("utf-8"))["settings"]
-            # Settings that this version has and the one that wrote it had not take their defaults.
-            common = before["all experiments"]
-            config = Config.from_dict({name: common[name] for name in ("preset", "model", "train")})
-            common.update(common_settings(config))
-            common.setdefault("own", {})
-        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
-            raise InputError(
-                f"{file}: cannot be read as the settings of an experiment ({error}); give "
-                "another folder"
-            ) from error
-        changed = [
-            line
-            for name, now in settings.items()
-            if name in before
-            for line in differences(before[name], now)
-        ]
-        if changed:
-            differing = "; ".join(dict.fromkeys(changed))
-            raise InputError(
-                f"{file.parent}: holds results of other settings: {differing}; "
-                "give the same options as then, or another folder"
-            )
-    if any(name not in before for name in settings):
-        content = {"settings": {**before, **settings}, "versions": versions(), "commit": commit()}
-        write_json(file, content)
+        store.agree("all experiments", store.setup.settings())
+        yield
 
 
 # --- pictures -------------------------------------------------------------------------------

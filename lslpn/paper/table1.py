@@ -2,68 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..evaluation.overlay import colour
-from ..evaluation.results import Evaluation
+from ..evaluation.results import average_of
 from . import report
-from .plan import Classes, Setup, plan_runs
-from .stats import by_method, compare_all, mean_of_folds, summary
+from .plan import TrainedOn, plan_runs
+from .stats import by_method, compare_all, spread, summary
 from .store import Store, Task
 
 NAME = "table1"
 
 
 def run(
-    store: Store,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    classes: Sequence[Classes] = ("all", "tested"),
-    untrained: bool = False,
+    store: Store, methods: Sequence[str], seeds: Sequence[int], classes: Sequence[TrainedOn]
 ) -> list[Path]:
-    """Train and evaluate everything that is not there yet, and write the table.
-
-    `classes` are some of "all" (with added classes), "tested" (without) and "none" (no label);
-    `untrained` adds a line for the first method's network before training.
-
-    Returns:
-        table1.json, .csv, .md, .html and .png in the folder.
-
-    Raises:
-        InputError: as `plan_runs` and `Store.results`.
-    """
+    """Train and evaluate what is not done yet, and write the table; raises as `plan_runs` and
+    `Store.results`."""
     setup = store.setup
-    runs = plan_runs(setup, methods, seeds, classes=classes, untrained=untrained)
+    runs = plan_runs(setup, methods, seeds, classes)
     done = store.results([Task(one, setup.align) for one in runs])
+    lines = by_method(done, setup.organs)
+    table = []
+    for label, of_seeds in lines.items():
+        means = [
+            average_of(
+                average_of(one.headline(organ) for organ in fold) for fold in setup.organ_folds
+            )
+            for one in of_seeds
+        ]
+        table.append({"label": label, **summary(of_seeds), "mean_of_folds": asdict(spread(means))})
     return report.publish(
         store,
         NAME,
         done,
-        {"seeds": list(seeds), **summarise(setup, by_method(done, setup.organs))},
+        {"seeds": list(seeds), "table": table, "comparisons": compare_all(lines)},
         title=f"Table 1 on {setup.dataset.name}",
         sections=[_table, _comparisons],
-        rows=lambda content: report.score_rows(done, content),
+        rows=report.score_rows(done),
         draw=_draw,
     )
-
-
-def summarise(setup: Setup, lines: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
-    """The table and the comparisons, ready for JSON."""
-    return {
-        "table": [
-            {
-                "label": label,
-                **summary(seeds),
-                "mean_of_folds": mean_of_folds(seeds, setup.organ_folds),
-            }
-            for label, seeds in lines.items()
-        ],
-        "comparisons": [dataclasses.asdict(test) for test in compare_all(lines)],
-    }
 
 
 def _table(content: report.Content) -> str:
@@ -72,7 +52,7 @@ def _table(content: report.Content) -> str:
         f"Three-dimensional Dice, {content['average']} over the test cases; "
         f"{report.of_seeds(content)}. A network is never trained on the organs that it is tested "
         "on, nor on their cases. All classes: trained on every label that is not held out. Tested "
-        "classes: on the organs of the other folds alone. No classes: on superpixels, without any "
+        "classes: only on the organs of the other folds. No classes: on superpixels, without any "
         "label."
     )
     means = ["mean"]
@@ -99,8 +79,8 @@ def _comparisons(content: report.Content) -> str:
     ]
     return report.table(
         "## Paired comparisons\n\nWilcoxon's signed-rank test, two-sided, over pairs of case and "
-        "organ (Dice averaged over the seeds); the last column is corrected for their number "
-        "(Holm). Organs of one case are not independent, so take p as a guide.",
+        "organ (Dice averaged over the seeds); the last column is corrected for the number of "
+        "tests (Holm). Organs of one case are not independent, so take p as a guide.",
         ["first", "second", "pairs", "mean difference", "p", "p corrected"],
         lines,
     )
@@ -111,7 +91,7 @@ def _draw(axes: report.Axes, content: report.Content) -> None:
     rows = content["table"]
     width = 0.8 / len(rows)
     for r, row in enumerate(rows):
-        values = [*(row["organs"][organ] for organ in organs), row["mean"]]
+        values = [*row["organs"].values(), row["mean"]]
         axes.bar(
             [i + (r - (len(rows) - 1) / 2) * width for i in range(len(values))],
             [v["mean"] or 0.0 for v in values],

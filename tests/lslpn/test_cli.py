@@ -1,4 +1,4 @@
-"""The command line on real files: results, errors of one line, and the files that remain."""
+"""The command line on real files: results, one-line errors, and the files that remain."""
 
 from __future__ import annotations
 
@@ -341,7 +341,8 @@ def test_messages_of_the_library_name_options_and_leave_paths_alone() -> None:
         (train, "out/run: holds no run", "out/run: holds no run"),
         (train, "batch: expected 2", "batch: expected 2"),
     ):
-        assert in_options(said, command, [Path("out")]) == expected
+        for given in (Path("out"), ["lslpn:liver:1=out"]):
+            assert in_options(said, command, [given]) == expected
 
 
 def test_no_message_of_the_library_names_an_option_of_the_command_line() -> None:
@@ -391,10 +392,10 @@ def test_a_data_set_without_its_json(run: Run, tmp_path: Path) -> None:
         (["--untrained", "--organ=liver", "--spacing=1/0"], "--spacing: expected a fraction"),
         (["--untrained", "--organ=liver", "--scale=1/8:x"], "--scale: expected a fraction"),
         (["--untrained", "--organ=liver", "--device=tpu"], "--device: expected auto"),
-        (["--untrained", "--organ=liver", "--device=cuda:99"], "cuda:99 is not there"),
+        (["--untrained", "--organ=liver", "--device=cuda:99"], "cuda:99 does not exist"),
         (["--untrained", "--organ=liver", "--chunks=3", "--protocol=adnet"], "one support slice"),
         (["--untrained", "--checkpoint=x"], "got --checkpoint and --untrained"),
-        (["--weights=ct", "--checkpoint=x"], "got --checkpoint and --weights"),
+        (["--weights=ct", "--checkpoint=x"], "--weights: a checkpoint has its own"),
         (["--weights=ct", "--method=panet"], "--method: a trained network"),
         (["--weights=ct", "--seed=1"], "--weights ct: --preset and --seed"),
         (["--weights=vit"], "--weights: expected ct"),
@@ -455,7 +456,7 @@ def test_a_checkpoint_of_another_architecture(
     (tmp_path / "text.pt").write_text("hello")
     for name, said in (
         ("w.pt", "another architecture"),
-        ("other.pt", "no checkpoint of lslpn"),
+        ("other.pt", "not an lslpn checkpoint"),
         ("text.pt", "cannot be read"),
     ):
         code, _, err = run(
@@ -553,7 +554,7 @@ def test_train_then_evaluate_the_held_out_organs(
     code, _, err = run(*base, "--organ=liver,spleen", "--query=syn_01", f"--out={tmp_path / 'f'}")
     assert code == 0, err
     assert "did not hold out spleen" in err
-    assert "the training saw syn_01" in err
+    assert "training used syn_01" in err
 
 
 def test_names_that_contain_commas_are_not_split(
@@ -792,7 +793,7 @@ def test_segment_reports_assumptions_and_an_empty_result(tmp_path: Path, run: Ru
     assert ("note: grey.nii.gz: nothing was found" in err) == (out.count(": not found") == 3)
 
 
-def test_the_cpu_is_taken_without_a_look_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_is_used_without_looking_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def looked() -> bool:
         raise AssertionError("looked for a GPU")
 

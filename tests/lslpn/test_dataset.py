@@ -108,7 +108,7 @@ def test_unknown_organ_and_case(synthetic_dataset: Path) -> None:
 
 def test_no_folder_no_json_broken_json(tmp_path: Path, synthetic_dataset: Path) -> None:
     _refused(tmp_path / "none", "no such folder", "nnU-Net")
-    _refused(tmp_path / ("n" * 300), "cannot be looked up", "File name too long")
+    _refused(tmp_path / ("n" * 300), "cannot be accessed", "File name too long")
     path = synthetic_dataset / "dataset.json"
     path.write_text('{"labels": ')
     _refused(synthetic_dataset, "dataset.json", "not valid JSON")

@@ -58,7 +58,7 @@ def test_report_and_figure(ran: tuple[Path, dict[str, Any]]) -> None:
     ]
     assert json.loads((out / "report.json").read_text()) == report
     assert "TotalSegmentator" in report["note"]
-    assert "not drawings by a human" in report["note"]
+    assert "not drawn by a human" in report["note"]
     assert report["versions"]["torch"]
     assert report["seconds"] > 0
     assert len(report["matched_slices"]) == 20

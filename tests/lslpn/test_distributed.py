@@ -86,8 +86,8 @@ def test_two_processes_give_the_weights_of_one_process_on_the_whole_batch(
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Of two steps, relative. Live batch norm over a few small images is ill-conditioned: rounding
-    in the last layer's gradient is some hundred times as large in the first layer's."""
+    """The relative difference of two steps. Live batch norm over a few small images is
+    ill-conditioned: rounding in the last layer's gradient grows a hundredfold up to the first."""
     return float((one - other).norm() / one.norm())
 
 
@@ -97,7 +97,9 @@ def test_live_batch_norm_on_cpus_equals_that_of_an_accumulated_batch(
     """SyncBatchNorm needs GPUs; on CPUs each process has its own statistics, and says so."""
     done = two_processes(words(data, tmp_path / "two", batch_norm="live", steps=1))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("note: on the CPU each process takes batch-norm statistics over") == 1
+    assert (
+        done.stderr.count("note: on the CPU each process computes batch-norm statistics over") == 1
+    )
     for name, accumulate in (("parts", 2), ("whole", 1)):
         live = words(data, tmp_path / name, batch_norm="live", steps=1, accumulate=accumulate)
         assert main(live) == 0

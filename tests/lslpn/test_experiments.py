@@ -1,4 +1,4 @@
-"""The experiments: reports agree with the evaluations, and a resumed run with a complete one."""
+"""The experiments: reports agree with evaluations, and resumed experiments with complete ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ TABLE1 = ("--method", "lslpn,panet", "--seeds", "1,2", "--classes", "all", "--un
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished table1, to be read only."""
+    """A folder with a finished table1; do not modify it."""
     out = tmp_path_factory.mktemp("finished") / "out"
     assert main(words("table1", data, out, *TABLE1)) == 0
     return out
@@ -63,7 +63,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy to work in: of links, since files are replaced and never modified."""
+    """A copy to work in, of hard links, since files are replaced and never modified."""
     shutil.copytree(finished, tmp_path / "out", copy_function=os.link)
     return tmp_path / "out"
 
@@ -188,7 +188,7 @@ def test_a_finished_experiment_is_read_back(
     assert main(words("table1", data, copy, *TABLE1)) == 0
     assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
     said = capsys.readouterr()
-    assert "8 of them trained already; 12 evaluations, 12 of them done already" in said.err
+    assert "8 of them already trained; 12 evaluations, 12 of them already done" in said.err
     # Fewer seeds and methods are a subset of the finished ones.
     assert main(words("table1", data, copy, "--seeds", "1", "--classes", "all")) == 0
     assert loaded(copy, "table1")["table"][0]["organs"]["liver"]["deviation"] is None
@@ -216,7 +216,7 @@ def test_a_killed_experiment_ends_with_the_same_numbers(
     trained = out / "runs/lslpn/liver/seed1/checkpoint.pt"
     stamp = trained.stat().st_mtime_ns
     assert main(command) == 0
-    assert trained.stat().st_mtime_ns == stamp  # a complete run was taken as it is
+    assert trained.stat().st_mtime_ns == stamp  # a complete run is not touched
     for organ in ("liver", "kidney"):
         name = f"evaluations/lslpn/{organ}/seed1/published-12-none"
         rows = [loaded(folder, name)["evaluations"][0]["rows"] for folder in (out, finished)]
@@ -304,7 +304,7 @@ def test_an_existing_training_run_is_reused(
     assert "hold_out was ['liver'], now ['kidney']" in capsys.readouterr().err
     unknown = ("--run", f"lslpn:spleen:1={finished}")
     assert main(words("table1", data, tmp_path / "c", *part, *unknown)) == 2
-    assert "lslpn:spleen:1 is no run of this experiment" in capsys.readouterr().err
+    assert "lslpn:spleen:1 is not a run of this experiment" in capsys.readouterr().err
 
 
 def test_without_labels_all_organ_folds_share_one_network(
@@ -359,7 +359,7 @@ def test_setting_two_holds_out_slices_even_without_labels(data: Path) -> None:
     setup = Setup(
         dataset, config, (("liver",), ("kidney",)), subject_folds(dataset, train=["syn_00"])
     )
-    runs = plan_runs(setup, ["lslpn"], [1], classes=["none"])
+    runs = plan_runs(setup, ["lslpn"], [1], ["none"])
     assert [run.hold_out for run in runs] == [("liver",), ("kidney",)]
     assert len({run.key for run in runs}) == len({run.training_path for run in runs}) == 2
 
@@ -402,7 +402,9 @@ def test_alignment_dice_by_hand() -> None:
     assert alignment(rule, (support, support), (query, query), 2) is None
 
 
-def test_misalignment_and_figures(data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misalignment_and_figures(
+    data: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(store_module, "train", None)
     assert main(words("misalignment", data, copy, "--seeds", "1,2")) == 0
     content = loaded(copy, "misalignment")
@@ -451,6 +453,14 @@ def test_misalignment_and_figures(data: Path, copy: Path, monkeypatch: pytest.Mo
     assert main([*command, "--case", "syn_03"]) == 0
     assert pictures == {name: (copy / name).read_bytes() for name in pictures}
     assert (copy / "figures.html").read_text("utf-8").count('src="data:image/png') == 2
+
+    stored = next((copy / "evaluations/panet").rglob("pictures-*.npz"))
+    for damaged in (b"", stored.read_bytes()[:-100]):
+        stored.unlink()  # it is a link to a file of the other tests
+        stored.write_bytes(damaged)
+        capsys.readouterr()
+        assert main([*command, "--case", "syn_03"]) == 1  # `no_work` refuses to evaluate it
+        assert f"{stored.with_suffix('.json')} cannot be read" in capsys.readouterr().err
 
 
 # --- plan -----------------------------------------------------------------------------------
@@ -506,7 +516,7 @@ def test_without_added_classes_the_other_folds_are_trained_on(data: Path) -> Non
         (("liver",), ("kidney",)),
         subject_folds(dataset, parts=2),
     )
-    runs = plan_runs(setup, ["lslpn", "panet"], [5, 6], classes=["all", "tested"])
+    runs = plan_runs(setup, ["lslpn", "panet"], [5, 6], ["all", "tested"])
     assert len(runs) == len({run.path for run in runs}) == 2 * 2 * 2 * 2 * 2
     for run in runs:
         assert run.config.model.method == run.method
@@ -515,8 +525,8 @@ def test_without_added_classes_the_other_folds_are_trained_on(data: Path) -> Non
         assert run.config.train.organs == (None if run.classes == "all" else other)
     assert [run.seed for run in runs] == [5] * 16 + [6] * 16
     alone = Setup(dataset, setup.config, (("liver",),), setup.subject_folds)
-    with pytest.raises(InputError, match="one fold alone"):
-        plan_runs(alone, ["lslpn"], [1], classes=["tested"])
+    with pytest.raises(InputError, match="only one fold"):
+        plan_runs(alone, ["lslpn"], [1], ["tested"])
 
 
 def test_the_commands_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -547,7 +557,7 @@ def test_the_commands_of_the_documentation(capsys: pytest.CaptureFixture[str]) -
     assert set(found[1].test) == set(GOLD) - {"10000132"}
 
 
-def test_settings_of_one_method_alone(
+def test_settings_of_a_single_method(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = ("--method", "lslpn,panet", "--seeds", "1", "--classes", "all")
@@ -569,15 +579,31 @@ def test_settings_of_one_method_alone(
         assert expected in capsys.readouterr().err
 
 
+def without_kidney(root: Path, cases: int, *names: str) -> Path:
+    """A data set in which some cases do not show the kidney."""
+    data = write_synthetic_dataset(root, cases=cases)
+    for name in names:
+        path = data / "labelsTr" / f"{name}.nii.gz"
+        image = nib.load(path)
+        kept = np.asarray(image.dataobj)
+        kept[kept == 3] = 0
+        nib.save(nib.Nifti1Image(kept, image.affine, image.header), path)
+    return data
+
+
+def test_figures_of_an_organ_that_no_case_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = without_kidney(tmp_path / "data", 4, "syn_02", "syn_03")
+    command = words("figures", data, tmp_path / "out", "--seeds", "1", "--organ", "kidney", steps=1)
+    assert main(command) == 2
+    assert "nothing to show: " in capsys.readouterr().err
+
+
 def test_a_support_without_the_organ_is_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_synthetic_dataset(tmp_path / "data", cases=3)
-    path = data / "labelsTr" / "syn_00.nii.gz"
-    image = nib.load(path)
-    kept = np.asarray(image.dataobj)
-    kept[kept == 3] = 0
-    nib.save(nib.Nifti1Image(kept, image.affine, image.header), path)
+    data = without_kidney(tmp_path / "data", 3, "syn_00")
     assert main(words("table1", data, tmp_path / "out", "--seeds", "1")) == 2
     said = capsys.readouterr().err
     assert "the support syn_00 does not show enough of kidney" in said
@@ -592,15 +618,15 @@ def test_paired_comparison_by_hand_and_by_scipy() -> None:
     b = {i: value - 0.01 * (i + 1) for i, value in a.items()}
     found = compare("a", "b", {**a, "only here": 0.1}, {**b, "only there": 0.9})
     # Five differences of one sign: 2 of the 2^5 signs are as extreme.
-    assert found.p == pytest.approx(2 / 2**5)
-    assert found.pairs == 5
-    assert found.difference == pytest.approx(0.03)
+    assert found["p"] == pytest.approx(2 / 2**5)
+    assert found["pairs"] == 5
+    assert found["difference"] == pytest.approx(0.03)
     rng = np.random.default_rng(0)
     x, y = (dict(enumerate(rng.random(20))) for _ in range(2))
     expected = scipy_stats.wilcoxon(list(x.values()), list(y.values())).pvalue
-    assert compare("x", "y", x, y).p == pytest.approx(expected)
-    assert compare("x", "x", x, x).p == 1.0
-    assert compare("x", "y", x, {}).p is None
+    assert compare("x", "y", x, y)["p"] == pytest.approx(expected)
+    assert compare("x", "x", x, x)["p"] == 1.0
+    assert compare("x", "y", x, {})["p"] is None
 
 
 def test_holm_spread_and_correlation_by_hand() -> None:
@@ -611,6 +637,6 @@ def test_holm_spread_and_correlation_by_hand() -> None:
     assert str(spread([0.25])) == "0.250"
     assert str(spread([])) == "-"
     found = correlate([1, 2, 3], [1, 4, 9])
-    assert found.spearman == pytest.approx(1)
-    assert found.pearson == pytest.approx(8 / (2 * 98 / 3) ** 0.5)
-    assert correlate([1, 1, 1], [1, 2, 3]).pearson is None
+    assert found["spearman"] == pytest.approx(1)
+    assert found["pearson"] == pytest.approx(8 / (2 * 98 / 3) ** 0.5)
+    assert correlate([1, 1, 1], [1, 2, 3])["pearson"] is None

@@ -65,7 +65,7 @@ def batch(B: int = 2, K: int = 1, N: int = 1) -> Batch:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of a pixel's feature with each prototype; 0 where either has no direction."""
+    """The cosines of a feature with each prototype; 0 if either is zero."""
     norms = a.norm() * b.norm(dim=-1)
     return torch.where(norms > 0, (b @ a) / norms.clamp_min(1e-30), 0.0)
 
@@ -189,7 +189,7 @@ def senet_block(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def unpooled(x: Tensor, before: Tensor) -> Tensor:
-    """Each value of x where the maximum of its 2 x 2 cell of `before` was."""
+    """Each value of x at the position of the maximum of its 2 x 2 cell of `before`."""
     out = torch.zeros_like(before[:, : x.shape[1]])
     for c in range(x.shape[1]):
         for i in range(x.shape[2]):
@@ -261,7 +261,7 @@ def test_senet_is_two_arms_and_nine_gates() -> None:
 
 
 def align_oracle(model: FewShotNetwork, b: int, data: Batch, kind: str) -> Tensor:
-    """PANet's second loss of one episode, one support image and way at a time."""
+    """PANet's second loss for one episode, one support image and one way at a time."""
     support, query = model.encode(data.support_images[b]), model.encode(data.query_images[b])
     masks = data.support_masks[b]
 
@@ -304,7 +304,7 @@ def test_loss_is_cross_entropy_and_alignment(method: str, K: int, N: int) -> Non
     model = untrained(settings, seed=3).train()
     data = batch(2, K, N)
     if N == 2:
-        data.support_masks[:, 0, 1] = 0  # an image of the first way alone
+        data.support_masks[:, 0, 1] = 0  # an image of the first way only
     data.query_labels[:, :, :5] = 255
     with torch.no_grad():
         logits = model(data.support_images, data.support_masks, data.query_images)
@@ -324,7 +324,7 @@ def test_a_class_predicted_nowhere_has_an_alignment_loss_in_alpnet_only(
     method: type[PANet | ALPNet],
 ) -> None:
     class Timid(method):  # type: ignore[misc, valid-type]
-        """Finds background everywhere."""
+        """Predicts background everywhere."""
 
         def scores(self, features: Tensor, support: object) -> Tensor:
             found = super().scores(features, support)
@@ -338,7 +338,7 @@ def test_a_class_predicted_nowhere_has_an_alignment_loss_in_alpnet_only(
     if method is PANet:
         assert second == 0
     else:
-        # The share of the image that is organ, and is taken for background with logit 100 or more.
+        # The share of organ pixels, all predicted as background with a logit of 100 or more.
         share = data.support_masks.float().mean()
         assert 100 * share < second < 121 * share
 
@@ -437,9 +437,9 @@ def test_checkpoints_without_a_method_are_lslpn(tmp_path: Path) -> None:
     stored = torch.load(file, weights_only=True)
     torch.save({**stored, "config": content}, file)
     assert load_checkpoint(file).config.model.method == "lslpn"
-    # PANet has the same tensors: a changed name must not turn a file of LSLPN into one.
+    # PANet has the same tensors: with a changed name, a file of LSLPN must not load as one.
     torch.save({**stored, "method": "panet"}, file)
-    with pytest.raises(InputError, match=r"says method 'panet'.*'lslpn'"):
+    with pytest.raises(InputError, match=r"method 'panet' is 'lslpn' in its configuration"):
         load_model(file)
 
 
@@ -468,7 +468,7 @@ def test_one_way_and_one_shot_for_senet() -> None:
 def test_senet_with_several_ways_or_shots_is_refused_before_training(
     change: dict[str, int],
 ) -> None:
-    with pytest.raises(InputError, match=r"another than 'senet'.*1 way and 1 shot, with"):
+    with pytest.raises(InputError, match=r"senet is for 1 way and 1 shot, not [12] and [12]"):
         config("senet", **change)
 
 

@@ -62,7 +62,7 @@ def run(dataset: Dataset, out: Path, config: Config, **arguments: object) -> LSL
 
 
 def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor in nested dicts and lists, by its path."""
+    """All tensors in nested dicts and lists, by path."""
     if isinstance(value, torch.Tensor):
         return {path: value}
     items = (
@@ -84,11 +84,11 @@ def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
 
 
 class StopError(Exception):
-    """Stands for a kill in tests that run in this process."""
+    """A kill, in tests that run in this process."""
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Interrupt `train` in the step after `steps` of its own steps."""
+    """Interrupt `train` after `steps` steps."""
     done = 0
     real = train_module.train_step
 
@@ -155,7 +155,7 @@ def test_training_continues_from_exported_weights(
     words = ["train", "--data", str(dataset.root), "--out", str(tmp_path / "run"), "--quiet"]
     words += ["--weights", str(file), "--set", "steps=1", "--set", "lr=1e-9", "--set", "batch=1"]
     assert main([*words, "--set", "channels=9"]) == 2
-    assert "the network is that of the weights" in capsys.readouterr().err
+    assert "whose settings cannot be changed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main(words) == 0
     trained = load_checkpoint(tmp_path / "run")
@@ -276,7 +276,7 @@ def test_training_leaves_torchs_generator_unchanged(dataset: Dataset, tmp_path: 
 
 
 def test_held_out_organs_do_not_affect_the_weights(dataset: Dataset, tmp_path: Path) -> None:
-    """With held-out organs labelled as background the run is the same."""
+    """The run is the same if held-out organs are labelled as background."""
     import nibabel as nib
     import numpy as np
 
@@ -403,7 +403,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_an_existing_run_is_not_overwritten(dataset: Dataset, tmp_path: Path) -> None:
     run(dataset, tmp_path / "run", small(steps=1))
     before = (tmp_path / "run" / FILE_NAME).read_bytes()
-    with pytest.raises(InputError, match=r"holds a training run already.*`resume=True`"):
+    with pytest.raises(InputError, match=r"already holds a training run.*`resume=True`"):
         run(dataset, tmp_path / "run", small(steps=1))
     assert (tmp_path / "run" / FILE_NAME).read_bytes() == before
 
@@ -605,7 +605,7 @@ EDITS: dict[str, tuple[tuple[str, ...], object]] = {
         ("empty", "cannot be read"),
         ("text", "cannot be read"),
         ("module", "cannot be read"),
-        ("foreign", "no checkpoint of lslpn"),
+        ("foreign", "not an lslpn checkpoint"),
         ("method", "method 'protonet'.*expected one of lslpn, panet"),
         ("version", "version 99"),
         ("option", "'colour'"),
@@ -616,9 +616,9 @@ EDITS: dict[str, tuple[tuple[str, ...], object]] = {
         ),
         ("missing tensor", r"another architecture.*layer3\.0\.conv1\.weight"),
         ("flipped bits", r"cannot be read \(wrong checksum of .*damaged"),
-        ("not finite", r"damaged: encoder\.layer3\.0\.conv1\.weight holds values.*not finite"),
-        ("infinite", r"damaged: encoder\.layer3\.0\.conv1\.weight holds values.*not finite"),
-        ("no tensor", r"encoder\.layer3\.0\.conv1\.weight is no dense tensor"),
+        ("not finite", r"damaged: encoder\.layer3\.0\.conv1\.weight has values.*not finite"),
+        ("infinite", r"damaged: encoder\.layer3\.0\.conv1\.weight has values.*not finite"),
+        ("no tensor", r"encoder\.layer3\.0\.conv1\.weight is not a dense tensor"),
         ("too large", r"another architecture.*\(1000000000, 1536, 3, 3\)"),
         ("beyond counting", "no network can be built"),
         ("config", "must be a table"),
@@ -628,7 +628,7 @@ EDITS: dict[str, tuple[tuple[str, ...], object]] = {
         ("weights", "model is list, not dict"),
         ("data", "data is str, not dict"),
         ("held-out organs", "hold_out is str, not list"),
-        ("a case", "cases holds something else than names"),
+        ("a case", "cases is not a list of names"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_clear_error(
@@ -645,7 +645,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_error(
 def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.*no such file or folder"):
         checkpoint_path(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=f"holds no {FILE_NAME}"):
+    with pytest.raises(InputError, match=f"has no {FILE_NAME}"):
         load_model(tmp_path)
 
 
