@@ -528,3 +528,8 @@ def test_arrays_and_nibabel_images_are_read_as_their_file(tmp_path: Path, axes: 
             assert np.allclose(again.affine, image.affine)
     with pytest.raises(InputError, match=r"mine: .*NaN"):
         Volume.from_array(np.full((2, 2, 2), np.nan), np.eye(4), name="mine")
+
+
+def test_an_array_of_integers_too_large_for_labels_is_refused() -> None:
+    with pytest.raises(InputError, match=r"array: labels run from 0 to 1\.0995"):
+        Volume.from_array(np.array([[[0, 2**40]]]), np.eye(4))
