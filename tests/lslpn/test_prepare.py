@@ -74,7 +74,7 @@ def test_a_window_is_in_hu_whatever_offset_is_stored(ct: Volume) -> None:
         one, other = (made(image, size=64, window=window) for image in (ct, shifted))
         np.testing.assert_array_equal(one.slices, other.slices)
     for image in (ct, shifted):
-        with pytest.raises(InputError, match=r"ct\.nii\.gz: every voxel lies on one side"):
+        with pytest.raises(InputError, match=r"ct\.nii\.gz: every voxel is on one side"):
             made(image, size=64, window=(5000, 6000))
 
 
@@ -89,12 +89,12 @@ def test_scans_that_were_treated_differently_are_named(
     warn_unlike([whole, windowed])
     assert not recwarn.list
     grey = treatment("grey", (ct.data.clip(-160, 240) + 160) / 400 * 255)
-    with pytest.warns(UserWarning, match=r"^grey: not taken for CT in HU, while whole and 1 more"):
+    with pytest.warns(UserWarning, match=r"^grey: not treated as CT in HU, while whole and 1 more"):
         warn_unlike([whole, windowed, grey])
-    with pytest.warns(UserWarning, match=r"^shifted: taken for CT stored as HU \+ 1024"):
+    with pytest.warns(UserWarning, match=r"^shifted: treated as CT stored as HU \+ 1024"):
         warn_unlike([treatment("shifted", ct.data + 1024)])
     close_up = treatment("close-up", np.random.default_rng(0).normal(100, 10, ct.data.shape))
-    with pytest.warns(UserWarning, match=r"^close-up: no body stands out in it, .* while grey is"):
+    with pytest.warns(UserWarning, match=r"^close-up: no body was found in it, .* while grey is"):
         warn_unlike([grey, close_up])
 
 

@@ -327,7 +327,7 @@ def _changed(scan: tuple[Volume, Volume], data: np.ndarray) -> tuple[Volume, Vol
 
 @pytest.mark.parametrize("changed", ["support", "query"])
 @pytest.mark.parametrize(("low", "high", "offset"), [(-200, 400, 0), (-1024, 3071, 1024)])
-@pytest.mark.filterwarnings("ignore:.*taken for CT stored as HU:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*treated as CT stored as HU:UserWarning")
 def test_a_window_or_an_offset_of_either_scan_does_not_matter(
     model: LSLPN,
     support: tuple[Volume, Volume],
@@ -360,7 +360,7 @@ def test_two_scans_are_limited_to_their_common_window(
 def test_a_subtracted_offset_is_reported(
     model: LSLPN, support: tuple[Volume, Volume], query: tuple[Volume, Volume]
 ) -> None:
-    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: taken for CT stored as HU \+ 1024"):
+    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: treated as CT stored as HU \+ 1024"):
         segment(model, [support], _changed(query, query[0].data + 1024)[0])
 
 
@@ -392,7 +392,7 @@ def test_where_one_scan_shows_no_body_none_is_cropped(
 ) -> None:
     support = _mr(support, 0)
     close_up = _changed(query, np.random.default_rng(0).normal(100, 10, query[0].data.shape))
-    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: no body stands out .* no scan is cut"):
+    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: no body was found .* no scan is cropped"):
         ready, target = _prepare(model, [support], close_up[0], "body")
     for scan in (*ready, target):
         assert (scan.boxes == [0, 56, 0, 64]).all()
