@@ -544,7 +544,7 @@ def test_scans_are_aligned_as_the_model_was_trained(synthetic_dataset: Path) -> 
         ({"organs": ["square", "nothing"]}, r"a\.nii\.gz: the support a does not show enough of"),
         ({"support": "e", "queries": ["b"]}, r"e\.nii\.gz: the support e does not show enough of"),
         ({"protocol": "none"}, "protocol: expected one of"),
-        ({"align": "organ"}, "align: expected none or body"),
+        ({"align": "organ"}, "align must be 'none' or 'body'"),
         ({"chunks": -1}, "chunks: expected 1 or more"),
     ],
 )
