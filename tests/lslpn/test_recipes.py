@@ -380,7 +380,7 @@ def test_visceral_annotators(tmp_path: Path) -> None:
     first = _one(source, tmp_path / "a", organs=["liver"])
     liver = native(tmp_path / "a" / "labelsTr" / "10000100.nii.gz")
     assert (liver[at(0)] == 1).all()
-    assert first.notes == ("3 further drawings of an organ were not taken",)
+    assert first.notes == ("3 more drawings of an organ were not used",)
     record = report(tmp_path / "a")["cases"]["10000100"]
     assert record["annotators"] == {"liver": "6"}
     assert [Path(r["file"]).name.split("_")[-1] for r in record["not_taken"]] == [
