@@ -71,7 +71,7 @@ def prepare_corpus(
             a case or organ is unknown; pydicom is missing (chaos).
     """
     if name not in NAMES:
-        raise InputError(f"recipe {name!r}: not known, expected one of {', '.join(NAMES)}")
+        raise InputError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
     module = importlib.import_module(f"{__package__}.{name}")
     source, target = Path(source), Path(target)
     if not source.is_dir():
