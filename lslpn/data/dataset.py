@@ -84,7 +84,7 @@ class Dataset:
         labels, ignore = _labels(path, meta)
         cases, incomplete = _cases(folder, ending)
         if count := len(incomplete):
-            shown = ", ".join([*list(incomplete)[:8], *["..."] * (count > 8)])
+            shown = ", ".join(list(incomplete)[:8]) + ", ..." * (count > 8)
             warnings.warn(
                 f"data set {folder}: {count} case{'s' * (count > 1)} left out because the image "
                 f"or the labels are missing: {shown}",

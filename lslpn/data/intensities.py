@@ -7,7 +7,6 @@ be clipped to a window, stored with an offset, or padded with any value.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,16 +102,6 @@ def interpret(data: np.ndarray) -> Intensities:
     air = max(AIR_BELOW_HU, low + _MARGIN_HU)
     padding = edge if edge is not None and edge - offset > air else None
     return Intensities(True, offset, air, (low, high), padding)
-
-
-def common_window(read: Sequence[Intensities], window: tuple[float, float]) -> tuple[float, float]:
-    """The part of `window` that clipping left in all scans, or `window` if that is empty.
-
-    Grey values that were clipped in one scan must not distinguish the others from it.
-    """
-    low = max(window[0], *(how.limits[0] for how in read))
-    high = min(window[1], *(how.limits[1] for how in read))
-    return (low, high) if low < high else window
 
 
 def _edge(data: np.ndarray) -> float | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import InputError
-from .intensities import AIR_BELOW_HU, Intensities, common_window, interpret
+from .intensities import AIR_BELOW_HU, Intensities, interpret
 from .volumes import Volume, check_same_grid
 
 # The window of few-shot papers on abdominal CT since ALPNet, in HU. Dice on the demo pair, with an
@@ -142,10 +142,16 @@ def prepare(
 
 
 def shared_window(window: Window, read: Sequence[Intensities]) -> Window:
-    """`window` for scans that are used together; for "auto", the part that all of them have."""
-    if window == "auto" and all(how.hu for how in read):
-        return common_window(read, ABDOMEN_WINDOW)
-    return window
+    """`window` for scans that are used together.
+
+    For "auto" and CT, this is the part of the window that was not clipped in any of the scans, if
+    there is one: values that one scan lacks must not distinguish the others from it.
+    """
+    if window != "auto" or not all(how.hu for how in read):
+        return window
+    low = max(ABDOMEN_WINDOW[0], *(how.limits[0] for how in read))
+    high = min(ABDOMEN_WINDOW[1], *(how.limits[1] for how in read))
+    return (low, high) if low < high else ABDOMEN_WINDOW
 
 
 def window_limits(how: Intensities, window: Window) -> tuple[float, float] | None:

@@ -12,8 +12,8 @@ from synthetic import synthetic_ct
 
 from lslpn.assets import demo_image
 from lslpn.config import ModelConfig
-from lslpn.data.intensities import Intensities, common_window, interpret
-from lslpn.data.slices import body_boxes, prepare
+from lslpn.data.intensities import Intensities, interpret
+from lslpn.data.slices import body_boxes, prepare, shared_window
 from lslpn.data.volumes import Volume, read_image
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -152,10 +152,13 @@ def test_the_network_sees_the_same_however_ct_is_stored(situation: str) -> None:
     np.testing.assert_allclose(other.slices, plain.slices, atol=1e-5)
 
 
-def test_common_window_of_several_scans() -> None:
+def test_the_window_that_several_scans_share() -> None:
     full = Intensities(True, 0, -300, (-1024, math.inf), None)
     narrow = dataclasses.replace(full, limits=(-100.0, 240.0))
-    assert common_window([full], (-125, 275)) == (-125, 275)
-    assert common_window([full, narrow], (-125, 275)) == (-100, 240)
+    assert shared_window("auto", [full]) == (-125, 275)
+    assert shared_window("auto", [full, narrow]) == (-100, 240)
     bone = dataclasses.replace(full, limits=(300.0, 1500.0))
-    assert common_window([full, bone], (-125, 275)) == (-125, 275)
+    assert shared_window("auto", [full, bone]) == (-125, 275)
+    mr = dataclasses.replace(narrow, hu=False)
+    assert shared_window("auto", [full, mr]) == "auto"
+    assert shared_window((-10, 90), [full, narrow]) == (-10, 90)
