@@ -50,7 +50,7 @@ def survey(source: Path) -> Survey:
         )
     root = _root(source)
     result = Survey(source, dict(LABELS))
-    numbers = {int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()}
+    numbers = {int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdecimal()}
     for number in sorted(numbers.union(CASES)):
         case = f"chaos_{number:02d}"
         folder = root / str(number) / "T2SPIR"

@@ -175,7 +175,7 @@ def files_below(folder: Path) -> list[Path]:
 def natural(text: str) -> tuple[Any, ...]:
     """A sort key: numbers by their value, then words, then the empty string."""
     parts = re.findall(r"\d+|\D+", text)
-    return (not parts, [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts])
+    return (not parts, [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts])
 
 
 def check_organs(organs: Sequence[str], known: Iterable[str]) -> None:

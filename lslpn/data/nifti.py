@@ -69,7 +69,7 @@ def array_of(path: Path, image: nib.Nifti1Image) -> tuple[np.ndarray, Grid]:
             f"{few if array.ndim < 3 else many}"
         )
     if array.size == 0:
-        raise InputError(f"{path}: holds no voxels ({times(array.shape)}); export it again")
+        raise InputError(f"{path}: has no voxels ({times(array.shape)}); export it again")
     shape = (array.shape[0], array.shape[1], array.shape[2])
     affine, header = _affine(path, image), image.header.copy()
     if not np.array_equal(header.get_best_affine(), affine):
@@ -181,7 +181,7 @@ def _singular(affine: np.ndarray) -> str | None:
     axes = affine[:3, :3]
     lengths = np.sqrt((axes**2).sum(axis=0))
     if not np.isfinite(affine).all() or lengths.min() == 0:
-        return "it holds zeros or values that are not finite"
+        return "it has an axis of length 0 or values that are not finite"
     # The ratio of the voxel's volume to that of a box with the same edges, 1 without shear.
     if abs(np.linalg.det(axes / lengths)) <= 1e-3:
         return "its axes lie in one plane"

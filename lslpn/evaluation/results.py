@@ -279,8 +279,8 @@ def render_table(
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for line in lines:
         table.add_row(*map(cell, line))
-    # Wide enough for any table, because the text may go to a file or a pipe.
+    # Wide enough for any table; rich would shorten the names in a wider one.
     out = io.StringIO()
-    Console(file=out, width=400, color_system=None, markup=False, emoji=False).print(table)
+    Console(file=out, width=100_000, color_system=None, markup=False, emoji=False).print(table)
     body = "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
     return f"{title}\n\n{body}\n" if markdown else f"{title}\n{body}"

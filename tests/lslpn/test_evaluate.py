@@ -613,6 +613,13 @@ def test_json_is_json_and_the_tables_hold_every_score() -> None:
     assert "[bold]a :smile: [/none]" in named
 
 
+@pytest.mark.parametrize("markdown", [False, True])
+def test_names_are_not_shortened_in_wide_tables(markdown: bool) -> None:
+    names = [f"{'long' * 20}_{i}" for i in range(40)]
+    table = render_table("", names, [names], markdown)
+    assert all(table.count(f"{name} ") == 2 for name in names[:-1])
+
+
 def test_fractions_are_written_as_quotients() -> None:
     assert [fraction(v) for v in (1.0, 0.125, 1 / 3, 0.123)] == ["1", "1/8", "1/3", "0.123"]
 

@@ -396,7 +396,8 @@ def test_visceral_annotators(tmp_path: Path) -> None:
 
 
 def test_natural_order() -> None:
-    assert sorted(["", "b", "10", "2", "a2"], key=natural) == ["2", "10", "a2", "b", ""]
+    names = ["", "b", "10", "2", "a2", "²"]
+    assert sorted(names, key=natural) == ["2", "10", "a2", "b", "²", ""]
 
 
 def test_overlaps_go_to_the_smaller_organ(tmp_path: Path) -> None:
