@@ -109,6 +109,7 @@ def prepare_corpus(
         }
         write_json(target / REPORT, content)
 
+    (target / "dataset.json").unlink(missing_ok=True)  # of an earlier run, with fewer cases
     report(complete=False)
     todo = [case for case in wanted if case not in records and case in survey.cases]
     for case in tqdm(todo, desc=name, unit="case", disable=not progress, dynamic_ncols=True):

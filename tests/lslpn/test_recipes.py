@@ -221,6 +221,18 @@ def test_resume_with_the_good_cases_only(raw: Path, tmp_path: Path, run: Run) ->
     assert len(Dataset.open(tmp_path / "d").cases) == 29
 
 
+def test_a_resumed_run_with_problems_leaves_no_data_set(
+    raw: Path, tmp_path: Path, run: Run
+) -> None:
+    target = tmp_path / "d"
+    assert run("btcv", raw, target, "--cases", "btcv_0001")[0] == 0
+    assert (target / "dataset.json").exists()
+    cut(raw / "Training" / "img" / "img0030.nii.gz")
+    assert run("btcv", raw, target, "--resume")[0] == 2
+    assert not (target / "dataset.json").exists()
+    assert len(report(target)["cases"]) == 29
+
+
 def test_folders_with_other_files_are_not_written_to(raw: Path, tmp_path: Path, run: Run) -> None:
     target = tmp_path / "mine"
     target.mkdir()
