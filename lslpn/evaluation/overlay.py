@@ -125,7 +125,7 @@ def overlay(
                 axes.set_title(panel.title, fontsize=8)
             if panel.labels is None:
                 continue
-            for label in np.unique(panel.labels[panel.labels > 0]).tolist():
+            for label in np.unique(panel.labels[panel.labels > 0]).astype(int).tolist():
                 shown.add(label)
                 _draw(axes, panel.labels == label, colour(label))
     if title:
