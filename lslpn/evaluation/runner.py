@@ -113,7 +113,7 @@ class Runner:
                     masks = torch.from_numpy(mask).to(features[z].device)[None, None, None]
                     described = view.describe(features[z][None, None], masks)
                     view.described[organ, z] = described
-                    if _says_nothing(described, mask):
+                    if _vanished(described, mask):
                         lost.append(z)
                 if lost == slices:
                     view.too_small.add(organ)
@@ -179,7 +179,10 @@ class Runner:
     def _example(
         self, organ: str, case: str, supports: dict[int, int], ready: Prepared, found: np.ndarray
     ) -> Example:
-        """The middle slice that shows the organ, rather than one with a good result."""
+        """The middle slice that shows the organ, rather than one with a good result.
+
+        Copies the slices, because a view would keep its whole volume in memory.
+        """
         zs = sorted(supports)
         showing = [z for z in zs if self._shows(ready, organ, z).any()] or zs
         z = showing[len(showing) // 2]
@@ -188,11 +191,11 @@ class Runner:
             case=case,
             support_slice=supports[z],
             query_slice=z,
-            support_image=self.support.slices[supports[z]],
+            support_image=self.support.slices[supports[z]].copy(),
             support_mask=self._shows(self.support, organ, supports[z]).astype(np.uint8),
-            query_image=ready.slices[z],
+            query_image=ready.slices[z].copy(),
             truth=self._shows(ready, organ, z).astype(np.uint8),
-            prediction=found[z],
+            prediction=found[z].copy(),
             support_aspect=_aspect(self.support, supports[z]),
             query_aspect=_aspect(ready, z),
         )
@@ -222,7 +225,7 @@ def slices_of(plan: Plan) -> list[int]:
     return sorted({z for supports in plan.values() for z in supports})
 
 
-def _says_nothing(described: Any, mask: np.ndarray) -> bool:
+def _vanished(described: Any, mask: np.ndarray) -> bool:
     """Whether the organ has vanished from a support slice at the network's size."""
     if isinstance(described, LocalPrototypes):  # zero in windows with too few pixels
         return not bool(described.values[:, 1:].any())

@@ -286,6 +286,13 @@ def test_only_adnet_counts_what_is_found_outside_the_organ(squares: Dataset) -> 
     assert whole.dice == pytest.approx(2 * 512 / (512 + 16 + 512))
 
 
+def test_examples_do_not_keep_volumes_in_memory(squares: Dataset) -> None:
+    (example,) = run(squares, "b", GridSpec(1, 1)).examples
+    arrays = [value for value in vars(example).values() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 5
+    assert all(array.base is None for array in arrays)
+
+
 def test_a_query_without_the_organ_is_skipped_and_reported(squares: Dataset) -> None:
     found = run(squares, "bec", GridSpec(1, 1))
     assert [row.case for row in found.rows] == ["b", "c"]
