@@ -64,7 +64,7 @@ def test_labels_whose_numbers_are_text(synthetic_dataset: Path) -> None:
     assert Dataset.open(_edit(synthetic_dataset, labels=text)).labels == {"liver": 1, "kidney": 3}
 
 
-def test_the_ignore_label_is_no_organ(synthetic_dataset: Path) -> None:
+def test_the_ignore_label_is_not_an_organ(synthetic_dataset: Path) -> None:
     labels = {"background": 0, "liver": 1, "ignore": 3}
     data = Dataset.open(_edit(synthetic_dataset, labels=labels))
     assert (data.organs, data.ignore) == (("liver",), 3)
