@@ -128,7 +128,7 @@ class TrainingScans(ABC):
         return Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*episodes, strict=True)))
 
     def _prepared(self, image: Volume, labels: Volume | None = None) -> Prepared:
-        """Prepare a scan, and remember how, to warn later if scans differ in it."""
+        """Prepare a scan and record its treatment, to warn if scans were treated differently."""
         ready = prepare(self.config.model, image, labels)
         self._treatments.append(ready.treatment)
         return ready
