@@ -58,7 +58,7 @@ class Prepared:
 
     slices: np.ndarray  # float32 [Z, S, S] in [0, 1]
     labels: np.ndarray | None  # the labels' own dtype, [Z, S, S]
-    boxes: np.ndarray  # int [Z, 4], the part of each slice: y0, y1, x0, x1, ends excluded
+    boxes: np.ndarray  # int [Z, 4], the part used of each slice: y0, y1, x0, x1, ends excluded
     source: Volume
     air: np.ndarray  # float32 [Z], pixels of a slice up to this value are air or background
     treatment: Treatment  # for `warn_unlike`
