@@ -152,9 +152,7 @@ def _air_of_other(data: np.ndarray, values: np.ndarray, low_end: float) -> float
     low, high = (float(v) for v in np.quantile(values, [_FEW / 2, 1 - _FEW / 2]))
     ends = [low_end + _MARGIN * (high - low_end)] if math.isfinite(low_end) else []
     height, width = (max(1, round(_CORNER * n)) for n in data.shape[1:])
-    corners = data[:, [*range(height), *range(-height, 0)]][
-        :, :, [*range(width), *range(-width, 0)]
-    ]
+    corners = data[:, np.r_[:height, -height:0]][:, :, np.r_[:width, -width:0]]
     level = float(np.median(corners))
     noise = level + _NOISE * 1.4826 * float(np.median(np.abs(corners - level)))
     tissue = values[values > noise]
