@@ -157,6 +157,11 @@ def _draw(axes: Axes, mask: np.ndarray, hue: str) -> None:
 
 def write_figure(path: Path, figure: Figure) -> Path:
     """Write a figure as PNG, as a whole or not at all; the same picture has the same bytes."""
+    # The layout's last bits differ between processes, which antialiasing makes visible.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 6).tolist())
     with replacing(path) as aside:
         # Leave out matplotlib's version.
         figure.savefig(aside, format="png", metadata={"Software": None})
