@@ -1,14 +1,14 @@
-"""BTCV, "Beyond the Cranial Vault", the abdomens: 30 labelled CT scans, 13 organs.
+"""The abdomens of BTCV, "Beyond the Cranial Vault": 30 labelled CT scans, 13 organs.
 
-As distributed (Abdomen/RawData.zip):
+As distributed in Abdomen/RawData.zip:
 
     RawData/Training/img/img0001.nii.gz
     RawData/Training/label/label0001.nii.gz
 
-with the numbers 0001 to 0010 and 0021 to 0040. The same project also holds the folders
+with the numbers 0001 to 0010 and 0021 to 0040. The same project also has the folders
 averaged-training-images and averaged-training-labels with files such as DET0000101_avg.nii.gz,
-which are other images with other labels: their label 1 is not the spleen. Folders of that name are
-used only if their files have the names of the abdomens.
+which are other images with other labels: their label 1 is not the spleen. Folders with these names
+are used only if their files are named like the abdomens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CORPUS = {
     "channel_names": {"0": "CT"},
 }
 
-# In the order of the organisers' values, which are kept.
+# In the order of the organisers' label values, which are kept.
 ORGANS = (
     "spleen",
     "kidney_right",
@@ -52,11 +52,11 @@ _WITHIN = (".", "RawData/Training", "Training", "Abdomen/RawData/Training", "Raw
 
 
 def survey(source: Path) -> Survey:
-    """Find the 30 cases; raises InputError where the folders of the corpus are not there."""
+    """Find the 30 cases; raises InputError if the folders of the corpus are missing."""
     result = Survey(source, {organ: value for value, organ in enumerate(ORGANS, 1)})
     folders = dict(zip(("img", "label"), _folders(source), strict=True))
     found = {kind: _numbered(folder, kind, result) for kind, folder in folders.items()}
-    # The corpus should have the 30; a number beyond them is taken as well.
+    # All 30 cases are expected, but others are used, too.
     for number in sorted({*CASES, *found["img"], *found["label"]}):
         case = f"btcv_{number:04d}"
         image, labels = (
@@ -87,7 +87,7 @@ def _folders(source: Path) -> tuple[Path, Path]:
             return folder / images, folder / labels
     if any((source / within / "averaged-training-images").is_dir() for within in _WITHIN):
         raise InputError(
-            f"{source}: averaged-training-images holds DET..._avg.nii.gz, which are not the "
+            f"{source}: averaged-training-images has DET..._avg.nii.gz, which are not the "
             "abdomens; unpack Abdomen/RawData.zip of the same project and give its folder RawData"
         )
     raise InputError(

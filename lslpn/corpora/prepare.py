@@ -1,8 +1,8 @@
-"""Converts a corpus to a data set: reads, checks and writes its cases, and resumes.
+"""Converts a corpus to a data set: reads, checks and writes its cases, and can be resumed.
 
-A case is read and checked completely before it is written, its image is written before its labels,
-and it is entered into `prepared.json` after both; dataset.json is written last. So a folder without
-dataset.json is unfinished, and all entered cases are complete.
+A case is read and checked completely, then its image and labels are written, then it is added to
+`prepared.json`. dataset.json is written last. So a folder without dataset.json is unfinished, and
+all cases in `prepared.json` are complete.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from ..files import check_writable, write_bytes, write_json
 from .survey import Faults, FaultsError, LeftOutError, Loaded, Problem, Survey
 
 NAMES = ("visceral", "btcv", "chaos", "totalsegmentator")
-
 REPORT = "prepared.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversion gave."""
+    """The result of a conversion."""
 
-    done: tuple[str, ...]  # cases in the data set, those of an earlier run included
-    left_out: dict[str, str]  # sound cases that show none of the organs, with the reason
+    done: tuple[str, ...]  # cases in the data set, including those of earlier runs
+    left_out: dict[str, str]  # cases that show none of the organs, and the reason
     problems: tuple[Problem, ...]
-    complete: bool  # dataset.json was written
-    notes: tuple[str, ...]  # overlaps, choices and absent organs, one line each
+    complete: bool  # whether dataset.json was written
+    notes: tuple[str, ...]  # about overlaps, choices and missing organs, one line each
 
 
 def prepare_corpus(
@@ -50,33 +49,39 @@ def prepare_corpus(
     progress: bool = True,
     **options: Any,
 ) -> Outcome:
-    """Turn a corpus as it is distributed into a data set in nnU-Net's raw layout.
+    """Convert a corpus, as it is distributed, to a data set in nnU-Net's raw layout.
 
-    All files are read, whatever is wrong with some. Without `skip_bad` a corpus with problems gets
-    no dataset.json; its good cases are written and kept for a `resume`, into the same `target`.
+    All files are read, even if some have problems. The good cases are written to `target`, but if
+    there are problems, dataset.json is only written with `skip_bad`. With `resume`, the cases that
+    an earlier run finished are kept.
 
     Args:
         name: one of `NAMES`.
-        cases: those to take, by the names they get; default: all that the corpus should have.
-        options: of the corpus: `corpus`, `organs`, `annotator`, `allow_missing` (visceral),
-            `organs`, `allow_missing` (totalsegmentator).
+        source: the unpacked corpus.
+        target: the data set's folder, new or empty.
+        cases: the cases to convert, by their names in the data set; default: all.
+        skip_bad: make a data set of the cases without problems.
+        resume: continue an earlier run in `target`.
+        progress: show a progress bar on stderr.
+        options: `corpus`, `organs`, `annotator`, `allow_missing` for visceral; `organs`,
+            `allow_missing` for totalsegmentator.
 
     Raises:
-        InputError: no corpus of this kind in `source`, `target` holds something else or cannot be
-            written, an unknown case or organ, or pydicom is missing (chaos).
+        InputError: there is no such corpus in `source`; `target` is not empty or cannot be written;
+            a case or organ is unknown; pydicom is missing (chaos).
     """
     if name not in NAMES:
-        raise InputError(f"recipe {name!r}: not known, expected one of {', '.join(NAMES)}")
+        raise InputError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
     module = importlib.import_module(f"{__package__}.{name}")
     source, target = Path(source), Path(target)
     if not source.is_dir():
         raise InputError(
-            f"{source}: there is no such folder, expected the corpus, unpacked; check the path"
+            f"{source}: there is no such folder, expected the unpacked corpus; check the path"
         )
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise InputError(
-            f"{target}: lies inside the corpus {source}, expected a folder outside it, so that "
-            "what is written is never taken for part of the corpus; give another DST"
+            f"{target}: is inside the corpus {source}, expected a folder outside it, so that the "
+            "data set is not mistaken for a part of the corpus; give another DST"
         )
     survey: Survey = module.survey(source, **options)
     wanted = _wanted(survey, cases)
@@ -84,8 +89,8 @@ def prepare_corpus(
     records = _earlier(target, what, resume)
     check_writable(target / REPORT)
 
-    # A file that belongs to no case is no matter to whoever names the cases.
-    named = [None, *wanted] if not cases else wanted
+    # Problems that belong to no case do not matter if cases are named.
+    named = wanted if cases else [None, *wanted]
     problems = Faults(source)
     problems += [p for p in survey.problems if p.case in named and p.case not in records]
     bad = {problem.case for problem in problems}
@@ -104,6 +109,7 @@ def prepare_corpus(
         }
         write_json(target / REPORT, content)
 
+    (target / "dataset.json").unlink(missing_ok=True)  # of an earlier run, with fewer cases
     report(complete=False)
     todo = [case for case in wanted if case not in records and case in survey.cases]
     for case in tqdm(todo, desc=name, unit="case", disable=not progress, dynamic_ncols=True):
@@ -116,7 +122,7 @@ def prepare_corpus(
                 left_out[case] = str(reason)
             continue
         if case in bad:
-            continue  # it was read to list what else is wrong with it
+            continue  # it was only read to find all its problems
         _write(target, case, loaded)
         records[case] = loaded.record
         report(complete=False)
@@ -143,7 +149,7 @@ def _wanted(survey: Survey, cases: Sequence[str]) -> list[str]:
 
 
 def _earlier(target: Path, what: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """The cases that an earlier run finished; refuses a folder that holds anything else."""
+    """The cases that an earlier run finished; InputError if the folder has anything else."""
     try:
         held = sorted(entry.name for entry in target.iterdir())
     except FileNotFoundError:
@@ -157,10 +163,10 @@ def _earlier(target: Path, what: dict[str, Any], resume: bool) -> dict[str, Any]
         return {}
     path = target / REPORT
     if not resume or not path.is_file():
-        begun = ", or go on with what was begun there with `resume=True`" * path.is_file()
+        begun = ", or continue the run that was begun there with `resume=True`" * path.is_file()
         raise InputError(
             f"{target}: is not empty (it holds {held[0]}), expected a new or empty folder, "
-            f"because nothing is written over; give another folder{begun}"
+            f"because nothing is overwritten; give another folder{begun}"
         )
     try:
         earlier = json.loads(path.read_text("utf-8"))
@@ -180,35 +186,32 @@ def _earlier(target: Path, what: dict[str, Any], resume: bool) -> dict[str, Any]
 
 
 def _paths(target: Path, case: str) -> tuple[Path, Path]:
-    """Where image and labels of a case go."""
+    """The paths of a case's image and labels in the data set."""
     return target / "imagesTr" / f"{case}_0000.nii.gz", target / "labelsTr" / f"{case}.nii.gz"
 
 
 def _write(target: Path, case: str, loaded: Loaded) -> None:
     image, labels = _paths(target, case)
-    # The bytes of a file stay as they are, header and all; read_image has found them sound.
+    # A file is copied as it is, header and all.
     source = loaded.image
     data = source.read_bytes() if isinstance(source, Path) else source.to_bytes()
     write_bytes(image, data if data[:2] == b"\x1f\x8b" else gzip.compress(data, 6, mtime=0))
-    if isinstance(loaded.labels, tuple):
-        write_labels(labels, *loaded.labels)
-    else:
-        write_bytes(labels, gzip.compress(loaded.labels.to_bytes(), 6, mtime=0))
+    write_labels(labels, loaded.labels, loaded.volume)
 
 
 def _notes(records: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
-    """What a user should know about the labels, counted over the cases."""
+    """What a user should know about the labels, with numbers over all cases."""
     notes = []
     overlaps = [found for record in records.values() if (found := record.get("overlaps"))]
     if overlaps:
         voxels = sum(one["voxels"] for found in overlaps for one in found)
         notes.append(
-            f"{voxels} voxels in {len(overlaps)} cases were drawn as two organs; "
-            "the smaller organ of the two has them"
+            f"{voxels} voxels in {len(overlaps)} cases are in the masks of two organs; they were "
+            "assigned to the smaller one"
         )
     for key, text in (
-        ("not_taken", "further drawings of an organ were not taken"),
-        ("missing", "organs have no file in their case, and are background there"),
+        ("not_taken", "more drawings of an organ were not used"),
+        ("missing", "organs have no file in their case and are background there"),
         ("empty", "organs are not in the field of view of their case (empty masks)"),
     ):
         count = sum(len(record.get(key, ())) for record in records.values())

@@ -1,8 +1,7 @@
-"""Shared by the corpora: a survey of file names, a list of problems, and reading a case.
+"""What the corpora share: a survey of file names, a list of problems, and how to read a case.
 
-A corpus is surveyed by its file names alone, which gives a `Survey`: for each case a function that
-reads it, and the problems with names. A case is read to the end, even if some of its files have
-problems.
+A `Survey` is made from file names only. It has a function for each case that reads it, and the
+problems with file names. All files of a case are read, even if some have problems.
 """
 
 from __future__ import annotations
@@ -22,36 +21,36 @@ from ..data.volumes import Volume, check_same_grid, read_image, read_labels
 from ..errors import InputError, unknown
 
 _T = TypeVar("_T")
-# What browsers, curl wrappers and download managers call a file that is not there whole yet.
+# Names that browsers and download managers give to unfinished files.
 _UNFINISHED = (".part", ".partial", ".crdownload", ".download", ".filepart", ".aria2", ".tmp")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a corpus."""
+    """A problem with a file or folder of a corpus."""
 
-    what: str  # a sentence that begins with the file or folder, and says how to correct it
-    case: str | None  # the case that cannot be used because of it; None if it belongs to none
-    file: str  # relative to the corpus where it lies inside
+    what: str  # a sentence that begins with the file or folder and says how to correct it
+    case: str | None  # the case that cannot be used because of it, if any
+    file: str  # relative to the corpus if it is inside
 
 
 class FaultsError(Exception):
-    """A case cannot be used; what is wrong with it is in the `Faults` it was read with."""
+    """A case cannot be used; the problems are in the `Faults` that it was read with."""
 
 
 class LeftOutError(Exception):
-    """The case is sound but has nothing to offer; the message says why."""
+    """A case has no problems but shows none of the organs; the message says why."""
 
 
 class Faults(list[Problem]):
-    """What is wrong with the corpus in `source`, as far as it is known."""
+    """The problems found so far in the corpus in `source`."""
 
     def __init__(self, source: Path) -> None:
         super().__init__()
         self.source = source
 
     def shown(self, path: Path) -> str:
-        """A path as the report shows it: relative to the corpus where it lies inside."""
+        """A path as in the report: relative to the corpus if it is inside."""
         inside = path.is_relative_to(self.source)
         return path.relative_to(self.source).as_posix() if inside else str(path)
 
@@ -59,34 +58,41 @@ class Faults(list[Problem]):
         self.append(Problem(f"{path}: {what}", case, self.shown(path)))
 
     def read(self, path: Path, case: str, reader: Callable[[Path], _T]) -> _T | None:
-        """What `reader` makes of a file; None, and a fault, where it raises InputError."""
+        """Read a file; if `reader` raises InputError, add a problem and return None."""
         try:
             return reader(path)
-        except InputError as error:  # which names the path
+        except InputError as error:  # its message begins with the path
             self.append(Problem(str(error), case, self.shown(path)))
             return None
+
+    def read_all(
+        self, paths: Mapping[str, Path], case: str, reader: Callable[[Path], _T]
+    ) -> dict[str, _T]:
+        """Read several files, each as in `read`; leaves out those that cannot be read."""
+        found = {name: self.read(path, case, reader) for name, path in paths.items()}
+        return {name: one for name, one in found.items() if one is not None}
 
     def misnamed(self, path: Path, expected: str, case: str | None = None) -> None:
         what = f"expected a name such as {expected}; rename the file, or move it out of the corpus"
         self.add(path, what, case)
 
-    def missing(self, path: Path, what: str, case: str, mend: str) -> None:
-        self.add(path, f"missing, {what}; {mend}", case)
+    def missing(self, path: Path, what: str, case: str, remedy: str) -> None:
+        self.add(path, f"missing, {what}; {remedy}", case)
 
     def one_of(self, paths: Sequence[Path], what: str, case: str) -> Path | None:
-        """The first of `paths`, if any; several are a fault."""
+        """The first of `paths`, if any; a problem if there are several."""
         if len(paths) > 1:
             others = ", ".join(map(self.shown, paths[1:]))
-            there = f"there is more than one file of {what} (also {others}); keep the right one"
-            self.add(paths[0], there, case)
+            several = f"there is more than one file of {what} (also {others}); keep the right one"
+            self.add(paths[0], several, case)
         return paths[0] if paths else None
 
     def needed(
-        self, paths: Sequence[Path], path: Path, what: str, case: str, mend: str
+        self, paths: Sequence[Path], path: Path, what: str, case: str, remedy: str
     ) -> Path | None:
-        """`one_of`, where none is a fault as well: `path` is missing."""
+        """As `one_of`, but also a problem if there is none: `path` is missing."""
         if not paths:
-            self.missing(path, what, case, mend)
+            self.missing(path, what, case, remedy)
         return self.one_of(paths, what, case)
 
     def nothing_drawn(self, path: Path, case: str) -> None:
@@ -96,46 +102,47 @@ class Faults(list[Problem]):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A case that was read and found sound."""
+    """A case without problems."""
 
     image: Path | nib.Nifti1Image  # a file to copy (.nii.gz) or compress (.nii), or an image
-    labels: nib.Nifti1Image | tuple[np.ndarray, Volume]  # or uint8 [Z, Y, X] and its volume
+    volume: Volume  # the same image
+    labels: np.ndarray  # uint8 [Z, Y, X]
     record: dict[str, Any]  # for prepared.json
 
 
 @dataclass
 class Survey:
-    """What is known of a corpus from the names of its files.
+    """What the file names tell about a corpus.
 
-    A function of `cases` reads a case, of which files may be missing, enters what is wrong with it
-    into the given `Faults`, and raises `FaultsError` or `LeftOutError`. A case that is named in
-    `problems` is read, for what else is wrong with it, but not written.
+    A function in `cases` reads a case, of which files may be missing. It adds problems to the given
+    `Faults`, and raises `FaultsError` or `LeftOutError` if the case cannot be used. Cases that are
+    already in `problems` are also read, to find all their problems, but not written.
     """
 
     source: Path
     labels: dict[str, int]  # organ to value, from 1
     cases: dict[str, Callable[[Faults], Loaded]] = field(default_factory=dict)
-    ignored: Counter[str] = field(default_factory=Counter)  # files that are not used, by reason
-    # The choices that decide what is written of a case; a resumed run must have the same.
+    ignored: Counter[str] = field(default_factory=Counter)  # reason to number of unused files
+    # The choices that affect what is written; they must be the same to resume a run.
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.problems = Faults(self.source)
 
     def finished(self, path: Path, case: str | None) -> bool:
-        """Whether no download manager left this behind unfinished, which is a fault."""
+        """Whether a file was downloaded completely; a problem if not."""
         if not path.name.lower().endswith(_UNFINISHED):
             return True
-        what = "a download that was not finished; finish it, or delete it if the file is there"
+        what = "a download that was not finished; finish it, or delete it if it was repeated"
         self.problems.add(path, what, case)
         return False
 
     def nifti_files(
         self, folder: Path, case_of: Callable[[str], str | None]
     ) -> Iterator[tuple[Path, str]]:
-        """The NIfTI files below a folder, with their names without the ending.
+        """The NIfTI files in a folder and its subfolders, and their names without the ending.
 
-        `case_of` tells the case of a file that is not finished from its whole name.
+        `case_of` takes the full name of an unfinished file and returns its case.
         """
         for path in files_below(folder):
             if self.finished(path, case_of(path.name)):
@@ -146,7 +153,7 @@ class Survey:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted; names with a leading dot are other tools' leavings.
+    """All files in a folder and its subfolders, sorted, except hidden ones.
 
     Raises:
         InputError: a folder cannot be listed.
@@ -166,13 +173,13 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def natural(text: str) -> tuple[Any, ...]:
-    """A key that sorts 2 before 10, and numbers before words, words before nothing."""
+    """A sort key: numbers by their value, then words, then the empty string."""
     parts = re.findall(r"\d+|\D+", text)
-    return (not parts, [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts])
+    return (not parts, [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts])
 
 
 def check_organs(organs: Sequence[str], known: Iterable[str]) -> None:
-    """Refuse an organ that the corpus does not have, naming those it has."""
+    """Raise InputError for an organ that the corpus does not have; the message lists all."""
     names = sorted(known)
     for organ in organs:
         if organ not in names:
@@ -189,17 +196,18 @@ def merge_case(
     *,
     empty_is_fault: bool,
 ) -> Loaded:
-    """Read an image and its masks, one organ a file, and merge them to one label map.
+    """Read an image and its masks, one file per organ, and merge them into one label map.
 
-    A voxel that two masks claim goes to the organ with fewer voxels in this case (the lower value
-    if they have as many): a small organ would lose more of itself to a large one than the reverse.
-    The rule does not depend on the order of the files. `record` is extended by organs, overlaps
-    and empty masks.
+    A voxel in two masks gets the organ with fewer voxels in this case (if equal, the lower value),
+    because a small organ would lose a larger part of itself. This does not depend on the order of
+    the files. Adds organs, overlaps and empty masks to `record`.
 
     Raises:
-        FaultsError: something was entered into `faults`, or the image is missing (None).
-        LeftOutError: no mask holds a voxel, if that is no fault.
+        FaultsError: a problem was added to `faults`, or the image is missing (None).
+        LeftOutError: there is no mask, or all are empty, and not `empty_is_fault`.
     """
+    if not masks and not empty_is_fault:
+        raise LeftOutError("none of the chosen organs has a file")
     before = len(faults)
     image = None if image_path is None else faults.read(image_path, case, read_image)
 
@@ -211,59 +219,54 @@ def merge_case(
         if len(values) > 1:
             raise InputError(
                 f"{path}: holds the values {', '.join(map(str, values[:6]))}, expected one "
-                "organ (0 and one other value); check that it is the mask of this organ alone"
+                "organ (0 and one other value); check that it is the mask of this organ only"
             )
         return mask
 
-    merged: np.ndarray | None = None
-    sizes: dict[int, int] = {0: 0}
-    names = {value: organ for organ, value in labels.items()}
+    merged = np.zeros(() if image is None else image.data.shape, np.uint8)
+    sizes: dict[int, int] = {}
     overlaps: dict[tuple[int, int], int] = {}
-    organs, empty = [], []
-    for organ, path in sorted(masks.items(), key=lambda item: labels[item[0]]):
-        mask = faults.read(path, case, read_mask)
+    for organ, value in labels.items():
+        mask = faults.read(masks[organ], case, read_mask) if organ in masks else None
         if mask is None:
             continue
         drawn = mask.data > 0
-        value = labels[organ]
         sizes[value] = int(drawn.sum())
-        organs.append({"organ": organ, "file": faults.shown(path), "voxels": sizes[value]})
-        if not sizes[value]:
-            empty.append(organ)
-            continue
-        if merged is None:
-            merged = np.zeros(mask.data.shape, np.uint8)
-        if len(faults) > before or merged.shape != drawn.shape:
-            continue  # nothing will be written: only look at the files that are left
+        if len(faults) > before or image is None:
+            continue  # nothing will be written, only check the remaining files
         holders = merged[drawn]
-        for holder in map(int, np.unique(holders[holders > 0])):
+        for holder in np.unique(holders[holders > 0]).tolist():
             overlaps[holder, value] = int((holders == holder).sum())
             if (sizes[holder], holder) < (sizes[value], value):
                 drawn &= merged != holder
         merged[drawn] = value
     if len(faults) > before or image is None or image_path is None:
         raise FaultsError
-    if merged is None:
+    if not merged.any():
         if not empty_is_fault:
             raise LeftOutError("every mask of the chosen organs is empty")
         faults.nothing_drawn(image_path, case)
         raise FaultsError
+    names = {value: organ for organ, value in labels.items()}
     record.update(
         image=faults.shown(image_path),
-        organs=organs,
+        organs=[
+            {"organ": names[value], "file": faults.shown(masks[names[value]]), "voxels": size}
+            for value, size in sizes.items()
+        ],
         overlaps=[
             {"organs": [names[a], names[b]], "voxels": count}
             for (a, b), count in sorted(overlaps.items())
         ],
-        empty=empty,
+        empty=[names[value] for value, size in sizes.items() if not size],
     )
-    return Loaded(image_path, (merged, image), record)
+    return Loaded(image_path, image, merged, record)
 
 
 def read_both(
     faults: Faults, case: str, image: Path | None, labels: Path | None, known: int
 ) -> Loaded:
-    """Read an image and its label map, with values from 0 to `known`; None is a missing file."""
+    """Read an image and its label map, with values from 0 to `known`; a path is None if missing."""
     volume = None if image is None else faults.read(image, case, read_image)
 
     def read_drawn(path: Path) -> Volume:
@@ -281,4 +284,4 @@ def read_both(
     if image is None or labels is None or volume is None or drawn is None:
         raise FaultsError
     record = {"image": faults.shown(image), "labels": faults.shown(labels)}
-    return Loaded(image, (drawn.data.astype(np.uint8), volume), record)
+    return Loaded(image, volume, drawn.data.astype(np.uint8), record)

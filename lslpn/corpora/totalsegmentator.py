@@ -1,11 +1,11 @@
-"""TotalSegmentator's CT data set, versions 1 and 2: one folder a case, one organ a file.
+"""TotalSegmentator's CT data set, versions 1 and 2: a folder for each case, a file for each organ.
 
     s0001/ct.nii.gz
     s0001/segmentations/liver.nii.gz
     meta.csv
 
-Organs have the names of their files. A case that shows none of the chosen organs (a scan of a leg,
-say) is skipped, which is not a problem.
+Organs have the names of their files. A case that shows none of the chosen organs (such as a scan of
+a leg) is skipped, which is not a problem.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from . import btcv
-from .survey import Faults, LeftOutError, Loaded, Survey, check_organs, merge_case
+from .survey import Survey, check_organs, merge_case
 
 CORPUS = {
     "name": "TotalSegmentator",
@@ -39,11 +39,12 @@ _CASE = re.compile(r"s\d{4,}")
 
 
 def survey(source: Path, organs: Sequence[str] = (), allow_missing: bool = False) -> Survey:
-    """Find the cases in `source` or a folder below it; `organs`, by default `ABDOMEN`, are in the
-    order of their label values.
+    """Find the cases in `source` or one of its folders.
+
+    `organs`, by default `ABDOMEN`, are in the order of their label values.
 
     Raises:
-        InputError: no case at all, or no case has a mask of one of the organs.
+        InputError: there is no case, or an organ has no mask in any case.
     """
     chosen = tuple(dict.fromkeys(organs)) or ABDOMEN
     root = _root(source)
@@ -71,13 +72,13 @@ def _root(source: Path) -> Path:
         if any(_CASE.fullmatch(p.name) for p in folder.iterdir() if p.is_dir()):
             return folder
     raise InputError(
-        f"{source}: holds no case, expected folders such as s0001 with ct.nii.gz and "
-        "segmentations in them; unpack the data set and give its folder"
+        f"{source}: has no case, expected folders such as s0001 that contain ct.nii.gz and "
+        "segmentations; unpack the data set and give its folder"
     )
 
 
 def _case(folder: Path, chosen: Sequence[str], allow_missing: bool, result: Survey) -> set[str]:
-    """Enter a case into the survey; returns the organs that have a mask."""
+    """Add a case to the survey and return the organs that have a mask."""
     case, problems = folder.name, result.problems
     images: list[Path] = []
     masks: dict[str, list[Path]] = {}
@@ -94,18 +95,14 @@ def _case(folder: Path, chosen: Sequence[str], allow_missing: bool, result: Surv
     absent = [organ for organ in chosen if organ not in masks]
     for organ in () if allow_missing else absent:
         path = folder / "segmentations" / f"{organ}.nii.gz"
-        mend = f"{again}, or take the case without this organ with `allow_missing=True`"
-        problems.missing(path, f"the mask of {organ}", case, mend)
+        remedy = f"{again}, or use the case without this organ with `allow_missing=True`"
+        problems.missing(path, f"the mask of {organ}", case, remedy)
     taken: dict[str, Path] = {}
     for organ in chosen:
         if mask := problems.one_of(masks.get(organ, []), f"{organ} of {case}", case):
             taken[organ] = mask
-
-    def load(faults: Faults) -> Loaded:
-        if not taken:
-            raise LeftOutError("none of the chosen organs has a file")
-        record = {"missing": absent} if absent else {}
-        return merge_case(faults, case, image, taken, result.labels, record, empty_is_fault=False)
-
-    result.cases[case] = load
+    record = {"missing": absent} if absent else {}
+    result.cases[case] = lambda faults: merge_case(
+        faults, case, image, taken, result.labels, record, empty_is_fault=False
+    )
     return set(masks)

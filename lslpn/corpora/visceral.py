@@ -5,9 +5,8 @@
     SilverCorpus/Volumes/10000101_1_CTce_ThAb.nii.gz
     SilverCorpus/Segmentations/10000101_1_58_FUSION.nii.gz                RadLex id, fusion
 
-The annotator may be empty (10000100_1_CTce_ThAb_480_.nii.gz), so the RadLex id is found by the
-pattern of the whole name and never counted from its end. Both folders hold other modalities and
-other volumes of the same patients, and landmarks, which are ignored.
+The annotator may be empty (10000100_1_CTce_ThAb_480_.nii.gz). Both folders also have other
+modalities and volumes of the same patients, and landmarks, which are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .survey import Faults, Loaded, Survey, check_organs, merge_case, natural
+from .survey import Survey, check_organs, merge_case, natural
 
 CORPUS = {
     "name": "VISCERAL",
@@ -75,11 +74,11 @@ def survey(
     annotator: str | None = None,
     allow_missing: bool = False,
 ) -> Survey:
-    """Find the cases of one corpus or both (gold, silver or both).
+    """Find the cases of a `corpus`: gold, silver or both.
 
-    `organs`, by default all 20, are in the order of their label values. Where an organ has several
-    drawings (gold) or fusions (silver), that of `annotator` is taken, else the lowest number, then
-    words, then the one without a name.
+    `organs`, by default all 20, are in the order of their label values. If an organ has several
+    drawings (gold) or fusions (silver), that of `annotator` is used, or else the first one in the
+    order of numbers, names, and the one without either.
 
     Raises:
         InputError: a corpus is not in `source`, or an organ is not one of the 20.
@@ -106,14 +105,14 @@ def _corpus(
             break
     else:
         raise InputError(
-            f"{source}: holds no {title} with Volumes and Segmentations, expected the {name} "
-            f"corpus; check the path, or choose one with `corpus`"
+            f"{source}: has no {title} with Volumes and Segmentations, expected the {name} corpus; "
+            "check the path, or choose one with `corpus`"
         )
     volumes: dict[str, list[Path]] = {}
     expected = "10000100_1_CTce_ThAb.nii.gz"
     for case, _, path in _files(folder / "Volumes", _VOLUME, expected, cases, result):
         volumes.setdefault(case, []).append(path)
-    # Case, organ, annotator or fusion: files.
+    # Files by case, organ, and annotator or fusion.
     masks: dict[str, dict[str, dict[str, list[Path]]]] = {}
     expected = "10000100_1_CTce_ThAb_58_6.nii.gz or 10000101_1_58_FUSION.nii.gz"
     for case, match, path in _files(folder / "Segmentations", _MASK, expected, cases, result):
@@ -131,7 +130,7 @@ def _corpus(
 def _files(
     folder: Path, pattern: re.Pattern[str], expected: str, cases: Sequence[str], result: Survey
 ) -> Iterator[tuple[str, re.Match[str], Path]]:
-    """The files of the cases: of volume 1, contrast CT of thorax and abdomen."""
+    """The files of the cases, for volume 1, contrast CT of thorax and abdomen."""
 
     def case_of(name: str) -> str | None:
         return next((case for case in cases if name.startswith(f"{case}_")), None)
@@ -175,8 +174,8 @@ def _case(
     elif not allow_missing:
         for organ in absent:
             path = folder / "Segmentations" / f"{case}_{middle}_{ids[organ]}_*.nii.gz"
-            mend = f"{again}, or take the case without this organ with `allow_missing=True`"
-            problems.missing(path, f"the mask of {organ}", case, mend)
+            remedy = f"{again}, or use the case without this organ with `allow_missing=True`"
+            problems.missing(path, f"the mask of {organ}", case, remedy)
 
     taken: dict[str, Path] = {}
     whose: dict[str, str] = {}
@@ -190,8 +189,6 @@ def _case(
     record: dict[str, Any] = {"corpus": corpus, "annotators": whose, "not_taken": rest}
     if absent:
         record["missing"] = absent
-
-    def load(faults: Faults) -> Loaded:
-        return merge_case(faults, case, image, taken, result.labels, record, empty_is_fault=True)
-
-    result.cases[case] = load
+    result.cases[case] = lambda faults: merge_case(
+        faults, case, image, taken, result.labels, record, empty_is_fault=True
+    )

@@ -1,4 +1,4 @@
-"""Augmentation of training images: the paper's grey values, and ALPNet's deformation."""
+"""Augmentation of training images: the paper's, of grey values, and ALPNet's, by deformation."""
 
 from __future__ import annotations
 
@@ -7,32 +7,24 @@ from scipy import ndimage
 
 from ..config import TrainConfig
 
-# ALPNet's, at its 256 x 256.
-_ALPNET_SIDE = 256
-_DEGREES = 5.0  # of turning and of shearing
-_SHIFT = 5.0  # pixels
-_ZOOM = (0.9, 1.2)
-_GAMMA = (0.5, 1.5)
-_ELASTIC, _SMOOTH = 10.0, 5.0  # pixels: factor on smoothed noise in -1 .. 1, and its sigma
-
 
 def augment(image: np.ndarray, rng: np.random.Generator, options: TrainConfig) -> np.ndarray:
-    """One slice with its grey values changed; the anatomy stays where it is.
+    """Change the grey values of a slice.
 
-    Each of the three happens with `augment_probability`, in this order, with a factor f of its own,
-    uniform in `augment_low` .. `augment_high`; after each the image is limited to [0, 1]:
+    Three operations are applied in this order, each with probability `augment_probability` and its
+    own factor f, uniform in `augment_low` .. `augment_high`. The result is clipped to [0, 1] after
+    each:
 
         gamma       x ** f
         contrast    mean + f (x - mean)
         brightness  f x
 
-    Six numbers are drawn whatever happens, so that one image's augmentation does not shift the
-    next one's.
+    Always draws six random numbers, so that the augmentation of one image does not affect the next.
 
     Args:
-        image: float32 [S, S] in [0, 1]; it is not written to.
-        rng: source of the randomness.
-        options: of the run.
+        image: float32 [S, S] in [0, 1]; not modified.
+        rng: the random generator.
+        options: the settings of the run.
 
     Returns:
         float32 [S, S] in [0, 1].
@@ -53,36 +45,34 @@ def augment(image: np.ndarray, rng: np.random.Generator, options: TrainConfig) -
 def deformed(
     image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A slice and its mask, both turned, sheared, zoomed, shifted and bent alike, and a gamma.
+    """Apply the same random deformation to a slice and its mask, and a gamma to the slice.
 
-    ALPNet's: turned and sheared by up to 5 degrees, zoomed by 0.9 to 1.2 and shifted by up to 5
-    pixels along either axis, then bent by noise in -1 .. 1 that is smoothed with a Gaussian of 5
-    pixels and multiplied by 10; gamma uniform in 0.5 .. 1.5. Pixels are those of 256 x 256.
+    As in ALPNet: rotation and shear by up to 5 degrees, zoom by 0.9 to 1.2 and a shift of up to 5
+    pixels along either axis, then an elastic deformation by noise in -1 .. 1, smoothed with a
+    Gaussian of 5 pixels and multiplied by 10; gamma uniform in 0.5 .. 1.5. Pixels are those of a
+    256 x 256 image.
 
     Args:
-        image: float32 [S, S] in [0, 1]; interpolated linearly, 0 beyond its edges.
-        mask: bool or uint8 [S, S]; by nearest neighbours.
-        rng: source of the randomness.
+        image: float32 [S, S] in [0, 1]; interpolated linearly, 0 outside.
+        mask: bool or uint8 [S, S]; resampled by nearest neighbours.
+        rng: the random generator.
 
     Returns:
         float32 [S, S] in [0, 1], and the mask in its own dtype.
     """
-    pixel = image.shape[0] / _ALPNET_SIDE
-    turn, shear = np.radians(rng.uniform(-_DEGREES, _DEGREES, 2))
-    zoom = rng.uniform(*_ZOOM)
-    shift = rng.uniform(-_SHIFT, _SHIFT, 2) * pixel
-    cos, sin = np.cos(turn), np.sin(turn)
-    forth = (
-        zoom * np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, np.tan(shear)], [0.0, 1.0]])
-    )
+    pixel = image.shape[0] / 256
+    turn, shear = np.radians(rng.uniform(-5, 5, 2))
+    zoom = rng.uniform(0.9, 1.2)
+    shift = rng.uniform(-5, 5, 2) * pixel
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    affine = zoom * rotation @ np.array([[1.0, np.tan(shear)], [0.0, 1.0]])
     noise = rng.uniform(-1, 1, (2, *image.shape))
-    bend = ndimage.gaussian_filter(noise, (0, _SMOOTH * pixel, _SMOOTH * pixel)) * _ELASTIC * pixel
+    bend = ndimage.gaussian_filter(noise, (0, 5 * pixel, 5 * pixel)) * 10 * pixel
 
     centre = (np.array(image.shape).reshape(2, 1, 1) - 1) / 2
-    there = np.indices(image.shape) - centre - shift.reshape(2, 1, 1) + bend
-    source = np.einsum("ij,jyx->iyx", np.linalg.inv(forth), there) + centre
+    target = np.indices(image.shape) - centre - shift.reshape(2, 1, 1) + bend
+    source = np.einsum("ij,jyx->iyx", np.linalg.inv(affine), target) + centre
     bent = ndimage.map_coordinates(image, source, order=1, mode="constant", prefilter=False)
     kept = ndimage.map_coordinates(mask.view(np.uint8), source, order=0, mode="constant")
-    gamma = rng.uniform(*_GAMMA)
-    grey = bent.clip(0, 1) ** np.float32(gamma)
+    grey = bent.clip(0, 1) ** np.float32(rng.uniform(0.5, 1.5))
     return grey.astype(np.float32), kept.view(mask.dtype)

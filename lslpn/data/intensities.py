@@ -1,61 +1,60 @@
-"""The meaning of a scan's grey values: whether it is CT in HU, and which of them are air.
+"""What a scan's grey values mean: whether it is CT in HU, and which values are air.
 
-A NIfTI file does not say. It is inferred from the shape of the histogram, never from single values:
-a scan may be clipped to a window, stored with an offset, or padded with any value.
+NIfTI files do not say, so it is inferred from the histogram, never from single values: a scan may
+be clipped to a window, stored with an offset, or padded with any value.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
 # CT is often stored without its rescale intercept, that is as HU + 1024. (Tools that add 1000
-# are 24 HU off, which does no harm in a window of 400.)
+# instead are off by 24 HU, which is harmless in a window of 400.)
 _OFFSETS = (0.0, 1024.0)
 
-# Fat, muscle, organs and blood lie in -200..200 HU. Of all that is denser than lung, their share
-# is 0.83 to 0.97 in 19 CT scans of eight sources, of chest or abdomen, with contrast agent or
-# without, limited to a window or not. In MR it is at most 0.51, however its values are scaled.
+# Fat, muscle, organs and blood are in -200..200 HU. Their share of everything denser than lung is
+# 0.83 to 0.97 in 19 CT scans of eight sources, of chest or abdomen, with or without contrast agent,
+# clipped to a window or not. In MR it is at most 0.51, however the values are scaled.
 _SOFT_HU = 200.0
-_LUNG_HU = -500.0  # lung is thinner
 _LEAST_SOFT = 0.7
-_AIR_HU = -850.0  # air is thinner
-_NO_GAS_HU = -1200.0  # nothing is as thin as this
-AIR_BELOW_HU = -300.0  # between lung and fat (-120 and denser)
-_FAT_HU = -20.0  # what is thinner cannot come from MR, which is not negative
+_FAT_HU = -20.0  # the upper limit of fat; MR has no such values
+AIR_BELOW_HU = -300.0  # between lung and fat, which is above -120
+_LUNG_HU = -500.0  # the upper limit of lung
+_AIR_HU = -850.0  # the upper limit of air
+_NO_GAS_HU = -1200.0  # nothing has values below
 
-_EDGE_SHARE = 0.1  # of the border of the slices: so many equal values are no tissue
-_ATOM_SHARE = 0.05  # of the voxels, likewise
-_TOP_SHARE = 0.002  # of the voxels at the high end of a window: bone, mostly
-_FEW = 0.01  # voxels that are passed over: noise, ringing, metal
-_MARGIN = 0.01  # of the range of values; fat (-110 HU) passes in CT limited to -125..275
+_EDGE_SHARE = 0.1  # of the border of the slices: a value this frequent is not tissue
+_ATOM_SHARE = 0.05  # of the voxels, the same
+_TOP_SHARE = 0.002  # of the voxels at the upper limit of a window, mostly bone
+_FEW = 0.01  # of the voxels: outliers to ignore, such as noise, ringing and metal
+_MARGIN = 0.01  # of the range of values; fat (-110 HU) passes in CT clipped to -125..275
 _MARGIN_HU = 4.0
-_CORNER = 0.08  # side of the corners of a slice, as part of the slice
+_CORNER = 0.08  # of a slice's side: the side of its corners
 _NOISE = 4.0  # standard deviations
-_DARK = 0.5  # of the level of tissue: a background of noise ends below
-_SAMPLE = 1 << 21  # voxels that are looked at, spread over the scan
+_DARK = 0.5  # of the tissue's level: background noise stays below it
+_SAMPLE = 1 << 21  # voxels to look at, spread over the scan
 
 
 @dataclass(frozen=True)
 class Intensities:
-    """How the grey values of a scan are read."""
+    """How to read the grey values of a scan."""
 
     hu: bool  # whether it is CT
-    offset: float  # subtracted from the file's values to get HU; 0 where it is not CT
-    air: float  # after `offset`: a voxel up to this is air or background; -inf without any
-    limits: tuple[float, float]  # after `offset`: the window that the scan was limited to, or inf
-    # A value of the file, denser than air, that marks what is outside of the image, such as 0 HU
-    # around the reconstructed circle.
+    offset: float  # subtracted from the file's values to get HU; 0 if it is not CT
+    air: float  # after `offset`: voxels up to this value are air or background; -inf if none are
+    limits: tuple[float, float]  # after `offset`: the window it was clipped to; infinite if none
+    # A value in the file, denser than air, that marks voxels outside the image, such as 0 HU around
+    # the reconstructed circle.
     padding: float | None
 
     def apply(self, data: np.ndarray) -> np.ndarray:
-        """`data` after `offset`, with air in place of the padding."""
+        """Subtract `offset` from `data` and replace the padding by air."""
         if self.padding is not None:
-            # Tissue may have this value as well: only what reaches the border is padding.
+            # Tissue may have this value, too: only regions that reach the border are padding.
             in_plane = np.zeros((3, 3, 3), bool)
             in_plane[1] = True
             pieces, count = ndimage.label(data == self.padding, in_plane)
@@ -68,20 +67,21 @@ class Intensities:
 
 
 def interpret(data: np.ndarray) -> Intensities:
-    """Tell from its grey values what a scan is, and what in it is air.
+    """Infer from its grey values what kind of scan it is, and which values are air.
 
-    - The value that the border of the slices holds most is its *edge*, if it is too frequent to
-      be tissue: padding, the low end of a window, or an empty background.
-    - A scan is CT in HU, or in HU + 1024, if 0.7 of what is denser than lung lies within 200 HU
-      of water, and if there is air below it or, failing that, fat or the low end of a window.
-    - In CT, air ends at -300 HU or, in a window that begins above, just over its low end. In
-      other scans it ends just over the low end, or above the noise in the corners.
+    - The most frequent value at the border of the slices is the *edge*, if it is too frequent to be
+      tissue: padding, the lower limit of a window, or an empty background.
+    - A scan is CT in HU, or in HU + 1024, if 0.7 of everything denser than lung is within 200 HU of
+      water, and if there is air or, failing that, fat or the lower limit of a window.
+    - In CT, air ends at -300 HU or, if the scan was clipped to a window above that, just over its
+      lower limit. In other scans it ends just over the lower limit, or above the noise in the
+      corners.
 
     Args:
         data: [Z, Y, X], finite.
     """
     step = -(-data.size // _SAMPLE)
-    # An odd step, so that the sample does not run down a few columns of the slices.
+    # An odd step, because an even one might sample only a few columns of the slices.
     values = data.ravel()[:: step + (step % 2 == 0)]
     edge = _edge(data)
     rest = values if edge is None else values[values != edge]
@@ -104,31 +104,21 @@ def interpret(data: np.ndarray) -> Intensities:
     return Intensities(True, offset, air, (low, high), padding)
 
 
-def common_window(read: Sequence[Intensities], window: tuple[float, float]) -> tuple[float, float]:
-    """The part of `window` that no scan was limited to less than; `window` if that is nothing.
-
-    What one scan lost by being limited must not tell the others from it.
-    """
-    low = max(window[0], *(how.limits[0] for how in read))
-    high = min(window[1], *(how.limits[1] for how in read))
-    return (low, high) if low < high else window
-
-
 def _edge(data: np.ndarray) -> float | None:
-    """The value that the border of the slices holds most, unless it may be tissue or noise."""
+    """The most frequent value at the border of the slices; None if it may be tissue or noise."""
     border = np.concatenate([data[:, [0, -1]].ravel(), data[:, :, [0, -1]].ravel()])
     found, counts = np.unique(border, return_counts=True)
     edge, count = found[counts.argmax()], int(counts.max())
-    # Noise of few grey values holds some of them often as well, but then the next ones too.
+    # Noise with few grey values has frequent ones, too, but then their neighbours are as frequent.
     reach = _MARGIN * float(np.ptp(data))
     near = np.count_nonzero(np.abs(border - edge) <= reach) - count
     return float(edge) if count >= max(_EDGE_SHARE * border.size, near) else None
 
 
 def _low_end(rest: np.ndarray, edge: float | None, at_most: float) -> float:
-    """The value at which the scan was cut off below; -inf where it was not.
+    """The lower limit to which the scan was clipped, or -inf.
 
-    It is the edge or, within a padding, a frequent value up to `at_most`.
+    It is the edge or, inside a padding, a frequent value up to `at_most`.
     """
     ends = [-math.inf]
     if edge is not None and np.count_nonzero(rest < edge) < _FEW * rest.size:
@@ -140,13 +130,13 @@ def _low_end(rest: np.ndarray, edge: float | None, at_most: float) -> float:
 
 
 def _high_end(rest: np.ndarray) -> float:
-    """The value at which the scan was cut off above; inf where it was not."""
+    """The upper limit to which the scan was clipped, or inf."""
     high = float(np.quantile(rest, 1 - _TOP_SHARE / 2, method="higher"))
     return high if np.count_nonzero(rest == high) > _TOP_SHARE * rest.size else math.inf
 
 
 def _evidence(hu: np.ndarray, low_end: float) -> int:
-    """How sure it is that values are those of CT in HU: 0 not at all, 1 likely, 2 sure."""
+    """The evidence that values are CT in HU: 0 none, 1 some, 2 strong."""
     dense = np.count_nonzero(hu > max(_LUNG_HU, low_end))
     soft = np.count_nonzero((hu > max(-_SOFT_HU, low_end)) & (hu <= _SOFT_HU))
     if soft == 0 or soft < _LEAST_SOFT * dense:
@@ -158,16 +148,14 @@ def _evidence(hu: np.ndarray, low_end: float) -> int:
 
 
 def _air_of_other(data: np.ndarray, values: np.ndarray, low_end: float) -> float:
-    """`Intensities.air` for what is not CT."""
+    """`Intensities.air` for scans other than CT."""
     low, high = (float(v) for v in np.quantile(values, [_FEW / 2, 1 - _FEW / 2]))
     ends = [low_end + _MARGIN * (high - low_end)] if math.isfinite(low_end) else []
     height, width = (max(1, round(_CORNER * n)) for n in data.shape[1:])
-    corners = data[:, [*range(height), *range(-height, 0)]][
-        :, :, [*range(width), *range(-width, 0)]
-    ]
+    corners = data[:, np.r_[:height, -height:0]][:, :, np.r_[:width, -width:0]]
     level = float(np.median(corners))
     noise = level + _NOISE * 1.4826 * float(np.median(np.abs(corners - level)))
     tissue = values[values > noise]
     if tissue.size and noise - low < _DARK * (float(np.median(tissue)) - low):
-        ends.append(noise)  # else the corners hold tissue
+        ends.append(noise)  # otherwise the corners show tissue
     return max(ends, default=-math.inf)

@@ -1,9 +1,10 @@
-"""NIfTI files: their bytes, voxels and geometry, with a message for every kind of damage."""
+"""Voxels and geometry of NIfTI files, with a message for every kind of damage."""
 
 from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import warnings
 import zlib
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from ..errors import InputError
 
-# The qform is rounded more, as quaternions: sform and qform differ beyond so many voxels.
+# How far sform and qform may be apart, in voxels; the qform's quaternions are rounded more.
 _FORMS_TOLERANCE = 0.5
 # Millimetres in the header's other units of length: metres and microns.
 _UNITS_MM = {1: 1e3, 3: 1e-3}
@@ -25,13 +26,13 @@ _PLAUSIBLE_MM = (0.01, 100.0)  # voxels of a scan, from micro-CT to a localiser
 
 @dataclass(frozen=True)
 class Grid:
-    """The file's own geometry, kept so that predictions can be written back into it.
+    """A file's own geometry, kept to write predictions in it.
 
     Attributes:
-        shape: voxels along the file's own three axes.
+        shape: voxels along the file's three axes.
         affine: float64 [4, 4], voxel indices to millimetres (RAS+).
-        header: the file's header, NIfTI-1 or NIfTI-2; its own affine may be in metres or microns.
-        path: where it was read from; for messages.
+        header: the file's header, NIfTI-1 or NIfTI-2; its affine may be in metres or microns.
+        path: the file; for messages.
     """
 
     shape: tuple[int, int, int]
@@ -41,54 +42,49 @@ class Grid:
 
 
 def read(path: Path) -> tuple[np.ndarray, Grid]:
-    """The voxels in the file's own order, slope applied, and the geometry."""
+    """A file's voxels in its own order, with its intensity slope applied, and its geometry."""
     raw = _bytes_of(path)
     kind = _nifti_class(path, raw)
-    return array_of(path, lambda: kind.from_bytes(raw))
-
-
-def array_of(
-    path: Path, image: nib.Nifti1Image | Callable[[], nib.Nifti1Image]
-) -> tuple[np.ndarray, Grid]:
-    """The voxels of an image that may still be to be parsed, and the geometry."""
     try:
-        if callable(image):
-            image = image()
-        array = np.asanyarray(image.dataobj)
+        image = kind.from_bytes(raw)
     except Exception as error:  # what nibabel raises depends on which field is broken
-        raise InputError(
-            f"{path}: damaged or cut short ({_one_line(error)}); copy or export the file again"
-        ) from error
+        raise _damaged(path, error) from error
+    return array_of(path, image)
+
+
+def array_of(path: Path, image: nib.Nifti1Image) -> tuple[np.ndarray, Grid]:
+    """As `read`, for an image; `path` is for messages."""
+    try:
+        array = np.asanyarray(image.dataobj)
+    except Exception as error:
+        raise _damaged(path, error) from error
     if array.dtype.kind not in "fiub":
         raise InputError(
-            f"{path}: voxels are of type {image.header.get_value_label('datatype')}, expected "
+            f"{path}: voxels have the type {image.header.get_value_label('datatype')}, expected "
             "one number per voxel; save it as a greyscale image or a label map"
         )
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 3:
-        mend = (
-            "give the whole scan, not one slice"
-            if array.ndim < 3
-            else "split it and give one volume at a time"
-        )
+        few, many = "give the whole scan, not one slice", "split it and give one volume at a time"
         raise InputError(
-            f"{path}: has {array.ndim} dimensions ({times(array.shape)}), expected 3; {mend}"
+            f"{path}: has {array.ndim} dimensions ({times(array.shape)}), expected 3; "
+            f"{few if array.ndim < 3 else many}"
         )
     if array.size == 0:
-        raise InputError(f"{path}: holds no voxels ({times(array.shape)}); export it again")
+        raise InputError(f"{path}: has no voxels ({times(array.shape)}); export it again")
     shape = (array.shape[0], array.shape[1], array.shape[2])
     affine, header = _affine(path, image), image.header.copy()
     if not np.array_equal(header.get_best_affine(), affine):
-        header["sform_code"] = 0  # it is singular, and nibabel would prefer it all the same
+        header["sform_code"] = 0  # nibabel would prefer the sform although it is singular
     return array, Grid(shape, _in_mm(path, affine, header), header, path)
 
 
 def _bytes_of(path: Path) -> bytes:
-    """The file's content, unpacked.
+    """A file's decompressed content.
 
-    The whole gzip stream is read, so that its checksum is verified: nibabel stops at the last
-    voxel and would let a damaged stream pass.
+    The whole gzip stream is read to verify its checksum; nibabel would stop at the last voxel and
+    accept a damaged stream.
     """
     try:
         raw = path.read_bytes()
@@ -104,9 +100,14 @@ def _bytes_of(path: Path) -> bytes:
         with gzip.open(io.BytesIO(raw)) as stream:
             return stream.read()
     except (EOFError, zlib.error, OSError) as error:
-        raise InputError(
-            f"{path}: damaged or cut short ({_one_line(error)}); copy or download the file again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    what = " ".join(str(error).split()) or type(error).__name__
+    return InputError(
+        f"{path}: damaged or cut short ({what}); copy, download or export the file again"
+    )
 
 
 def _nifti_class(path: Path, raw: bytes) -> type[nib.Nifti1Image]:
@@ -133,14 +134,14 @@ def _nifti_class(path: Path, raw: bytes) -> type[nib.Nifti1Image]:
 
 
 def _affine(path: Path, image: nib.Nifti1Image) -> np.ndarray:
-    """The affine of a file, from its sform or its qform, with a warning where that is a choice.
+    """The affine of a file, from its sform or else its qform, with a warning if that is a choice.
 
     Raises:
         InputError: neither is usable.
     """
     header = image.header
-    read = {"sform": _form(header.get_sform), "qform": _form(header.get_qform)}
-    coded = {name: affine for name, affine in read.items() if affine is not None}
+    forms = {"sform": _form(header.get_sform), "qform": _form(header.get_qform)}
+    coded = {name: affine for name, affine in forms.items() if affine is not None}
     given = coded or {"neither": np.array(header.get_base_affine(), dtype=np.float64)}
     faults = {name: what for name, affine in given.items() if (what := _singular(affine))}
     sound = [name for name in given if name not in faults]
@@ -152,8 +153,8 @@ def _affine(path: Path, image: nib.Nifti1Image) -> np.ndarray:
     affine, said = given[sound[0]], None
     if not coded:
         said = (
-            "its header has neither sform nor qform; its axes are taken to run to "
-            f"{axes(affine)}, so check that left and right are as they should be"
+            f"its header has neither sform nor qform; its axes are assumed to run to {axes(affine)}"
+            ", so check that left and right are correct"
         )
     for name, what in faults.items():
         said = f"its {name} is singular ({what}), its {sound[0]} is used"
@@ -200,7 +201,7 @@ def _in_mm(path: Path, affine: np.ndarray, header: nib.Nifti1Header) -> np.ndarr
 
 
 def _form(get: Callable[..., tuple[np.ndarray | None, int]]) -> np.ndarray | None:
-    """The affine of a form, None where its code is 0; of NaN where it cannot be made out."""
+    """The affine of a form; None if its code is 0, NaN if it is invalid."""
     try:
         affine = get(coded=True)[0]
     except (HeaderDataError, ValueError):  # a quaternion longer than 1
@@ -209,22 +210,20 @@ def _form(get: Callable[..., tuple[np.ndarray | None, int]]) -> np.ndarray | Non
 
 
 def _singular(affine: np.ndarray) -> str | None:
-    """Why an affine does not span space, or None where it does."""
+    """Why an affine does not span space, or None if it does."""
     axes = affine[:3, :3]
     lengths = np.sqrt((axes**2).sum(axis=0))
     if not np.isfinite(affine).all() or lengths.min() == 0:
-        return "it holds zeros or values that are not finite"
-    # The volume of the voxel against that of a box with its edges: 1 without shear.
+        return "it has an axis of length 0 or values that are not finite"
+    # The ratio of the voxel's volume to that of a box with the same edges, 1 without shear.
     if abs(np.linalg.det(axes / lengths)) <= 1e-3:
         return "its axes lie in one plane"
     return None
 
 
 def apart_mm(shape: tuple[int, ...], a: np.ndarray, b: np.ndarray) -> float:
-    """How far, in mm, the corners of a grid are from each other under two affines."""
-    corners = np.array(
-        [[i, j, k, 1.0] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])]
-    )
+    """The largest distance along an axis, in mm, between a grid's corners under two affines."""
+    corners = np.array([*itertools.product(*((0.0, n) for n in shape), [1.0])])
     return float(np.abs(corners @ (a - b).T)[:, :3].max())
 
 
@@ -234,7 +233,3 @@ def axes(affine: np.ndarray) -> str:
 
 def times(shape: tuple[int, ...]) -> str:
     return " x ".join(str(n) for n in shape)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

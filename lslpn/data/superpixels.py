@@ -1,6 +1,6 @@
-"""Episodes without labels: the class of an episode is a superpixel, as ALPNet is trained.
+"""Episodes without labels, for which the class is a superpixel, as in ALPNet's training.
 
-A slice is partitioned into regions of similar grey values. One of them is the episode's class, and
+A slice is partitioned into regions of similar grey values. One region is the episode's class, and
 two views of the slice, deformed independently, are support and query: the network learns to find a
 region again. Organ labels are not used, so they cannot leak into training.
 
@@ -21,27 +21,23 @@ from .dataset import Dataset
 from .episodes import TrainingScans
 from .volumes import check_same_grid
 
-# ALPNet's choices for felzenszwalb, on 256 x 256 with grey values to 255.
-_SIDE, _GREY = 256, 255.0
-_LEAST_PIXELS = 400
-_SMOOTH = 1.0
-
-_SUPERPIXEL = 3  # keeps the random stream apart from those of episodes.py
-_ATTEMPTS = 100  # slices that may turn out empty, one after the other
+_SUPERPIXEL = 3  # a random stream other than those of episodes.py
+_ATTEMPTS = 100  # slices to try until one is not empty
 
 
 def superpixels(image: np.ndarray, air: float = 0.0) -> np.ndarray:
-    """The regions of a slice: felzenszwalb's, within the body.
+    """Felzenszwalb's regions of a slice, within the body.
 
-    The body is the largest piece above `air`, its holes filled. A region has at least 400 pixels of
-    256 x 256 (scaled by area) before it is cut to the body.
+    The body is the largest connected piece above `air`, with its holes filled. As in ALPNet, a
+    region has at least 400 pixels of a 256 x 256 image (scaled by area) before it is cut to the
+    body.
 
     Args:
         image: float32 [S, S] in [0, 1].
         air: the value up to which a pixel is air or background, see `Prepared.air`.
 
     Returns:
-        int32 [S, S]: 0 off the body, then 1, 2, ...
+        int32 [S, S]: 0 outside the body, then 1, 2, ...
     """
     felzenszwalb = _felzenszwalb()
     pieces, count = ndimage.label(image > air)
@@ -49,25 +45,26 @@ def superpixels(image: np.ndarray, air: float = 0.0) -> np.ndarray:
         return np.zeros(image.shape, np.int32)
     body = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
     body = ndimage.binary_fill_holes(body)
-    least = max(1, round(_LEAST_PIXELS * image.size / _SIDE**2))
-    regions = felzenszwalb(image * _GREY, scale=1, sigma=_SMOOTH, min_size=least) + 1
+    least = max(1, round(400 * image.size / 256**2))
+    # ALPNet's settings, for grey values up to 255.
+    regions = felzenszwalb(image * 255.0, scale=1, sigma=1.0, min_size=least) + 1
     _, numbers = np.unique(np.where(body, regions, 0), return_inverse=True)
     numbers = numbers.reshape(image.shape).astype(np.int32)
-    # Without any pixel off the body the first region would be taken for the background.
+    # If the body covers the whole slice, no region is the background.
     return numbers + 1 if body.all() else numbers
 
 
 class SuperpixelEpisodes(TrainingScans):
     """The training slices in memory, and episodes of superpixels drawn from them.
 
-    Every slice of the scans is used, none chosen by its labels; `drop_test_slices` (Setting II)
-    leaves out those that show a held-out organ, as for labelled episodes. Slices are held as
-    float16, 2 bytes a pixel; the superpixels of a slice are found when it is first drawn.
+    All slices are used, except that `drop_test_slices` (Setting II) leaves out those that show a
+    held-out organ. They are kept as float16, 2 bytes per pixel; the superpixels of a slice are
+    computed when it is first drawn.
 
     An episode is one superpixel of one slice: K + Q views of the slice by `augment.deformed`, the
-    first K the support. The options of augmentation, organs and slices per organ are not used.
+    first K the support. The settings for augmentation, organs and slices per organ are not used.
 
-    Args: those of `TrainingScans`; `hold_out` is without effect but for `drop_test_slices`.
+    Args: as for `TrainingScans`; `hold_out` has an effect only with `drop_test_slices`.
 
     Raises:
         InputError: as `TrainingScans`; scikit-image is not installed, or no slice is left.
@@ -77,8 +74,8 @@ class SuperpixelEpisodes(TrainingScans):
         _felzenszwalb()
 
     def _read(self, dataset: Dataset, case: str) -> tuple[np.ndarray, np.ndarray]:
-        """Slices, float16 [n, S, S], and what is air in each, [n]; labels are read only to leave
-        out slices of held-out organs."""
+        """Slices, float16 [n, S, S], and the threshold of air in each, [n]; labels are read only
+        to leave out slices of held-out organs."""
         image = dataset.image(case)
         prepared = self._prepared(image)
         shown = np.zeros(len(prepared.slices), dtype=bool)
@@ -96,7 +93,7 @@ class SuperpixelEpisodes(TrainingScans):
         self.slice_count = len(self._slices)
         if not self.slice_count:
             raise InputError(
-                "cases: every slice shows a held-out organ (drop_test_slices); train on others"
+                "cases: every slice shows a held-out organ (drop_test_slices); train on other scans"
             )
 
     def _episode(self, step: int, index: int) -> tuple[np.ndarray, ...]:
@@ -108,7 +105,9 @@ class SuperpixelEpisodes(TrainingScans):
             if regions.max() > 0:
                 break
         else:
-            raise InputError("cases: the slices are empty, no superpixel is found in them")
+            raise InputError(
+                "cases: no superpixel was found, the slices seem to be empty; train on other scans"
+            )
         image = self._slices[which].astype(np.float32)
         mask = (regions == rng.integers(1, regions.max() + 1)).astype(np.uint8)
         views = [deformed(image, mask, rng) for _ in range(train.shots + train.queries)]

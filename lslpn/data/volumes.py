@@ -1,9 +1,8 @@
-"""NIfTI volumes in and out.
+"""Volumes, read from and written to NIfTI files.
 
-Every volume is reoriented to one display orientation by flips and permutations, without resampling:
-axial slices with the patient's right on the left of the image and the front up, as in radiology.
-Oblique volumes get the closest such order of their axes. Predictions are mapped back by the inverse
-to the grid, affine and header of their own file.
+Axes are flipped and permuted, without resampling, to one display orientation: axial slices with the
+patient's right on the left of the image and the front up, as in radiology. Oblique volumes get the
+closest such orientation. Labels are written in the grid, affine and header of the original file.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from .nifti import Grid, apart_mm, array_of, axes, read, times
 # x grows towards the patient's left, y towards the back, z towards the head.
 _DISPLAY = axcodes2ornt(("L", "P", "S"))
 
-# Labels that are so close to a whole number were stored as floats, with a slope perhaps.
+# Labels stored as floats, perhaps with a slope, may be off a whole number by this much.
 _WHOLE = 1e-3
 _LARGEST = 2**31 - 1
 
-# Grids that lie apart by less than this part of a voxel are one grid: affines are stored in
-# float32 and rewritten by every tool, which moves a corner by some thousandths of a voxel.
+# Two grids are the same if their corners differ by at most this part of a voxel: affines are stored
+# in float32 and rewritten by every tool, which moves a corner by some thousandths of a voxel.
 _GRID_TOLERANCE = 0.05
 
 
@@ -47,9 +46,8 @@ class Volume:
     Attributes:
         data: [Z, Y, X]; z from the feet to the head, y from front to back, x from the patient's
             right to the left. float32 for images, uint8, int16 or int32 for labels.
-        spacing: millimetres (z, y, x): from slice to slice, across them, and from pixel to pixel.
-            With a tilted gantry, slices are shifted against each other as well, which does not
-            count.
+        spacing: millimetres (z, y, x). Along z, the distance between slices perpendicular to
+            them, whether or not a tilted gantry also shifts them against each other.
         grid: the geometry of the file.
     """
 
@@ -59,31 +57,31 @@ class Volume:
 
     @classmethod
     def from_array(cls, data: np.ndarray, affine: np.ndarray, *, name: str = "array") -> Volume:
-        """An image or a label map of an array, as `read_image` and `read_labels` make of a file.
+        """Make an image or a label map from an array.
 
         Args:
-            data: [i, j, k] numbers, as nibabel has them. Floats make an image, integers and bools
-                a label map where none is below 0 and an image otherwise; give a scan of unsigned
-                integers as floats.
+            data: numbers [i, j, k], as in nibabel. Bools and integers that are all 0 or more are
+                a label map, floats and other integers an image; convert a scan of unsigned
+                integers to floats.
             affine: [4, 4], voxel indices (i, j, k) to millimetres (RAS+).
-            name: stands for the file's name in messages.
+            name: takes the place of the file name in messages.
 
         Raises:
             InputError: as `read_image` and `read_labels`.
         """
         labels = data.dtype.kind in "bu" or (data.dtype.kind == "i" and data.min(initial=0) >= 0)
-        array = data.astype(np.float64 if data.dtype.kind == "f" else np.int32)
-        return cls.from_nibabel(nib.Nifti1Image(array, affine), labels=labels, name=name)
+        image = nib.Nifti1Image(data.astype(np.float64), affine)
+        return cls.from_nibabel(image, labels=labels, name=name)
 
     @classmethod
     def from_nibabel(
         cls, image: nib.Nifti1Image, *, labels: bool = False, name: str | None = None
     ) -> Volume:
-        """A NIfTI image of nibabel's, as `read_image` makes of its file.
+        """Make a volume from a nibabel image.
 
         Args:
-            image: of nibabel, NIfTI-1 or NIfTI-2.
-            labels: it is a label map, as for `read_labels`.
+            image: NIfTI-1 or NIfTI-2.
+            labels: treat it as a label map, as `read_labels` does, rather than as a scan.
             name: for messages; default: the image's file, or "image".
 
         Raises:
@@ -93,12 +91,8 @@ class Volume:
         return (_as_labels if labels else _as_image)(*array_of(path, image))
 
     def to_nibabel(self) -> nib.Nifti1Image:
-        """A NIfTI image in the grid and with the header that the volume came from."""
-        header = self.grid.header.copy()
-        header.set_data_shape(self.grid.shape)
-        if self.data.dtype.kind != "f":
-            header["cal_min"] = header["cal_max"] = 0  # a scan's display range is not its labels'
-        return _native_image(self.data, self.grid, header)
+        """A NIfTI image with the volume's original grid and header."""
+        return _native_image(self.data, self.grid)
 
     @property
     def affine(self) -> np.ndarray:
@@ -118,7 +112,7 @@ class Volume:
 
 
 def as_volume(image: Volume | nib.Nifti1Image, *, labels: bool = False) -> Volume:
-    """A volume as it is, an image of nibabel's by `Volume.from_nibabel`.
+    """Convert a nibabel image to a Volume, and return a Volume unchanged.
 
     Raises:
         InputError: as `Volume.from_nibabel`.
@@ -129,28 +123,28 @@ def as_volume(image: Volume | nib.Nifti1Image, *, labels: bool = False) -> Volum
     if isinstance(image, nib.Nifti1Image):
         return Volume.from_nibabel(image, labels=labels)
     raise TypeError(
-        f"expected a Volume or a NIfTI image of nibabel's, got {type(image).__name__}; "
-        "lslpn.read_image reads a file, Volume.from_array takes an array and its affine"
+        f"expected a Volume or a nibabel NIfTI image, got {type(image).__name__}; "
+        "use lslpn.read_image for a file, Volume.from_array for an array and its affine"
     )
 
 
 def read_image(path: str | os.PathLike[str]) -> Volume:
-    """Read an image: .nii or .nii.gz, of any orientation and spacing.
+    """Read an image from a .nii or .nii.gz file of any orientation and spacing.
 
     Returns:
         Volume of float32 [Z, Y, X], with the file's intensity slope applied.
 
     Raises:
-        InputError: the file is missing, damaged, cut short, no NIfTI, not three-dimensional (a
-            last axis of one is let pass), of a colour or complex type, without a usable affine,
-            or holds NaN, infinite or constant intensities.
+        InputError: the file is missing, damaged or not NIfTI; the image is not three-dimensional
+            (trailing axes of length 1 are dropped), has colour or complex voxels or no usable
+            affine; intensities are NaN, infinite or all the same.
     """
     return _as_image(*read(Path(path)))
 
 
 def _as_image(array: np.ndarray, grid: Grid) -> Volume:
     path = grid.path
-    # float64 beyond the range of float32 becomes infinite here and is reported below.
+    # float64 values outside float32's range become infinite here and are reported below.
     with np.errstate(over="ignore"):
         data = array.astype(np.float32)
     bad = int(data.size - np.count_nonzero(np.isfinite(data)))
@@ -162,25 +156,25 @@ def _as_image(array: np.ndarray, grid: Grid) -> Volume:
     if data.min() == data.max():
         raise InputError(
             f"{path}: every voxel is {data.flat[0]:g}, expected an image with more than one "
-            "intensity; check that this is the scan and was exported whole"
+            "intensity; check that this is the scan and that it was exported completely"
         )
     return _display(data, grid)
 
 
 def read_labels(path: str | os.PathLike[str], *, require_foreground: bool = False) -> Volume:
-    """Read a label map: whole numbers, 0 is the background.
+    """Read a label map: whole numbers, 0 for the background.
 
-    Floats within 0.001 of whole numbers are rounded.
+    Floats within 0.001 of a whole number are rounded.
 
     Args:
-        require_foreground: refuse a map without a single labelled voxel.
+        require_foreground: reject a map without any labelled voxel.
 
     Returns:
         Volume of uint8 [Z, Y, X], or int16 if a label exceeds 255, int32 if it exceeds 32767.
 
     Raises:
-        InputError: as `read_image` for the file itself; values that are no whole numbers,
-            negative or above 2147483647; an empty map if `require_foreground`.
+        InputError: as `read_image` for the file itself; a value is not a whole number from 0 to
+            2147483647; the map is empty and `require_foreground` is set.
     """
     return _as_labels(*read(Path(path)), require_foreground)
 
@@ -194,16 +188,16 @@ def _as_labels(array: np.ndarray, grid: Grid, require_foreground: bool = False) 
         if not whole.all():
             example = array[~whole].flat[0]
             raise InputError(
-                f"{path}: holds values that are no whole numbers (such as {example:.7g}), expected "
-                "a label map; if it is a mask that was resampled, resample it again with nearest "
-                "neighbours, and check that the image was not given for the mask"
+                f"{path}: holds values that are not whole numbers (such as {example:.7g}), "
+                "expected a label map; if it is a mask that was resampled, resample it again with "
+                "nearest neighbours, and check that the image was not given as the mask"
             )
         array = rounded
     low, high = array.min(), array.max()
     if low < 0 or high > _LARGEST:
         raise InputError(
             f"{path}: labels run from {low:g} to {high:g}, expected 0 (background) to {_LARGEST}; "
-            "check that the image was not given for the mask"
+            "check that the image was not given as the mask"
         )
     if require_foreground and high == 0:
         raise InputError(
@@ -214,16 +208,16 @@ def _as_labels(array: np.ndarray, grid: Grid, require_foreground: bool = False) 
 
 
 def check_same_grid(image: Volume, labels: Volume) -> None:
-    """Check that an image and its labels lie on one grid: their `data` agree by voxel.
+    """Check that an image and its labels have the same grid, so that their `data` match.
 
-    Their files may hold the axes in another order or direction, which `read_image` and
-    `read_labels` undo. Affines may differ as long as no corner of the grid moves by more than a
-    twentieth of a voxel: tools round them.
+    The order and direction of the axes may differ between the files, because `read_image` and
+    `read_labels` undo them. Affines may differ by rounding: no corner of the grid may move by more
+    than a twentieth of a voxel.
 
     Raises:
         InputError: the grids differ.
     """
-    mend = (
+    remedy = (
         "give the mask that was drawn on this image, or resample it to the image's grid with "
         "nearest neighbours"
     )
@@ -232,44 +226,44 @@ def check_same_grid(image: Volume, labels: Volume) -> None:
     if a != b and image.grid.shape != labels.grid.shape:
         raise InputError(
             f"{labels.path}: its shape {times(labels.grid.shape)} differs from "
-            f"{times(image.grid.shape)} of its image {image.path}; {mend}"
+            f"{times(image.grid.shape)} of its image {image.path}; {remedy}"
         )
     apart = apart_mm(a, image.affine, labels.affine)
     if a != b or apart > _GRID_TOLERANCE * min(image.spacing):
         how = (
             f"axes run to {axes(labels.grid.affine)} and {axes(image.grid.affine)}"
             if a != b
-            else f"corners lie up to {apart:.3g} mm apart"
+            else f"corners are up to {apart:.3g} mm apart"
         )
         raise InputError(
             f"{labels.path}: its affine differs from that of its image {image.path} in more than "
-            f"order and direction of the axes ({how}); {mend}"
+            f"the order and direction of the axes ({how}); {remedy}"
         )
 
 
 def label_dtype(high: float) -> type[np.integer[Any]]:
-    """The least type for labels up to `high`."""
+    """The smallest type for labels up to `high`."""
     return np.uint8 if high <= 255 else np.int16 if high <= 32767 else np.int32
 
 
 def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume) -> None:
-    """Write labels into the grid, affine and header of the file that `like` was read from.
+    """Write labels with the grid, affine and header of the file that `like` was read from.
 
-    The header's data type, intensity slope and display range are replaced; all else in it stays,
-    the sform and qform with their codes among it. The same labels give the same bytes.
+    The header keeps everything, including sform, qform and their codes, except data type, intensity
+    slope and display range. The same labels always give the same bytes.
 
     Args:
-        path: ends in .nii.gz or .nii, in any case; replaced whole or not at all.
-        labels: [Z, Y, X] whole numbers from 0 to 2147483647, in the frame of `like.data`.
+        path: ends in .nii.gz or .nii, upper or lower case; replaced as a whole or not at all.
+        labels: whole numbers [Z, Y, X] from 0 to 2147483647, aligned with `like.data`.
         like: the volume that was segmented.
 
     Raises:
-        InputError: another ending, or the folder cannot be written to.
-        ValueError: `labels` is of another shape than `like`, or out of range.
+        InputError: `path` has another ending, or its folder cannot be written to.
+        ValueError: `labels` has another shape than `like`, or is out of range.
     """
     if labels.shape != like.data.shape:
         raise ValueError(
-            f"labels: expected shape {times(like.data.shape)} as the volume, "
+            f"labels: expected shape {times(like.data.shape)} like the volume, "
             f"got {times(labels.shape)}"
         )
     if labels.min() < 0 or labels.max() > _LARGEST:
@@ -282,19 +276,19 @@ def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume)
 def write_probabilities(
     path: str | os.PathLike[str], probabilities: np.ndarray, like: Volume
 ) -> None:
-    """Write probabilities into the grid, affine and header of the file that `like` was read from.
+    """Write probabilities as `write_labels` writes labels.
 
-    The file has a fourth axis, one entry for each label, and stores bytes with the slope 1/255:
-    whatever reads NIfTI sees numbers from 0 to 1. As `write_labels`.
+    The file has a fourth axis, one entry per label. It stores bytes with the slope 1/255, so that
+    NIfTI readers see numbers from 0 to 1.
 
     Args:
-        path: ends in .nii.gz or .nii, in any case; replaced whole or not at all.
-        probabilities: uint8 [N, Z, Y, X], 255 for 1, in the frame of `like.data`.
+        path: as for `write_labels`.
+        probabilities: uint8 [N, Z, Y, X], 255 for 1, aligned with `like.data`.
         like: the volume that was segmented.
 
     Raises:
-        InputError: another ending, or the folder cannot be written to.
-        ValueError: `probabilities` is of another type, or of another shape than `like`.
+        InputError: as `write_labels`.
+        ValueError: `probabilities` has another type, or another shape than `like`.
     """
     if probabilities.dtype != np.uint8 or probabilities.shape[1:] != like.data.shape:
         raise ValueError(
@@ -305,17 +299,15 @@ def write_probabilities(
 
 
 def _write(path: Path, data: np.ndarray, like: Volume, slope: float) -> None:
-    """[Z, Y, X] or [N, Z, Y, X], stored as they are, with a slope for readers."""
+    """Write [Z, Y, X] or [N, Z, Y, X] with its values unchanged and an intensity slope."""
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise InputError(f"{path}: expected a name that ends in .nii.gz or .nii")
-    header = like.grid.header.copy()
-    header["cal_min"] = header["cal_max"] = 0  # the scan's display range is not the labels'
-    image = _native_image(data, like.grid, header)
+    image = _native_image(data, like.grid)
     raw = bytearray(image.to_bytes())
     if slope != 1:
-        # nibabel sets the slope of whole numbers to 1, whatever the header says.
-        size = len(header.binaryblock)
-        header = type(header)(bytes(raw[:size]))
+        # nibabel resets the slope of whole numbers to 1, so set it in the bytes.
+        size = len(image.header.binaryblock)
+        header = type(image.header)(bytes(raw[:size]))
         header.set_slope_inter(slope, 0)
         raw[:size] = header.binaryblock
     if path.name.lower().endswith(".gz"):
@@ -323,23 +315,25 @@ def _write(path: Path, data: np.ndarray, like: Volume, slope: float) -> None:
     write_bytes(path, bytes(raw))
 
 
-def _native_image(data: np.ndarray, grid: Grid, header: nib.Nifti1Header) -> nib.Nifti1Image:
-    """[..., Z, Y, X] in the file's own order of voxels, stored as they are; changes the header."""
-    back = ornt_transform(_DISPLAY, io_orientation(grid.affine))
-    native = apply_orientation(data.transpose(), back)
+def _native_image(data: np.ndarray, grid: Grid) -> nib.Nifti1Image:
+    """[..., Z, Y, X] in the file's own voxel order, with its header and unchanged values."""
+    header = grid.header.copy()
     header.set_data_dtype(data.dtype)
     header.set_slope_inter(1, 0)
-    two = isinstance(header, nib.Nifti2Header)
-    return (nib.Nifti2Image if two else nib.Nifti1Image)(native, header.get_best_affine(), header)
+    if data.dtype.kind != "f":
+        header["cal_min"] = header["cal_max"] = 0  # a scan's display range does not suit labels
+    back = ornt_transform(_DISPLAY, io_orientation(grid.affine))
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    return kind(apply_orientation(data.transpose(), back), header.get_best_affine(), header)
 
 
 def _to_display(grid: Grid) -> np.ndarray:
-    """nibabel's orientation from the file's axes to those of the display."""
+    """nibabel's transform from the file's axes to those of the display."""
     return np.asarray(ornt_transform(io_orientation(grid.affine), _DISPLAY))
 
 
 def _display(array: np.ndarray, grid: Grid) -> Volume:
-    """Bring the file's own order of voxels into display orientation."""
+    """Bring voxels from the file's own order into display orientation."""
     transform = _to_display(grid)
     data = np.ascontiguousarray(apply_orientation(array, transform).transpose(2, 1, 0))
     x, y, z = grid.affine[:3, :3].T[np.argsort(transform[:, 0])]

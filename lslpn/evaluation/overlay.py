@@ -1,7 +1,7 @@
 """Figures of slices: support, query, ground truth and prediction side by side.
 
-Matplotlib's object interface is used, with Agg, so that a figure needs no display and no global
-state, and threads can draw at the same time.
+Uses matplotlib's object interface with Agg, so that figures need no display and no global state and
+can be drawn in several threads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without black (it vanishes on CT) led by the two that stand out most
-# on grey; then four of Paul Tol's for data sets with many organs. People with any of the
-# common colour vision deficiencies tell the first seven apart.
+# Okabe and Ito's palette without black, which is invisible on CT, with the two that stand out most
+# on grey first; then four of Paul Tol's, for data sets with many organs. People with any of the
+# common colour vision deficiencies can distinguish the first seven.
 PALETTE: tuple[str, ...] = (
     "#E69F00",
     "#56B4E9",
@@ -39,7 +39,7 @@ PALETTE: tuple[str, ...] = (
 
 
 def colour(label: int) -> str:
-    """The colour of a label from 1, as ``#RRGGBB``: the same for the same label in every figure."""
+    """The colour of a label (1 or more), the same in every figure, as ``#RRGGBB``."""
     if label < 1:
         raise ValueError(f"label: expected 1 or more, got {label}")
     return PALETTE[(label - 1) % len(PALETTE)]
@@ -47,13 +47,13 @@ def colour(label: int) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure."""
+    """A picture in a figure."""
 
     image: np.ndarray  # [H, W] grey values of any range
-    labels: np.ndarray | None = None  # [H, W] whole numbers, 0 background, drawn over it
+    labels: np.ndarray | None = None  # [H, W] whole numbers, 0 background, drawn over the image
     title: str = ""
     aspect: float = 1.0  # height of a pixel over its width
-    limits: tuple[float, float] | None = None  # black and white; default: minimum and maximum
+    limits: tuple[float, float] | None = None  # of black and white; default: minimum and maximum
 
 
 def overlay(
@@ -64,20 +64,20 @@ def overlay(
     title: str = "",
     panel_size: float = 2.6,
 ) -> Path:
-    """Draw rows of panels with their labels over them and write a PNG file.
+    """Draw rows of panels with their labels and write a PNG file.
 
-    Each organ is a translucent area with an outline in its colour, named in a legend below by
-    `names`, else as ``label 3``. Rows may differ in length; `panel_size` is the width of a panel
-    in inches, of 110 pixels.
+    Each organ is a translucent area with an outline. A legend has its name from `names`, or
+    ``label 3`` if it has none. Rows may have different lengths; `panel_size` is the width of a
+    panel in inches of 110 pixels.
 
     Returns:
-        the path written.
+        the path of the file.
 
     Raises:
-        ValueError: without panels, or where an image is not 2-D or its labels differ in shape.
-        InputError: where the file cannot be written.
+        ValueError: there is no panel, an image is not 2-D, or its labels have another shape.
+        InputError: the file cannot be written.
     """
-    # Imported here: a second that `lslpn --help` need not pay.
+    # Imported here because it takes a second, which `lslpn --help` can do without.
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -95,7 +95,7 @@ def overlay(
             )
 
     columns = max(len(row) for row in rows)
-    # The panels' own heights, so that slices which are not square are not lost in white space.
+    # Rows have the heights of their panels, so that there is no white space around flat slices.
     heights = [
         max((p.image.shape[0] * p.aspect / p.image.shape[1] for p in row), default=1.0) + 0.12
         for row in rows
@@ -125,7 +125,7 @@ def overlay(
                 axes.set_title(panel.title, fontsize=8)
             if panel.labels is None:
                 continue
-            for label in (int(v) for v in np.unique(panel.labels) if v > 0):
+            for label in np.unique(panel.labels[panel.labels > 0]).astype(int).tolist():
                 shown.add(label)
                 _draw(axes, panel.labels == label, colour(label))
     if title:
@@ -144,20 +144,25 @@ def overlay(
 
 
 def _draw(axes: Axes, mask: np.ndarray, hue: str) -> None:
-    """One organ over a picture: a translucent area and its outline."""
+    """Draw an organ over a picture, as a translucent area with an outline."""
     from matplotlib.colors import to_rgba
 
     area = np.zeros((*mask.shape, 4), dtype=np.float32)
     area[mask] = to_rgba(hue, 0.35)
     axes.imshow(area, aspect=axes.get_aspect(), interpolation="nearest")
-    # Contours need a 2x2 grid, and a mask that covers every pixel has no outline inside it.
+    # Contours need at least 2 x 2 pixels, and a mask of the whole picture has no outline.
     if min(mask.shape) >= 2 and not mask.all():
         axes.contour(mask.astype(np.float32), levels=[0.5], colors=[hue], linewidths=0.9)
 
 
 def write_figure(path: Path, figure: Figure) -> Path:
-    """Write a figure as PNG, whole or not at all; the same picture gives the same bytes."""
+    """Write a figure as PNG, as a whole or not at all; the same picture has the same bytes."""
+    # The layout's last bits differ between processes, which antialiasing makes visible.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 6).tolist())
     with replacing(path) as aside:
-        # No version of matplotlib in the file.
+        # Leave out matplotlib's version.
         figure.savefig(aside, format="png", metadata={"Software": None})
     return path

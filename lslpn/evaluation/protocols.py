@@ -1,4 +1,4 @@
-"""Which support slice segments which query slices: the volumetric protocols of the literature."""
+"""The protocols of the literature for volumes: which support slice segments which query slices."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ import numpy as np
 
 from ..errors import InputError
 
-# The published thresholds count pixels of 512 x 512 slices.
-_REFERENCE_PIXELS = 512 * 512
-
 
 @dataclass(frozen=True)
 class Pair:
-    """The index of a support slice, and those of the query slices that it segments, rising."""
+    """The index of a support slice, and the rising indices of the query slices it segments."""
 
     support: int
     queries: tuple[int, ...]
@@ -28,11 +25,11 @@ class Protocol:
     """Which support slice segments which query slices.
 
     Attributes:
-        chunks: parts into which the organ's range is cut.
-        min_pixels: a support slice that shows no more of the organ does not count.
-        name: what the command line calls it.
+        chunks: number of parts into which the organ's range is divided.
+        min_pixels: a support slice must show more pixels of the organ than this.
+        name: its name on the command line.
         average: how its authors average over the query cases.
-        normalise: how its authors bring grey values to [0, 1], where it is not up to the model.
+        normalise: how its authors scale grey values to [0, 1]; None: as the model does.
     """
 
     chunks: int
@@ -48,63 +45,51 @@ class Protocol:
     def pairs(self, support_areas: np.ndarray, query_areas: np.ndarray) -> list[Pair]:
         """The pairs of support and query slices for one organ, in rising order.
 
-        The organ's `areas` on each slice of support and query are in pixels of 512 x 512. No query
-        slice is in two pairs; there is no pair where either scan shows too little of the organ.
+        Takes the organ's `areas` on each slice of support and query. No query slice is in two
+        pairs. There are no pairs if either scan shows too little of the organ.
         """
-        supports = self.support_slices(np.asarray(support_areas))
-        groups = self.query_groups(np.asarray(query_areas)) if supports else []
+        supports = self.support_slices(support_areas)
+        groups = self.query_groups(query_areas) if supports else []
         return [Pair(s, group) for s, group in zip(supports, groups, strict=True) if group]
 
     def support_slices(self, areas: np.ndarray) -> list[int]:
-        """The support slice of each chunk; empty where the organ is on no slice."""
-        shown = _above(areas, self.min_pixels)
-        return [shown[m] for m in _middles(len(shown), self.chunks)] if shown else []
+        """The support slice of each chunk; empty if no slice shows enough of the organ."""
+        return _middles(np.flatnonzero(areas > self.min_pixels).tolist(), self.chunks)
 
     def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
         """The query slices of each chunk; chunks of a short organ may be empty."""
-        return _cut(_range(_above(areas, 0)), self.chunks)
+        return _parts(_range(areas, 0), self.chunks)
 
 
-def _middles(length: int, chunks: int) -> list[int]:
-    """Positions of the middles of `chunks` equal parts of `length` slices."""
-    return [((2 * i + 1) * length) // (2 * chunks) for i in range(chunks)]
+def _middles(slices: Sequence[int], chunks: int) -> list[int]:
+    """The middle slices of `chunks` equal parts; empty if there are no slices."""
+    length = len(slices)
+    return [slices[(2 * i + 1) * length // (2 * chunks)] for i in range(chunks)] if length else []
 
 
-def _cut(slices: Sequence[int], chunks: int) -> list[tuple[int, ...]]:
-    """Slices in `chunks` equal parts; a slice belongs to the part that its centre lies in."""
+def _parts(slices: Sequence[int], chunks: int) -> list[tuple[int, ...]]:
+    """Divide slices into `chunks` equal parts; a slice belongs to the part that has its centre."""
     parts: list[list[int]] = [[] for _ in range(chunks)]
     for position, index in enumerate(slices):
         parts[(2 * position + 1) * chunks // (2 * len(slices))].append(index)
     return [tuple(part) for part in parts]
 
 
-def _above(areas: np.ndarray, threshold: float) -> list[int]:
-    """Slices with an area above the threshold."""
-    return [int(z) for z in np.flatnonzero(areas > threshold)]
-
-
-def _nearest(slices: Sequence[int], wanted: int) -> int:
-    """The slice that lies nearest to the wanted one; of two, the lower."""
-    return min(slices, key=lambda z: (abs(z - wanted), z))
-
-
-def _range(slices: Sequence[int], *, drop_last: bool = False) -> list[int]:
-    """All slices from the first to the last of some."""
-    if not slices:
-        return []
-    full = list(range(slices[0], slices[-1] + 1))
-    return full[:-1] if drop_last and len(full) > 1 else full
+def _range(areas: np.ndarray, threshold: float) -> list[int]:
+    """All slices from the first to the last one with an area above the threshold."""
+    above = np.flatnonzero(areas > threshold)
+    return list(range(above[0], above[-1] + 1)) if len(above) else []
 
 
 @dataclass(frozen=True)
 class Published(Protocol):
     """The protocol of the authors' published LSLPN code.
 
-    The organ's range runs from the first to the last slice with more than 200 pixels of it, the
-    last one dropped, in the support and (by its ground truth) in the query. Both are cut into 12
-    equal chunks; the middle slice of each support chunk segments the query's chunk. Where a
-    middle slice does not itself show more than 200 pixels (an organ in two pieces), the nearest
-    one that does stands in. Dice on the query's range; mean over the query cases.
+    In the support and (by its ground truth) in the query, the organ's range runs from the first to
+    the last slice with more than 200 pixels of it, without that last slice. Both ranges are divided
+    into 12 equal chunks; the middle slice of each support chunk segments the query's chunk. If a
+    middle slice does not show more than 200 pixels (an organ in two pieces), the nearest one that
+    does is used. Dice on the query's range; mean over the query cases.
     """
 
     chunks: int = 12
@@ -112,26 +97,28 @@ class Published(Protocol):
     name = "published"
 
     def support_slices(self, areas: np.ndarray) -> list[int]:
-        shown = _above(areas, self.min_pixels)
-        span = _range(shown, drop_last=True)
-        if not span:
-            return []
-        middles = [span[m] for m in _middles(len(span), self.chunks)]
-        return [_nearest(shown, m) for m in middles]
+        shown = np.flatnonzero(areas > self.min_pixels)
+        middles = _middles(self._span(areas), self.chunks)
+        return [int(shown[np.abs(shown - middle).argmin()]) for middle in middles]
 
     def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
-        return _cut(_range(_above(areas, self.min_pixels), drop_last=True), self.chunks)
+        return _parts(self._span(areas), self.chunks)
+
+    def _span(self, areas: np.ndarray) -> list[int]:
+        """The organ's range; a single slice is not dropped."""
+        span = _range(areas, self.min_pixels)
+        return span[:-1] or span
 
 
 @dataclass(frozen=True)
 class SENet(Protocol):
-    """The protocol of SENet (Roy et al. 2020), as their code has it.
+    """The protocol of SENet's code (Roy et al. 2020).
 
-    Of the support slices with more than 10 pixels of the organ, K = 10 near the centres of K equal
-    parts. The L query slices from the first to the last that shows the organ fall into groups
-    that start at round(linspace(0, L - 1, K)): K - 1 groups and a last one of a single slice.
-    Dice on that range; median over the query cases, then the mean over the organs. Grey values
-    are brought to [0, 1] by the minimum and maximum of the volume.
+    The support slices with more than 10 pixels of the organ are divided into K = 10 equal parts;
+    the middle one of each is used. The L query slices from the first to the last that shows the
+    organ are divided into K groups that start at round(linspace(0, L - 1, K)), so that the last one
+    is a single slice. Dice on that range; median over the query cases, then mean over the organs.
+    Grey values are scaled to [0, 1] by the minimum and maximum of the volume.
     """
 
     chunks: int = 10
@@ -141,7 +128,7 @@ class SENet(Protocol):
     normalise = "volume"
 
     def query_groups(self, areas: np.ndarray) -> list[tuple[int, ...]]:
-        span = _range(_above(areas, 0))
+        span = _range(areas, 0)
         if not span:
             return [()] * self.chunks
         starts = np.round(np.linspace(0, len(span) - 1, self.chunks)).astype(int)
@@ -151,11 +138,11 @@ class SENet(Protocol):
 
 @dataclass(frozen=True)
 class ALPNet(Protocol):
-    """The protocol of SSL-ALPNet (Ouyang et al. 2020), as their code has it.
+    """The protocol of SSL-ALPNet's code (Ouyang et al. 2020).
 
-    3 parts. The support slices lie at 1/6, 1/2 and 5/6 of those that show the organ; a query
-    slice belongs to the part that its position in the organ's ground-truth range falls into.
-    Dice on that range; mean over the query cases.
+    Of the support slices that show the organ, those at 1/6, 1/2 and 5/6 are used. Each segments
+    the query slices in the same third of the organ's ground-truth range. Dice on that range; mean
+    over the query cases.
     """
 
     chunks: int = 3
@@ -164,10 +151,10 @@ class ALPNet(Protocol):
 
 @dataclass(frozen=True)
 class ADNet(Protocol):
-    """The second protocol of ADNet (Hansen et al. 2022), "EP2": the one a user is in.
+    """The second protocol of ADNet (Hansen et al. 2022), "EP2", which is a user's situation.
 
-    The middle one of the support slices that show the organ segments ALL slices of the query;
-    where the organ lies in the query is not told. Dice over the whole volume, mean over cases.
+    The middle one of the support slices that show the organ segments all slices of the query; the
+    organ's range in the query is not given. Dice over the whole volume; mean over the query cases.
     """
 
     chunks: int = 1
@@ -188,10 +175,10 @@ PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (Published(), SENet(), ALPN
 
 
 def protocol_of(name: str, chunks: int | None = None) -> Protocol:
-    """A protocol by its name, with another number of chunks if given.
+    """Get a protocol by its name, with another number of chunks if given.
 
     Raises:
-        InputError: an unknown name, or chunks that it cannot have.
+        InputError: the name is unknown, or the protocol cannot have so many chunks.
     """
     if name not in PROTOCOLS:
         raise InputError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {name!r}")
@@ -202,8 +189,8 @@ def protocol_of(name: str, chunks: int | None = None) -> Protocol:
 def areas(labels: np.ndarray, label: int) -> np.ndarray:
     """The area of a label on each slice, in pixels of a slice of 512 x 512.
 
-    The published thresholds count pixels of such slices. Scaled so, they mean the same share of
-    the image at any size: 200 pixels are 50 of a slice of 257 x 257.
+    The published thresholds count pixels of such slices. In these units they are the same share of
+    the image at any size: 200 pixels are 50 pixels of a 257 x 257 slice.
 
     Args:
         labels: [Z, Y, X] whole numbers.
@@ -212,4 +199,4 @@ def areas(labels: np.ndarray, label: int) -> np.ndarray:
         float64 [Z].
     """
     counts = (labels == label).sum(axis=(1, 2))
-    return np.asarray(counts * (_REFERENCE_PIXELS / (labels.shape[1] * labels.shape[2])))
+    return np.asarray(counts * (512 * 512 / (labels.shape[1] * labels.shape[2])))

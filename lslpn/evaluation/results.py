@@ -20,19 +20,17 @@ from .overlay import Panel, overlay
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """2 |P n T| / (|P| + |T|) of two boolean arrays of one shape; 1.0 where both are empty."""
+    """2 |P n T| / (|P| + |T|) of two boolean arrays of the same shape; 1.0 if both are empty."""
     if prediction.shape != truth.shape:
         raise ValueError(
             f"prediction: expected the shape of truth {truth.shape}, got {prediction.shape}"
         )
-    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
-    if total == 0:
-        return 1.0
-    return 2.0 * int(np.count_nonzero(prediction & truth)) / total
+    total = np.count_nonzero(prediction) + np.count_nonzero(truth)
+    return 2.0 * np.count_nonzero(prediction & truth) / total if total else 1.0
 
 
 def average_of(values: Iterable[float], average: str = "mean") -> float:
-    """Mean or median of the values that are numbers; NaN, a score that is missing, is left out."""
+    """Mean or median of the values, without NaN, which stands for a missing score."""
     kept = [value for value in values if not math.isnan(value)]
     if not kept:
         return math.nan
@@ -62,7 +60,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Example:
-    """A query slice in the network's frame, for a figure; arrays are [S, S]."""
+    """A query slice and its support slice as the network sees them, for figures.
+
+    Arrays are [S, S]; an aspect is a pixel's height over its width in millimetres.
+    """
 
     organ: str
     case: str
@@ -77,25 +78,24 @@ class Example:
     query_aspect: float
 
     def panels(self, support: str, label: int) -> list[Panel]:
-        """Support with its mask, query, and ground truth; `label` gives the colour."""
-        of_support = f"support {support}, slice {self.support_slice}"
-        mask = self.support_mask * label
+        """Support with its mask, query, and ground truth; `label` determines the colour."""
+        title = f"support {support}, slice {self.support_slice}"
         return [
-            Panel(self.support_image, mask, of_support, self.support_aspect),
+            Panel(self.support_image, self.support_mask * label, title, self.support_aspect),
             self.panel(f"query {self.case}, slice {self.query_slice}", None),
             self.panel("ground truth", self.truth * label),
         ]
 
     def panel(self, title: str, labels: np.ndarray | None) -> Panel:
-        """The query slice, with labels over it."""
+        """The query slice with labels drawn over it."""
         return Panel(self.query_image, labels, title, self.query_aspect)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found, and everything it depended on.
+    """The scores of an evaluation, and everything they depend on.
 
-    `scale` and `spacing` are those of the grid of windows, None for a method that has none.
+    `scale` and `spacing` describe the grid of windows, None for methods without one.
     """
 
     dataset: str
@@ -128,7 +128,7 @@ class Evaluation:
 
     @property
     def windows(self) -> str:
-        """The grid of windows, such as "scale 1/8, spacing 1/2"; empty where there is none."""
+        """The grid of windows, such as "scale 1/8, spacing 1/2"; empty if there is none."""
         if self.scale is None:
             return ""
         return f"scale {fraction(self.scale)}, spacing {fraction(self.spacing)}"
@@ -138,18 +138,18 @@ class Evaluation:
         return [row.dice for row in self.rows if row.organ == organ]
 
     def mean(self, organ: str | None = None) -> float:
-        """Mean Dice over the query cases; without an organ, the mean of that over the organs.
+        """Mean Dice of an organ over the query cases; by default, the mean over all organs.
 
-        NaN where nothing was scored; organs without a score do not enter the overall mean.
+        NaN if nothing was scored; organs without a score do not count in the mean over organs.
         """
         return self._over(organ, "mean")
 
     def median(self, organ: str | None = None) -> float:
-        """Median Dice over the query cases; without an organ, the mean of that over the organs."""
+        """Median Dice of an organ over the query cases; by default, its mean over all organs."""
         return self._over(organ, "median")
 
     def headline(self, organ: str | None = None) -> float:
-        """The average that the protocol's authors report: `mean` or `median`."""
+        """The average that the protocol's authors report, `mean` or `median`."""
         return self._over(organ, self.average)
 
     def _over(self, organ: str | None, average: str) -> float:
@@ -158,44 +158,42 @@ class Evaluation:
         return average_of([self._over(o, average) for o in self.organs])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, as JSON takes it; a score that is missing is None."""
+        """Everything except the pictures, ready for JSON; missing scores are None."""
         plain = dataclasses.asdict(dataclasses.replace(self, examples=()))
         del plain["examples"]
         for average in ("mean", "median"):
             values = {organ or "all": self._over(organ, average) for organ in (*self.organs, None)}
-            plain[average] = {name: None if v != v else v for name, v in values.items()}  # NaN
+            plain[average] = {k: None if math.isnan(v) else v for k, v in values.items()}
         return plain
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Evaluation:
-        """The inverse of `to_dict`; without pictures, since JSON has none.
+        """The inverse of `to_dict`, without pictures.
 
         Raises:
-            KeyError, TypeError: `given` is not what `to_dict` made.
+            KeyError, TypeError: `given` does not come from `to_dict`.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in given.items() if name in names}
-        for name in ("queries", "organs"):
-            values[name] = tuple(values[name])
+        values = {name: given[name] for name in given.keys() & cls.__dataclass_fields__.keys()}
+        values["queries"], values["organs"] = tuple(given["queries"]), tuple(given["organs"])
         values["rows"] = tuple(Row(**row) for row in given["rows"])
         values["skipped"] = tuple(Skipped(**skip) for skip in given["skipped"])
         return cls(**values)
 
     def table(self, *, markdown: bool = False) -> str:
-        """Organs down, cases across, with mean and median; plain text or Markdown."""
+        """A table of organs by cases, with mean and median, as plain text or Markdown."""
         title = (
             f"{self.dataset}: {self.model}, protocol {self.protocol}, "
             f"{self.chunks} chunk{'s' * (self.chunks != 1)}, support {self.support}, "
             f"{self.size}x{self.size}, {self.windows}{', ' * bool(self.windows)}align {self.align}"
         )
         dice = self.dice
-        # Many cases do not fit on a line; their rows are in the JSON.
+        # More than ten cases do not fit on a line; their scores are in the JSON.
         cases = self.queries if len(self.queries) <= 10 else ()
         header = ["organ", *cases, "mean", "median"]
-        lines = []
-        for organ in self.organs:
-            scores = [dice.get((organ, case)) for case in cases]
-            lines.append([organ, *scores, self.mean(organ), self.median(organ)])
+        lines = [
+            [organ, *(dice.get((organ, c)) for c in cases), self.mean(organ), self.median(organ)]
+            for organ in self.organs
+        ]
         if len(self.organs) > 1:
             lines.append(["all", *[""] * len(cases), self.mean(), self.median()])
         text = render_table(title, header, lines, markdown)
@@ -205,7 +203,7 @@ class Evaluation:
 
 
 def fraction(value: float | None) -> str:
-    """A scale or spacing as people write it: 0.125 as 1/8, and - where there is none."""
+    """A scale or spacing as text: 1/8 for 0.125, "-" for None."""
     if value is None:
         return "-"
     near = Fraction(value).limit_denominator(64)
@@ -213,7 +211,7 @@ def fraction(value: float | None) -> str:
 
 
 def summary(evaluations: Sequence[Evaluation], *, markdown: bool = False) -> str:
-    """One line per evaluation: the grid and the average Dice of each organ."""
+    """A table with one line per evaluation: the grid and the average Dice of each organ."""
     first = evaluations[0]
     header = ["scale", "spacing", *first.organs, "all"]
     lines = [
@@ -225,24 +223,24 @@ def summary(evaluations: Sequence[Evaluation], *, markdown: bool = False) -> str
 
 
 def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
-    """Write `evaluation.json` and a figure per query case into a folder.
+    """Write `evaluation.json` and a figure for each query case into a folder.
 
-    The JSON holds a list "evaluations", one for each grid of windows. A figure has a row for each
+    The JSON has a list "evaluations", one for each grid of windows. A figure has a row for each
     organ: the support slice with its mask, the query slice, the ground truth, and the prediction
-    of each grid. Returns the files written.
+    with each grid. Returns the paths of the files.
     """
     root = Path(folder)
-    content = {"versions": versions(), "evaluations": [e.to_dict() for e in evaluations]}
     written = [root / "evaluation.json"]
-    write_json(written[0], content)
-    first = evaluations[0]
+    evaluated = [evaluation.to_dict() for evaluation in evaluations]
+    write_json(written[0], {"versions": versions(), "evaluations": evaluated})
+    first, shown = evaluations[0], [evaluation.shown for evaluation in evaluations]
     for case in first.queries:
         rows = []
         for label, organ in enumerate(first.organs, 1):
             key = organ, case
-            found = [evaluation.shown.get(key) for evaluation in evaluations]
-            # But for the prediction all grids have the same.
-            example = next((one for one in found if one is not None), None)
+            found = [examples.get(key) for examples in shown]
+            # Examples of different grids differ only in their predictions.
+            example = next(filter(None, found), None)
             if example is None:
                 continue
             row = example.panels(first.support, label)
@@ -261,7 +259,7 @@ def save(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
 
 
 def cell(value: Any) -> str:
-    """A value in a table: a number with three decimals, "-" for one that is missing."""
+    """The text of a table's cell: floats have three decimals, None and NaN are "-"."""
     if value is None or value != value:  # NaN
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -270,19 +268,19 @@ def cell(value: Any) -> str:
 def render_table(
     title: str, header: Sequence[str], lines: Iterable[Sequence[Any]], markdown: bool
 ) -> str:
-    """A table with a title above it, the first column to the left; plain text or Markdown."""
-    # rich comes with typer; imported here because nothing else in this module needs it.
+    """A table below a title, as plain text or Markdown; the first column is left-aligned."""
+    # Imported here because nothing else in this module needs it.
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, title=None, pad_edge=markdown)
+    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for line in lines:
         table.add_row(*map(cell, line))
-    # Wide enough for any table: a file or a pipe has no width to keep to.
+    # Wide enough for any table; rich would shorten the names in a wider one.
     out = io.StringIO()
-    Console(file=out, width=400, color_system=None, markup=False, emoji=False).print(table)
+    Console(file=out, width=100_000, color_system=None, markup=False, emoji=False).print(table)
     body = "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
     return f"{title}\n\n{body}\n" if markdown else f"{title}\n{body}"

@@ -1,7 +1,7 @@
-"""Segments and scores one query case by one support case.
+"""Segments and scores query cases, one at a time, from one support case.
 
-Features of a slice do not depend on the organ, nor on LSLPN's grid of windows. So a query slice is
-encoded once, for all organs and all grids; only a batch of features is held at a time.
+The features of a slice depend neither on the organ nor on LSLPN's grid of windows, so that a query
+slice is encoded once for all of them. Only one batch of features is held in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lslpn_kernels import GridSpec
 
-from ..config import Align
+from ..config import ModelConfig
 from ..data.dataset import Dataset
 from ..data.slices import Prepared, Treatment, prepare
 from ..data.volumes import Volume
@@ -29,17 +29,17 @@ from ..models.lslpn import LocalPrototypes
 from .protocols import Protocol, areas
 from .results import Example, Row, Skipped, dice, fraction
 
-# Called after each query case: its name, image and ground truth, and the labels found with each
-# grid of windows. Organs are segmented one by one; where two overlap, the first stays.
+# Called after each query case with its name, image, ground truth, and an array of predicted labels
+# for each grid of windows. Where two organs overlap, the first one is kept.
 Observer = Callable[[str, Volume, Volume, list[np.ndarray]], None]
 
-Plan = dict[str, dict[int, int]]  # organ to query slice to the support slice that segments it
+Plan = dict[str, dict[int, int]]  # by organ and query slice, the support slice that segments it
 
 
 @dataclass
 class View:
-    """One way to read the support, the model's own or LSLPN's with another grid of windows, and
-    its results."""
+    """One way to describe the support, the model's own or with another grid of windows, and its
+    results."""
 
     describe: Callable[[Tensor, Tensor], Any]
     grid: GridSpec | None
@@ -55,40 +55,39 @@ class View:
 
 @dataclass
 class Runner:
-    """The description of the support's slices, and the loop over query slices."""
+    """Describes the support's slices, and segments query cases by them."""
 
     model: FewShotNetwork
+    config: ModelConfig  # the model's, with the settings of the evaluation
     dataset: Dataset
     rule: Protocol
-    align: Align
     views: list[View]
     labels: dict[str, int]  # the organs to segment, and their values
     batch: int
     treatments: list[Treatment] = field(default_factory=list)
     support_areas: dict[str, np.ndarray] = field(default_factory=dict)  # by organ, [Z]
-    skipped: list[Skipped] = field(default_factory=list)  # what no view can score
-    support: Prepared = field(init=False)  # once `load_support` has read it
+    skipped: list[Skipped] = field(default_factory=list)  # in all views
+    support: Prepared = field(init=False)  # set by `load_support`
 
     def _prepare(self, image: Volume, truth: Volume) -> Prepared:
-        other = {"normalise": self.rule.normalise} if self.rule.normalise else {}
-        ready = prepare(self.model.config, image, truth, align=self.align, **other)
+        ready = prepare(self.config, image, truth)
         self.treatments.append(ready.treatment)
         return ready
 
     def _encode(self, ready: Prepared, slices: list[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """As many slices as are encoded at once, and their features [n, D, h, w]."""
+        """Batches of n slices, and their features [n, D, h, w]."""
         device = next(self.model.parameters()).device
         for begin in range(0, len(slices), self.batch):
             part = slices[begin : begin + self.batch]
             yield part, self.model.encode(torch.from_numpy(ready.slices[part]).to(device))
 
     def _shows(self, ready: Prepared, organ: str, z: int) -> np.ndarray:
-        """The mask of an organ, bool [S, S], on a slice of the network's."""
+        """The mask of an organ on a slice, bool [S, S]."""
         assert ready.labels is not None
         return np.asarray(ready.labels[z] == self.labels[organ])
 
     def load_support(self, case: str) -> None:
-        """Describe every slice that may be a support slice."""
+        """Describe the support slices of every organ."""
         image, truth = self.dataset.load(case)
         self.support = self._prepare(image, truth)
         wanted: dict[str, list[int]] = {}
@@ -114,23 +113,23 @@ class Runner:
                     masks = torch.from_numpy(mask).to(features[z].device)[None, None, None]
                     described = view.describe(features[z][None, None], masks)
                     view.described[organ, z] = described
-                    if _says_nothing(described, mask):
+                    if _vanished(described, mask):
                         lost.append(z)
                 if lost == slices:
                     view.too_small.add(organ)
                 elif lost:
                     warnings.warn(
                         f"the support {case} shows too little of {organ} for {self._input()}{view} "
-                        f"on slice{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}: what they "
-                        "are to segment comes out empty; a larger size may do",
+                        f"on slice{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}: the query "
+                        "slices that they segment are left empty; a larger size may help",
                         stacklevel=4,
                     )
 
     def _input(self) -> str:
-        return f"{self.model.config.size} x {self.model.config.size} pixels"
+        return f"{self.config.size} x {self.config.size} pixels"
 
     def plan(self, case: str) -> Plan:
-        """Who segments which slice of a query case; organs that cannot be scored are skipped."""
+        """Pair query slices with support slices; organs that cannot be scored are skipped."""
         truth = self.dataset.load_labels(case).data
         plan: Plan = {}
         for organ, label in self.labels.items():
@@ -180,9 +179,9 @@ class Runner:
     def _example(
         self, organ: str, case: str, supports: dict[int, int], ready: Prepared, found: np.ndarray
     ) -> Example:
-        """The middle one of the slices that show the organ.
+        """The middle slice that shows the organ, rather than one with a good result.
 
-        Not the one with the best result: figures are not to flatter.
+        Copies the slices, because a view would keep its whole volume in memory.
         """
         zs = sorted(supports)
         showing = [z for z in zs if self._shows(ready, organ, z).any()] or zs
@@ -192,11 +191,11 @@ class Runner:
             case=case,
             support_slice=supports[z],
             query_slice=z,
-            support_image=self.support.slices[supports[z]],
+            support_image=self.support.slices[supports[z]].copy(),
             support_mask=self._shows(self.support, organ, supports[z]).astype(np.uint8),
-            query_image=ready.slices[z],
+            query_image=ready.slices[z].copy(),
             truth=self._shows(ready, organ, z).astype(np.uint8),
-            prediction=found[z],
+            prediction=found[z].copy(),
             support_aspect=_aspect(self.support, supports[z]),
             query_aspect=_aspect(ready, z),
         )
@@ -204,12 +203,12 @@ class Runner:
     def _segment(
         self, ready: Prepared, plan: Plan, bar: tqdm
     ) -> dict[tuple[str, int], dict[int, np.ndarray]]:
-        """Organ and number of the view to slice to bool [S, S]."""
-        size = (self.model.config.size, self.model.config.size)
+        """By organ and index of the view, then by slice, the prediction, bool [S, S]."""
+        size = (self.config.size, self.config.size)
         found: dict[tuple[str, int], dict[int, np.ndarray]] = defaultdict(dict)
         for part, features in self._encode(ready, slices_of(plan)):
             for organ, supports in plan.items():
-                # Slices of one support slice go through the head together.
+                # Query slices with the same support slice go through the head together.
                 for support in sorted({supports[z] for z in part if z in supports}):
                     zs = [z for z in part if supports.get(z) == support]
                     chosen = features[[part.index(z) for z in zs]][None]
@@ -226,15 +225,15 @@ def slices_of(plan: Plan) -> list[int]:
     return sorted({z for supports in plan.values() for z in supports})
 
 
-def _says_nothing(described: Any, mask: np.ndarray) -> bool:
-    """Whether nothing of the organ is left of a support slice at the network's size."""
-    if isinstance(described, LocalPrototypes):  # windows with too few pixels are zero
+def _vanished(described: Any, mask: np.ndarray) -> bool:
+    """Whether the organ has vanished from a support slice at the network's size."""
+    if isinstance(described, LocalPrototypes):  # zero in windows with too few pixels
         return not bool(described.values[:, 1:].any())
     return not mask.any()
 
 
 def _aspect(ready: Prepared, z: int) -> float:
-    """Height over width, in millimetres, of a pixel of a slice in the network's square."""
+    """Height over width, in millimetres, of a pixel of the network's square slice."""
     _, height, width = ready.source.spacing
-    y0, y1, x0, x1 = (int(v) for v in ready.boxes[z])
+    y0, y1, x0, x1 = ready.boxes[z].tolist()
     return ((y1 - y0) * height) / ((x1 - x0) * width)

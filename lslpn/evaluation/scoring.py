@@ -1,11 +1,12 @@
-"""Volumetric evaluation: 3-D Dice per organ and case, by the protocols of `protocols`.
+"""Evaluation on volumes: 3-D Dice per organ and case.
 
-One support case, 1-way 1-shot per organ; predictions are mapped back to the query's own grid and
-compared with its labels there.
+Each organ is segmented on its own (1-way 1-shot) from one support case. Predictions are mapped back
+to the query's own grid and compared with its labels there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -35,16 +36,15 @@ def evaluate(
     organs: Sequence[str],
     **options: Any,
 ) -> Evaluation:
-    """`evaluate_grids` with the model's own windows, or with a method that has none.
+    """Segment organs of query cases from one support case, and score them in 3-D.
 
-    Segments `organs` of the cases `queries` from the one case `support`, and scores them in 3-D;
-    `options` are `protocol`, `align`, `chunks`, `batch`, `progress`, `name` and `observe`.
-
-    Raises:
-        InputError: as `evaluate_grids`.
+    As `evaluate_grids`, but with the model's own grid of windows, if it has one. `options` may be
+    `protocol`, `align`, `chunks`, `batch`, `progress`, `name` and `observe`.
     """
-    wanted = {"support": support, "queries": queries, "organs": organs, **options}
-    return evaluate_grids(model, dataset, grids=None, **wanted)[0]
+    [found] = evaluate_grids(
+        model, dataset, grids=None, support=support, queries=queries, organs=organs, **options
+    )
+    return found
 
 
 def evaluate_grids(
@@ -63,74 +63,71 @@ def evaluate_grids(
     name: str | None = None,
     observe: Observer | None = None,
 ) -> list[Evaluation]:
-    """Segment organs of query cases from one support case, and score them in 3-D.
+    """Segment organs of query cases from one support case, with each of several grids of windows.
 
-    Voxels of the data set's "ignore" label enter no score. An organ that is too small for the
-    network in all of its support slices is skipped; in some of them, a warning names them, and
-    the query slices that they segment come out empty.
+    Voxels with the data set's "ignore" label are not scored. An organ is skipped if it is too small
+    for the network on all support slices. If it is too small on some of them, a warning names
+    these, and the query slices that they segment are left empty.
 
     Args:
         model: the network; its own device and input settings are used.
         dataset: where the cases are.
-        grids: windows in the place of LSLPN's own, which share the encoder's work; None: its own.
-            The other methods have none.
+        grids: grids of windows for LSLPN, for which each slice is encoded only once; None for the
+            model's own, and for other methods.
         support: the case whose labels are given.
-        queries: the cases to segment; their labels score, and bound the organ's range where
-            the protocol says so.
+        queries: the cases to segment. Their labels are used to score and, in most protocols, to
+            get the organ's range.
         organs: names of labels, each segmented on its own (1-way 1-shot).
         protocol: `published`, `senet`, `alpnet` or `adnet`; see `PROTOCOLS`.
-        align: "body" crops support and queries to the body's box before resizing; default: as the
-            model was trained, `model.config.align`.
-        chunks: parts of the organ's range; default: the protocol's own.
-        batch: query slices encoded at once.
-        progress: show a bar on stderr.
-        name: what the model is called in the result; default: its method.
-        observe: called after each query case with its name, image and ground truth, and a list of
-            the labels that were found, [Z, Y, X] in the frame of the image, one for each grid.
+        align: "body" crops support and queries to the body before resizing; default: as the model
+            was trained, `model.config.align`.
+        chunks: number of parts of the organ's range; default: the protocol's own.
+        batch: how many query slices to encode at once.
+        progress: show a progress bar on stderr.
+        name: the model's name in the result; default: its method.
+        observe: called after each query case with its name, image, ground truth, and a list of
+            predicted labels [Z, Y, X], one for each grid.
 
     Returns:
-        a result per grid; ``seconds`` is the time of all of them together.
+        one result per grid; ``seconds`` is their total time.
 
     Raises:
-        InputError: an unknown case, organ, protocol or align; the support among the queries; an
-            organ that the support does not show; no grid, or one for a method without; files that
-            cannot be used.
+        InputError: an unknown case, organ, protocol or align; the support is among the queries; an
+            organ is not in the support; no grid, or one for a method without grids; a file cannot
+            be used.
     """
     if grids is None:
         views = [View(model.describe, model.head.grid if isinstance(model, LSLPN) else None)]
     elif not isinstance(model, LSLPN):
         raise InputError(f"grids: {model.name} has no grid of windows; give None")
-    elif not grids:
-        raise InputError("grids: expected at least one, got none")
     else:
         views = [View(partial(model.describe, grid=grid), grid) for grid in grids]
+    organs, queries = tuple(dict.fromkeys(organs)), tuple(dict.fromkeys(queries))
+    for argument, values in (("grids", views), ("organs", organs), ("queries", queries)):
+        if not values:
+            raise InputError(f"{argument}: expected at least one, got none")
     rule = protocol_of(protocol, chunks)
-    if align is None:
-        align = model.config.align
-    if align not in ("none", "body"):
-        raise InputError(f"align: expected none or body, got {align!r}")
-    organs = tuple(dict.fromkeys(organs))
-    queries = tuple(dict.fromkeys(queries))
-    if not organs or not queries:
-        missing = "organs" if not organs else "queries"
-        raise InputError(f"{missing}: expected at least one, got none")
+    config = dataclasses.replace(
+        model.config,
+        align=model.config.align if align is None else align,
+        normalise=rule.normalise or model.config.normalise,
+    )
     for case in (support, *queries):
         dataset.check_case(case)
     if support in queries:
         raise InputError(
-            f"queries: {support} is the support, whose labels are given; take it out of the queries"
+            f"queries: {support} is the support, whose labels are given; remove it from the queries"
         )
     labels = {organ: dataset.label_of(organ) for organ in organs}
 
     started = time.perf_counter()
-    runner = Runner(model, dataset, rule, align, views, labels, max(1, batch))
+    runner = Runner(model, config, dataset, rule, views, labels, max(1, batch))
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             runner.load_support(support)
-            # All ground truths first: what is wrong with them shows before the long part begins,
-            # and the bar knows its end.
+            # Read all ground truths first, to report problems early and to know the bar's total.
             plans = {case: runner.plan(case) for case in queries}
             total = sum(len(slices_of(plan)) for plan in plans.values())
             with tqdm(total=total, unit="slice", disable=not progress, dynamic_ncols=True) as bar:
@@ -152,8 +149,8 @@ def evaluate_grids(
             protocol=rule.name,
             average=rule.average,
             chunks=rule.chunks,
-            align=align,
-            size=model.config.size,
+            align=config.align,
+            size=config.size,
             method=model.name,
             scale=None if view.grid is None else view.grid.scale,
             spacing=None if view.grid is None else view.grid.spacing,

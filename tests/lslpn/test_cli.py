@@ -785,11 +785,11 @@ def test_segment_reports_assumptions_and_an_empty_result(tmp_path: Path, run: Ru
     common = ["segment", "--support-image", a, "--support-mask", m, "--size=33", "--quiet"]
     code, out, err = run(*common, "--query", b, "--out", tmp_path / "b_out.nii.gz")
     assert code == 0
-    assert "note: b.nii.gz: taken for CT stored as HU + 1024" in err
+    assert "note: b.nii.gz: treated as CT stored as HU + 1024" in err
     assert "label 1: not found" not in out
     code, out, err = run(*common, "--query", grey, "--out", tmp_path / "grey_out.nii.gz")
     assert code == 0
-    assert "note: grey.nii.gz: not taken for CT in HU, while a.nii.gz is" in err
+    assert "note: grey.nii.gz: not treated as CT in HU, while a.nii.gz is" in err
     assert ("note: grey.nii.gz: nothing was found" in err) == (out.count(": not found") == 3)
 
 

@@ -64,7 +64,7 @@ def test_labels_whose_numbers_are_text(synthetic_dataset: Path) -> None:
     assert Dataset.open(_edit(synthetic_dataset, labels=text)).labels == {"liver": 1, "kidney": 3}
 
 
-def test_the_ignore_label_is_no_organ(synthetic_dataset: Path) -> None:
+def test_the_ignore_label_is_not_an_organ(synthetic_dataset: Path) -> None:
     labels = {"background": 0, "liver": 1, "ignore": 3}
     data = Dataset.open(_edit(synthetic_dataset, labels=labels))
     assert (data.organs, data.ignore) == (("liver",), 3)
@@ -123,7 +123,7 @@ def test_no_folder_no_json_broken_json(tmp_path: Path, synthetic_dataset: Path) 
     [
         ({"labels": None}, ["labels", "missing"]),
         ({"labels": {}}, ["labels"]),
-        ({"labels": {"background": 0}}, ["background alone"]),
+        ({"labels": {"background": 0}}, ["only the background"]),
         ({"labels": {"background": 0, "all": [1, 2]}}, ["'all'", "region", "not supported"]),
         ({"labels": {"background": 0, "liver": -1}}, ["'liver'", "whole number"]),
         ({"labels": {"background": 0, "liver": 1.5}}, ["1.5", "whole number"]),
@@ -134,7 +134,7 @@ def test_no_folder_no_json_broken_json(tmp_path: Path, synthetic_dataset: Path) 
         ({"labels": {"background": 1, "liver": 2}}, ["'background'", "0 is the background"]),
         ({"labels": {"1": "Background", "2": "liver"}}, ["'Background'", "0 is the background"]),
         ({"labels": {"liver": 0, "spleen": 1}}, ["'liver'", "0 is the background"]),
-        ({"labels": {"background": 0, "ignore": 4}}, ["background alone"]),
+        ({"labels": {"background": 0, "ignore": 4}}, ["only the background"]),
         ({"labels": {"background": 0, "liver": 1, "spleen": 1}}, ["'spleen'", "twice"]),
         ({"labels": {"1": "liver", "2": "liver"}}, ["'liver'", "twice"]),
         ({"file_ending": ".png"}, [".png", "convert"]),
@@ -155,7 +155,7 @@ def test_a_case_without_image_or_labels_is_left_out_with_a_warning(
     with pytest.warns(UserWarning, match="1 case left out.*missing: syn_02$"):
         data = Dataset.open(synthetic_dataset)
     assert data.cases == ("syn_00", "syn_01", "syn_03")
-    with pytest.raises(InputError, match=f"{missing}: missing, without which case syn_02"):
+    with pytest.raises(InputError, match=f"{missing}: missing, so that case syn_02 cannot be used"):
         data.load("syn_02")
 
 
@@ -180,7 +180,7 @@ def test_empty_and_missing_folders(synthetic_dataset: Path) -> None:
     shutil.rmtree(synthetic_dataset / "imagesTr")
     _refused(synthetic_dataset, "imagesTr", "cannot be listed")
     (synthetic_dataset / "imagesTr").mkdir()
-    _refused(synthetic_dataset, "imagesTr", "holds no file")
+    _refused(synthetic_dataset, "imagesTr", "has no file")
 
 
 def test_image_and_labels_of_different_grids(synthetic_dataset: Path) -> None:
@@ -220,10 +220,10 @@ def test_a_folder_of_scans_without_labels(synthetic_dataset: Path, tmp_path: Pat
         with pytest.raises(InputError, match=said):
             ask()
     shutil.copy(image, folder / "a.nii.gz")
-    with pytest.raises(InputError, match=r"a\.nii: a\.nii\.gz lies beside it"):
+    with pytest.raises(InputError, match=r"a\.nii: has the same case name as a\.nii\.gz"):
         UnlabelledScans.open(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no file that ends in"):
+    with pytest.raises(InputError, match="has no file that ends in"):
         UnlabelledScans.open(tmp_path / "empty")
     with pytest.raises(InputError, match="cannot be listed"):
         UnlabelledScans.open(tmp_path / "nowhere")

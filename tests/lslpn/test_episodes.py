@@ -133,7 +133,7 @@ def test_setting_one_keeps_slices_with_held_out_organs_unlabelled(staggered: Dat
 
 def test_setting_two_drops_every_slice_that_shows_any_held_out_organ(staggered: Dataset) -> None:
     config = small(drop_test_slices=True)
-    # Slice 3 alone shows both; 1, 2 and 4 show one of them and must go too.
+    # Only slice 3 shows both; 1, 2 and 4 show one of them and must be dropped, too.
     both = load(staggered, config, hold_out=["liver", "kidney"])
     assert [list(scan.z) for scan in both._scans] == [[5, 6, 7, 8]] * 2
     one = load(staggered, config, hold_out=["kidney"])
@@ -145,7 +145,7 @@ def test_setting_two_drops_every_slice_that_shows_any_held_out_organ(staggered: 
 
 
 @pytest.mark.filterwarnings("ignore:no training slice shows")
-def test_a_slice_qualifies_with_more_pixels_than_the_least(dataset: Dataset) -> None:
+def test_a_slice_qualifies_with_more_pixels_than_the_minimum(dataset: Dataset) -> None:
     threshold = 9000
     episodes = load(dataset, small(min_organ_pixels=threshold))
     everything = load(dataset, small(min_organ_pixels=0))
@@ -158,7 +158,7 @@ def test_a_slice_qualifies_with_more_pixels_than_the_least(dataset: Dataset) -> 
             assert set(few.z[rows]) == set(all_.z[area > scaled])
 
 
-def test_at_most_some_slices_are_kept_where_many_qualify(dataset: Dataset) -> None:
+def test_a_random_subset_is_kept_if_many_slices_qualify(dataset: Dataset) -> None:
     everything = load(dataset, small())
     some = load(dataset, small(slices_per_organ=3, subsample_above=6))
     again = load(dataset, small(slices_per_organ=3, subsample_above=6), cases=dataset.cases[1:])
@@ -172,7 +172,7 @@ def test_at_most_some_slices_are_kept_where_many_qualify(dataset: Dataset) -> No
             sizes.add(kept == 3)
     assert sizes == {True, False}  # both branches were taken
     for first, second in zip(some._scans[1:], again._scans, strict=True):
-        assert np.array_equal(first.z, second.z)  # whichever other cases there are
+        assert np.array_equal(first.z, second.z)  # independent of the other cases
 
 
 def locate(episodes: Episodes, image: np.ndarray) -> tuple[str, int]:
@@ -253,7 +253,7 @@ def test_pixels_labelled_255_have_no_loss(tmp_path: Path) -> None:
 
 
 def with_value(root: Path, organ: str, value: int) -> None:
-    """Gives an organ's voxels another value."""
+    """Give an organ's voxels another value."""
     for path in (root / "labelsTr").iterdir():
         image = nib.load(path)
         data = np.asarray(image.dataobj).copy()
@@ -329,10 +329,10 @@ def test_fingerprint_changes_with_the_data(dataset: Dataset, tmp_path: Path) -> 
     assert value != load(Dataset.open(root), small()).fingerprint()
 
 
-def test_fingerprint_is_of_the_voxels_as_read(
+def test_the_fingerprint_is_computed_from_the_original_voxels(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not of resized slices, which differ in the last bit between processors."""
+    """Resized slices would differ in the last bit between processors."""
     value = load(dataset, small()).fingerprint()
     real = episodes_module.prepare
 
@@ -381,7 +381,7 @@ def test_an_unreadable_scan_is_an_input_error(tmp_path: Path) -> None:
         load(Dataset.open(root), small())
 
 
-def test_image_and_labels_on_two_grids_are_an_input_error(tmp_path: Path) -> None:
+def test_image_and_labels_with_different_grids_are_an_input_error(tmp_path: Path) -> None:
     root = write_synthetic_dataset(tmp_path / "data", cases=2)
     data = np.zeros((5, 56, 64), np.uint8)
     data[2:4, 20:40, 20:40] = 1
@@ -421,9 +421,9 @@ def test_augmentation_never_and_always() -> None:
 
 
 def test_each_augmentation_happens_half_of_the_time_with_factors_over_the_range() -> None:
-    """With p = 1/2 an eighth of the images stays; brightness alone shows its factor."""
+    """With p = 1/2, an eighth of the images is unchanged, and factors cover their range."""
     image = np.full((4, 4), 0.25, dtype=np.float32)
-    image[0, 0], image[0, 1] = 0.2, 0.3  # mean stays 0.25
+    image[0, 0], image[0, 1] = 0.2, 0.3  # the mean is still 0.25
     rng = np.random.default_rng(0)
     options = TrainConfig()
     results = [augment(image, rng, options) for _ in range(4000)]

@@ -1,4 +1,4 @@
-"""The evaluation: the protocols by hand, and scores that can be counted."""
+"""The evaluation: protocols checked by hand, and scores that can be counted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_published_with_three_chunks() -> None:
 
 def test_an_organ_of_fewer_slices_than_chunks_uses_each_slice_once() -> None:
     pairs = PROTOCOLS["published"].pairs(organ_on(30, _0_24=999), organ_on(9, _2_5=999))
-    # Three slices 2, 3, 4; their centres lie at 2/12, 6/12 and 10/12: chunks 2, 6 and 10.
+    # Three slices 2, 3, 4; their centres are at 2/12, 6/12 and 10/12: chunks 2, 6 and 10.
     assert pairs == [Pair(5, (2,)), Pair(13, (3,)), Pair(21, (4,))]
 
 
@@ -222,7 +222,7 @@ def box(slices: range, y: int, x: int, side: int = 8, depth: int = 12) -> np.nda
 @pytest.fixture
 def squares(tmp_path: Path) -> Dataset:
     """Bright squares on black: `a` is the support, `b` the same, `c` moved by 4 pixels, `d`
-    with a second square off the organ's range, `e` without the organ."""
+    with a second square outside the organ's range, `e` without the organ."""
     organ = box(range(2, 10), 8, 8)
     moved = box(range(2, 10), 8, 12)
     other = box(range(11, 12), 8, 8, side=4)
@@ -284,6 +284,13 @@ def test_only_adnet_counts_what_is_found_outside_the_organ(squares: Dataset) -> 
     assert whole.slices == 12
     assert whole.predicted_voxels == 8 * 64 + 16
     assert whole.dice == pytest.approx(2 * 512 / (512 + 16 + 512))
+
+
+def test_examples_do_not_keep_volumes_in_memory(squares: Dataset) -> None:
+    (example,) = run(squares, "b", GridSpec(1, 1)).examples
+    arrays = [value for value in vars(example).values() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 5
+    assert all(array.base is None for array in arrays)
 
 
 def test_a_query_without_the_organ_is_skipped_and_reported(squares: Dataset) -> None:
@@ -432,7 +439,7 @@ def relabelled(dataset: Dataset, **values: int) -> Dataset:
     return Dataset.open(dataset.root)
 
 
-def test_voxels_of_the_ignore_label_enter_no_score(synthetic_dataset: Path) -> None:
+def test_voxels_with_the_ignore_label_are_not_scored(synthetic_dataset: Path) -> None:
     dataset = relabelled(Dataset.open(synthetic_dataset), liver=1, spleen=2, ignore=3)
     model = untrained(ModelConfig(size=64, min_pixels=0), seed=1)
     # A network that finds the organ everywhere: its result in ignored voxels must not count.
@@ -461,7 +468,7 @@ def test_voxels_of_the_ignore_label_enter_no_score(synthetic_dataset: Path) -> N
 def test_an_organ_too_small_for_the_networks_size_is_skipped_and_reported(
     synthetic_dataset: Path, tmp_path: Path, method: str
 ) -> None:
-    # One voxel, in which no pixel centre of the network's square lies.
+    # A single voxel, which contains no pixel centre of the network's square.
     for path in (synthetic_dataset / "labelsTr").iterdir():
         image = nib.load(path)
         data = np.asarray(image.dataobj).copy()
@@ -507,7 +514,7 @@ def test_support_slices_on_which_an_organ_is_too_small_are_named(squares: Datase
         )
 
 
-def test_figures_of_two_grids_of_which_one_skips_an_organ(tmp_path: Path, squares: Dataset) -> None:
+def test_figures_of_two_grids_when_one_skips_an_organ(tmp_path: Path, squares: Dataset) -> None:
     found = run(squares, "bc", GridSpec(1 / 4, 1))
     without = dataclasses.replace(found, rows=found.rows[1:], examples=found.examples[1:])
     for pair in ([found, without], [without, found]):
@@ -544,7 +551,7 @@ def test_scans_are_aligned_as_the_model_was_trained(synthetic_dataset: Path) -> 
         ({"organs": ["square", "nothing"]}, r"a\.nii\.gz: the support a does not show enough of"),
         ({"support": "e", "queries": ["b"]}, r"e\.nii\.gz: the support e does not show enough of"),
         ({"protocol": "none"}, "protocol: expected one of"),
-        ({"align": "organ"}, "align: expected none or body"),
+        ({"align": "organ"}, "align must be 'none' or 'body'"),
         ({"chunks": -1}, "chunks: expected 1 or more"),
     ],
 )
@@ -594,7 +601,7 @@ def test_means_and_medians_by_hand() -> None:
     assert dataclasses.replace(found, average="mean").headline() == pytest.approx(found.mean())
 
 
-def test_json_is_json_and_the_tables_hold_every_score() -> None:
+def test_json_is_valid_and_tables_have_every_score() -> None:
     found = example()
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert read["mean"]["aorta"] is None
@@ -611,6 +618,13 @@ def test_json_is_json_and_the_tables_hold_every_score() -> None:
     assert "| 1/8   |" in summary([found], markdown=True)
     named = render_table("", [""], [["[bold]a :smile: [/none]"]], False)
     assert "[bold]a :smile: [/none]" in named
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_names_are_not_shortened_in_wide_tables(markdown: bool) -> None:
+    names = [f"{'long' * 20}_{i}" for i in range(40)]
+    table = render_table("", names, [names], markdown)
+    assert all(table.count(f"{name} ") == 2 for name in names[:-1])
 
 
 def test_fractions_are_written_as_quotients() -> None:

@@ -70,6 +70,27 @@ def test_the_same_panels_give_the_same_bytes(tmp_path: Path) -> None:
     assert a.read_bytes() == b.read_bytes()
 
 
+def test_rounding_errors_of_the_layout_do_not_change_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    real, noise = ConstrainedLayoutEngine.execute, np.random.default_rng(0)
+
+    def execute(engine: ConstrainedLayoutEngine, figure: Figure) -> object:
+        found = real(engine, figure)
+        for axes in figure.axes:
+            bounds = np.array(axes.get_position(original=True).bounds)
+            axes._set_position(list(bounds + noise.uniform(-1e-9, 1e-9, 4)))
+        return found
+
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", execute)
+    rows = [[Panel(disc(32, 9) * 1.0, disc(32, 5), f"panel {i}") for i in range(3)]] * 2
+    paths = [overlay(tmp_path / f"{i}.png", rows, title="discs") for i in range(5)]
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one panel"):
         overlay(tmp_path / "f.png", [[]])

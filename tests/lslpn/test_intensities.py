@@ -12,15 +12,15 @@ from synthetic import synthetic_ct
 
 from lslpn.assets import demo_image
 from lslpn.config import ModelConfig
-from lslpn.data.intensities import Intensities, common_window, interpret
-from lslpn.data.slices import body_boxes, prepare
+from lslpn.data.intensities import Intensities, interpret
+from lslpn.data.slices import body_boxes, prepare, shared_window
 from lslpn.data.volumes import Volume, read_image
 
 Change = Callable[[np.ndarray], np.ndarray]
 
 
 def _around_circle(data: np.ndarray, value: float) -> np.ndarray:
-    """Pad what is outside of the circle in each slice."""
+    """Pad what is outside the circle in each slice."""
     _, height, width = data.shape
     y, x = (np.arange(n) / (n - 1) * 2 - 1 for n in (height, width))
     return np.where(y[:, None] ** 2 + x[None, :] ** 2 > 1, value, data)
@@ -69,12 +69,12 @@ def test_ct_is_recognised_however_it_is_stored(scan: np.ndarray, situation: str)
     assert how.hu
     assert (how.offset, how.air) == (offset, air)
     hu = how.apply(data)
-    # Outside of the padding, and within its limits, the scan is recovered.
+    # Outside the padding and within its limits, the scan is recovered.
     same = (scan > -120) & (scan < 230) & (_around_circle(scan, -5000) > -5000)
     if "voxel" in situation:
         same[len(scan) // 2, 30, 30] = False
     off = np.abs(hu[same] - scan[same]) > (24 if "1000" in situation else 1e-3)
-    assert off.mean() < 1e-3  # of 0 HU, where it touches a padding of 0
+    assert off.mean() < 1e-3  # voxels of 0 HU next to a padding of 0
     if "padded" in situation:
         assert (hu[:, 0, 0] < -900).all()
 
@@ -98,16 +98,16 @@ def test_mr_is_not_ct_at_any_scale(scan: np.ndarray, noise: float) -> None:
     for scale in np.geomspace(0.02, 20, 30):
         assert not interpret((scale * mr).round()).hu
     assert not interpret((mr - mr.mean()) / mr.std()).hu
-    overshoot = _one_voxel(mr, -300)  # as resampling with splines leaves
+    overshoot = _one_voxel(mr, -300)  # as left by spline resampling
     assert not interpret(overshoot).hu
 
 
-def test_a_window_within_a_padding(scan: np.ndarray) -> None:
+def test_a_window_inside_a_padding(scan: np.ndarray) -> None:
     how = interpret(_around_circle(scan.clip(-200, 400), -1024))
     assert how == Intensities(True, 0.0, -196.0, (-200.0, 400.0), None)
 
 
-def test_a_phantom_of_few_values_is_ct() -> None:
+def test_a_phantom_with_few_values_is_ct() -> None:
     phantom = np.full((8, 64, 64), -1000, np.float32)
     phantom[:, 16:48, 10:54] = 40
     assert interpret(phantom).hu
@@ -115,14 +115,14 @@ def test_a_phantom_of_few_values_is_ct() -> None:
     assert interpret(phantom).hu
 
 
-def test_exports_of_8_bits_are_not_ct_in_hu(scan: np.ndarray) -> None:
+def test_8_bit_exports_are_not_ct_in_hu(scan: np.ndarray) -> None:
     how = interpret(((scan.clip(-160, 240) + 160) * (255 / 400)).round())
     assert how == Intensities(False, 0.0, pytest.approx(2.5, abs=0.3), how.limits, None)
 
 
 @pytest.mark.parametrize("noise", [0.0, 2.0, 20.0])
 def test_the_body_is_found_over_any_background(scan: np.ndarray, noise: float) -> None:
-    """A background of noise is separated from the body like one of exact zeros."""
+    """A noisy background is separated from the body as well as one of zeros."""
     volume = _volume(scan)
     clean, noisy = (
         body_boxes(dataclasses.replace(volume, data=_mr(scan, n))) for n in (0.0, noise)
@@ -152,10 +152,13 @@ def test_the_network_sees_the_same_however_ct_is_stored(situation: str) -> None:
     np.testing.assert_allclose(other.slices, plain.slices, atol=1e-5)
 
 
-def test_common_window_of_several_scans() -> None:
+def test_the_window_that_several_scans_share() -> None:
     full = Intensities(True, 0, -300, (-1024, math.inf), None)
     narrow = dataclasses.replace(full, limits=(-100.0, 240.0))
-    assert common_window([full], (-125, 275)) == (-125, 275)
-    assert common_window([full, narrow], (-125, 275)) == (-100, 240)
+    assert shared_window("auto", [full]) == (-125, 275)
+    assert shared_window("auto", [full, narrow]) == (-100, 240)
     bone = dataclasses.replace(full, limits=(300.0, 1500.0))
-    assert common_window([full, bone], (-125, 275)) == (-125, 275)
+    assert shared_window("auto", [full, bone]) == (-125, 275)
+    mr = dataclasses.replace(narrow, hu=False)
+    assert shared_window("auto", [full, mr]) == "auto"
+    assert shared_window((-10, 90), [full, narrow]) == (-10, 90)

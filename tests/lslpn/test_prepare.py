@@ -50,7 +50,7 @@ def labels(tmp_path: Path) -> Volume:
 
 
 def _bounds(boxes: np.ndarray) -> tuple[int, int, int, int]:
-    """y0, y1, x0, x1 of the least box that holds all of them."""
+    """y0, y1, x0, x1 of the smallest box that contains all of them."""
     (y0, _, x0, _), (_, y1, _, x1) = boxes.min(axis=0).tolist(), boxes.max(axis=0).tolist()
     return y0, y1, x0, x1
 
@@ -74,7 +74,7 @@ def test_a_window_is_in_hu_whatever_offset_is_stored(ct: Volume) -> None:
         one, other = (made(image, size=64, window=window) for image in (ct, shifted))
         np.testing.assert_array_equal(one.slices, other.slices)
     for image in (ct, shifted):
-        with pytest.raises(InputError, match=r"ct\.nii\.gz: every voxel lies on one side"):
+        with pytest.raises(InputError, match=r"ct\.nii\.gz: every voxel is on one side"):
             made(image, size=64, window=(5000, 6000))
 
 
@@ -89,12 +89,12 @@ def test_scans_that_were_treated_differently_are_named(
     warn_unlike([whole, windowed])
     assert not recwarn.list
     grey = treatment("grey", (ct.data.clip(-160, 240) + 160) / 400 * 255)
-    with pytest.warns(UserWarning, match=r"^grey: not taken for CT in HU, while whole and 1 more"):
+    with pytest.warns(UserWarning, match=r"^grey: not treated as CT in HU, while whole and 1 more"):
         warn_unlike([whole, windowed, grey])
-    with pytest.warns(UserWarning, match=r"^shifted: taken for CT stored as HU \+ 1024"):
+    with pytest.warns(UserWarning, match=r"^shifted: treated as CT stored as HU \+ 1024"):
         warn_unlike([treatment("shifted", ct.data + 1024)])
     close_up = treatment("close-up", np.random.default_rng(0).normal(100, 10, ct.data.shape))
-    with pytest.warns(UserWarning, match=r"^close-up: no body stands out in it, .* while grey is"):
+    with pytest.warns(UserWarning, match=r"^close-up: no body was found in it, .* while grey is"):
         warn_unlike([grey, close_up])
 
 
@@ -201,7 +201,9 @@ def test_restore_after_the_body_crop(ct: Volume, labels: Volume) -> None:
     assert prepared.labels is not None
     back = prepared.restore(prepared.labels)
     assert back.shape == ct.data.shape
-    np.testing.assert_array_equal(back, labels.data)  # the organs lie within, 128 is larger
+    np.testing.assert_array_equal(
+        back, labels.data
+    )  # the organs are inside the boxes, and 128 is larger
     everywhere = prepared.restore(np.ones_like(prepared.labels))
     assert prepared.boxes.shape == (14, 4)
     for plane, (y0, y1, x0, x1) in zip(everywhere, prepared.boxes, strict=True):
@@ -232,7 +234,7 @@ def test_body_box_leaves_air_and_table_out(ct: Volume, kind: str) -> None:
     assert abs(x1 - 0.90 * 63) <= 2
 
 
-def test_arms_are_left_out_even_where_they_touch(ct: Volume) -> None:
+def test_arms_are_left_out_even_if_they_touch_the_body(ct: Volume) -> None:
     with_arms = ct.data.copy()
     y, x = np.indices(ct.data.shape[1:])
     for column in (4, 59):  # the body runs from column 6 to 57
@@ -243,11 +245,11 @@ def test_arms_are_left_out_even_where_they_touch(ct: Volume) -> None:
 
 def test_each_slice_has_its_own_box(ct: Volume) -> None:
     tall = np.concatenate([ct.data, ct.data[:, :, ::-1]])
-    tall[: len(ct.data)] = np.roll(ct.data, 6, axis=2)  # the lower half lies further right
+    tall[: len(ct.data)] = np.roll(ct.data, 6, axis=2)  # the lower half is further right
     boxes = body_boxes(_with(ct, tall))
     assert boxes.shape == (28, 4)
     np.testing.assert_allclose(boxes[0, 2:] - boxes[-1, 2:], 6, atol=1)
-    # Slices of air above the head take the box of the last slice with a body.
+    # Slices of air above the head get the box of the last slice with a body.
     air = np.full((5, *ct.data.shape[1:]), -1000.0)
     capped = body_boxes(_with(ct, np.concatenate([ct.data, air])))
     assert np.abs(capped[-1] - body_boxes(ct)[-1]).max() <= 1
@@ -259,7 +261,7 @@ def test_boxes_of_large_slices_are_right_after_thinning(ct: Volume) -> None:
     assert np.abs(body_boxes(volume) - 9 * body_boxes(ct)).max() <= 9
 
 
-def test_whole_slice_where_no_body_stands_out(ct: Volume) -> None:
+def test_the_whole_slice_is_kept_if_no_body_is_found(ct: Volume) -> None:
     whole = (0, 56, 0, 64)
     noise = np.random.default_rng(0).normal(100, 10, ct.data.shape)
     y0, y1, x0, x1 = _bounds(body_boxes(_with(ct, noise)))

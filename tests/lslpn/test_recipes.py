@@ -70,7 +70,7 @@ def at(k: int) -> tuple[slice, int, int]:
 
 
 def said(lines: list[str], *words: str) -> str:
-    """The one line that holds all of the words."""
+    """The only line that contains all of the words."""
     hits = [line for line in lines if all(word in line for word in words)]
     assert len(hits) == 1, (words, lines)
     return hits[0]
@@ -143,7 +143,7 @@ def test_everything_wrong_with_btcv_is_listed_at_once(raw: Path, tmp_path: Path,
     shutil.copy(labels / "label0003.nii.gz", labels / "label0003 (1).nii.gz")  # misnamed
     (images / "img0004.nii").write_bytes(
         gzip.decompress((images / "img0004.nii.gz").read_bytes())
-    )  # doubled
+    )  # duplicate
     mask(labels / "label0005.nii.gz", at(0), affine=np.diag([1.0, 1, 1, 1]))
     scan(images / "img0006.nii.gz", shape=(7, 6, 4))
     (labels / "label0007.nii.gz").rename(labels / "label0007.nii.gz.crdownload")
@@ -221,6 +221,18 @@ def test_resume_with_the_good_cases_only(raw: Path, tmp_path: Path, run: Run) ->
     assert len(Dataset.open(tmp_path / "d").cases) == 29
 
 
+def test_a_resumed_run_with_problems_leaves_no_data_set(
+    raw: Path, tmp_path: Path, run: Run
+) -> None:
+    target = tmp_path / "d"
+    assert run("btcv", raw, target, "--cases", "btcv_0001")[0] == 0
+    assert (target / "dataset.json").exists()
+    cut(raw / "Training" / "img" / "img0030.nii.gz")
+    assert run("btcv", raw, target, "--resume")[0] == 2
+    assert not (target / "dataset.json").exists()
+    assert len(report(target)["cases"]) == 29
+
+
 def test_folders_with_other_files_are_not_written_to(raw: Path, tmp_path: Path, run: Run) -> None:
     target = tmp_path / "mine"
     target.mkdir()
@@ -257,7 +269,7 @@ def test_wrong_sources_and_cases(raw: Path, tmp_path: Path, run: Run) -> None:
 
 
 def test_the_averaged_folders(raw: Path, tmp_path: Path, run: Run) -> None:
-    """Those of the project hold other organs; those with the abdomens' names are taken."""
+    """The project's own have other organs; folders with the abdomens' file names are used."""
     other = tmp_path / "synapse"
     scan(other / "averaged-training-images" / "DET0000101_avg.nii.gz")
     mask(other / "averaged-training-labels" / "DET0000101_avg_seg.nii.gz", at(0))
@@ -274,7 +286,7 @@ def test_the_averaged_folders(raw: Path, tmp_path: Path, run: Run) -> None:
 
 
 def _visceral(root: Path, gold: Any = visceral.GOLD, silver: Any = visceral.SILVER) -> Path:
-    """The folders with the names that the organisers gave; one voxel row an organ."""
+    """The folders with the names that the organisers gave; one row of voxels per organ."""
     for title, cases, middle, by in (
         ("Anatomy3-trainingset", gold, "1_CTce_ThAb", "6"),
         ("SilverCorpus", silver, "1", "2"),
@@ -380,7 +392,7 @@ def test_visceral_annotators(tmp_path: Path) -> None:
     first = _one(source, tmp_path / "a", organs=["liver"])
     liver = native(tmp_path / "a" / "labelsTr" / "10000100.nii.gz")
     assert (liver[at(0)] == 1).all()
-    assert first.notes == ("3 further drawings of an organ were not taken",)
+    assert first.notes == ("3 more drawings of an organ were not used",)
     record = report(tmp_path / "a")["cases"]["10000100"]
     assert record["annotators"] == {"liver": "6"}
     assert [Path(r["file"]).name.split("_")[-1] for r in record["not_taken"]] == [
@@ -396,13 +408,14 @@ def test_visceral_annotators(tmp_path: Path) -> None:
 
 
 def test_natural_order() -> None:
-    assert sorted(["", "b", "10", "2", "a2"], key=natural) == ["2", "10", "a2", "b", ""]
+    names = ["", "b", "10", "2", "a2", "²"]
+    assert sorted(names, key=natural) == ["2", "10", "a2", "b", "²", ""]
 
 
 def test_overlaps_go_to_the_smaller_organ(tmp_path: Path) -> None:
     source, folder = _gold(tmp_path)
     big, small = (slice(0, 7), slice(0, 6), 0), (slice(2, 4), 1, slice(0, 3))
-    # Whichever comes first in the order of the labels.
+    # Regardless of the order of the labels.
     for k, (liver, spleen) in enumerate(((big, small), (small, big))):
         mask(folder / "10000100_1_CTce_ThAb_58_6.nii.gz", liver)
         mask(folder / "10000100_1_CTce_ThAb_86_6.nii.gz", spleen)
@@ -450,7 +463,7 @@ def test_everything_wrong_with_a_visceral_case_is_listed_at_once(tmp_path: Path)
     assert len(lines) == 10
 
 
-def test_grids_that_differ_and_organs_that_are_absent(tmp_path: Path) -> None:
+def test_grids_that_differ_and_organs_that_are_missing(tmp_path: Path) -> None:
     source, folder = _gold(tmp_path)
     spleen = folder / "10000100_1_CTce_ThAb_86_6.nii.gz"
     moved = AFFINE.copy()
@@ -571,7 +584,7 @@ def test_everything_wrong_with_totalsegmentator_is_listed_at_once(tmp_path: Path
 
 # --- CHAOS ----------------------------------------------------------------------------------
 
-# An oblique slice's axes in LPS+, rows and columns of other sizes, and a gap between slices.
+# An oblique slice's axes in LPS+, rows and columns of different sizes, and a gap between slices.
 TURN = np.radians(10)
 ALONG_ROW = np.array([np.cos(TURN), np.sin(TURN), 0])
 DOWN_COLUMN = np.array([-np.sin(TURN), np.cos(TURN), 0])
@@ -607,7 +620,7 @@ def dicom(path: Path, k: int, pixels: np.ndarray, **changes: Any) -> None:
     data.ImageOrientationPatient = [*map(float, ALONG_ROW.round(9)), *DOWN_COLUMN.round(9)]
     data.ImagePositionPatient = [*map(float, corner(k))]
     data.PixelSpacing = [BETWEEN_ROWS, BETWEEN_COLUMNS]
-    data.SliceThickness = 5.5  # not the distance of the slices
+    data.SliceThickness = 5.5  # not the distance between slices
     data.PixelData = pixels.astype(np.uint16).tobytes()
     for key, value in changes.items():
         setattr(data, key, value)
@@ -665,7 +678,7 @@ def test_chaos(tmp_path: Path, run: Run) -> None:
             assert voxels[i, j, s] == 100 * k + 10 * r + c
             assert drawn[i, j, s] == value
     assert np.count_nonzero(drawn) == 5 * SLICES
-    # The right of the patient is shown on the left, the head last.
+    # The patient's right is shown on the left, the head last.
     assert image.data[0].mean() < image.data[-1].mean()
     assert image.spacing == pytest.approx((STEP, BETWEEN_ROWS, BETWEEN_COLUMNS), abs=1e-4)
     assert report(tmp_path / "d")["cases"]["chaos_39"]["first_slice"] == "IMG-0078-00004"

@@ -327,7 +327,7 @@ def _changed(scan: tuple[Volume, Volume], data: np.ndarray) -> tuple[Volume, Vol
 
 @pytest.mark.parametrize("changed", ["support", "query"])
 @pytest.mark.parametrize(("low", "high", "offset"), [(-200, 400, 0), (-1024, 3071, 1024)])
-@pytest.mark.filterwarnings("ignore:.*taken for CT stored as HU:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*treated as CT stored as HU:UserWarning")
 def test_a_window_or_an_offset_of_either_scan_does_not_matter(
     model: LSLPN,
     support: tuple[Volume, Volume],
@@ -372,7 +372,7 @@ def test_a_subtracted_offset_is_reported_once(
     shifted = _changed(query, query[0].data + 1024)[0]
     segment(model, [support], part(shifted, *slices), align=align)
     notes = [str(warning.message) for warning in recwarn]
-    reports = [note for note in notes if "taken for CT stored as HU + 1024" in note]
+    reports = [note for note in notes if "treated as CT stored as HU + 1024" in note]
     assert len(reports) == 1
     assert reports[0].startswith("1LPI.nii.gz: ")
 
@@ -405,7 +405,7 @@ def test_no_scan_is_cropped_if_one_shows_no_body(
 ) -> None:
     support = _mr(support, 0)
     close_up = _changed(query, np.random.default_rng(0).normal(100, 10, query[0].data.shape))
-    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: no body stands out .* no scan is cut"):
+    with pytest.warns(UserWarning, match=r"1LPI\.nii\.gz: no body was found .* no scan is cropped"):
         ready, target = _prepare(model, [support], close_up[0], "body")
     for scan in (*ready, target):
         assert (scan.boxes == [0, 56, 0, 64]).all()

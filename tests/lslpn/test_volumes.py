@@ -88,7 +88,7 @@ def test_round_trip_of_any_grid(
         image = nib.load(path)
         nib.save(nib.Nifti2Image(np.asarray(image.dataobj).copy(), image.affine), path)
     labels = read_labels(path)
-    np.testing.assert_array_equal(labels.data, data)  # flips and permutations alone
+    np.testing.assert_array_equal(labels.data, data)  # only flips and permutations
     write_labels(folder / "b.nii.gz", labels.data, labels)
     ours, theirs = nib.load(folder / "b.nii.gz"), nib.load(path)
     np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
@@ -123,7 +123,7 @@ def test_header_is_kept_except_fields_of_the_intensities(tmp_path: Path) -> None
     ours = nib.load(tmp_path / "b.nii.gz")
     assert ours.shape == (4, 5, 6)
     assert ours.get_data_dtype() == np.uint8
-    assert np.asarray(ours.dataobj).dtype == np.uint8  # no slope: whole numbers stay such
+    assert np.asarray(ours.dataobj).dtype == np.uint8  # no slope, so whole numbers stay whole
     assert [e.get_content() for e in ours.header.extensions] == [b"kept"]
     changed = {"dim", "datatype", "bitpix", "scl_slope", "scl_inter", "cal_max", "vox_offset"}
     before = nib.load(tmp_path / "a.nii.gz").header
@@ -161,7 +161,7 @@ def test_labels_are_read_and_written_in_the_smallest_sufficient_type(
 
 def test_float_labels_with_a_slope_are_read_as_integers(tmp_path: Path) -> None:
     image = nib.Nifti1Image(np.array([[[0, 1], [2, 1]]], np.uint8), np.eye(4))
-    image.header.set_slope_inter(2, 0)  # nibabel stores the array as it is, beside this slope
+    image.header.set_slope_inter(2, 0)  # nibabel stores the array unchanged with this slope
     nib.save(image, tmp_path / "l.nii.gz")
     labels = read_labels(tmp_path / "l.nii.gz")
     assert labels.data.dtype == np.uint8
@@ -324,7 +324,7 @@ def test_singular_affine(tmp_path: Path) -> None:
         _refused(tmp_path / "a.nii", "singular")
 
 
-def test_labels_on_another_grid_are_refused(tmp_path: Path, volume: Volume) -> None:
+def test_labels_with_another_grid_are_refused(tmp_path: Path, volume: Volume) -> None:
     affine = volume.grid.affine
     shape = volume.grid.shape
     mask = np.zeros(shape, np.uint8)
@@ -439,7 +439,7 @@ def test_neither_sform_nor_qform(tmp_path: Path) -> None:
 
 def test_sform_and_qform_that_differ(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     near = _GOOD.copy()
-    near[:3, 3] += 0.1  # as tools round
+    near[:3, 3] += 0.1  # as tools do when they round
     read_image(_with_forms(tmp_path / "near.nii", _GOOD, near)[0])
     assert not recwarn.list
     other = np.diag([2.0, 2, 3, 1])
@@ -562,3 +562,8 @@ def test_arrays_and_nibabel_images_are_read_as_their_file(tmp_path: Path, axes: 
             assert np.allclose(again.affine, image.affine)
     with pytest.raises(InputError, match=r"mine: .*NaN"):
         Volume.from_array(np.full((2, 2, 2), np.nan), np.eye(4), name="mine")
+
+
+def test_an_array_of_integers_too_large_for_labels_is_refused() -> None:
+    with pytest.raises(InputError, match=r"array: labels run from 0 to 1\.0995"):
+        Volume.from_array(np.array([[[0, 2**40]]]), np.eye(4))
