@@ -25,11 +25,14 @@ struct alignas(16) Place {
   int y, x, map, weights;
 };
 
-constexpr int kVectors = 64;  // at a time
+constexpr int kVectors = 56;       // at a time
+constexpr int kRows = kBlock + 3;  // of features around a block
 
 struct ScatterMemory {
   uint4 weights[kVectors / 8][kBlock][kWarp];  // of a lane's two vectors: high parts, low parts
   GramBlock gram;
+  uint4 stencil[3][kBlock + 1][kWarp];  // of two neighbours of a lane's column, likewise
+  std::int64_t rows[kRows];             // offsets in bytes
   Vector vectors[kVectors];
   Place places[kVectors];
   int steps;  // of 8 vectors
@@ -165,13 +168,13 @@ struct Scatterer {
   // Collects the classes and windows from `first` on whose scale is not 0, by one warp. The others,
   // windows with too few pixels, pass on no gradient, not even NaN.
   LSLPN_DEVICE void find_vectors(int first, int all) const {
-    const int lane = thread_index();
+    const int lane = thread_index(), end = min(all, first + kVectors);
     int count = 0;
     LSLPN_NO_UNROLL
-    for (int e = first + lane; e - lane < min(all, first + kVectors); e += kWarp) {
+    for (int e = first + lane; e - lane < end; e += kWarp) {
       Place place;
-      const Vector found = vector(min(e, all - 1), place);
-      const bool counts = e < all && found.scale != 0;
+      const Vector found = vector(min(e, end - 1), place);
+      const bool counts = e < end && found.scale != 0;
       const unsigned there = __ballot_sync(kAllLanes, counts);
       const int at = count + __popc(there & ((1u << lane) - 1));
       if (counts) {
@@ -219,9 +222,9 @@ struct Scatterer {
   }
 
   // Adds the contributions of 8 vectors to channels d .. d + 3 of the locations, or begins with
-  // them. `poison` becomes NaN where a vector is not finite.
+  // them.
   template <bool kBegins>
-  LSLPN_DEVICE void add(Sums& sum, float& poison, int d, int step) const {
+  LSLPN_DEVICE void add(Sums& sum, int d, int step) const {
     const int lane = thread_index() % kWarp;
     OperandA vectors[kProducts][1];
     LSLPN_UNROLL
@@ -240,7 +243,6 @@ struct Scatterer {
       vectors[0][0].set(2 * e + 1, value.y);
       vectors[1][0].set(2 * e, value.z);
       vectors[1][0].set(2 * e + 1, value.w);
-      poison += 0 * (value.x + value.y + (value.z + value.w));
     }
     LSLPN_UNROLL
     for (int r = 0; r < kBlock; ++r) {
@@ -256,9 +258,88 @@ struct Scatterer {
     }
   }
 
-  // Sums again over the windows that cover each location alone: the others have a weight of 0, and
-  // 0 times NaN is NaN.
-  LSLPN_DEVICE void sum_covering(Sums& sum, int d) const {
+  // The weight that the neighbour so far below and to the right of a location has for it.
+  LSLPN_DEVICE const float* gram_weight(int row, int column, int down, int right) const {
+    const float4& from = memory.gram[row + 1 + min(down, 0)][column + 1 + min(right, 0)];
+    return &from.x + 2 * abs(down) + abs(right);
+  }
+
+  // Writes these weights in the order of the operands of matrix_multiply, for columns -1 .. 6: of a
+  // row for the next, which are those of the next row for it, and of a row for itself; and those of
+  // columns 7 and 8 of three rows. A warp has one of these kinds, a lane a column and two of its
+  // neighbours.
+  LSLPN_DEVICE void find_stencil() const {
+    const int kind = thread_index() / kWarp, lane = thread_index() % kWarp;
+    const float* from[2];
+    LSLPN_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int k = lane % 4 + 4 * e, down = kind == 0 ? 1 : kind == 1 ? 0 : k / 2 - 1;
+      const int right = (kind < 2 ? k - 1 : 7 + k % 2) - lane / 4;
+      from[e] =
+          down < 2 && abs(right) < 2 ? gram_weight(-(kind == 0), lane / 4, down, right) : nullptr;
+    }
+    constexpr int kDown = sizeof(memory.gram[0]) / sizeof(float);
+    LSLPN_UNROLL
+    for (int r = 0; r < kBlock + 1; ++r) {
+      if (r + (kind > 0) > kBlock || kind > 2) break;
+      uint4 parts;
+      split_tf32(from[0] ? from[0][r * kDown] : 0, parts.x, parts.z);
+      split_tf32(from[1] ? from[1][r * kDown] : 0, parts.y, parts.w);
+      memory.stencil[kind][r][lane] = parts;
+    }
+    // Rows from the one above the block on. Beyond the image the nearest one is read.
+    const int row = min(max(i.begin - 1 + thread_index(), 0), p.grid.y.cells - 1);
+    if (thread_index() < kRows) memory.rows[thread_index()] = row * features.h * int{sizeof(T)};
+  }
+
+  // Adds the gradients of the Gram maps times the neighbouring features, for channels d and d + 1.
+  LSLPN_DEVICE void add_gram(float (&sum)[kBlock][4], int d) const {
+    const int lane = thread_index() % kWarp, q = lane % 4;
+    // Columns q - 1 and q + 3 of a row, and column 7 or 8 of the same row or the next.
+    const T* from[6];
+    LSLPN_UNROLL
+    for (int e = 0; e < 6; ++e) {
+      const int column = j.begin + (e < 2 ? q - 1 : e < 4 ? q + 3 : 7 + q % 2);
+      from[e] =
+          features.image(b, n) + (static_cast<std::int64_t>(min(d + e % 2, p.D - 1)) * features.d +
+                                  min(max(column, 0), p.grid.x.cells - 1) * features.w);
+    }
+    Operand<6> rows[3];
+    const auto read_row = [&](int r) {
+      LSLPN_UNROLL
+      for (int e = 0; e < 6; ++e) {
+        set_feature(rows[r % 3], e, read(from[e], memory.rows[r + (e < 4 ? 0 : q / 2)]));
+      }
+    };
+    read_row(0);
+    read_row(1);
+    LSLPN_UNROLL
+    for (int r = 0; r < kBlock; ++r) {
+      if (r >= i.end - i.begin) break;
+      read_row(r + 2);
+      OperandA neighbours[4];
+      OperandB weights[4];
+      LSLPN_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        set(weights[k], memory.stencil[k < 3 ? k % 2 : 2][r + k % 3 / 2][lane]);
+        LSLPN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const Operand<6>& of = rows[(r + (k < 3 ? k : e / 2 * 2)) % 3];
+          const int at = k < 3 ? e : 4 + e % 2;
+          neighbours[k].high[e] = of.high[at];
+          neighbours[k].low[e] = of.low[at];
+        }
+      }
+      float part[4];
+      multiply<kHalf<T>>(part, neighbours, weights);
+      LSLPN_UNROLL
+      for (int e = 0; e < 4; ++e) sum[r][e] += part[e];
+    }
+  }
+
+  // Sums again what is not finite: over the windows that cover a location alone, for the others
+  // have a weight of 0, and 0 times NaN is NaN, and over the neighbours that pixels lie between.
+  LSLPN_DEVICE void sum_again(Sums& sum, int d) const {
     LSLPN_NO_UNROLL
     for (int e = 0; e < kProducts * kBlock * 4; ++e) {
       const int row = e / 4 % kBlock, column = 2 * (thread_index() % 4) + e % 2;
@@ -274,87 +355,22 @@ struct Scatterer {
           if (under && of.scale != 0) alone += by * (of.scale * of.begin[channel]);
         }
       });
+      const T* const of = features.image(b, n) + static_cast<std::int64_t>(channel) * features.d;
+      LSLPN_NO_UNROLL
+      for (int k = 0; k < 9 && !kPool; ++k) {
+        const int down = k / 3 - 1, right = k % 3 - 1;
+        if ((down != 0 && !p.grid.tiles_y.between) || (right != 0 && !p.grid.tiles_x.between)) {
+          continue;
+        }
+        const int y = min(max(i.begin + row + down, 0), p.grid.y.cells - 1);
+        const int x = min(max(j.begin + column + right, 0), p.grid.x.cells - 1);
+        alone +=
+            *gram_weight(row, column, down, right) * to_float(of[y * features.h + x * features.w]);
+      }
       LSLPN_UNROLL
       for (int k = 0; k < kProducts * kBlock * 4; ++k) {
         if (k == e) (&sum[0][0][0])[k] = alone;
       }
-    }
-  }
-
-  // Adds the gradients of the Gram maps times the neighbouring features, for two channels of two
-  // columns a lane. kBetween: some pixels lie between rows, and some between columns, of locations.
-  // kUnit: neighbours along x are neighbours in memory, and all are within the row.
-  template <bool kBetween, bool kUnit>
-  LSLPN_DEVICE void add_gram(float (&sum)[kBlock][4], int d) const {
-    const int q = thread_index() % 4, h = p.grid.y.cells, w = p.grid.x.cells;
-    const bool across = kBetween || p.grid.tiles_x.between;
-    const bool down = kBetween || p.grid.tiles_y.between;
-    const T* from[2];  // the next row of locations
-    LSLPN_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      from[e] = features.image(b, n) +
-                (static_cast<std::int64_t>(min(d + e, p.D - 1)) * features.d +
-                 max(i.begin - 1, 0) * features.h + (kUnit ? j.begin + 2 * q - 1 : 0));
-    }
-    const std::int64_t row_bytes = kept(std::int64_t{features.h} * int{sizeof(T)});
-    const float4* const gram = &memory.gram[0][2 * q];
-    std::int64_t column[4];  // bytes
-    LSLPN_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      const int at = min(max(j.begin + 2 * q + k - 1, 0), w - 1) * features.w;
-      column[k] = kept(std::int64_t{at} * int{sizeof(T)});
-    }
-    float f[3][2][4];
-    const auto read_row = [&](float (&row)[2][4], int r) {
-      // Beyond the image, the first or the last row is repeated; its weight is 0.
-      const bool last = r < 0 ? i.begin == 0 : i.begin + r >= h - 1;
-      LSLPN_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        LSLPN_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          row[e][k] = to_float(kUnit ? from[e][k] : read(from[e], column[k]));
-        }
-        from[e] = at_byte(from[e], last ? 0 : row_bytes);
-      }
-    };
-    read_row(f[0], -1);
-    read_row(f[1], 0);
-    float4 above[3];
-    LSLPN_UNROLL
-    for (int k = 0; k < 3; ++k) above[k] = gram[k];
-    LSLPN_UNROLL
-    for (int r = 0; r < kBlock; ++r) {
-      if (r >= i.end - i.begin) break;
-      read_row(f[(r + 2) % 3], r + 1);
-      float4 own[3];
-      LSLPN_UNROLL
-      for (int k = 0; k < 3; ++k) own[k] = gram[(r + 1) * (kBlock + 1) + k];
-      LSLPN_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int k = e % 2;
-        const float (&up)[4] = f[r % 3][e / 2];
-        const float (&here)[4] = f[(r + 1) % 3][e / 2];
-        const float (&low)[4] = f[(r + 2) % 3][e / 2];
-        float value = sum[r][e];
-        value += own[k + 1].x * here[k + 1];
-        if (across) {
-          value += own[k].y * here[k];
-          value += own[k + 1].y * here[k + 2];
-        }
-        if (down) {
-          value += above[k + 1].z * up[k + 1];
-          value += own[k + 1].z * low[k + 1];
-        }
-        if (across && down) {
-          value += above[k].w * up[k];
-          value += above[k + 1].w * up[k + 2];
-          value += own[k].w * low[k];
-          value += own[k + 1].w * low[k + 2];
-        }
-        sum[r][e] = value;
-      }
-      LSLPN_UNROLL
-      for (int k = 0; k < 3; ++k) above[k] = own[k];
     }
   }
 
@@ -412,7 +428,11 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
                    : segment(p.grid.x, p.grid.tiles_x, tx.begin + column);
   }
   __syncthreads();
-  if (!kPool) s.find_gram();
+  if (!kPool) {
+    s.find_gram();
+    __syncthreads();
+    s.find_stencil();
+  }
   constexpr int kChannels = 16 * Scatterer<T, kPool>::kProducts;
   const int warp = thread_index() / kWarp, g = thread_index() % kWarp / 4;
   const int all = p.C * s.down() * s.across();
@@ -421,30 +441,23 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
     // Beyond the last channel, the last ones are repeated.
     const int d = min(d0 + kChannels * warp + 4 * g, p.D - (fours ? 4 : 1));
     typename Scatterer<T, kPool>::Sums sum;
-    float poison = 0;
     LSLPN_NO_UNROLL
     for (int first = 0; first < all; first += kVectors) {
       if (d0 == 0 || all > kVectors) s.prepare(first, all);
       int step = 0;
-      if (first == 0) s.template add<true>(sum, poison, d, step++);
+      if (first == 0) s.template add<true>(sum, d, step++);
       LSLPN_NO_UNROLL
-      for (; step < memory.steps; ++step) s.template add<false>(sum, poison, d, step);
+      for (; step < memory.steps; ++step) s.template add<false>(sum, d, step);
     }
     if (d0 + kChannels * warp >= p.D) continue;
-    poison += __shfl_xor_sync(kAllLanes, poison, 1);
-    poison += __shfl_xor_sync(kAllLanes, poison, 2);
-    if (poison != 0) s.sum_covering(sum, d);
+    float finite = 0;  // or NaN
     LSLPN_UNROLL
     for (int m = 0; m < Scatterer<T, kPool>::kProducts; ++m) {
-      if (kPool) continue;
-      if (!(p.grid.tiles_x.between && p.grid.tiles_y.between)) {
-        s.template add_gram<false, false>(sum[m], d + 2 * m);
-      } else if (features.w == 1 && j.begin > 0 && j.begin + kBlock < p.grid.x.cells) {
-        s.template add_gram<true, true>(sum[m], d + 2 * m);
-      } else {
-        s.template add_gram<true, false>(sum[m], d + 2 * m);
-      }
+      if (!kPool) s.add_gram(sum[m], d + 2 * m);
+      LSLPN_UNROLL
+      for (int e = 0; e < 4 * kBlock; ++e) finite += 0 * sum[m][e / 4][e % 4];
     }
+    if (finite != 0) s.sum_again(sum, d);
     to.w == 1 ? s.template write<true>(sum, d) : s.template write<false>(sum, d);
   }
 }
