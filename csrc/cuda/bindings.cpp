@@ -64,33 +64,30 @@ void expect_axes(const Features& f, const Axis& y, const Axis& x) {
   if (f.h != y.cells || f.w != x.cells) refuse("features", "do not have the axes' sizes");
 }
 
-// Launches a call; false where the kernels do not take it. Memory comes from torch:
-// `allocate(bytes)` gives a DLPack capsule of uint8, which lives until the kernels are queued;
-// after that torch keeps the memory for this stream.
+// Launches a call for some episodes; returns how many. Memory comes from torch: `allocate(bytes)`
+// gives a DLPack capsule of uint8, which lives until the kernels are queued; after that torch keeps
+// the memory for this stream.
 template <class Call>
-bool start(Call& call, const TensorView& features, std::uintptr_t stream,
-           const py::function& allocate) {
+std::int64_t start(const Call& call, const TensorView& features, std::uintptr_t stream,
+                   const py::function& allocate) {
   make_current(features.device_id);
-  const std::int64_t bytes = workspace_of(call);
-  if (bytes < 0) return false;
   py::object capsule;
-  if (bytes > 0) {
-    capsule = allocate(bytes);
-    call.workspace = array<std::uint8_t>("workspace", capsule, features, {bytes});
-    if (reinterpret_cast<std::uintptr_t>(call.workspace) % 16) {
-      refuse("workspace", "is not aligned");
-    }
-  }
-  const std::string error = run(call, reinterpret_cast<Stream>(stream));
-  if (!error.empty()) throw std::runtime_error("CUDA: " + error);
-  return true;
+  return run(
+      call,
+      [&](std::int64_t bytes) {
+        capsule = allocate(bytes);
+        void* memory = array<std::uint8_t>("workspace", capsule, features, {bytes});
+        if (reinterpret_cast<std::uintptr_t>(memory) % 16) refuse("workspace", "is not aligned");
+        return memory;
+      },
+      reinterpret_cast<Stream>(stream));
 }
 
 // `features` and `prototypes`, or the gradients of both; then there is no `min_pixels`.
-bool masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
-                         py::handle prototypes, py::handle factor, const AxisNumbers& y,
-                         const AxisNumbers& x, const std::optional<double>& min_pixels,
-                         std::uintptr_t stream, const py::function& allocate, bool kept) {
+std::int64_t masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
+                                 py::handle prototypes, py::handle factor, const AxisNumbers& y,
+                                 const AxisNumbers& x, const std::optional<double>& min_pixels,
+                                 std::uintptr_t stream, const py::function& allocate, bool kept) {
   Pool call;
   call.backward = !min_pixels;
   call.kept = kept;
@@ -114,11 +111,12 @@ using Labels = std::tuple<py::object, py::object, std::int64_t>;  // weight or N
 using Gradients = std::tuple<py::object, py::object, py::object, py::object>;
 
 // Forward and backward, with `radial` of a loss, where `scores` are the gradients of the logits.
-bool cosine_match(py::handle features, py::handle prototypes, py::handle scores,
-                  const py::object& winners, const py::object& gram, const AxisNumbers& y,
-                  const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale,
-                  std::uintptr_t stream, const py::function& allocate, const py::object& radial,
-                  const std::optional<Labels>& labels, const std::optional<Gradients>& grads) {
+std::int64_t cosine_match(py::handle features, py::handle prototypes, py::handle scores,
+                          const py::object& winners, const py::object& gram, const AxisNumbers& y,
+                          const AxisNumbers& x, std::int64_t overlap_x, bool mean,
+                          double logit_scale, std::uintptr_t stream, const py::function& allocate,
+                          const py::object& radial, const std::optional<Labels>& labels,
+                          const std::optional<Gradients>& grads) {
   Match call;
   Matching& m = call.matching;
   Loss& loss = m.loss;

@@ -8,6 +8,7 @@
 #include "gather.h"
 #include "pixels.h"
 #include "scatter.h"
+#include "sum_tiles.h"
 
 namespace lslpn::cuda {
 namespace {
@@ -19,7 +20,7 @@ struct MaskWeights {
   Grid grid;
   const void* masks;
   int C;
-  std::int64_t first_image, images;
+  std::int64_t images;
   float* maps;    // [images, tiles, C, kMap]
   float* counts;  // [images, tiles, C]
 };
@@ -81,8 +82,8 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
   const int plane = p.grid.y.pixels * p.grid.x.pixels;
   const std::int64_t down = kept(p.grid.x.pixels);
   const int stored = kKind == MaskKind::labels ? 1 : kKind == MaskKind::foreground ? p.C - 1 : p.C;
-  const M* masks = static_cast<const M*>(p.masks) + (p.first_image + image) * stored * plane +
-                   tile.pixel(p.grid, lane);
+  const M* masks =
+      static_cast<const M*>(p.masks) + image * stored * plane + tile.pixel(p.grid, lane);
 
   LSLPN_NO_UNROLL
   for (int c = 0; c < p.C; c += kClasses) {
@@ -123,9 +124,7 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
     LSLPN_UNROLL
     for (int k = 0; k < kClasses; ++k) {
       if (lane >= tile.x.pixels) count[k] = 0;  // it repeats the last column
-      for (int step = 16; step > 0; step /= 2) {
-        count[k] += __shfl_xor_sync(kAllLanes, count[k], step);
-      }
+      count[k] = warp_sum(count[k]);
       if (c + k >= p.C) continue;
       put_sums(p.maps + (index * p.C + c + k) * kMap, row, lane % 4, sums[k]);
       if (lane == 0) p.counts[index * p.C + c + k] = count[k];
@@ -156,51 +155,23 @@ pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
 // ---- on the host ----
 
 template <MaskKind kKind>
-std::string launch_mask_weights(const Masks& masks, const MaskWeights& w, Stream stream) {
+void launch_mask_weights(const Masks& masks, const Exchange& e, Stream stream) {
   using Wide = std::conditional_t<kKind == MaskKind::labels, std::int64_t, float>;
-  return launch(
-      masks_are_bytes(masks) ? mask_weights<std::uint8_t, kKind> : mask_weights<Wide, kKind>,
-      divide_up(w.images * w.grid.tiles(), kPixelWarps), kPixelThreads,
-      kPixelWarps * sizeof(MaskMemory), stream, w);
-}
-
-std::optional<Plan> plan_of(const Pool& call) {
-  if (!small_images(call.features)) return std::nullopt;
-  return plan_of(call.features, call.y, call.x, call.masks.C, Operator::pool);
+  const MaskWeights w{e.grid, masks.data, e.C, e.B * e.N, e.maps, e.counts};
+  launch(masks_are_bytes(masks) ? mask_weights<std::uint8_t, kKind> : mask_weights<Wide, kKind>,
+         divide_up(w.images * w.grid.tiles(), kPixelWarps), kPixelThreads,
+         kPixelWarps * sizeof(MaskMemory), stream, w);
 }
 
 template <class T>
-std::string launch_pool(const Pool& call, Plan& plan, Stream stream) {
-  const Features& f = call.features;
-  Exchange& e = plan.exchange;
-  float* maps = static_cast<float*>(call.workspace);
-  MaskWeights w{e.grid, call.masks.data, e.C, 0, 0, maps, nullptr};
-  w.counts = maps + plan.episodes * f.N * e.grid.tiles() * e.C * kMap;
-  e.maps = w.maps;
-  e.counts = w.counts;
-  e.min_pixels = call.min_pixels;
-  e.scale = call.factor;
-  e.out = call.prototypes;
-  e.vectors = call.prototypes;
-  return each_chunk(plan, f.B, [&] {
-    w.first_image = e.chunk.first * f.N;
-    w.images = e.chunk.episodes * f.N;
-    // A workspace that was kept holds the last chunk.
-    if (!call.kept || e.chunk.episodes < f.B) {
-      const auto start = call.masks.kind == MaskKind::labels ? launch_mask_weights<MaskKind::labels>
-                         : call.masks.kind == MaskKind::foreground
-                             ? launch_mask_weights<MaskKind::foreground>
-                             : launch_mask_weights<MaskKind::classes>;
-      const std::string error = start(call.masks, w, stream);
-      if (!error.empty()) return error;
-    }
-    if (call.backward) {
-      return launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory),
-                    stream, PoolKernel<T>{e, images_of<T>(f)});
-    }
-    return launch(pool<T>, e.gather_blocks(), kExchangeThreads, gather_memory(e), stream,
-                  PoolKernel<const T>{e, images_of<const T>(f)});
-  });
+void launch_product(const Pool& call, const Exchange& e, Stream stream) {
+  if (call.backward) {
+    launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory), stream,
+           PoolKernel<T>{e, images_of<T>(call.features)});
+  } else {
+    launch(pool<T>, e.gather_blocks(), kExchangeThreads, gather_memory(e), stream,
+           PoolKernel<const T>{e, images_of<const T>(call.features)});
+  }
 }
 
 }  // namespace
@@ -210,18 +181,31 @@ std::string probe() {
   const cudaError_t error =
       cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pool<float>));
   cudaGetLastError();  // so that torch does not see it
-  return error_text(error);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-std::int64_t workspace_of(const Pool& call) {
-  const std::optional<Plan> plan = plan_of(call);
-  return plan ? 4 * plan->episodes * call.features.N * plan->floats : -1;
-}
-
-std::string run(const Pool& call, Stream stream) {
-  std::optional<Plan> plan = plan_of(call);
-  return with_type(call.features.dtype,
-                   [&](auto type) { return launch_pool<decltype(type)>(call, *plan, stream); });
+std::int64_t run(const Pool& call, const Allocate& allocate, Stream stream) {
+  if (!small_images(call.features)) return 0;
+  std::optional<Exchange> plan =
+      plan_of(call.features, call.y, call.x, call.masks.C, Operator::pool);
+  if (!plan) return 0;
+  Exchange& e = *plan;
+  place(e, true, allocate(place(e, true, nullptr)));
+  e.min_pixels = call.min_pixels;
+  e.scale = call.factor;
+  e.vectors = call.prototypes;
+  e.out = call.backward ? nullptr : call.prototypes;
+  if (!call.kept || e.B < call.features.B) {
+    const auto start = call.masks.kind == MaskKind::labels ? launch_mask_weights<MaskKind::labels>
+                       : call.masks.kind == MaskKind::foreground
+                           ? launch_mask_weights<MaskKind::foreground>
+                           : launch_mask_weights<MaskKind::classes>;
+    start(call.masks, e, stream);
+    launch_sum_tiles<true>(e, stream);
+  }
+  with_type(call.features.dtype,
+            [&](auto type) { launch_product<decltype(type)>(call, e, stream); });
+  return e.B;
 }
 
 }  // namespace lslpn::cuda

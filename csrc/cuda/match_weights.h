@@ -232,38 +232,11 @@ struct TileGradients {
   }
 };
 
-constexpr int kMeasuringLanes = 8;  // of a prototype
-constexpr int kMeasuredOfBlock = kPixelThreads / kMeasuringLanes;
-
-// 1 / |p| of a prototype of the chunk. Beyond the last one it is repeated.
-LSLPN_DEVICE void measure_prototype(const MatchTiles& p, std::int64_t e) {
-  const std::int64_t at = p.first_prototype + (e < p.prototype_count ? e : p.prototype_count - 1);
-  const float* from = p.prototypes + at * p.D;
-  const int lane = thread_index() % kMeasuringLanes;
-  float square = 0;
-  if (fours(p.prototypes, p.D)) {
-    for (int d = 4 * lane; d < p.D; d += 4 * kMeasuringLanes) {
-      const float4 v = *reinterpret_cast<const float4*>(from + d);
-      square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    }
-  } else {
-    for (int d = lane; d < p.D; d += kMeasuringLanes) square += from[d] * from[d];
-  }
-  for (int step = kMeasuringLanes / 2; step > 0; step /= 2)
-    square += __shfl_xor_sync(kAllLanes, square, step);
-  if (lane == 0) p.inverse_lengths[at] = Norm::inverse_length(square);
-}
-
-// One warp per tile; the blocks after these measure prototypes.
+// One warp per tile.
 template <bool kMean, bool kLoss>
 LSLPN_KERNEL(kPixelThreads, 3)
 match_weights(LSLPN_PARAMETERS MatchTiles p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  if (block_index() >= p.tile_blocks) {
-    const std::int64_t block = block_index() - p.tile_blocks;
-    measure_prototype(p, block * kMeasuredOfBlock + thread_index() / kMeasuringLanes);
-    return;
-  }
   const std::int64_t index = block_index() * kPixelWarps + warp;
   if (index >= p.images * p.grid.tiles()) return;
   const std::int64_t image = index / p.grid.tiles();
@@ -272,8 +245,8 @@ match_weights(LSLPN_PARAMETERS MatchTiles p) {
   put_columns(tile, lane, memory.columns);
   // Where all pixels are ignored the gradient is 0.
   const float factor = !kLoss ? 1.0f : *p.loss.total == 0 ? 0.0f : *p.loss.grad / *p.loss.total;
-  TileGradients<kMean, kLoss>{
-      p, memory, tile, lane, p.first_image + image, p.maps + index * p.tile_maps * kMap, factor}
+  TileGradients<kMean, kLoss>{p,     memory, tile, lane, image, p.maps + index * p.tile_maps * kMap,
+                              factor}
       .run();
 }
 

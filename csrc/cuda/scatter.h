@@ -19,10 +19,11 @@ struct alignas(16) Vector {
   const float* begin;
   float scale;
 };
-// Its window, the offset of its map from that of class 0 and window (0, 0), and the offset at which
-// its weights are stored, in floats.
+// Its locations, the weight of location (0, 0), and where its weights are stored.
 struct alignas(16) Place {
-  int y, x, map, weights;
+  Box box;
+  const float* from;
+  std::uint32_t* to;
 };
 
 constexpr int kVectors = 56;       // at a time
@@ -36,8 +37,6 @@ struct ScatterMemory {
   Vector vectors[kVectors];
   Place places[kVectors];
   int steps;  // of 8 vectors
-  Range tiles[2];
-  Segment y[kNear], x[kNear];
 };
 
 template <class T, bool kPool>
@@ -50,125 +49,42 @@ struct Scatterer {
   const Images<const T>& features;
   const Images<T>& to;
   std::int64_t b, n;  // episode and image
-  const float* maps;  // of the image
   Range i, j;         // the locations
-  Range ty, tx;       // the segments near them
+  Range wy, wx;       // the windows near them
   ScatterMemory& memory;
-  bool fours;  // whether four channels of a vector can be read at once
 
-  // 2 x 2 tiles over a location. `map` points to its weight in a tile's first map, shifted as if
-  // that map were of window (0, 0).
-  struct Over {
-    const float* map[2][2];
-    int window[2][2],
-        windows[2][2];  // first and number, of rows and columns; 0 beyond the last tile
-  };
-  // Calls f with all tiles over a location, 2 x 2 at a time.
-  template <class F>
-  LSLPN_DEVICE void each_over(int row, int column, F f) const {
-    const auto first = [](const Segment* tiles, int count, int cell) {
-      int k = 0;
-      while (k < count && tiles[k].cell + tiles[k].cells <= cell) ++k;
-      return k;
-    };
-    const int down = ty.end - ty.begin, across = tx.end - tx.begin;
-    const int first_x = first(memory.x, across, column);
-    LSLPN_NO_UNROLL
-    for (int r = first(memory.y, down, row); r < down && memory.y[r].cell <= row; r += 2) {
-      LSLPN_NO_UNROLL
-      for (int k = first_x; k < across && memory.x[k].cell <= column; k += 2) {
-        Over over;
-        const auto look = [](const Segment& s, bool there, int cell, int& window, int& windows) {
-          window = s.window;
-          windows = there && s.cell <= cell ? s.windows : 0;
-          return cell - s.cell;
-        };
-        int at[2][2];
-        LSLPN_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          at[0][e] = look(memory.y[min(r + e, down - 1)], r + e < down, row, over.window[0][e],
-                          over.windows[0][e]);
-          at[1][e] = look(memory.x[min(k + e, across - 1)], k + e < across, column,
-                          over.window[1][e], over.windows[1][e]);
-        }
-        LSLPN_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const int i = e / 2, j = e % 2;
-          const int tile = (ty.begin + r + i) * p.grid.tiles_x.count + tx.begin + k + j;
-          over.map[i][j] = maps + ((std::int64_t{tile} * p.tile_maps -
-                                    p.map_of(0, over.window[0][i], over.window[1][j])) *
-                                       kMap +
-                                   kTileSide * at[0][i] + at[1][j]);
-        }
-        f(over);
-      }
-    }
-  }
-  // The weight of a class and a window at the location; sets `under` where its window covers it.
-  LSLPN_DEVICE static float weight(const Over& over, const Place& place, int map, bool& under) {
-    float sum = 0;
-    LSLPN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      LSLPN_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        if (static_cast<unsigned>(place.y - over.window[0][i]) >= over.windows[0][i]) continue;
-        if (static_cast<unsigned>(place.x - over.window[1][j]) >= over.windows[1][j]) continue;
-        sum += over.map[i][j][map];
-        under = true;
-      }
-    }
-    return sum;
-  }
-
-  // Sums the gradients of the Gram maps over the tiles. That of `own` is doubled, as d(f^2) = 2 f
-  // df.
-  LSLPN_DEVICE void find_gram() const {
-    const int e = thread_index(), row = e / (kBlock + 1), column = e % (kBlock + 1);
-    if (row > kBlock) return;
-    float sum[4] = {};
-    each_over(i.begin - 1 + row, j.begin - 1 + column, [&](const Over& over) {
-      LSLPN_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int y = e / 2, x = e % 2;
-        if (over.windows[0][y] == 0 || over.windows[1][x] == 0) continue;
-        const float* from =
-            over.map[y][x] +
-            (p.tile_maps - 4 + p.map_of(0, over.window[0][y], over.window[1][x])) * kMap;
-        LSLPN_UNROLL
-        for (int kind = 0; kind < 4; ++kind) sum[kind] += from[kind * kMap];
-      }
-    });
-    memory.gram[row][column] = make_float4(2 * sum[0], sum[1], sum[2], sum[3]);
-  }
-
-  LSLPN_DEVICE int down() const {
-    const Segment last = memory.y[ty.end - ty.begin - 1];
-    return last.window + last.windows - memory.y[0].window;
-  }
-  LSLPN_DEVICE int across() const {
-    const Segment last = memory.x[tx.end - tx.begin - 1];
-    return last.window + last.windows - memory.x[0].window;
-  }
-  // The e-th class and window near the block.
+  // Classes and windows near the block.
+  LSLPN_DEVICE int vectors() const { return p.C * (wy.end - wy.begin) * (wx.end - wx.begin); }
   LSLPN_DEVICE Vector vector(int e, Place& place) const {
-    const int row = e / across(), c = row / down();
-    place.y = memory.y[0].window + row - c * down();
-    place.x = memory.x[0].window + e - row * across();
-    place.map = kMap * p.map_of(c, place.y, place.x);
-    const int at = place.y * p.grid.x.windows + place.x;
+    const int across = wx.end - wx.begin, down = wy.end - wy.begin, row = e / across,
+              c = row / down;
+    const int y = wy.begin + row - c * down, x = wx.begin + e - row * across;
+    const int at = y * p.grid.x.windows + x;
     const auto of = [&](std::int64_t image) { return (image * p.C + c) * p.grid.windows() + at; };
+    place.box = Box(p.grid, y, x);
+    place.from =
+        p.weights + of(b * p.N + n) * p.box() - (place.box.y.begin * p.box_x + place.box.x.begin);
     return {p.vectors + of(b) * p.D, p.scale[of(kPool ? b * p.N + n : b)]};
   }
 
+  LSLPN_DEVICE void find_gram() const {
+    const int e = thread_index(), row = e / (kBlock + 1), column = e % (kBlock + 1);
+    if (row > kBlock) return;
+    const int y = i.begin - 1 + row, x = j.begin - 1 + column;
+    const bool inside = y >= 0 && y < p.grid.y.cells && x >= 0 && x < p.grid.x.cells;
+    const float4* from = p.gram + ((b * p.N + n) * p.grid.y.cells + y) * p.grid.x.cells + x;
+    memory.gram[row][column] = inside ? *from : make_float4(0, 0, 0, 0);
+  }
+
   // Where the weights of the k-th vector begin.
-  LSLPN_DEVICE static int weights_at(int k) {
-    return k / 8 * kBlock * kWarp * 4 + k % 4 * 4 + k / 4 % 2;
+  LSLPN_DEVICE std::uint32_t* weights_of(int k) const {
+    return &memory.weights[k / 8][0][k % 4].x + k / 4 % 2;
   }
 
   // Collects the classes and windows from `first` on whose scale is not 0, by one warp. The others,
   // windows with too few pixels, pass on no gradient, not even NaN.
-  LSLPN_DEVICE void find_vectors(int first, int all) const {
-    const int lane = thread_index(), end = min(all, first + kVectors);
+  LSLPN_DEVICE void find_vectors(int first) const {
+    const int lane = thread_index(), end = min(vectors(), first + kVectors);
     int count = 0;
     LSLPN_NO_UNROLL
     for (int e = first + lane; e - lane < end; e += kWarp) {
@@ -179,45 +95,36 @@ struct Scatterer {
       const int at = count + __popc(there & ((1u << lane) - 1));
       if (counts) {
         memory.vectors[at] = found;
-        place.weights = weights_at(at);
+        place.to = weights_of(at);
         memory.places[at] = place;
       }
       count += __popc(there);
     }
     __syncwarp();
-    // Vectors that fill up a step of 8 have window -1, which covers no location.
+    // Vectors that fill up a step of 8 have no location.
     const int steps = max(1, (count + 7) / 8);
     if (count + lane < 8 * steps) {
       memory.vectors[count + lane] = {count > 0 ? memory.vectors[0].begin : p.vectors, 0};
-      memory.places[count + lane] = {-1, -1, 0, weights_at(count + lane)};
+      memory.places[count + lane] = {Box{}, p.weights, weights_of(count + lane)};
     }
     if (lane == 0) memory.steps = steps;
   }
 
   // Vectors and weights of the classes and windows from `first` on.
-  LSLPN_DEVICE void prepare(int first, int all) const {
+  LSLPN_DEVICE void prepare(int first) const {
     __syncthreads();
-    if (thread_index() < kWarp) find_vectors(first, all);
+    if (thread_index() < kWarp) find_vectors(first);
     __syncthreads();
     // A thread has a location, and every kStep-th vector.
     const int row = thread_index() / kBlock % kBlock, column = thread_index() % kBlock;
+    const int y = min(i.begin + row, i.end - 1), x = min(j.begin + column, j.end - 1);
     constexpr int kStep = kExchangeThreads / (kBlock * kBlock);
-    std::uint32_t* const weights = &memory.weights[0][row][4 * column].x;
-    bool begins = true;
-    each_over(min(i.begin + row, i.end - 1), min(j.begin + column, j.end - 1),
-              [&](const Over& over) {
-                LSLPN_NO_UNROLL
-                for (int e = thread_index() / (kBlock * kBlock); e < 8 * memory.steps; e += kStep) {
-                  const Place place = memory.places[e];
-                  bool under = false;
-                  float sum = weight(over, place, place.map, under);
-                  std::uint32_t* to = weights + place.weights;
-                  if (!begins && sum == 0) continue;
-                  if (!begins) sum += __uint_as_float(to[0]) + __uint_as_float(to[2]);
-                  split_tf32(sum, to[0], to[2]);
-                }
-                begins = false;
-              });
+    LSLPN_NO_UNROLL
+    for (int e = thread_index() / (kBlock * kBlock); e < 8 * memory.steps; e += kStep) {
+      const Place place = memory.places[e];
+      std::uint32_t* const to = place.to + 4 * (row * kWarp + 4 * column);
+      split_tf32(place.box.has(y, x) ? place.from[y * p.box_x + x] : 0, to[0], to[2]);
+    }
     __syncthreads();
   }
 
@@ -230,13 +137,7 @@ struct Scatterer {
     LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
       const Vector vector = memory.vectors[8 * step + lane % 4 + 4 * e];
-      float4 value;
-      if (fours) {
-        value = *reinterpret_cast<const float4*>(vector.begin + d);
-      } else {
-        value = {vector.begin[d], vector.begin[min(d + 1, p.D - 1)],
-                 vector.begin[min(d + 2, p.D - 1)], vector.begin[min(d + 3, p.D - 1)]};
-      }
+      float4 value = *reinterpret_cast<const float4*>(vector.begin + d);
       value = {vector.scale * value.x, vector.scale * value.y, vector.scale * value.z,
                vector.scale * value.w};
       vectors[0][0].set(2 * e, value.x);
@@ -300,9 +201,8 @@ struct Scatterer {
     LSLPN_UNROLL
     for (int e = 0; e < 6; ++e) {
       const int column = j.begin + (e < 2 ? q - 1 : e < 4 ? q + 3 : 7 + q % 2);
-      from[e] =
-          features.image(b, n) + (static_cast<std::int64_t>(min(d + e % 2, p.D - 1)) * features.d +
-                                  min(max(column, 0), p.grid.x.cells - 1) * features.w);
+      from[e] = features.image(b, n) + (static_cast<std::int64_t>(d + e % 2) * features.d +
+                                        min(max(column, 0), p.grid.x.cells - 1) * features.w);
     }
     Operand<6> rows[3];
     const auto read_row = [&](int r) {
@@ -343,18 +243,16 @@ struct Scatterer {
     LSLPN_NO_UNROLL
     for (int e = 0; e < kProducts * kBlock * 4; ++e) {
       const int row = e / 4 % kBlock, column = 2 * (thread_index() % 4) + e % 2;
-      const int channel = min(d + e / (4 * kBlock) * 2 + e / 2 % 2, p.D - 1);
+      const int channel = d + e / (4 * kBlock) * 2 + e / 2 % 2;
       float alone = 0;
-      each_over(i.begin + row, j.begin + column, [&](const Over& over) {
-        LSLPN_NO_UNROLL
-        for (int e = 0; e < p.C * down() * across(); ++e) {
-          Place place;
-          const Vector of = vector(e, place);
-          bool under = false;
-          const float by = weight(over, place, place.map, under);
-          if (under && of.scale != 0) alone += by * (of.scale * of.begin[channel]);
-        }
-      });
+      const int y = min(i.begin + row, i.end - 1), x = min(j.begin + column, j.end - 1);
+      LSLPN_NO_UNROLL
+      for (int k = 0; k < vectors(); ++k) {
+        Place place;
+        const Vector of = vector(k, place);
+        if (of.scale == 0 || !place.box.has(y, x)) continue;
+        alone += place.from[y * p.box_x + x] * (of.scale * of.begin[channel]);
+      }
       const T* const of = features.image(b, n) + static_cast<std::int64_t>(channel) * features.d;
       LSLPN_NO_UNROLL
       for (int k = 0; k < 9 && !kPool; ++k) {
@@ -362,10 +260,10 @@ struct Scatterer {
         if ((down != 0 && !p.grid.tiles_y.between) || (right != 0 && !p.grid.tiles_x.between)) {
           continue;
         }
-        const int y = min(max(i.begin + row + down, 0), p.grid.y.cells - 1);
-        const int x = min(max(j.begin + column + right, 0), p.grid.x.cells - 1);
-        alone +=
-            *gram_weight(row, column, down, right) * to_float(of[y * features.h + x * features.w]);
+        const int near_y = min(max(y + down, 0), p.grid.y.cells - 1);
+        const int near_x = min(max(x + right, 0), p.grid.x.cells - 1);
+        alone += *gram_weight(row, column, down, right) *
+                 to_float(of[near_y * features.h + near_x * features.w]);
       }
       LSLPN_UNROLL
       for (int k = 0; k < kProducts * kBlock * 4; ++k) {
@@ -383,8 +281,8 @@ struct Scatterer {
     T* at[4];
     LSLPN_UNROLL
     for (int e = 0; e < 4; ++e) {
-      at[e] = to.image(b, n) + (static_cast<std::int64_t>(min(d + e, p.D - 1)) * to.d +
-                                i.begin * to.h + (j.begin + 2 * q) * to.w);
+      at[e] = to.image(b, n) +
+              (static_cast<std::int64_t>(d + e) * to.d + i.begin * to.h + (j.begin + 2 * q) * to.w);
     }
     const auto rows = [&](auto columns) {
       LSLPN_UNROLL
@@ -410,40 +308,38 @@ template <class T, bool kPool>
 LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, const Images<T>& to,
                           int block) {
   ScatterMemory& memory = *reinterpret_cast<ScatterMemory*>(shared_memory());
-  const Range j = cells_of(p.grid.x, block % p.blocks_x);
-  const Range i = cells_of(p.grid.y, block / p.blocks_x % p.blocks_y);
-  const std::int64_t image = block / p.blocks_x / p.blocks_y;
+  const auto cells_of = [](const Axis& axis, int k) {
+    return Range{kBlock * k, min(kBlock * (k + 1), axis.cells)};
+  };
+  const int across = divide_up(p.grid.x.cells, kBlock), down = divide_up(p.grid.y.cells, kBlock);
+  const Range j = cells_of(p.grid.x, block % across);
+  const Range i = cells_of(p.grid.y, block / across % down);
+  const std::int64_t image = block / across / down;
   const std::int64_t episode = image / p.N;
-  find_tiles<segments_near>(p.grid, i, j, memory.tiles);
-  const Range ty = memory.tiles[0], tx = memory.tiles[1];
-  const bool fours = cuda::fours(p.vectors, p.D);
-  const float* maps = p.maps + image * p.grid.tiles() * p.tile_maps * kMap;
-  const Scatterer<T, kPool> s{
-      p,  features, to,   p.chunk.first + episode, image - episode * p.N, maps, i, j, ty,
-      tx, memory,   fours};
-  for (int e = thread_index(); e < ty.end - ty.begin + tx.end - tx.begin; e += kExchangeThreads) {
-    const int column = e - (ty.end - ty.begin);
-    (column < 0 ? memory.y[e] : memory.x[column]) =
-        column < 0 ? segment(p.grid.y, p.grid.tiles_y, ty.begin + e)
-                   : segment(p.grid.x, p.grid.tiles_x, tx.begin + column);
-  }
-  __syncthreads();
+  const Scatterer<T, kPool> s{p,
+                              features,
+                              to,
+                              episode,
+                              image - episode * p.N,
+                              i,
+                              j,
+                              windows_near(p.grid.y, i),
+                              windows_near(p.grid.x, j),
+                              memory};
   if (!kPool) {
     s.find_gram();
     __syncthreads();
     s.find_stencil();
   }
-  constexpr int kChannels = 16 * Scatterer<T, kPool>::kProducts;
   const int warp = thread_index() / kWarp, g = thread_index() % kWarp / 4;
-  const int all = p.C * s.down() * s.across();
   LSLPN_NO_UNROLL
   for (int d0 = 0; d0 < p.D; d0 += kChannels * kExchangeWarps) {
-    // Beyond the last channel, the last ones are repeated.
-    const int d = min(d0 + kChannels * warp + 4 * g, p.D - (fours ? 4 : 1));
+    // A warp beyond the last channel repeats the last ones.
+    const int d = min(d0 + kChannels * warp + 4 * g, p.D - 4);
     typename Scatterer<T, kPool>::Sums sum;
     LSLPN_NO_UNROLL
-    for (int first = 0; first < all; first += kVectors) {
-      if (d0 == 0 || all > kVectors) s.prepare(first, all);
+    for (int first = 0; first < s.vectors(); first += kVectors) {
+      if (d0 == 0 || s.vectors() > kVectors) s.prepare(first);
       int step = 0;
       if (first == 0) s.template add<true>(sum, d, step++);
       LSLPN_NO_UNROLL

@@ -14,14 +14,11 @@ constexpr int kLocationsOfBlocks = 8 * kLocationBlocks;
 struct MatchTiles : Matching {
   Grid grid;
   int C, D;
-  std::int64_t N, first_image, images;
+  std::int64_t N, images;
   float* loss_sums;  // forward with a loss: [images, tiles, 2] of losses and weights
   // Backward.
   int tile_maps;
-  float* maps;             // [images, tiles, tile_maps, kMap]
-  float* inverse_lengths;  // [B, C, Gy, Gx] 1 / |p|
-  std::int64_t first_prototype, prototype_count;
-  std::int64_t tile_blocks;  // the blocks after these measure prototypes
+  float* maps;  // [images, tiles, tile_maps, kMap]
 
   // The number that winners have for the w-th window of a tile.
   LSLPN_DEVICE int place(int w, int windows_x) const {
@@ -70,37 +67,25 @@ struct Dots {
   float gram[kLocationBlocks][4] = {};         // [k]: blocks k and k + 1 with block k
   float squares[kProducts<kWindows>] = {};     // of the loaded channels of the prototypes
 
-  // Adds 16 channels. kTail: fewer, of which `left` are this lane's, and of prototypes of any
-  // alignment.
-  template <bool kTail>
+  // Adds 16 channels.
   LSLPN_DEVICE void add(const T* const (&features)[kLocationBlocks],
                         const std::int64_t (&channels)[4], bool fours,
-                        const float* const (&prototypes)[kProducts<kWindows>], int left,
-                        bool first) {
+                        const float* const (&prototypes)[kProducts<kWindows>], bool first) {
     Pack<T, 4> raw[kLocationBlocks];
-    if (fours && !kTail) {
+    if (fours) {
       LSLPN_UNROLL
-      for (int k = 0; k < kLocationBlocks; ++k) {
-        raw[k] = read_pack<4>(features[k]);
-      }
+      for (int k = 0; k < kLocationBlocks; ++k) raw[k] = read_pack<4>(features[k]);
     } else {
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
         LSLPN_UNROLL
-        for (int k = 0; k < kLocationBlocks; ++k) {
-          raw[k].value[e] = kTail && e >= left ? T{} : read(features[k], channels[e]);
-        }
+        for (int k = 0; k < kLocationBlocks; ++k) raw[k].value[e] = read(features[k], channels[e]);
       }
     }
     Pack<float, 4> p[kProducts<kWindows>];
     LSLPN_UNROLL
     for (int j = 0; j < kProducts<kWindows>; ++j) {
-      if (!kTail) {
-        p[j] = read_pack<4>(prototypes[j]);
-      } else {
-        LSLPN_UNROLL
-        for (int e = 0; e < 4; ++e) p[j].value[e] = e >= left ? 0 : prototypes[j][e];
-      }
+      p[j] = read_pack<4>(prototypes[j]);
     }
     Operand<4> f[kLocationBlocks];
     LSLPN_UNROLL
@@ -293,7 +278,8 @@ struct Scorer {
             best[c] = max_or_nan(best[c], value);
           }
         }
-        if (isnan(best[0]) || isnan(best[kClasses - 1])) {
+        const float all = best[0] + best[kClasses - 1];
+        if (all != all) {
           // The gradient goes to the window whose score is NaN.
           LSLPN_UNROLL
           for (int c = 0; c < kClasses; ++c) {
@@ -435,8 +421,6 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   ScoreMemory<kWindows>& memory = reinterpret_cast<ScoreMemory<kWindows>*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
   const int windows = tile.y.windows * tile.x.windows;
-  // Steps of 16 channels in which prototypes can be read four at a time; the other channels follow.
-  const int steps = fours(p.prototypes, p.D) ? p.D / 16 : 0;
   std::int64_t channels[4];  // byte offsets of a lane's four
   LSLPN_UNROLL
   for (int e = 0; e < 4; ++e) channels[e] = kept(std::int64_t{e} * features.d * int{sizeof(T)});
@@ -476,14 +460,10 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
       for (int j = 0; j < kProducts<kWindows>; ++j) prototypes[j] += 16;
     };
     LSLPN_NO_UNROLL
-    for (int s = 0; s < steps; ++s, advance(1)) {
-      dots.template add<false>(locations, channels, kernel.fours, prototypes, 4, first);
+    for (int d = 0; d < p.D; d += 16, advance(1)) {
+      dots.add(locations, channels, kernel.fours, prototypes, first);
     }
-    LSLPN_NO_UNROLL
-    for (int d = 16 * steps; d < p.D; d += 16, advance(1)) {
-      dots.template add<true>(locations, channels, false, prototypes, p.D - d - 4 * q, first);
-    }
-    advance(-(p.D + 15) / 16);
+    advance(-p.D / 16);
     dots.put(memory, lane, first);
     __syncwarp();
     if (p.gram && first) keep_gram(p, tile, memory, image, lane);
