@@ -37,28 +37,29 @@ match_backward(LSLPN_PARAMETERS MatchBackwardKernel<T> p) {
 
 // ---- on the host ----
 
+std::int64_t tile_blocks(const Exchange& e) {
+  return divide_up(e.B * e.N * e.grid.tiles(), kPixelWarps);
+}
+
 template <class T, int kWindows>
 void launch_scores(const Match& call, const MatchTiles& t, Stream stream) {
   const ScoreKernel<T> kernel{t, images_of<const T>(call.features), fours(call.features)};
-  launch(scores<T, kWindows>, divide_up(t.images * t.grid.tiles(), kPixelWarps), kPixelThreads,
+  launch(scores<T, kWindows>, tile_blocks(t), kPixelThreads,
          kPixelWarps * sizeof(ScoreMemory<kWindows>), stream, kernel);
 }
 
 template <class T>
-void launch_backward(const Match& call, const MatchTiles& t, Exchange& e, Stream stream) {
+void launch_backward(const Match& call, const MatchTiles& t, Stream stream) {
   const auto match_weights_of = [&](auto loss) {
     return t.mean ? match_weights<true, loss.value> : match_weights<false, loss.value>;
   };
   launch(t.loss.radial ? match_weights_of(std::true_type()) : match_weights_of(std::false_type()),
-         divide_up(t.images * t.grid.tiles(), kPixelWarps), kPixelThreads,
-         kPixelWarps * sizeof(WeightMemory), stream, t);
-  e.vectors = t.prototypes;
-  e.out = call.grad_prototypes;
-  launch_sum_tiles<false>(e, stream);
-  const MatchBackwardKernel<T> kernel{e, images_of<const T>(call.features),
-                                      images_of<T>(call.grad_features), e.gather_blocks()};
-  launch(match_backward<T>, e.gather_blocks() + e.scatter_blocks(), kExchangeThreads,
-         std::max(gather_memory(e), sizeof(ScatterMemory)), stream, kernel);
+         tile_blocks(t), kPixelThreads, kPixelWarps * sizeof(WeightMemory), stream, t);
+  launch_sum_tiles<false>(t, stream);
+  const MatchBackwardKernel<T> kernel{t, images_of<const T>(call.features),
+                                      images_of<T>(call.grad_features), t.gather_blocks()};
+  launch(match_backward<T>, t.gather_blocks() + t.scatter_blocks(), kExchangeThreads,
+         std::max(gather_memory(t), sizeof(ScatterMemory)), stream, kernel);
 }
 
 }  // namespace
@@ -66,36 +67,29 @@ void launch_backward(const Match& call, const MatchTiles& t, Exchange& e, Stream
 std::int64_t run(const Match& call, const Allocate& allocate, Stream stream) {
   const Features& f = call.features;
   if (!small_images(f) || (call.backward && !small_images(call.grad_features))) return 0;
-  std::optional<Exchange> plan = plan_of(
-      f, call.y, call.x, call.C, call.matching.mean ? Operator::match_mean : Operator::match_max);
+  const Operator op = call.matching.mean ? Operator::match_mean : Operator::match_max;
+  const std::optional<Exchange> plan = plan_of(f, call.y, call.x, call.C, op);
   if (!plan) return 0;
-  Exchange& e = *plan;
-  if (!call.backward) e.B = f.B;
-  MatchTiles t{};
-  static_cast<Matching&>(t) = call.matching;
-  t.grid = e.grid;
-  t.C = e.C;
-  t.D = e.D;
-  t.N = e.N;
-  t.images = e.B * e.N;
-  t.tile_maps = e.tile_maps;
+  MatchTiles t{*plan, call.matching, nullptr};
+  t.vectors = t.prototypes;
+  t.out = call.grad_prototypes;
   if (call.backward) {
-    place(e, false, allocate(place(e, false, nullptr)));
-    t.maps = e.maps;
-  } else if (t.loss.radial) {
-    t.loss_sums = static_cast<float*>(allocate(8 * t.images * t.grid.tiles()));
+    place(t, false, allocate(place(t, false, nullptr)));
+  } else {
+    t.B = f.B;
+    if (t.loss.radial) t.loss_sums = static_cast<float*>(allocate(8 * t.B * t.N * t.grid.tiles()));
   }
   with_type(f.dtype, [&](auto type) {
     using T = decltype(type);
     if (call.backward) {
-      launch_backward<T>(call, t, e, stream);
+      launch_backward<T>(call, t, stream);
     } else if (t.grid.tile_windows() <= 4) {
       launch_scores<T, 4>(call, t, stream);
     } else {
       launch_scores<T, 16>(call, t, stream);
     }
   });
-  return e.B;
+  return t.B;
 }
 
 }  // namespace lslpn::cuda

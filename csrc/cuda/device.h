@@ -52,18 +52,10 @@ LSLPN_DEVICE float max_or_nan(float a, float b) {
   return result;
 }
 
-LSLPN_DEVICE float to_float(float value) {
-  return value;
+// The bits of a number in float32. Where bits are wanted, this saves moves between register types.
+LSLPN_DEVICE std::uint32_t float_bits(float value) {
+  return __float_as_uint(value);
 }
-LSLPN_DEVICE float to_float(BFloat16 value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
-}
-LSLPN_DEVICE float to_float(Half value) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
-  return result;
-}
-// Of to_float(value). Where bits are wanted, this saves moves between register types.
 LSLPN_DEVICE std::uint32_t float_bits(BFloat16 value) {
   std::uint32_t result;
   asm("mov.b32 %0, {0, %1};" : "=r"(result) : "h"(value.bits));
@@ -73,6 +65,10 @@ LSLPN_DEVICE std::uint32_t float_bits(Half value) {
   std::uint32_t result;
   asm("cvt.f32.f16 %0, %1;" : "=r"(result) : "h"(value.bits));
   return result;
+}
+template <class T>
+LSLPN_DEVICE float to_float(T value) {
+  return __uint_as_float(float_bits(value));
 }
 LSLPN_DEVICE void from_float(float value, float& out) {
   out = value;

@@ -30,17 +30,18 @@ constexpr int kGatherBytes = 80 << 10;  // of shared memory, at most
 constexpr int kLocations = 256;  // gather: those whose weights are in shared memory at a time
 constexpr std::int64_t kWorkspace = 32 << 20;  // bytes, if an episode does not take more
 
-// The locations of a window.
-struct Box {
-  Range y, x;
+// The locations of a window: the first, and how many.
+struct alignas(16) Box {
+  int y, x, rows, columns;
 
-  Box() = default;
-  LSLPN_DEVICE Box(const Grid& grid, int window_y, int window_x)
-      : y(locations_of_window(grid.y, window_y)), x(locations_of_window(grid.x, window_x)) {}
   LSLPN_DEVICE bool has(int i, int j) const {
-    return i >= y.begin && i < y.end && j >= x.begin && j < x.end;
+    return static_cast<unsigned>(i - y) < rows && static_cast<unsigned>(j - x) < columns;
   }
 };
+LSLPN_DEVICE Box box_of(const Grid& grid, int window_y, int window_x) {
+  const Range y = locations_of_window(grid.y, window_y), x = locations_of_window(grid.x, window_x);
+  return {y.begin, x.begin, y.end - y.begin, x.end - x.begin};
+}
 
 // A class and window of `gather`.
 struct Column {
@@ -69,7 +70,7 @@ struct Exchange {
   float* counts;                  // pooling: [B, N, tiles, C] pixels
   float min_pixels;               // pooling
   float* weights;        // [B, N, C, Gy, Gx, box_y, box_x], from a window's first location on
-  float4* gram;          // matching: [B, N, h, w] gradients of the Gram maps, that of `own` doubled
+  float4* gram_weights;  // matching: [B, N, h, w] gradients of the Gram maps, that of `own` doubled
   const float* vectors;  // [B, C, Gy, Gx, D]: prototypes, or their gradients
   float* scale;          // of the vectors: pooling [B, N, C, Gy, Gx] factors, matching
                          // [B, C, Gy, Gx] 1 / |p|
@@ -99,7 +100,7 @@ inline std::int64_t place(Exchange& e, bool pool, void* workspace) {
   if (pool) {
     e.counts = take(images * tiles * e.C);
   } else {
-    e.gram = reinterpret_cast<float4*>(take(4 * images * e.grid.y.cells * e.grid.x.cells));
+    e.gram_weights = reinterpret_cast<float4*>(take(4 * images * e.grid.y.cells * e.grid.x.cells));
     e.scale = take(e.B * e.C * windows);
   }
   return static_cast<std::int64_t>(next - begin);

@@ -33,13 +33,13 @@ struct Gatherer {
     if (e < kColumns) {
       const int row = e / across, c = classes.begin + row / down;
       const int m_y = wy.begin + row % down, m_x = wx.begin + e % across;
-      const Box box(p.grid, m_y, m_x);
+      const Box box = box_of(p.grid, m_y, m_x);
       Column& column = memory.columns[e];
       column.window = c * p.grid.windows() + m_y * p.grid.x.windows + m_x;
-      column.weights = (b * p.N * p.C * p.grid.windows() + column.window) * p.box() -
-                       (box.y.begin * p.box_x + box.x.begin);
+      column.weights =
+          (b * p.N * p.C * p.grid.windows() + column.window) * p.box() - (box.y * p.box_x + box.x);
       column.box = box;
-      if (e >= columns()) column.box.y.end = box.y.begin;  // has no location
+      if (e >= columns()) column.box.rows = 0;
     }
     for (int k = e; k < columns() * p.pitch(); k += kExchangeThreads) sums[k] = 0;
     __syncthreads();
@@ -217,7 +217,10 @@ LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, int
   const int part_c = block / p.parts_x / p.parts_y % p.parts_c;
   const Range wy = part_of(p.grid.y.windows, p.parts_y, part_y);
   const Range wx = part_of(p.grid.x.windows, p.parts_x, part_x);
-  const Box first(p.grid, wy.begin, wx.begin), last(p.grid, wy.end - 1, wx.end - 1);
+  const auto under = [](const Axis& axis, const Range& windows) {
+    return Range{locations_of_window(axis, windows.begin).begin,
+                 locations_of_window(axis, windows.end - 1).end};
+  };
   GatherMemory& memory = *reinterpret_cast<GatherMemory*>(shared_memory());
   const Gatherer<T, kPool> gatherer{p,
                                     features,
@@ -225,8 +228,8 @@ LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, int
                                     wy,
                                     wx,
                                     part_of(p.C, p.parts_c, part_c),
-                                    {first.y.begin, last.y.end},
-                                    {first.x.begin, last.x.end},
+                                    under(p.grid.y, wy),
+                                    under(p.grid.x, wx),
                                     memory,
                                     reinterpret_cast<float*>(&memory + 1)};
   gatherer.prepare();

@@ -16,13 +16,8 @@ namespace {
 constexpr int kClasses = 2;      // at a time
 constexpr int kRowsAtATime = 4;  // rows of masks that are loaded ahead
 
-struct MaskWeights {
-  Grid grid;
+struct MaskWeights : Exchange {
   const void* masks;
-  int C;
-  std::int64_t images;
-  float* maps;    // [images, tiles, C, kMap]
-  float* counts;  // [images, tiles, C]
 };
 
 struct MaskMemory {
@@ -31,40 +26,29 @@ struct MaskMemory {
   float sums[kClasses][kTileSide][kPitch];
 };
 
-// Masks of classes c and c + 1 at kRows pixels of a column, from those of an image; see
-// core/masks.h.
+// Masks of class c at kRows pixels of a column, from those of an image; see core/masks.h.
 template <class M, MaskKind kKind, int kRows>
 LSLPN_DEVICE void read_masks(const M* masks, std::int64_t down, int plane, int C, int c,
-                             float (&value)[kRows][kClasses]) {
-  const auto planes_of = [&](int at) { return masks + static_cast<std::int64_t>(at) * plane; };
-  LSLPN_UNROLL
-  for (int k = 0; k < kRows && kKind == MaskKind::labels; ++k) {
-    const M label = masks[k * down];
-    value[k][0] = label == static_cast<M>(c) ? 1 : 0;
-    value[k][1] = label == static_cast<M>(c + 1) ? 1 : 0;
-  }
-  if (kKind == MaskKind::labels) return;
-  // Beyond the last class the last plane is read; its sums are not used.
-  constexpr int kFirst = kKind == MaskKind::classes ? 0 : 1;
-  const M* second = planes_of(min(c + 1, C - 1) - kFirst);
-  LSLPN_UNROLL
-  for (int k = 0; k < kRows; ++k) value[k][1] = static_cast<float>(second[k * down]);
-  if (c >= kFirst) {
-    const M* first = planes_of(c - kFirst);
+                             float (&value)[kRows]) {
+  if (kKind == MaskKind::labels) {
     LSLPN_UNROLL
-    for (int k = 0; k < kRows; ++k) value[k][0] = static_cast<float>(first[k * down]);
+    for (int k = 0; k < kRows; ++k) value[k] = masks[k * down] == static_cast<M>(c) ? 1 : 0;
     return;
   }
+  // The plane of a class, or those of all others for a background that has none.
+  const bool rest = kKind == MaskKind::foreground && c == 0;
+  const int first = kKind == MaskKind::classes ? c : max(c - 1, 0);
+  masks += static_cast<std::int64_t>(first) * plane;
   LSLPN_UNROLL
-  for (int k = 0; k < kRows; ++k) value[k][0] = value[k][1];
+  for (int k = 0; k < kRows; ++k) value[k] = static_cast<float>(masks[k * down]);
   LSLPN_NO_UNROLL
-  for (int other = 1; other < C - 1; ++other) {
-    second += plane;
+  for (int other = 2; rest && other < C; ++other) {
+    masks += plane;
     LSLPN_UNROLL
-    for (int k = 0; k < kRows; ++k) value[k][0] += static_cast<float>(second[k * down]);
+    for (int k = 0; k < kRows; ++k) value[k] += static_cast<float>(masks[k * down]);
   }
   LSLPN_UNROLL
-  for (int k = 0; k < kRows; ++k) value[k][0] = max_or_nan(0, 1 - value[k][0]);
+  for (int k = 0; k < kRows && rest; ++k) value[k] = max_or_nan(0, 1 - value[k]);
 }
 
 // One warp per tile.
@@ -73,7 +57,7 @@ LSLPN_KERNEL(kPixelThreads, 4)
 mask_weights(LSLPN_PARAMETERS MaskWeights p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
-  if (index >= p.images * p.grid.tiles()) return;
+  if (index >= p.B * p.N * p.grid.tiles()) return;
   const std::int64_t image = index / p.grid.tiles();
   MaskMemory& memory = reinterpret_cast<MaskMemory*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
@@ -100,16 +84,21 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
       const int end = y + tile.rows_at(row);
       by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
         constexpr int kRows = decltype(rows)::value;
-        float m[kRows][kClasses];
-        read_masks<M, kKind>(masks + begin * p.grid.x.pixels, down, plane, p.C, c, m);
+        float m[kClasses][kRows];
+        LSLPN_UNROLL
+        for (int e = 0; e < kClasses; ++e) {
+          // Beyond the last class it is repeated; its sums are not used.
+          read_masks<M, kKind>(masks + begin * p.grid.x.pixels, down, plane, p.C,
+                               min(c + e, p.C - 1), m[e]);
+        }
         LSLPN_UNROLL
         for (int k = 0; k < kRows; ++k) {
           const float upper = memory.rows[begin + k].upper, lower = 1 - upper;
           LSLPN_UNROLL
           for (int e = 0; e < kClasses; ++e) {
-            here[e] += lower * m[k][e];
-            next[e] += upper * m[k][e];
-            count[e] += m[k][e];
+            here[e] += lower * m[e][k];
+            next[e] += upper * m[e][k];
+            count[e] += m[e][k];
           }
         }
       });
@@ -157,10 +146,9 @@ pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
 template <MaskKind kKind>
 void launch_mask_weights(const Masks& masks, const Exchange& e, Stream stream) {
   using Wide = std::conditional_t<kKind == MaskKind::labels, std::int64_t, float>;
-  const MaskWeights w{e.grid, masks.data, e.C, e.B * e.N, e.maps, e.counts};
   launch(masks_are_bytes(masks) ? mask_weights<std::uint8_t, kKind> : mask_weights<Wide, kKind>,
-         divide_up(w.images * w.grid.tiles(), kPixelWarps), kPixelThreads,
-         kPixelWarps * sizeof(MaskMemory), stream, w);
+         divide_up(e.B * e.N * e.grid.tiles(), kPixelWarps), kPixelThreads,
+         kPixelWarps * sizeof(MaskMemory), stream, MaskWeights{e, masks.data});
 }
 
 template <class T>

@@ -61,9 +61,8 @@ struct Scatterer {
     const int y = wy.begin + row - c * down, x = wx.begin + e - row * across;
     const int at = y * p.grid.x.windows + x;
     const auto of = [&](std::int64_t image) { return (image * p.C + c) * p.grid.windows() + at; };
-    place.box = Box(p.grid, y, x);
-    place.from =
-        p.weights + of(b * p.N + n) * p.box() - (place.box.y.begin * p.box_x + place.box.x.begin);
+    place.box = box_of(p.grid, y, x);
+    place.from = p.weights + of(b * p.N + n) * p.box() - (place.box.y * p.box_x + place.box.x);
     return {p.vectors + of(b) * p.D, p.scale[of(kPool ? b * p.N + n : b)]};
   }
 
@@ -72,7 +71,7 @@ struct Scatterer {
     if (row > kBlock) return;
     const int y = i.begin - 1 + row, x = j.begin - 1 + column;
     const bool inside = y >= 0 && y < p.grid.y.cells && x >= 0 && x < p.grid.x.cells;
-    const float4* from = p.gram + ((b * p.N + n) * p.grid.y.cells + y) * p.grid.x.cells + x;
+    const float4* from = p.gram_weights + ((b * p.N + n) * p.grid.y.cells + y) * p.grid.x.cells + x;
     memory.gram[row][column] = inside ? *from : make_float4(0, 0, 0, 0);
   }
 
@@ -346,14 +345,15 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
       for (; step < memory.steps; ++step) s.template add<false>(sum, d, step);
     }
     if (d0 + kChannels * warp >= p.D) continue;
-    float finite = 0;  // or NaN
+    float finite = 0;  // or not, or the product of two numbers is not
     LSLPN_UNROLL
     for (int m = 0; m < Scatterer<T, kPool>::kProducts; ++m) {
       if (!kPool) s.add_gram(sum[m], d + 2 * m);
       LSLPN_UNROLL
-      for (int e = 0; e < 4 * kBlock; ++e) finite += 0 * sum[m][e / 4][e % 4];
+      for (int e = 0; e < 2 * kBlock; ++e)
+        finite += sum[m][e / 2][e % 2] * sum[m][e / 2][e % 2 + 2];
     }
-    if (finite != 0) s.sum_again(sum, d);
+    if (!isfinite(finite)) s.sum_again(sum, d);
     to.w == 1 ? s.template write<true>(sum, d) : s.template write<false>(sum, d);
   }
 }

@@ -2,37 +2,18 @@
 // products of its feature locations with the prototypes of its windows and with each other.
 #pragma once
 
-#include "pixels.h"
-#include "products.h"
+#include "exchange.h"
 
 namespace lslpn::cuda {
 namespace {
 
-constexpr int kLocationBlocks = (kMap + 7) / 8;  // blocks of 8 locations of a tile
-constexpr int kLocationsOfBlocks = 8 * kLocationBlocks;
-
-struct MatchTiles : Matching {
-  Grid grid;
-  int C, D;
-  std::int64_t N, images;
-  float* loss_sums;  // forward with a loss: [images, tiles, 2] of losses and weights
-  // Backward.
-  int tile_maps;
-  float* maps;  // [images, tiles, tile_maps, kMap]
+struct MatchTiles : Exchange, Matching {
+  float* loss_sums;  // forward with a loss: [B, N, tiles, 2] of losses and weights
 
   // The number that winners have for the w-th window of a tile.
   LSLPN_DEVICE int place(int w, int windows_x) const {
     return w / windows_x * overlap_x + w % windows_x;
   }
-};
-
-// The taps of a lane's column of pixels.
-struct Column {
-  int left, right;  // columns of locations, the same where the second weight is 0
-  float p, q;       // their weights
-
-  LSLPN_DEVICE explicit Column(const Taps<float>& t)
-      : left(t.lower), right(t.upper > 0 ? t.lower + 1 : t.lower), p(1 - t.upper), q(t.upper) {}
 };
 
 // For tiles of at most kWindows windows: classes of one pass over the channels, and products of 8
@@ -42,12 +23,10 @@ constexpr int kClassesAtATime = kWindows == 4 ? 2 : 1;
 template <int kWindows>
 constexpr int kProducts = kClassesAtATime<kWindows> * kWindows / 8;
 
-enum GramKind { kOwn, kRight, kBelow, kDiagonal, kOther, kGramKinds };
-
 template <int kWindows>
 struct alignas(16) ScoreMemory {
   float dots[kLocationsOfBlocks][8 * kProducts<kWindows> + 4];
-  float gram[kGramKinds][kLocationsOfBlocks];
+  GramTile gram[2];  // the second of `other` alone
   RowTaps rows;
 };
 
@@ -154,21 +133,21 @@ struct Dots {
     LSLPN_UNROLL
     for (int e = 0; e < 4; ++e) {
       const int distance = g - 2 * q - e % 2 + (e < 2 ? 0 : 8);
-      const int kind = distance == 0               ? kOwn
-                       : distance == 1             ? kRight
-                       : distance == kTileSide     ? kBelow
-                       : distance == kTileSide + 1 ? kDiagonal
-                       : distance == kTileSide - 1 ? kOther
+      const int kind = distance == 0               ? 0
+                       : distance == 1             ? 1
+                       : distance == kTileSide     ? 2
+                       : distance == kTileSide + 1 ? 3
+                       : distance == kTileSide - 1 ? 4
                                                    : -1;
-      const int shift = 2 * q + e % 2 - (kind == kOther ? 1 : 0);
       if (kind < 0) continue;
       LSLPN_UNROLL
       for (int k = 0; k < kLocationBlocks; ++k) {
-        if ((k > 0 || shift >= 0) && (e < 2 || k + 1 < kLocationBlocks)) {
-          memory.gram[kind][8 * k + shift] = gram[k][e];
-        }
+        memory.gram[kind / 4][kind % 4][8 * k + 2 * q + e % 2] = gram[k][e];
       }
     }
+    __syncwarp();
+    // The other diagonal, of location l + 1 with the one below l.
+    for (int l = lane; l < kMap; l += kWarp) memory.gram[0][3][l] += memory.gram[1][0][l + 1];
   }
 };
 
@@ -189,13 +168,13 @@ LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const Me
   const int width = end_x - begin_x;
   for (int e = lane; e < (end_y - begin_y) * width; e += kWarp) {
     const int i = begin_y + e / width, j = begin_x + e % width;
-    const int r = i - y.cell, c = j - x.cell, l = kTileSide * r + c;
+    const int r = i - y.cell, c = j - x.cell;
     const bool inside = r >= 0 && r < y.cells && c >= 0 && c < x.cells;
     float* target = maps + static_cast<std::int64_t>(i) * p.grid.x.cells + j;
-    target[0] = inside ? memory.gram[kOwn][l] : 0;
-    target[size] = inside ? memory.gram[kRight][l] : 0;
-    target[2 * size] = inside ? memory.gram[kBelow][l] : 0;
-    target[3 * size] = inside ? memory.gram[kDiagonal][l] + memory.gram[kOther][l] : 0;
+    LSLPN_UNROLL
+    for (int k = 0; k < kGramMaps; ++k) {
+      target[k * size] = inside ? memory.gram[0][k][kTileSide * r + c] : 0;
+    }
   }
 }
 
@@ -208,26 +187,10 @@ struct Scorer {
   const MatchTiles& p;
   const PixelTile& tile;
   const ScoreMemory<kWindows>& memory;
-  const Column column;
+  const PixelColumn column;
   float* scores[kClasses];          // of the next pixel
   std::uint8_t* winners[kClasses];  // or null
 
-  LSLPN_DEVICE float gram(int kind, int row, int column) const {
-    return memory.gram[kind][kTileSide * row + column];
-  }
-  // Where the weight of the next column of locations is 0, it is not read: it may hold a NaN.
-  LSLPN_DEVICE float norm_row(int r) const {
-    const float p = column.p, q = column.q;
-    if (q == 0) return gram(kOwn, r, column.left);
-    return p * p * gram(kOwn, r, column.left) + q * q * gram(kOwn, r, column.right) +
-           2 * p * q * gram(kRight, r, column.left);
-  }
-  LSLPN_DEVICE float norm_between(int r) const {
-    const float p = column.p, q = column.q;
-    if (q == 0) return gram(kBelow, r, column.left);
-    return p * p * gram(kBelow, r, column.left) + q * q * gram(kBelow, r, column.right) +
-           p * q * (gram(kDiagonal, r, column.left) + gram(kOther, r, column.left));
-  }
   LSLPN_DEVICE void enter(Row& row, int r) const {
     const float* left = memory.dots[kTileSide * r + column.left];
     const float* right = memory.dots[kTileSide * r + column.right];
@@ -321,7 +284,7 @@ struct Scorer {
     LSLPN_NO_UNROLL
     for (int row = 0; row < tile.y.cells; ++row) {
       const int on = tile.rows_on(row), all = tile.rows_at(row);
-      norm.row = known ? norm.next : norm_row(row);
+      norm.row = known ? norm.next : column.norms(memory.gram[0], row).x;
       if (!known) enter(next, row);
       LSLPN_UNROLL
       for (int c = 0; c < kClasses; ++c) {
@@ -336,8 +299,8 @@ struct Scorer {
         known = between && count > 0;
         if (count == 0) continue;
         if (between) {
-          norm.next = norm_row(row + 1);
-          norm.between = norm_between(row);
+          norm.next = column.norms(memory.gram[0], row + 1).x;
+          norm.between = column.norms(memory.gram[0], row).y;
           enter(next, row + 1);
         } else {
           norm.next = norm.between = 0;
@@ -416,7 +379,7 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int g = lane / 4, q = lane % 4;
   const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
-  if (index >= p.images * p.grid.tiles()) return;
+  if (index >= p.B * p.N * p.grid.tiles()) return;
   const std::int64_t image = index / p.grid.tiles(), b = image / p.N;
   ScoreMemory<kWindows>& memory = reinterpret_cast<ScoreMemory<kWindows>*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
@@ -467,7 +430,7 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
     dots.put(memory, lane, first);
     __syncwarp();
     if (p.gram && first) keep_gram(p, tile, memory, image, lane);
-    Scorer<kWindows> scorer{p, tile, memory, Column(tile.taps), {}, {}};
+    Scorer<kWindows> scorer{p, tile, memory, PixelColumn(tile.taps), {}, {}};
     LSLPN_UNROLL
     for (int e = 0; e < kClasses; ++e) {
       // Beyond the last class it is repeated, as columns of pixels are.

@@ -43,14 +43,14 @@ struct AxisTable {
   }
 };
 
-constexpr int kSumsOfBlock = 16 * kExchangeThreads;  // numbers of all classes
+constexpr int kSumsOfBlock = 8 * kExchangeThreads;  // numbers of all classes
 
 // Blocks for the weights of an image, and for the gradients of the Gram maps.
 LSLPN_HD int weight_blocks(const Exchange& p) {
   return divide_up(p.grid.windows() * p.box(), kSumsOfBlock);
 }
 LSLPN_HD int gram_blocks(const Exchange& p) {
-  return p.gram ? divide_up(p.grid.y.cells * p.grid.x.cells, kSumsOfBlock) : 0;
+  return p.gram_weights ? divide_up(p.grid.y.cells * p.grid.x.cells, kSumsOfBlock) : 0;
 }
 
 template <bool kPool>
@@ -92,7 +92,7 @@ sum_tiles(LSLPN_PARAMETERS Exchange p) {
                   LSLPN_UNROLL
                   for (int k = 0; k < kGramMaps; ++k) sum[k] += map[k * kMap];
                 });
-      p.gram[image * grid.y.cells * w + e] =
+      p.gram_weights[image * grid.y.cells * w + e] =
           make_float4(2 * sum[0], sum[1], sum[2], sum[3]);  // d(f^2) = 2 f df
     }
     return;
