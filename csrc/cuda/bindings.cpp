@@ -43,25 +43,25 @@ constexpr DType kDType = std::is_same_v<T, float> ? DType::float32 : DType::uint
 // A contiguous array of T on the device of `like`.
 template <class T>
 T* array(const char* name, py::handle capsule, const TensorView& like,
-         std::initializer_list<std::int64_t> shape) {
+         std::initializer_list<std::int64_t> shape, bool aligned = false) {
   const TensorView v = device_view(name, capsule, static_cast<int>(shape.size()), &like);
   expect_dtype(v, kDType<T>);
   expect_shape(v, shape);
   expect_contiguous(v);
+  if (aligned && reinterpret_cast<std::uintptr_t>(v.data) % 16) {
+    refuse(name, "must be aligned to 16 bytes");
+  }
   return v.as<T>();
 }
 
-Features features_of(const TensorView& v) {
+Features features_of(const TensorView& v, const Axis& y, const Axis& x) {
   if (!is_floating(v.dtype) || v.dtype == DType::float64) {
     throw py::type_error(std::string(v.name) + " must be float32, float16 or bfloat16");
   }
+  if (v.shape[3] != y.cells || v.shape[4] != x.cells) refuse(v.name, "do not have the axes' sizes");
   Features f{v.data, v.dtype, v.shape[0], v.shape[1], v.shape[2], v.shape[3], v.shape[4], {}};
   for (int i = 0; i < 5; ++i) f.stride[i] = v.stride[i];
   return f;
-}
-
-void expect_axes(const Features& f, const Axis& y, const Axis& x) {
-  if (f.h != y.cells || f.w != x.cells) refuse("features", "do not have the axes' sizes");
 }
 
 // Launches a call for some episodes; returns how many. Memory comes from torch: `allocate(bytes)`
@@ -76,9 +76,7 @@ std::int64_t start(const Call& call, const TensorView& features, std::uintptr_t 
       call,
       [&](std::int64_t bytes) {
         capsule = allocate(bytes);
-        void* memory = array<std::uint8_t>("workspace", capsule, features, {bytes});
-        if (reinterpret_cast<std::uintptr_t>(memory) % 16) refuse("workspace", "is not aligned");
-        return memory;
+        return array<std::uint8_t>("workspace", capsule, features, {bytes}, true);
       },
       reinterpret_cast<Stream>(stream));
 }
@@ -93,15 +91,14 @@ std::int64_t masked_average_pool(py::handle features, py::handle masks, std::int
   call.kept = kept;
   call.min_pixels = static_cast<float>(min_pixels.value_or(0));
   const TensorView v = device_view(call.backward ? "grad_features" : "features", features, 5);
-  const Features& f = call.features = features_of(v);
   call.y = axis_of(y);
   call.x = axis_of(x);
-  expect_axes(f, call.y, call.x);
+  const Features& f = call.features = features_of(v, call.y, call.x);
   const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
   call.masks = masks_of(device_view("masks", masks, 5, &v, 4), f.B, f.N, C, call.y.pixels,
                         call.x.pixels, DType::float32);
-  call.prototypes =
-      array<float>(call.backward ? "grad" : "prototypes", prototypes, v, {f.B, C, Gy, Gx, f.D});
+  call.prototypes = array<float>(call.backward ? "grad" : "prototypes", prototypes, v,
+                                 {f.B, C, Gy, Gx, f.D}, true);
   call.factor = array<float>("factor", factor, v, {f.B, f.N, C, Gy, Gx});
   return start(call, v, stream, allocate);
 }
@@ -121,16 +118,15 @@ std::int64_t cosine_match(py::handle features, py::handle prototypes, py::handle
   Matching& m = call.matching;
   Loss& loss = m.loss;
   const TensorView v = device_view("features", features, 5);
-  const Features& f = call.features = features_of(v);
   call.y = axis_of(y);
   call.x = axis_of(x);
+  const Features& f = call.features = features_of(v, call.y, call.x);
   call.backward = grads.has_value();
-  expect_axes(f, call.y, call.x);
   const bool has_loss = !radial.is_none();
   const std::int64_t C = call.C = device_view("prototypes", prototypes, 5).shape[1];
   const std::int64_t H = call.y.pixels, W = call.x.pixels;
   const std::initializer_list<std::int64_t> windows{f.B, C, call.y.windows, call.x.windows, f.D};
-  m.prototypes = array<float>("prototypes", prototypes, v, windows);
+  m.prototypes = array<float>("prototypes", prototypes, v, windows, true);
   m.scores = array<float>("scores", scores, v, {f.B, f.N, has_loss ? C - 1 : C, H, W});
   if (overlap_x < 1 || overlap_x > call.x.windows) refuse("overlap_x", "is out of range");
   m.overlap_x = static_cast<int>(overlap_x);
@@ -166,8 +162,8 @@ std::int64_t cosine_match(py::handle features, py::handle prototypes, py::handle
     const TensorView g = device_view("grad_features", of_features, 5, &v);
     expect_dtype(g, f.dtype);
     expect_shape(g, {f.B, f.N, f.D, f.h, f.w});
-    call.grad_features = features_of(g);
-    call.grad_prototypes = array<float>("grad_prototypes", of_prototypes, v, windows);
+    call.grad_features = features_of(g, call.y, call.x);
+    call.grad_prototypes = array<float>("grad_prototypes", of_prototypes, v, windows, true);
   }
   return start(call, v, stream, allocate);
 }

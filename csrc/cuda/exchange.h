@@ -30,30 +30,21 @@ constexpr int kGatherBytes = 80 << 10;  // of shared memory, at most
 constexpr int kLocations = 256;  // gather: those whose weights are in shared memory at a time
 constexpr std::int64_t kWorkspace = 32 << 20;  // bytes, if an episode does not take more
 
-// The locations of a window: the first, and how many.
-struct alignas(16) Box {
+// A class and a window: its locations, the weight of location (0, 0), and its index in [C, Gy, Gx].
+struct alignas(16) Pair {
   int y, x, rows, columns;
+  const float* weights;
+  std::int64_t index;
 
   LSLPN_DEVICE bool has(int i, int j) const {
     return static_cast<unsigned>(i - y) < rows && static_cast<unsigned>(j - x) < columns;
   }
 };
-LSLPN_DEVICE Box box_of(const Grid& grid, int window_y, int window_x) {
-  const Range y = locations_of_window(grid.y, window_y), x = locations_of_window(grid.x, window_x);
-  return {y.begin, x.begin, y.end - y.begin, x.end - x.begin};
-}
-
-// A class and window of `gather`.
-struct Column {
-  Box box;
-  std::int64_t weights;  // index of that of location (0, 0) in the episode's first image
-  std::int64_t window;   // counted from class 0, window 0
-};
 
 struct GatherMemory {
   uint4 weights[kLocations / 8][kWarp];  // of two locations a lane: high parts, low parts
   std::int64_t offsets[kLocations / 2];  // of two locations, in bytes
-  Column columns[kColumns];
+  Pair pairs[kColumns];
 };
 
 // B episodes of N images.
@@ -76,6 +67,7 @@ struct Exchange {
                          // [B, C, Gy, Gx] 1 / |p|
   float* out;            // gather: [B, C, Gy, Gx, D]
 
+  LSLPN_HD int pairs() const { return C * grid.windows(); }
   LSLPN_HD int box() const { return box_y * box_x; }
   LSLPN_HD std::int64_t gather_blocks() const { return B * parts_y * parts_x * parts_c; }
   LSLPN_HD std::int64_t scatter_blocks() const {
@@ -84,6 +76,22 @@ struct Exchange {
   // Floats from one column's sums to the next in `gather`, which avoids bank conflicts.
   LSLPN_HD int pitch() const { return D + 4; }
 };
+
+// The e-th pair of some classes and windows, with its weights in an image.
+LSLPN_DEVICE Pair pair_of(const Exchange& p, std::int64_t image, const Range& classes,
+                          const Range& wy, const Range& wx, int e) {
+  const int across = wx.end - wx.begin, down = wy.end - wy.begin, row = e / across, c = row / down;
+  const int m_y = wy.begin + row - c * down, m_x = wx.begin + e - row * across;
+  const Range y = locations_of_window(p.grid.y, m_y), x = locations_of_window(p.grid.x, m_x);
+  const int index = ((classes.begin + c) * p.grid.y.windows + m_y) * p.grid.x.windows + m_x;
+  const std::int64_t at = image * p.pairs() + index;
+  return {y.begin,
+          x.begin,
+          y.end - y.begin,
+          x.end - x.begin,
+          p.weights + (at * p.box() - (y.begin * p.box_x + x.begin)),
+          index};
+}
 
 // ---- on the host ----
 

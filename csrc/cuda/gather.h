@@ -29,17 +29,10 @@ struct Gatherer {
   LSLPN_DEVICE int visits() const { return 2 * pairs() * (y.end - y.begin); }
 
   LSLPN_DEVICE void prepare() const {
-    const int e = thread_index(), across = wx.end - wx.begin, down = wy.end - wy.begin;
+    const int e = thread_index();
     if (e < kColumns) {
-      const int row = e / across, c = classes.begin + row / down;
-      const int m_y = wy.begin + row % down, m_x = wx.begin + e % across;
-      const Box box = box_of(p.grid, m_y, m_x);
-      Column& column = memory.columns[e];
-      column.window = c * p.grid.windows() + m_y * p.grid.x.windows + m_x;
-      column.weights =
-          (b * p.N * p.C * p.grid.windows() + column.window) * p.box() - (box.y * p.box_x + box.x);
-      column.box = box;
-      if (e >= columns()) column.box.rows = 0;
+      memory.pairs[e] = pair_of(p, b * p.N, classes, wy, wx, min(e, columns() - 1));
+      if (e >= columns()) memory.pairs[e].rows = 0;
     }
     for (int k = e; k < columns() * p.pitch(); k += kExchangeThreads) sums[k] = 0;
     __syncthreads();
@@ -57,20 +50,19 @@ struct Gatherer {
 
   // The weights of `count` locations of image n from `first` on.
   LSLPN_DEVICE void find_weights(std::int64_t n, int first, int count) const {
-    const std::int64_t image = n * p.C * p.grid.windows() * p.box();
     for (int l = thread_index(); l < (count + 7) / 8 * 8; l += kExchangeThreads) {
       int i, j;
       const bool counts = find(first + l, i, j);
-      const float* weights = p.weights + image + (i * p.box_x + j);
+      const std::int64_t at = n * p.pairs() * p.box() + (i * p.box_x + j);
       std::uint32_t* to = &memory.weights[l / 8][l / 2 % 4].x + l % 2;
       LSLPN_UNROLL
       for (int e = 0; e < kColumns; ++e) {
-        const Column column = memory.columns[e];
-        const bool there = counts && column.box.has(i, j);
-        split_tf32(there ? weights[column.weights] : 0, to[16 * e], to[16 * e + 2]);
+        const Pair pair = memory.pairs[e];
+        split_tf32(counts && pair.has(i, j) ? pair.weights[at] : 0, to[16 * e], to[16 * e + 2]);
       }
-      if (l % 2 == 0)
+      if (l % 2 == 0) {
         memory.offsets[l / 2] = std::int64_t{i * features.h + j * features.w} * int{sizeof(T)};
+      }
     }
   }
 
@@ -114,14 +106,14 @@ struct Gatherer {
   // of 0, and 0 times NaN is NaN.
   LSLPN_DEVICE float sum_covered(const T* channel, int e, std::int64_t n, int first,
                                  int count) const {
-    const Column& column = memory.columns[e];
-    const float* weights = p.weights + (n * p.C * p.grid.windows() * p.box() + column.weights);
+    const Pair& pair = memory.pairs[e];
     float sum = 0;
     LSLPN_NO_UNROLL
     for (int l = first; l < first + count; ++l) {
       int i, j;
-      if (!find(l, i, j) || !column.box.has(i, j)) continue;
-      sum += weights[i * p.box_x + j] * to_float(channel[i * features.h + j * features.w]);
+      if (!find(l, i, j) || !pair.has(i, j)) continue;
+      sum += pair.weights[n * p.pairs() * p.box() + (i * p.box_x + j)] *
+             to_float(channel[i * features.h + j * features.w]);
     }
     return sum;
   }
@@ -134,10 +126,9 @@ struct Gatherer {
     LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
       const int mine = 2 * q + e;
-      factor[e] =
-          mine >= columns() ? 0
-          : !kPool ? 1
-                   : p.scale[(b * p.N + n) * p.C * p.grid.windows() + memory.columns[mine].window];
+      factor[e] = mine >= columns() ? 0
+                  : !kPool          ? 1
+                                    : p.scale[(b * p.N + n) * p.pairs() + memory.pairs[mine].index];
     }
     const bool wide = x.end - x.begin > 1;
     const std::int64_t across = wide ? std::int64_t{features.w} * int{sizeof(T)} : 0;
@@ -182,7 +173,7 @@ struct Gatherer {
   LSLPN_DEVICE void finish() const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     for (int e = warp; e < columns(); e += kExchangeWarps) {
-      const std::int64_t at = b * p.C * p.grid.windows() + memory.columns[e].window;
+      const std::int64_t at = b * p.pairs() + memory.pairs[e].index;
       const float* from = sums + e * p.pitch();
       const float* prototype = p.vectors + at * p.D;
       float inverse = 1, along = 0;

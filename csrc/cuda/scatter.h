@@ -10,20 +10,12 @@
 
 namespace lslpn::cuda {
 
-// Gradients of the Gram maps (own, right, below, diagonals) at a block's locations, the row above
-// and the column to the left of them.
-using GramBlock = float4[kBlock + 1][kBlock + 1];
-
-// The vector of a class and a window near the block, and its scale.
-struct alignas(16) Vector {
-  const float* begin;
-  float scale;
-};
-// Its locations, the weight of location (0, 0), and where its weights are stored.
-struct alignas(16) Place {
-  Box box;
-  const float* from;
+// A class and a window near the block, with its vector and the scale of that, and where its weights
+// are stored.
+struct Near : Pair {
+  const float* vector;
   std::uint32_t* to;
+  float scale;
 };
 
 constexpr int kVectors = 56;       // at a time
@@ -31,11 +23,12 @@ constexpr int kRows = kBlock + 3;  // of features around a block
 
 struct ScatterMemory {
   uint4 weights[kVectors / 8][kBlock][kWarp];  // of a lane's two vectors: high parts, low parts
-  GramBlock gram;
+  // Gradients of the Gram maps (own, right, below, diagonals) at the locations, the row above and
+  // the column to the left of them.
+  float4 gram[kBlock + 1][kBlock + 1];
   uint4 stencil[3][kBlock + 1][kWarp];  // of two neighbours of a lane's column, likewise
   std::int64_t rows[kRows];             // offsets in bytes
-  Vector vectors[kVectors];
-  Place places[kVectors];
+  Near near[kVectors];
   int steps;  // of 8 vectors
 };
 
@@ -55,15 +48,10 @@ struct Scatterer {
 
   // Classes and windows near the block.
   LSLPN_DEVICE int vectors() const { return p.C * (wy.end - wy.begin) * (wx.end - wx.begin); }
-  LSLPN_DEVICE Vector vector(int e, Place& place) const {
-    const int across = wx.end - wx.begin, down = wy.end - wy.begin, row = e / across,
-              c = row / down;
-    const int y = wy.begin + row - c * down, x = wx.begin + e - row * across;
-    const int at = y * p.grid.x.windows + x;
-    const auto of = [&](std::int64_t image) { return (image * p.C + c) * p.grid.windows() + at; };
-    place.box = box_of(p.grid, y, x);
-    place.from = p.weights + of(b * p.N + n) * p.box() - (place.box.y * p.box_x + place.box.x);
-    return {p.vectors + of(b) * p.D, p.scale[of(kPool ? b * p.N + n : b)]};
+  LSLPN_DEVICE Near near(int e) const {
+    const Pair pair = pair_of(p, b * p.N + n, {0, p.C}, wy, wx, e);
+    const float scale = p.scale[(kPool ? b * p.N + n : b) * p.pairs() + pair.index];
+    return {pair, p.vectors + (b * p.pairs() + pair.index) * p.D, nullptr, scale};
   }
 
   LSLPN_DEVICE void find_gram() const {
@@ -87,24 +75,22 @@ struct Scatterer {
     int count = 0;
     LSLPN_NO_UNROLL
     for (int e = first + lane; e - lane < end; e += kWarp) {
-      Place place;
-      const Vector found = vector(min(e, end - 1), place);
+      Near found = near(min(e, end - 1));
       const bool counts = e < end && found.scale != 0;
       const unsigned there = __ballot_sync(kAllLanes, counts);
       const int at = count + __popc(there & ((1u << lane) - 1));
-      if (counts) {
-        memory.vectors[at] = found;
-        place.to = weights_of(at);
-        memory.places[at] = place;
-      }
+      found.to = weights_of(at);
+      if (counts) memory.near[at] = found;
       count += __popc(there);
     }
     __syncwarp();
     // Vectors that fill up a step of 8 have no location.
     const int steps = max(1, (count + 7) / 8);
     if (count + lane < 8 * steps) {
-      memory.vectors[count + lane] = {count > 0 ? memory.vectors[0].begin : p.vectors, 0};
-      memory.places[count + lane] = {Box{}, p.weights, weights_of(count + lane)};
+      Near none{};
+      none.vector = count > 0 ? memory.near[0].vector : p.vectors;
+      none.to = weights_of(count + lane);
+      memory.near[count + lane] = none;
     }
     if (lane == 0) memory.steps = steps;
   }
@@ -120,9 +106,9 @@ struct Scatterer {
     constexpr int kStep = kExchangeThreads / (kBlock * kBlock);
     LSLPN_NO_UNROLL
     for (int e = thread_index() / (kBlock * kBlock); e < 8 * memory.steps; e += kStep) {
-      const Place place = memory.places[e];
-      std::uint32_t* const to = place.to + 4 * (row * kWarp + 4 * column);
-      split_tf32(place.box.has(y, x) ? place.from[y * p.box_x + x] : 0, to[0], to[2]);
+      const Near& of = memory.near[e];
+      std::uint32_t* const to = of.to + 4 * (row * kWarp + 4 * column);
+      split_tf32(of.has(y, x) ? of.scale * of.weights[y * p.box_x + x] : 0, to[0], to[2]);
     }
     __syncthreads();
   }
@@ -135,10 +121,8 @@ struct Scatterer {
     OperandA vectors[kProducts][1];
     LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
-      const Vector vector = memory.vectors[8 * step + lane % 4 + 4 * e];
-      float4 value = *reinterpret_cast<const float4*>(vector.begin + d);
-      value = {vector.scale * value.x, vector.scale * value.y, vector.scale * value.z,
-               vector.scale * value.w};
+      const float* vector = memory.near[8 * step + lane % 4 + 4 * e].vector;
+      const float4 value = *reinterpret_cast<const float4*>(vector + d);
       vectors[0][0].set(2 * e, value.x);
       vectors[0][0].set(2 * e + 1, value.y);
       vectors[1][0].set(2 * e, value.z);
@@ -189,7 +173,8 @@ struct Scatterer {
     }
     // Rows from the one above the block on. Beyond the image the nearest one is read.
     const int row = min(max(i.begin - 1 + thread_index(), 0), p.grid.y.cells - 1);
-    if (thread_index() < kRows) memory.rows[thread_index()] = row * features.h * int{sizeof(T)};
+    if (thread_index() < kRows)
+      memory.rows[thread_index()] = std::int64_t{row * features.h} * int{sizeof(T)};
   }
 
   // Adds the gradients of the Gram maps times the neighbouring features, for channels d and d + 1.
@@ -247,10 +232,9 @@ struct Scatterer {
       const int y = min(i.begin + row, i.end - 1), x = min(j.begin + column, j.end - 1);
       LSLPN_NO_UNROLL
       for (int k = 0; k < vectors(); ++k) {
-        Place place;
-        const Vector of = vector(k, place);
-        if (of.scale == 0 || !place.box.has(y, x)) continue;
-        alone += place.from[y * p.box_x + x] * (of.scale * of.begin[channel]);
+        const Near from = near(k);
+        if (from.scale == 0 || !from.has(y, x)) continue;
+        alone += from.scale * from.weights[y * p.box_x + x] * from.vector[channel];
       }
       const T* const of = features.image(b, n) + static_cast<std::int64_t>(channel) * features.d;
       LSLPN_NO_UNROLL

@@ -59,8 +59,8 @@ def unavailable(device: torch.device) -> str | None:
 
 def declines(grid: GridSpec, reduce: str) -> bool:
     """See `Kernels`. The kernels do not take grids of more than four windows over a pixel along an
-    axis."""
-    return grid.spacing < 1 / 3
+    axis, nor axes that windows cut into more than 256 segments."""
+    return grid.spacing < 1 / 3 or grid.scale * grid.spacing < 1 / 120
 
 
 def _call(name: str, device: torch.device, *args: Any) -> int:
