@@ -58,7 +58,7 @@ def moved(size: dict[str, Any]) -> dict[str, int]:
 def held(size: dict[str, Any]) -> int:
     """Bytes that are there at once beyond the inputs, at most: either while matching goes back, or
     while pooling does. The caller has the logits. A twelfth of the features of one side is for the
-    workspace, which the cuda backend keeps to at these sizes (`kWorkspace` in csrc/cuda/exchange.h)."""
+    workspace, which the cuda backend keeps to at these sizes (`WORKSPACE` in its module)."""
     t = tensors(size)
     kept = t["winners"] + t["gram"] + t["prototypes"] + t["factor"]
     matching = kept + t["query"] + t["prototypes"] + t["query"] // 12

@@ -69,11 +69,11 @@ Features features_of(const TensorView& v, const Axis& y, const Axis& x) {
 // the memory for this stream.
 template <class Call>
 std::int64_t start(const Call& call, const TensorView& features, std::uintptr_t stream,
-                   const py::function& allocate) {
+                   std::int64_t workspace, const py::function& allocate) {
   make_current(features.device_id);
   py::object capsule;
   return run(
-      call,
+      call, workspace,
       [&](std::int64_t bytes) {
         capsule = allocate(bytes);
         return array<std::uint8_t>("workspace", capsule, features, {bytes}, true);
@@ -85,7 +85,8 @@ std::int64_t start(const Call& call, const TensorView& features, std::uintptr_t 
 std::int64_t masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
                                  py::handle prototypes, py::handle factor, const AxisNumbers& y,
                                  const AxisNumbers& x, const std::optional<double>& min_pixels,
-                                 std::uintptr_t stream, const py::function& allocate, bool kept) {
+                                 std::uintptr_t stream, std::int64_t workspace,
+                                 const py::function& allocate, bool kept) {
   Pool call;
   call.backward = !min_pixels;
   call.kept = kept;
@@ -100,7 +101,7 @@ std::int64_t masked_average_pool(py::handle features, py::handle masks, std::int
   call.prototypes = array<float>(call.backward ? "grad" : "prototypes", prototypes, v,
                                  {f.B, C, Gy, Gx, f.D}, true);
   call.factor = array<float>("factor", factor, v, {f.B, f.N, C, Gy, Gx});
-  return start(call, v, stream, allocate);
+  return start(call, v, stream, workspace, allocate);
 }
 
 using Labels = std::tuple<py::object, py::object, std::int64_t>;  // weight or None, ignore_index
@@ -111,8 +112,9 @@ using Gradients = std::tuple<py::object, py::object, py::object, py::object>;
 std::int64_t cosine_match(py::handle features, py::handle prototypes, py::handle scores,
                           const py::object& winners, const py::object& gram, const AxisNumbers& y,
                           const AxisNumbers& x, std::int64_t overlap_x, bool mean,
-                          double logit_scale, std::uintptr_t stream, const py::function& allocate,
-                          const py::object& radial, const std::optional<Labels>& labels,
+                          double logit_scale, std::uintptr_t stream, std::int64_t workspace,
+                          const py::function& allocate, const py::object& radial,
+                          const std::optional<Labels>& labels,
                           const std::optional<Gradients>& grads) {
   Match call;
   Matching& m = call.matching;
@@ -165,7 +167,7 @@ std::int64_t cosine_match(py::handle features, py::handle prototypes, py::handle
     call.grad_features = features_of(g, call.y, call.x);
     call.grad_prototypes = array<float>("grad_prototypes", of_prototypes, v, windows, true);
   }
-  return start(call, v, stream, allocate);
+  return start(call, v, stream, workspace, allocate);
 }
 
 }  // namespace

@@ -64,11 +64,12 @@ void launch_backward(const Match& call, const MatchTiles& t, Stream stream) {
 
 }  // namespace
 
-std::int64_t run(const Match& call, const Allocate& allocate, Stream stream) {
+std::int64_t run(const Match& call, std::int64_t workspace, const Allocate& allocate,
+                 Stream stream) {
   const Features& f = call.features;
   if (!small_images(f) || (call.backward && !small_images(call.grad_features))) return 0;
   const Operator op = call.matching.mean ? Operator::match_mean : Operator::match_max;
-  const std::optional<Exchange> plan = plan_of(f, call.y, call.x, call.C, op);
+  const std::optional<Exchange> plan = plan_of(f, call.y, call.x, call.C, op, workspace);
   if (!plan) return 0;
   MatchTiles t{*plan, call.matching, nullptr};
   t.vectors = t.prototypes;

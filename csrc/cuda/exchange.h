@@ -28,7 +28,6 @@ constexpr int kBlock = 8;    // scatter: feature locations of a block along an a
 constexpr int kBlocksAtATime = 264;
 constexpr int kGatherBytes = 80 << 10;  // of shared memory, at most
 constexpr int kLocations = 256;  // gather: those whose weights are in shared memory at a time
-constexpr std::int64_t kWorkspace = 32 << 20;  // bytes, if an episode does not take more
 
 // A class and a window: its locations, the weight of location (0, 0), and its index in [C, Gy, Gx].
 struct alignas(16) Pair {
@@ -152,9 +151,9 @@ inline void cut_windows(Exchange& e) {
 enum class Operator { pool, match_max, match_mean };
 
 // What is decided from sizes alone: the exchange of the first episodes of a call, as many as fit
-// into the workspace; none where the kernels do not take the call.
+// into a workspace of so many bytes, one at least; none where the kernels do not take the call.
 inline std::optional<Exchange> make_plan(const Features& f, const Axis& y, const Axis& x,
-                                         std::int64_t C, Operator op) {
+                                         std::int64_t C, Operator op, std::int64_t workspace) {
   if (f.D % kChannels != 0 || f.D > kTiledAxis || C > kTiledAxis) return std::nullopt;
   Exchange e{};
   e.grid.y = y;
@@ -181,7 +180,7 @@ inline std::optional<Exchange> make_plan(const Features& f, const Axis& y, const
   e.columns = std::min<int>(kColumns, (kGatherBytes - sizeof(GatherMemory)) / (4 * e.pitch()));
   if (e.columns < 1) return std::nullopt;
   e.B = 1;
-  e.B = std::clamp<std::int64_t>(kWorkspace / place(e, op == Operator::pool, nullptr), 1, f.B);
+  e.B = std::clamp<std::int64_t>(workspace / place(e, op == Operator::pool, nullptr), 1, f.B);
   cut_windows(e);
   return e;
 }
@@ -189,17 +188,17 @@ inline std::optional<Exchange> make_plan(const Features& f, const Axis& y, const
 // The plan of a call. To make one takes longer than a launch, so each thread keeps those it has
 // made.
 inline std::optional<Exchange> plan_of(const Features& f, const Axis& y, const Axis& x,
-                                       std::int64_t C, Operator op) {
+                                       std::int64_t C, Operator op, std::int64_t workspace) {
   using Key = std::vector<std::int64_t>;
   thread_local std::map<Key, std::optional<Exchange>> known;
-  Key key{static_cast<int>(op), C, f.B, f.N, f.D};
+  Key key{static_cast<int>(op), C, f.B, f.N, f.D, workspace};
   for (const Axis& a : {y, x}) {
     key.insert(key.end(), {a.pixels, a.cells, a.window, a.step, a.windows});
   }
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   if (known.size() == 64) known.clear();  // of some 5 KB
-  return known[key] = make_plan(f, y, x, C, op);
+  return known[key] = make_plan(f, y, x, C, op, workspace);
 }
 
 inline std::size_t gather_memory(const Exchange& e) {

@@ -81,10 +81,11 @@ struct Match {
 std::string probe();
 // Memory of so many bytes for the kernels of a call, aligned to 16.
 using Allocate = std::function<void*(std::int64_t)>;
-// Launches what a call asks for, for its first episodes, as many as a workspace of limited size
-// allows. Returns how many, 0 where the kernels do not take the call; throws what CUDA reports. The
-// workspace of a loss has its sums: [B, Q, tiles, 2] of losses and of weights.
-std::int64_t run(const Pool& call, const Allocate& allocate, Stream stream);
-std::int64_t run(const Match& call, const Allocate& allocate, Stream stream);
+// Launches what a call asks for, for its first episodes, as many as a workspace of so many bytes
+// allows, one at least. Returns how many, 0 where the kernels do not take the call; throws what
+// CUDA reports. The workspace of a loss has its sums: [B, Q, tiles, 2] of losses and of weights.
+std::int64_t run(const Pool& call, std::int64_t workspace, const Allocate& allocate, Stream stream);
+std::int64_t run(const Match& call, std::int64_t workspace, const Allocate& allocate,
+                 Stream stream);
 
 }  // namespace lslpn::cuda

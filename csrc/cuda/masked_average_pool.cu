@@ -172,10 +172,11 @@ std::string probe() {
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-std::int64_t run(const Pool& call, const Allocate& allocate, Stream stream) {
+std::int64_t run(const Pool& call, std::int64_t workspace, const Allocate& allocate,
+                 Stream stream) {
   if (!small_images(call.features)) return 0;
   std::optional<Exchange> plan =
-      plan_of(call.features, call.y, call.x, call.masks.C, Operator::pool);
+      plan_of(call.features, call.y, call.x, call.masks.C, Operator::pool, workspace);
   if (!plan) return 0;
   Exchange& e = *plan;
   place(e, true, allocate(place(e, true, nullptr)));

@@ -30,6 +30,7 @@ loss_kept = gpu_loss.loss_kept
 
 DEVICE_TYPES = ("cuda",)
 CHANNELS = 32  # as csrc/cuda/launch.h has it
+WORKSPACE = 32 << 20  # bytes, if an episode does not take more
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -194,7 +195,7 @@ def _pool(
             "cuda_masked_average_pool",
             device,
             *(_capsule(wide, b), _capsule(masks, b), C, _capsule(vectors, b), _capsule(factor, b)),
-            *(*axes, min_pixels, _stream(device)),
+            *(*axes, min_pixels, _stream(device), WORKSPACE),
             (lambda size: to_dlpack(kept[0])) if known else _allocator(device, given),
             known,
         )
@@ -287,8 +288,8 @@ def _match(
             "cuda_cosine_match",
             device,
             *(_capsule(tensor, b) for tensor in (wide, vectors, scores, winners, gram)),
-            *(*axes, _overlap(grid, size[1]), reduce == "mean", logit_scale, _stream(device)),
-            *(_allocator(device, given), _capsule(radial, b)),
+            *(*axes, _overlap(grid, size[1]), reduce == "mean", logit_scale),
+            *(_stream(device), WORKSPACE, _allocator(device, given), _capsule(radial, b)),
             labels and (*map(_capsule, labels[:2]), labels[2]),
             grads and tuple(_capsule(tensor, b) for tensor in (*grads[:2], *wide_grads)),
         )
