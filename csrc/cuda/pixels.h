@@ -61,6 +61,7 @@ struct PixelColumn {
 // A segment: its pixels, the feature locations they are interpolated from, the windows over them.
 struct PixelSegment {
   int pixel, pixels, cell, cells, window, windows;
+  int next;  // the first location of the next segment, or behind the last
 };
 
 // What a warp knows of its tile.
@@ -86,9 +87,10 @@ struct PixelTile {
   LSLPN_DEVICE static PixelSegment segment(const Axis& axis, const Tiles& tiles, int k) {
     const int begin = tiles.begin[k], end = tiles.begin[k + 1];
     const Tiles::First first = tiles.first[k];
-    return {begin,        end - begin,
-            first.cell,   locations(axis, begin, end).end - first.cell,
-            first.window, axis.covering(begin).last - first.window + 1};
+    const int cells = locations(axis, begin, end).end - first.cell;
+    const int windows = axis.covering(begin).last - first.window + 1;
+    const int next = k + 1 < tiles.count ? tiles.first[k + 1].cell : axis.cells;
+    return {begin, end - begin, first.cell, cells, first.window, windows, next};
   }
   // How many rows of pixels have a row of locations as their lower tap, and how many of these have
   // no upper tap: they come first. By a whole warp.

@@ -151,29 +151,18 @@ struct Dots {
   }
 };
 
-// Writes the Gram maps for the backward pass. Each feature location is written by the first tile
-// that has it and its neighbours.
-template <class Memory>
-LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const Memory& memory,
+// Writes the Gram maps for the backward pass. Each location is written by the first tile that has
+// it and its neighbours.
+LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const GramTile& gram,
                             std::int64_t image, int lane) {
-  const PixelSegment &y = tile.y, &x = tile.x;
-  const int after_y = y.pixel + y.pixels, after_x = x.pixel + x.pixels;
-  const int begin_y = y.pixel == 0 ? 0 : y.cell, begin_x = x.pixel == 0 ? 0 : x.cell;
-  const int end_y =
-      after_y == p.grid.y.pixels ? p.grid.y.cells : short_taps(p.grid.y, after_y).lower;
-  const int end_x =
-      after_x == p.grid.x.pixels ? p.grid.x.cells : short_taps(p.grid.x, after_x).lower;
+  const int width = tile.x.next - tile.x.cell;
   const std::int64_t size = static_cast<std::int64_t>(p.grid.y.cells) * p.grid.x.cells;
-  float* maps = p.gram + image * kGramMaps * size;
-  const int width = end_x - begin_x;
-  for (int e = lane; e < (end_y - begin_y) * width; e += kWarp) {
-    const int i = begin_y + e / width, j = begin_x + e % width;
-    const int r = i - y.cell, c = j - x.cell;
-    const bool inside = r >= 0 && r < y.cells && c >= 0 && c < x.cells;
-    float* target = maps + static_cast<std::int64_t>(i) * p.grid.x.cells + j;
+  float* maps = p.gram + (image * kGramMaps * size + tile.y.cell * p.grid.x.cells + tile.x.cell);
+  for (int e = lane; e < (tile.y.next - tile.y.cell) * width; e += kWarp) {
+    const int r = e / width, c = e - r * width;
     LSLPN_UNROLL
     for (int k = 0; k < kGramMaps; ++k) {
-      target[k * size] = inside ? memory.gram[0][k][kTileSide * r + c] : 0;
+      maps[k * size + r * p.grid.x.cells + c] = gram[k][kTileSide * r + c];
     }
   }
 }
@@ -429,7 +418,7 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
     advance(-p.D / 16);
     dots.put(memory, lane, first);
     __syncwarp();
-    if (p.gram && first) keep_gram(p, tile, memory, image, lane);
+    if (p.gram && first) keep_gram(p, tile, memory.gram[0], image, lane);
     Scorer<kWindows> scorer{p, tile, memory, PixelColumn(tile.taps), {}, {}};
     LSLPN_UNROLL
     for (int e = 0; e < kClasses; ++e) {
