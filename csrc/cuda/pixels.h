@@ -61,7 +61,6 @@ struct PixelColumn {
 // A segment: its pixels, the feature locations they are interpolated from, the windows over them.
 struct PixelSegment {
   int pixel, pixels, cell, cells, window, windows;
-  int next;  // the first location of the next segment, or behind the last
 };
 
 // What a warp knows of its tile.
@@ -89,8 +88,7 @@ struct PixelTile {
     const Tiles::First first = tiles.first[k];
     const int cells = locations(axis, begin, end).end - first.cell;
     const int windows = axis.covering(begin).last - first.window + 1;
-    const int next = k + 1 < tiles.count ? tiles.first[k + 1].cell : axis.cells;
-    return {begin, end - begin, first.cell, cells, first.window, windows, next};
+    return {begin, end - begin, first.cell, cells, first.window, windows};
   }
   // How many rows of pixels have a row of locations as their lower tap, and how many of these have
   // no upper tap: they come first. By a whole warp.

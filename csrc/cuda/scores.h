@@ -154,11 +154,16 @@ struct Dots {
 // Writes the Gram maps for the backward pass. Each location is written by the first tile that has
 // it and its neighbours.
 LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const GramTile& gram,
-                            std::int64_t image, int lane) {
-  const int width = tile.x.next - tile.x.cell;
+                            std::int64_t image, std::int64_t index, int lane) {
+  const auto to_next = [](const Axis& axis, const Tiles& tiles, int k) {
+    return (k + 1 < tiles.count ? tiles.first[k + 1].cell : axis.cells) - tiles.first[k].cell;
+  };
+  const int number = static_cast<int>(index - image * p.grid.tiles());
+  const int height = to_next(p.grid.y, p.grid.tiles_y, number / p.grid.tiles_x.count);
+  const int width = to_next(p.grid.x, p.grid.tiles_x, number % p.grid.tiles_x.count);
   const std::int64_t size = static_cast<std::int64_t>(p.grid.y.cells) * p.grid.x.cells;
   float* maps = p.gram + (image * kGramMaps * size + tile.y.cell * p.grid.x.cells + tile.x.cell);
-  for (int e = lane; e < (tile.y.next - tile.y.cell) * width; e += kWarp) {
+  for (int e = lane; e < height * width; e += kWarp) {
     const int r = e / width, c = e - r * width;
     LSLPN_UNROLL
     for (int k = 0; k < kGramMaps; ++k) {
@@ -418,7 +423,7 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
     advance(-p.D / 16);
     dots.put(memory, lane, first);
     __syncwarp();
-    if (p.gram && first) keep_gram(p, tile, memory.gram[0], image, lane);
+    if (p.gram && first) keep_gram(p, tile, memory.gram[0], image, index, lane);
     Scorer<kWindows> scorer{p, tile, memory, PixelColumn(tile.taps), {}, {}};
     LSLPN_UNROLL
     for (int e = 0; e < kClasses; ++e) {
