@@ -58,7 +58,7 @@ def held(size: dict[str, Any]) -> int:
     """Peak bytes in addition to the inputs, in the backward pass of either matching or pooling.
 
     The caller holds the logits. A twelfth of the features of one side is for the workspace, which
-    the cuda backend does not exceed at these sizes (`Chunks` in csrc/cuda/tiles.h).
+    the cuda backend does not exceed at these sizes (`WORKSPACE` in its module).
     """
     t = tensors(size)
     kept = t["winners"] + t["gram"] + t["prototypes"] + t["factor"]

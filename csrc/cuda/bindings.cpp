@@ -43,70 +43,65 @@ constexpr DType kDType = std::is_same_v<T, float> ? DType::float32 : DType::uint
 // A contiguous array of T on the device of `like`.
 template <class T>
 T* array(const char* name, py::handle capsule, const TensorView& like,
-         std::initializer_list<std::int64_t> shape) {
+         std::initializer_list<std::int64_t> shape, bool aligned = false) {
   const TensorView v = device_view(name, capsule, static_cast<int>(shape.size()), &like);
   expect_dtype(v, kDType<T>);
   expect_shape(v, shape);
   expect_contiguous(v);
+  if (aligned && reinterpret_cast<std::uintptr_t>(v.data) % 16) {
+    refuse(name, "must be aligned to 16 bytes");
+  }
   return v.as<T>();
 }
 
-Features features_of(const TensorView& v) {
+Features features_of(const TensorView& v, const Axis& y, const Axis& x) {
   if (!is_floating(v.dtype) || v.dtype == DType::float64) {
     throw py::type_error(std::string(v.name) + " must be float32, float16 or bfloat16");
   }
+  if (v.shape[3] != y.cells || v.shape[4] != x.cells) refuse(v.name, "do not have the axes' sizes");
   Features f{v.data, v.dtype, v.shape[0], v.shape[1], v.shape[2], v.shape[3], v.shape[4], {}};
   for (int i = 0; i < 5; ++i) f.stride[i] = v.stride[i];
   return f;
 }
 
-void expect_axes(const Features& f, const Axis& y, const Axis& x) {
-  if (f.h != y.cells || f.w != x.cells) refuse("features", "do not have the axes' sizes");
-}
-
-// Launches a call; false where the kernels do not take it. Memory comes from torch:
-// `allocate(bytes)` gives a DLPack capsule of uint8, which lives until the kernels are queued;
-// after that torch keeps the memory for this stream.
+// Launches a call for some episodes; returns how many. Memory comes from torch: `allocate(bytes)`
+// gives a DLPack capsule of uint8, which lives until the kernels are queued; after that torch keeps
+// the memory for this stream.
 template <class Call>
-bool start(Call& call, const TensorView& features, std::uintptr_t stream,
-           const py::function& allocate) {
+std::int64_t start(const Call& call, const TensorView& features, std::uintptr_t stream,
+                   std::int64_t workspace, const py::function& allocate) {
   make_current(features.device_id);
-  const std::int64_t bytes = workspace_of(call);
-  if (bytes < 0) return false;
   py::object capsule;
-  if (bytes > 0) {
-    capsule = allocate(bytes);
-    call.workspace = array<std::uint8_t>("workspace", capsule, features, {bytes});
-    if (reinterpret_cast<std::uintptr_t>(call.workspace) % 16) {
-      refuse("workspace", "is not aligned");
-    }
-  }
-  const std::string error = run(call, reinterpret_cast<Stream>(stream));
-  if (!error.empty()) throw std::runtime_error("CUDA: " + error);
-  return true;
+  return run(
+      call, workspace,
+      [&](std::int64_t bytes) {
+        capsule = allocate(bytes);
+        return array<std::uint8_t>("workspace", capsule, features, {bytes}, true);
+      },
+      reinterpret_cast<Stream>(stream));
 }
 
 // `features` and `prototypes`, or the gradients of both; then there is no `min_pixels`.
-bool masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
-                         py::handle prototypes, py::handle factor, const AxisNumbers& y,
-                         const AxisNumbers& x, const std::optional<double>& min_pixels,
-                         std::uintptr_t stream, const py::function& allocate, bool kept) {
+std::int64_t masked_average_pool(py::handle features, py::handle masks, std::int64_t C,
+                                 py::handle prototypes, py::handle factor, const AxisNumbers& y,
+                                 const AxisNumbers& x, const std::optional<double>& min_pixels,
+                                 std::uintptr_t stream, std::int64_t workspace,
+                                 const py::function& allocate, bool kept) {
   Pool call;
   call.backward = !min_pixels;
   call.kept = kept;
   call.min_pixels = static_cast<float>(min_pixels.value_or(0));
   const TensorView v = device_view(call.backward ? "grad_features" : "features", features, 5);
-  const Features& f = call.features = features_of(v);
   call.y = axis_of(y);
   call.x = axis_of(x);
-  expect_axes(f, call.y, call.x);
+  const Features& f = call.features = features_of(v, call.y, call.x);
   const std::int64_t Gy = call.y.windows, Gx = call.x.windows;
   call.masks = masks_of(device_view("masks", masks, 5, &v, 4), f.B, f.N, C, call.y.pixels,
                         call.x.pixels, DType::float32);
-  call.prototypes =
-      array<float>(call.backward ? "grad" : "prototypes", prototypes, v, {f.B, C, Gy, Gx, f.D});
+  call.prototypes = array<float>(call.backward ? "grad" : "prototypes", prototypes, v,
+                                 {f.B, C, Gy, Gx, f.D}, true);
   call.factor = array<float>("factor", factor, v, {f.B, f.N, C, Gy, Gx});
-  return start(call, v, stream, allocate);
+  return start(call, v, stream, workspace, allocate);
 }
 
 using Labels = std::tuple<py::object, py::object, std::int64_t>;  // weight or None, ignore_index
@@ -114,25 +109,26 @@ using Labels = std::tuple<py::object, py::object, std::int64_t>;  // weight or N
 using Gradients = std::tuple<py::object, py::object, py::object, py::object>;
 
 // Forward and backward, with `radial` of a loss, where `scores` are the gradients of the logits.
-bool cosine_match(py::handle features, py::handle prototypes, py::handle scores,
-                  const py::object& winners, const py::object& gram, const AxisNumbers& y,
-                  const AxisNumbers& x, std::int64_t overlap_x, bool mean, double logit_scale,
-                  std::uintptr_t stream, const py::function& allocate, const py::object& radial,
-                  const std::optional<Labels>& labels, const std::optional<Gradients>& grads) {
+std::int64_t cosine_match(py::handle features, py::handle prototypes, py::handle scores,
+                          const py::object& winners, const py::object& gram, const AxisNumbers& y,
+                          const AxisNumbers& x, std::int64_t overlap_x, bool mean,
+                          double logit_scale, std::uintptr_t stream, std::int64_t workspace,
+                          const py::function& allocate, const py::object& radial,
+                          const std::optional<Labels>& labels,
+                          const std::optional<Gradients>& grads) {
   Match call;
   Matching& m = call.matching;
   Loss& loss = m.loss;
   const TensorView v = device_view("features", features, 5);
-  const Features& f = call.features = features_of(v);
   call.y = axis_of(y);
   call.x = axis_of(x);
+  const Features& f = call.features = features_of(v, call.y, call.x);
   call.backward = grads.has_value();
-  expect_axes(f, call.y, call.x);
   const bool has_loss = !radial.is_none();
   const std::int64_t C = call.C = device_view("prototypes", prototypes, 5).shape[1];
   const std::int64_t H = call.y.pixels, W = call.x.pixels;
   const std::initializer_list<std::int64_t> windows{f.B, C, call.y.windows, call.x.windows, f.D};
-  m.prototypes = array<float>("prototypes", prototypes, v, windows);
+  m.prototypes = array<float>("prototypes", prototypes, v, windows, true);
   m.scores = array<float>("scores", scores, v, {f.B, f.N, has_loss ? C - 1 : C, H, W});
   if (overlap_x < 1 || overlap_x > call.x.windows) refuse("overlap_x", "is out of range");
   m.overlap_x = static_cast<int>(overlap_x);
@@ -168,10 +164,10 @@ bool cosine_match(py::handle features, py::handle prototypes, py::handle scores,
     const TensorView g = device_view("grad_features", of_features, 5, &v);
     expect_dtype(g, f.dtype);
     expect_shape(g, {f.B, f.N, f.D, f.h, f.w});
-    call.grad_features = features_of(g);
-    call.grad_prototypes = array<float>("grad_prototypes", of_prototypes, v, windows);
+    call.grad_features = features_of(g, call.y, call.x);
+    call.grad_prototypes = array<float>("grad_prototypes", of_prototypes, v, windows, true);
   }
-  return start(call, v, stream, allocate);
+  return start(call, v, stream, workspace, allocate);
 }
 
 }  // namespace

@@ -6,11 +6,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "core/arithmetic.h"
 #include "core/dtype.h"
 #include "core/geometry.h"
+#include "launch.h"
 
 // A kernel of at most `threads` threads a block, at least `blocks` of them on a multiprocessor.
 #define LSLPN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -21,8 +23,6 @@
 #define LSLPN_PARAMETERS const __grid_constant__
 
 namespace lslpn::cuda {
-
-using Stream = void*;  // cudaStream_t, as an integer from Python
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -52,18 +52,10 @@ LSLPN_DEVICE float max_or_nan(float a, float b) {
   return result;
 }
 
-LSLPN_DEVICE float to_float(float value) {
-  return value;
+// The bits of a number in float32. Where bits are wanted, this saves moves between register types.
+LSLPN_DEVICE std::uint32_t float_bits(float value) {
+  return __float_as_uint(value);
 }
-LSLPN_DEVICE float to_float(BFloat16 value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
-}
-LSLPN_DEVICE float to_float(Half value) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
-  return result;
-}
-// Of to_float(value). Where bits are wanted, this saves moves between register types.
 LSLPN_DEVICE std::uint32_t float_bits(BFloat16 value) {
   std::uint32_t result;
   asm("mov.b32 %0, {0, %1};" : "=r"(result) : "h"(value.bits));
@@ -73,6 +65,10 @@ LSLPN_DEVICE std::uint32_t float_bits(Half value) {
   std::uint32_t result;
   asm("cvt.f32.f16 %0, %1;" : "=r"(result) : "h"(value.bits));
   return result;
+}
+template <class T>
+LSLPN_DEVICE float to_float(T value) {
+  return __uint_as_float(float_bits(value));
 }
 LSLPN_DEVICE void from_float(float value, float& out) {
   out = value;
@@ -122,36 +118,34 @@ LSLPN_DEVICE void matrix_multiply(float (&d)[4], const std::uint32_t (&a)[4],
   }
 }
 
-// Bytes of shared memory that a block can have on the current device.
-inline int shared_memory_limit() {
-  int device = 0, bytes = 48 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  return bytes;
+// The sum over the lanes of a warp, which all get.
+LSLPN_DEVICE float warp_sum(float value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
 }
 
-inline std::string error_text(cudaError_t error) {
-  return error == cudaSuccess ? std::string() : cudaGetErrorString(error);
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Launches a kernel on a stream of the current device. Returns the error, empty for none.
+// Launches a kernel on a stream of the current device.
 template <class P>
-std::string launch(void (*kernel)(P), std::int64_t blocks, int threads, std::size_t shared,
-                   Stream stream, const P& parameters) {
+void launch(void (*kernel)(P), std::int64_t blocks, int threads, std::size_t shared, Stream stream,
+            const P& parameters) {
   static_assert(sizeof(P) <= 4096, "a kernel has 4 KiB for its parameters");
-  if (blocks > 0x7fffffff) return "too many blocks for one launch";
+  if (blocks > 0x7fffffff) throw std::runtime_error("CUDA: too many blocks for one launch");
   if (shared > 48 * 1024) {
     // Always the device's maximum: a lower limit, set by one thread, could fail the launch of
     // another that has just set its own.
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit());
-    if (error != cudaSuccess) return error_text(error);
+    int device = 0, limit = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
   }
   void* arguments[] = {const_cast<P*>(&parameters)};
-  return error_text(cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                                     dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
-                                     shared, static_cast<cudaStream_t>(stream)));
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                         dim3(threads), arguments, shared, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace lslpn::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "core/dtype.h"
@@ -10,7 +11,8 @@
 
 namespace lslpn::cuda {
 
-using Stream = void*;  // cudaStream_t, as an integer from Python
+using Stream = void*;          // cudaStream_t, as an integer from Python
+constexpr int kChannels = 32;  // of which D is a multiple
 
 // Features [B, N, D, h, w] of N support or query images, in any layout; strides in elements.
 struct Features {
@@ -20,8 +22,8 @@ struct Features {
   std::int64_t stride[5] = {};
 };
 
-// Pointers are to device memory. All arrays but the features are contiguous. `workspace` has the
-// bytes that workspace_of(call) says, aligned to 16.
+// Pointers are to device memory. All arrays but the features are contiguous; those of channels are
+// aligned to 16 bytes.
 
 struct Pool {
   Features features;  // backward: their gradient, an output
@@ -31,8 +33,7 @@ struct Pool {
   float* factor = nullptr;      // [B, K, C, Gy, Gx]; backward: an input
   float min_pixels = 0;
   bool backward = false;
-  bool kept = false;  // the workspace is that of a forward pass of the same sizes
-  void* workspace = nullptr;
+  bool kept = false;  // the workspace is that of a forward pass of the same call
 };
 
 // Cross-entropy of the logits z_c of a pixel with label y and weight w, for two classes or more.
@@ -74,16 +75,17 @@ struct Match {
   Features grad_features;            // backward
   float* grad_prototypes = nullptr;  // backward
   bool backward = false;
-  void* workspace = nullptr;  // forward with a loss: [B, Q, tiles, 2] sums of losses and of weights
 };
 
 // Why the driver cannot run these kernels on the current device; empty where it can.
 std::string probe();
-// Bytes, or -1 where the kernels do not take the call.
-std::int64_t workspace_of(const Pool& call);
-std::int64_t workspace_of(const Match& call);
-// The error, empty for none.
-std::string run(const Pool& call, Stream stream);
-std::string run(const Match& call, Stream stream);
+// Memory of so many bytes for the kernels of a call, aligned to 16.
+using Allocate = std::function<void*(std::int64_t)>;
+// Launches what a call asks for, for its first episodes, as many as a workspace of so many bytes
+// allows, one at least. Returns how many, 0 where the kernels do not take the call; throws what
+// CUDA reports. The workspace of a loss has its sums: [B, Q, tiles, 2] of losses and of weights.
+std::int64_t run(const Pool& call, std::int64_t workspace, const Allocate& allocate, Stream stream);
+std::int64_t run(const Match& call, std::int64_t workspace, const Allocate& allocate,
+                 Stream stream);
 
 }  // namespace lslpn::cuda

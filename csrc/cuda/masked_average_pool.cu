@@ -8,6 +8,7 @@
 #include "gather.h"
 #include "pixels.h"
 #include "scatter.h"
+#include "sum_tiles.h"
 
 namespace lslpn::cuda {
 namespace {
@@ -15,13 +16,8 @@ namespace {
 constexpr int kClasses = 2;      // at a time
 constexpr int kRowsAtATime = 4;  // rows of masks that are loaded ahead
 
-struct MaskWeights {
-  Grid grid;
+struct MaskWeights : Exchange {
   const void* masks;
-  int C;
-  std::int64_t first_image, images;
-  float* maps;    // [images, tiles, C, kMap]
-  float* counts;  // [images, tiles, C]
 };
 
 struct MaskMemory {
@@ -30,40 +26,29 @@ struct MaskMemory {
   float sums[kClasses][kTileSide][kPitch];
 };
 
-// Masks of classes c and c + 1 at kRows pixels of a column, from those of an image; see
-// core/masks.h.
+// Masks of class c at kRows pixels of a column, from those of an image; see core/masks.h.
 template <class M, MaskKind kKind, int kRows>
 LSLPN_DEVICE void read_masks(const M* masks, std::int64_t down, int plane, int C, int c,
-                             float (&value)[kRows][kClasses]) {
-  const auto planes_of = [&](int at) { return masks + static_cast<std::int64_t>(at) * plane; };
-  LSLPN_UNROLL
-  for (int k = 0; k < kRows && kKind == MaskKind::labels; ++k) {
-    const M label = masks[k * down];
-    value[k][0] = label == static_cast<M>(c) ? 1 : 0;
-    value[k][1] = label == static_cast<M>(c + 1) ? 1 : 0;
-  }
-  if (kKind == MaskKind::labels) return;
-  // Beyond the last class the last plane is read; its sums are not used.
-  constexpr int kFirst = kKind == MaskKind::classes ? 0 : 1;
-  const M* second = planes_of(min(c + 1, C - 1) - kFirst);
-  LSLPN_UNROLL
-  for (int k = 0; k < kRows; ++k) value[k][1] = static_cast<float>(second[k * down]);
-  if (c >= kFirst) {
-    const M* first = planes_of(c - kFirst);
+                             float (&value)[kRows]) {
+  if (kKind == MaskKind::labels) {
     LSLPN_UNROLL
-    for (int k = 0; k < kRows; ++k) value[k][0] = static_cast<float>(first[k * down]);
+    for (int k = 0; k < kRows; ++k) value[k] = masks[k * down] == static_cast<M>(c) ? 1 : 0;
     return;
   }
+  // The plane of a class, or those of all others for a background that has none.
+  const bool rest = kKind == MaskKind::foreground && c == 0;
+  const int first = kKind == MaskKind::classes ? c : max(c - 1, 0);
+  masks += static_cast<std::int64_t>(first) * plane;
   LSLPN_UNROLL
-  for (int k = 0; k < kRows; ++k) value[k][0] = value[k][1];
+  for (int k = 0; k < kRows; ++k) value[k] = static_cast<float>(masks[k * down]);
   LSLPN_NO_UNROLL
-  for (int other = 1; other < C - 1; ++other) {
-    second += plane;
+  for (int other = 2; rest && other < C; ++other) {
+    masks += plane;
     LSLPN_UNROLL
-    for (int k = 0; k < kRows; ++k) value[k][0] += static_cast<float>(second[k * down]);
+    for (int k = 0; k < kRows; ++k) value[k] += static_cast<float>(masks[k * down]);
   }
   LSLPN_UNROLL
-  for (int k = 0; k < kRows; ++k) value[k][0] = max_or_nan(0, 1 - value[k][0]);
+  for (int k = 0; k < kRows && rest; ++k) value[k] = max_or_nan(0, 1 - value[k]);
 }
 
 // One warp per tile.
@@ -72,7 +57,7 @@ LSLPN_KERNEL(kPixelThreads, 4)
 mask_weights(LSLPN_PARAMETERS MaskWeights p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
-  if (index >= p.images * p.grid.tiles()) return;
+  if (index >= p.B * p.N * p.grid.tiles()) return;
   const std::int64_t image = index / p.grid.tiles();
   MaskMemory& memory = reinterpret_cast<MaskMemory*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
@@ -81,8 +66,8 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
   const int plane = p.grid.y.pixels * p.grid.x.pixels;
   const std::int64_t down = kept(p.grid.x.pixels);
   const int stored = kKind == MaskKind::labels ? 1 : kKind == MaskKind::foreground ? p.C - 1 : p.C;
-  const M* masks = static_cast<const M*>(p.masks) + (p.first_image + image) * stored * plane +
-                   tile.pixel(p.grid, lane);
+  const M* masks =
+      static_cast<const M*>(p.masks) + image * stored * plane + tile.pixel(p.grid, lane);
 
   LSLPN_NO_UNROLL
   for (int c = 0; c < p.C; c += kClasses) {
@@ -99,16 +84,21 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
       const int end = y + tile.rows_at(row);
       by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
         constexpr int kRows = decltype(rows)::value;
-        float m[kRows][kClasses];
-        read_masks<M, kKind>(masks + begin * p.grid.x.pixels, down, plane, p.C, c, m);
+        float m[kClasses][kRows];
+        LSLPN_UNROLL
+        for (int e = 0; e < kClasses; ++e) {
+          // Beyond the last class it is repeated; its sums are not used.
+          read_masks<M, kKind>(masks + begin * p.grid.x.pixels, down, plane, p.C,
+                               min(c + e, p.C - 1), m[e]);
+        }
         LSLPN_UNROLL
         for (int k = 0; k < kRows; ++k) {
           const float upper = memory.rows[begin + k].upper, lower = 1 - upper;
           LSLPN_UNROLL
           for (int e = 0; e < kClasses; ++e) {
-            here[e] += lower * m[k][e];
-            next[e] += upper * m[k][e];
-            count[e] += m[k][e];
+            here[e] += lower * m[e][k];
+            next[e] += upper * m[e][k];
+            count[e] += m[e][k];
           }
         }
       });
@@ -123,9 +113,7 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
     LSLPN_UNROLL
     for (int k = 0; k < kClasses; ++k) {
       if (lane >= tile.x.pixels) count[k] = 0;  // it repeats the last column
-      for (int step = 16; step > 0; step /= 2) {
-        count[k] += __shfl_xor_sync(kAllLanes, count[k], step);
-      }
+      count[k] = warp_sum(count[k]);
       if (c + k >= p.C) continue;
       put_sums(p.maps + (index * p.C + c + k) * kMap, row, lane % 4, sums[k]);
       if (lane == 0) p.counts[index * p.C + c + k] = count[k];
@@ -156,51 +144,22 @@ pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
 // ---- on the host ----
 
 template <MaskKind kKind>
-std::string launch_mask_weights(const Masks& masks, const MaskWeights& w, Stream stream) {
+void launch_mask_weights(const Masks& masks, const Exchange& e, Stream stream) {
   using Wide = std::conditional_t<kKind == MaskKind::labels, std::int64_t, float>;
-  return launch(
-      masks_are_bytes(masks) ? mask_weights<std::uint8_t, kKind> : mask_weights<Wide, kKind>,
-      divide_up(w.images * w.grid.tiles(), kPixelWarps), kPixelThreads,
-      kPixelWarps * sizeof(MaskMemory), stream, w);
-}
-
-std::optional<Plan> plan_of(const Pool& call) {
-  if (!small_images(call.features)) return std::nullopt;
-  return plan_of(call.features, call.y, call.x, call.masks.C, Operator::pool);
+  launch(masks_are_bytes(masks) ? mask_weights<std::uint8_t, kKind> : mask_weights<Wide, kKind>,
+         divide_up(e.B * e.N * e.grid.tiles(), kPixelWarps), kPixelThreads,
+         kPixelWarps * sizeof(MaskMemory), stream, MaskWeights{e, masks.data});
 }
 
 template <class T>
-std::string launch_pool(const Pool& call, Plan& plan, Stream stream) {
-  const Features& f = call.features;
-  Exchange& e = plan.exchange;
-  float* maps = static_cast<float*>(call.workspace);
-  MaskWeights w{e.grid, call.masks.data, e.C, 0, 0, maps, nullptr};
-  w.counts = maps + plan.episodes * f.N * e.grid.tiles() * e.C * kMap;
-  e.maps = w.maps;
-  e.counts = w.counts;
-  e.min_pixels = call.min_pixels;
-  e.scale = call.factor;
-  e.out = call.prototypes;
-  e.vectors = call.prototypes;
-  return each_chunk(plan, f.B, [&] {
-    w.first_image = e.chunk.first * f.N;
-    w.images = e.chunk.episodes * f.N;
-    // A workspace that was kept holds the last chunk.
-    if (!call.kept || e.chunk.episodes < f.B) {
-      const auto start = call.masks.kind == MaskKind::labels ? launch_mask_weights<MaskKind::labels>
-                         : call.masks.kind == MaskKind::foreground
-                             ? launch_mask_weights<MaskKind::foreground>
-                             : launch_mask_weights<MaskKind::classes>;
-      const std::string error = start(call.masks, w, stream);
-      if (!error.empty()) return error;
-    }
-    if (call.backward) {
-      return launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory),
-                    stream, PoolKernel<T>{e, images_of<T>(f)});
-    }
-    return launch(pool<T>, e.gather_blocks(), kExchangeThreads, gather_memory(e), stream,
-                  PoolKernel<const T>{e, images_of<const T>(f)});
-  });
+void launch_product(const Pool& call, const Exchange& e, Stream stream) {
+  if (call.backward) {
+    launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory), stream,
+           PoolKernel<T>{e, images_of<T>(call.features)});
+  } else {
+    launch(pool<T>, e.gather_blocks(), kExchangeThreads, gather_memory(e), stream,
+           PoolKernel<const T>{e, images_of<const T>(call.features)});
+  }
 }
 
 }  // namespace
@@ -210,18 +169,32 @@ std::string probe() {
   const cudaError_t error =
       cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pool<float>));
   cudaGetLastError();  // so that torch does not see it
-  return error_text(error);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-std::int64_t workspace_of(const Pool& call) {
-  const std::optional<Plan> plan = plan_of(call);
-  return plan ? 4 * plan->episodes * call.features.N * plan->floats : -1;
-}
-
-std::string run(const Pool& call, Stream stream) {
-  std::optional<Plan> plan = plan_of(call);
-  return with_type(call.features.dtype,
-                   [&](auto type) { return launch_pool<decltype(type)>(call, *plan, stream); });
+std::int64_t run(const Pool& call, std::int64_t workspace, const Allocate& allocate,
+                 Stream stream) {
+  if (!small_images(call.features)) return 0;
+  std::optional<Exchange> plan =
+      plan_of(call.features, call.y, call.x, call.masks.C, Operator::pool, workspace);
+  if (!plan) return 0;
+  Exchange& e = *plan;
+  place(e, true, allocate(place(e, true, nullptr)));
+  e.min_pixels = call.min_pixels;
+  e.scale = call.factor;
+  e.vectors = call.prototypes;
+  e.out = call.backward ? nullptr : call.prototypes;
+  if (!call.kept || e.B < call.features.B) {
+    const auto start = call.masks.kind == MaskKind::labels ? launch_mask_weights<MaskKind::labels>
+                       : call.masks.kind == MaskKind::foreground
+                           ? launch_mask_weights<MaskKind::foreground>
+                           : launch_mask_weights<MaskKind::classes>;
+    start(call.masks, e, stream);
+    launch_sum_tiles<true>(e, stream);
+  }
+  with_type(call.features.dtype,
+            [&](auto type) { launch_product<decltype(type)>(call, e, stream); });
+  return e.B;
 }
 
 }  // namespace lslpn::cuda

@@ -14,7 +14,7 @@ constexpr int kRowsAtATime = 4;                               // rows of pixels 
 
 // Shared memory of a warp.
 struct alignas(16) WeightMemory {
-  float4 gram[kTileSide * kTileSide];
+  GramTile gram;
   RowTaps rows;
   ColumnTaps columns;
   float dots[kTileSide][kPassWindows][kPitch];  // gradients by row of locations, class and window
@@ -48,19 +48,10 @@ struct TileGradients {
       const int r = min(e / kTileSide, tile.y.cells - 1);
       const int c = min(e % kTileSide, tile.x.cells - 1);
       const float* at = from + (tile.y.cell + r) * p.grid.x.cells + tile.x.cell + c;
-      memory.gram[e] = make_float4(at[0], at[size], at[2 * size], at[3 * size]);
+      LSLPN_UNROLL
+      for (int k = 0; k < kGramMaps; ++k) memory.gram[k][e] = at[k * size];
     }
     __syncwarp();
-  }
-
-  // |u|^2, u = Up F, in this lane's column: at a row of locations, and between it and the next.
-  LSLPN_DEVICE float2 norms_at(const Column& column, int r) const {
-    const float p = column.p, q = column.q;
-    const float4 a = memory.gram[kTileSide * r + column.left];
-    const float4 b = memory.gram[kTileSide * r + column.right];
-    if (q == 0) return make_float2(a.x, a.z);  // as in Scorer
-    return make_float2(p * p * a.x + q * q * b.x + 2 * p * q * a.y,
-                       p * p * a.z + q * q * b.z + p * q * a.w);
   }
 
   // Sums over the pixels of this lane's column, for classes c0 and c0 + 1 and windows w0 .. w0 + 3
@@ -69,7 +60,7 @@ struct TileGradients {
   // passes of the first windows; a logit scale is in the scores already.
   LSLPN_DEVICE void sum_down(int c0, int w0, int windows) const {
     const bool second = c0 + 1 < p.C, measures = w0 == 0 && (!kLoss || c0 == 0);
-    const Column column(tile.taps);
+    const PixelColumn column(tile.taps);
     const float share = factor * p.logit_scale /
                         (kMean ? static_cast<float>(tile.y.windows * tile.x.windows) : 1.0f);
     std::int64_t down[kRowsAtATime + 1],
@@ -99,7 +90,7 @@ struct TileGradients {
     }
     float here[kPassClasses][kWindowsAtATime], next[kPassClasses][kWindowsAtATime] = {};
     float carried = 0;
-    float2 norms = norms_at(column, 0);
+    float2 norms = column.norms(memory.gram, 0);
     int y = 0;
     LSLPN_NO_UNROLL
     for (int row = 0; row < kTileSide; ++row) {
@@ -112,7 +103,7 @@ struct TileGradients {
       float of_row = p.grid.tiles_y.between ? carried : 0, between = 0;
       carried = 0;
       const int end = y + tile.rows_at(row);
-      const float2 next_norms = norms_at(column, min(row + 1, kTileSide - 1));
+      const float2 next_norms = column.norms(memory.gram, min(row + 1, kTileSide - 1));
       const Norm norm{norms.x, next_norms.x, norms.y};
       norms = next_norms;
       by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
@@ -232,48 +223,21 @@ struct TileGradients {
   }
 };
 
-constexpr int kMeasuringLanes = 8;  // of a prototype
-constexpr int kMeasuredOfBlock = kPixelThreads / kMeasuringLanes;
-
-// 1 / |p| of a prototype of the chunk. Beyond the last one it is repeated.
-LSLPN_DEVICE void measure_prototype(const MatchTiles& p, std::int64_t e) {
-  const std::int64_t at = p.first_prototype + (e < p.prototype_count ? e : p.prototype_count - 1);
-  const float* from = p.prototypes + at * p.D;
-  const int lane = thread_index() % kMeasuringLanes;
-  float square = 0;
-  if (fours(p.prototypes, p.D)) {
-    for (int d = 4 * lane; d < p.D; d += 4 * kMeasuringLanes) {
-      const float4 v = *reinterpret_cast<const float4*>(from + d);
-      square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    }
-  } else {
-    for (int d = lane; d < p.D; d += kMeasuringLanes) square += from[d] * from[d];
-  }
-  for (int step = kMeasuringLanes / 2; step > 0; step /= 2)
-    square += __shfl_xor_sync(kAllLanes, square, step);
-  if (lane == 0) p.inverse_lengths[at] = Norm::inverse_length(square);
-}
-
-// One warp per tile; the blocks after these measure prototypes.
+// One warp per tile.
 template <bool kMean, bool kLoss>
 LSLPN_KERNEL(kPixelThreads, 3)
 match_weights(LSLPN_PARAMETERS MatchTiles p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  if (block_index() >= p.tile_blocks) {
-    const std::int64_t block = block_index() - p.tile_blocks;
-    measure_prototype(p, block * kMeasuredOfBlock + thread_index() / kMeasuringLanes);
-    return;
-  }
   const std::int64_t index = block_index() * kPixelWarps + warp;
-  if (index >= p.images * p.grid.tiles()) return;
+  if (index >= p.B * p.N * p.grid.tiles()) return;
   const std::int64_t image = index / p.grid.tiles();
   WeightMemory& memory = reinterpret_cast<WeightMemory*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
   put_columns(tile, lane, memory.columns);
   // Where all pixels are ignored the gradient is 0.
   const float factor = !kLoss ? 1.0f : *p.loss.total == 0 ? 0.0f : *p.loss.grad / *p.loss.total;
-  TileGradients<kMean, kLoss>{
-      p, memory, tile, lane, p.first_image + image, p.maps + index * p.tile_maps * kMap, factor}
+  TileGradients<kMean, kLoss>{p,     memory, tile, lane, image, p.maps + index * p.tile_maps * kMap,
+                              factor}
       .run();
 }
 

@@ -35,7 +35,30 @@ struct Norm {
   }
 };
 
-// A Segment of plain ints, for registers.
+constexpr int kLocationBlocks = (kMap + 7) / 8;  // blocks of 8 locations of a tile
+constexpr int kLocationsOfBlocks = 8 * kLocationBlocks;
+// The Gram maps of a tile: own, right, below, and the sum of diagonal and other.
+using GramTile = float[kGramMaps][kLocationsOfBlocks];
+
+// The taps of a lane's column of pixels.
+struct PixelColumn {
+  int left, right;  // columns of locations, the same where the second weight is 0
+  float p, q;       // their weights
+
+  LSLPN_DEVICE explicit PixelColumn(const Taps<float>& t)
+      : left(t.lower), right(t.upper > 0 ? t.lower + 1 : t.lower), p(1 - t.upper), q(t.upper) {}
+
+  // |Up F|^2 at a row of locations, and between it and the next.
+  LSLPN_DEVICE float2 norms(const GramTile& gram, int row) const {
+    const int a = kTileSide * row + left, b = kTileSide * row + right;
+    // Where the weight of the next column is 0, it is not used: it may hold a NaN.
+    if (q == 0) return make_float2(gram[0][a], gram[2][a]);
+    return make_float2(p * p * gram[0][a] + q * q * gram[0][b] + 2 * p * q * gram[1][a],
+                       p * p * gram[2][a] + q * q * gram[2][b] + p * q * gram[3][a]);
+  }
+};
+
+// A segment: its pixels, the feature locations they are interpolated from, the windows over them.
 struct PixelSegment {
   int pixel, pixels, cell, cells, window, windows;
 };
@@ -48,30 +71,9 @@ struct PixelTile {
   bool between;      // whether this lane's row of pixels has an upper tap
 
   // Ends with a barrier.
-  LSLPN_DEVICE PixelTile(const Grid& grid, int tile, int lane, RowTaps& rows) {
-    const int row = tile / grid.tiles_x.count, column = tile - row * grid.tiles_x.count;
-    // Four lanes look up the ends of the two segments.
-    const int end = lane & 1;
-    const Axis axis = lane & 2 ? grid.x : grid.y;
-    const int pixel =
-        (lane & 2 ? grid.tiles_x.begin[column + end] : grid.tiles_y.begin[row + end]) - end;
-    const Taps<float> at = short_taps(axis, pixel);
-    const Covering windows = axis.covering(pixel);
-    const int cell = at.lower + (end && at.upper > 0 ? 1 : 0);
-    const int window = end ? windows.last : windows.first;
-    const auto segment_of_lane = [&](int first) {
-      const auto from = [&](int value, int& begin, int& count) {
-        begin = __shfl_sync(kAllLanes, value, first);
-        count = __shfl_sync(kAllLanes, value, first + 1) - begin + 1;
-      };
-      PixelSegment s;
-      from(pixel, s.pixel, s.pixels);
-      from(cell, s.cell, s.cells);
-      from(window, s.window, s.windows);
-      return s;
-    };
-    y = segment_of_lane(0);
-    x = segment_of_lane(2);
+  LSLPN_DEVICE PixelTile(const Grid& grid, int tile, int lane, RowTaps& rows)
+      : y(segment(grid.y, grid.tiles_y, tile / grid.tiles_x.count)),
+        x(segment(grid.x, grid.tiles_x, tile % grid.tiles_x.count)) {
     taps = short_taps(grid.x, x.pixel + min(lane, x.pixels - 1));
     taps.lower -= x.cell;
     const Taps<float> of_row = short_taps(grid.y, y.pixel + min(lane, y.pixels - 1));
@@ -80,6 +82,13 @@ struct PixelTile {
     lower = lane < y.pixels ? of_row.lower - y.cell : -1;
     between = upper > 0;
     __syncwarp();
+  }
+  LSLPN_DEVICE static PixelSegment segment(const Axis& axis, const Tiles& tiles, int k) {
+    const int begin = tiles.begin[k], end = tiles.begin[k + 1];
+    const Tiles::First first = tiles.first[k];
+    const int cells = locations(axis, begin, end).end - first.cell;
+    const int windows = axis.covering(begin).last - first.window + 1;
+    return {begin, end - begin, first.cell, cells, first.window, windows};
   }
   // How many rows of pixels have a row of locations as their lower tap, and how many of these have
   // no upper tap: they come first. By a whole warp.

@@ -70,12 +70,9 @@ LSLPN_DEVICE Pack<T, kCount> read_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, kCount>*>(from);
 }
 
-// Whether four neighbouring channels are always aligned: of vectors of D floats, and of features.
-LSLPN_DEVICE bool fours(const float* vectors, int D) {
-  return D % 4 == 0 && reinterpret_cast<std::uintptr_t>(vectors) % 16 == 0;
-}
+// Whether four neighbouring channels of a location can be read at once.
 inline bool fours(const Features& f) {
-  bool whole = f.stride[2] == 1 && f.D % 4 == 0;
+  bool whole = f.stride[2] == 1;
   const std::int64_t length[5] = {f.B, f.N, f.D, f.h, f.w};
   for (const int i : {0, 1, 3, 4}) {
     // The stride of a single image or location means nothing: some releases of torch export 1.

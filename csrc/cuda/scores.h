@@ -2,40 +2,18 @@
 // products of its feature locations with the prototypes of its windows and with each other.
 #pragma once
 
-#include "pixels.h"
-#include "products.h"
+#include "exchange.h"
 
 namespace lslpn::cuda {
 namespace {
 
-constexpr int kLocationBlocks = (kMap + 7) / 8;  // blocks of 8 locations of a tile
-constexpr int kLocationsOfBlocks = 8 * kLocationBlocks;
-
-struct MatchTiles : Matching {
-  Grid grid;
-  int C, D;
-  std::int64_t N, first_image, images;
-  float* loss_sums;  // forward with a loss: [images, tiles, 2] of losses and weights
-  // Backward.
-  int tile_maps;
-  float* maps;             // [images, tiles, tile_maps, kMap]
-  float* inverse_lengths;  // [B, C, Gy, Gx] 1 / |p|
-  std::int64_t first_prototype, prototype_count;
-  std::int64_t tile_blocks;  // the blocks after these measure prototypes
+struct MatchTiles : Exchange, Matching {
+  float* loss_sums;  // forward with a loss: [B, N, tiles, 2] of losses and weights
 
   // The number that winners have for the w-th window of a tile.
   LSLPN_DEVICE int place(int w, int windows_x) const {
     return w / windows_x * overlap_x + w % windows_x;
   }
-};
-
-// The taps of a lane's column of pixels.
-struct Column {
-  int left, right;  // columns of locations, the same where the second weight is 0
-  float p, q;       // their weights
-
-  LSLPN_DEVICE explicit Column(const Taps<float>& t)
-      : left(t.lower), right(t.upper > 0 ? t.lower + 1 : t.lower), p(1 - t.upper), q(t.upper) {}
 };
 
 // For tiles of at most kWindows windows: classes of one pass over the channels, and products of 8
@@ -45,12 +23,10 @@ constexpr int kClassesAtATime = kWindows == 4 ? 2 : 1;
 template <int kWindows>
 constexpr int kProducts = kClassesAtATime<kWindows> * kWindows / 8;
 
-enum GramKind { kOwn, kRight, kBelow, kDiagonal, kOther, kGramKinds };
-
 template <int kWindows>
 struct alignas(16) ScoreMemory {
   float dots[kLocationsOfBlocks][8 * kProducts<kWindows> + 4];
-  float gram[kGramKinds][kLocationsOfBlocks];
+  GramTile gram[2];  // the second of `other` alone
   RowTaps rows;
 };
 
@@ -70,37 +46,25 @@ struct Dots {
   float gram[kLocationBlocks][4] = {};         // [k]: blocks k and k + 1 with block k
   float squares[kProducts<kWindows>] = {};     // of the loaded channels of the prototypes
 
-  // Adds 16 channels. kTail: fewer, of which `left` are this lane's, and of prototypes of any
-  // alignment.
-  template <bool kTail>
+  // Adds 16 channels.
   LSLPN_DEVICE void add(const T* const (&features)[kLocationBlocks],
                         const std::int64_t (&channels)[4], bool fours,
-                        const float* const (&prototypes)[kProducts<kWindows>], int left,
-                        bool first) {
+                        const float* const (&prototypes)[kProducts<kWindows>], bool first) {
     Pack<T, 4> raw[kLocationBlocks];
-    if (fours && !kTail) {
+    if (fours) {
       LSLPN_UNROLL
-      for (int k = 0; k < kLocationBlocks; ++k) {
-        raw[k] = read_pack<4>(features[k]);
-      }
+      for (int k = 0; k < kLocationBlocks; ++k) raw[k] = read_pack<4>(features[k]);
     } else {
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
         LSLPN_UNROLL
-        for (int k = 0; k < kLocationBlocks; ++k) {
-          raw[k].value[e] = kTail && e >= left ? T{} : read(features[k], channels[e]);
-        }
+        for (int k = 0; k < kLocationBlocks; ++k) raw[k].value[e] = read(features[k], channels[e]);
       }
     }
     Pack<float, 4> p[kProducts<kWindows>];
     LSLPN_UNROLL
     for (int j = 0; j < kProducts<kWindows>; ++j) {
-      if (!kTail) {
-        p[j] = read_pack<4>(prototypes[j]);
-      } else {
-        LSLPN_UNROLL
-        for (int e = 0; e < 4; ++e) p[j].value[e] = e >= left ? 0 : prototypes[j][e];
-      }
+      p[j] = read_pack<4>(prototypes[j]);
     }
     Operand<4> f[kLocationBlocks];
     LSLPN_UNROLL
@@ -169,48 +133,42 @@ struct Dots {
     LSLPN_UNROLL
     for (int e = 0; e < 4; ++e) {
       const int distance = g - 2 * q - e % 2 + (e < 2 ? 0 : 8);
-      const int kind = distance == 0               ? kOwn
-                       : distance == 1             ? kRight
-                       : distance == kTileSide     ? kBelow
-                       : distance == kTileSide + 1 ? kDiagonal
-                       : distance == kTileSide - 1 ? kOther
+      const int kind = distance == 0               ? 0
+                       : distance == 1             ? 1
+                       : distance == kTileSide     ? 2
+                       : distance == kTileSide + 1 ? 3
+                       : distance == kTileSide - 1 ? 4
                                                    : -1;
-      const int shift = 2 * q + e % 2 - (kind == kOther ? 1 : 0);
       if (kind < 0) continue;
       LSLPN_UNROLL
       for (int k = 0; k < kLocationBlocks; ++k) {
-        if ((k > 0 || shift >= 0) && (e < 2 || k + 1 < kLocationBlocks)) {
-          memory.gram[kind][8 * k + shift] = gram[k][e];
-        }
+        memory.gram[kind / 4][kind % 4][8 * k + 2 * q + e % 2] = gram[k][e];
       }
     }
+    __syncwarp();
+    // The other diagonal, of location l + 1 with the one below l.
+    for (int l = lane; l < kMap; l += kWarp) memory.gram[0][3][l] += memory.gram[1][0][l + 1];
   }
 };
 
-// Writes the Gram maps for the backward pass. Each feature location is written by the first tile
-// that has it and its neighbours.
-template <class Memory>
-LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const Memory& memory,
-                            std::int64_t image, int lane) {
-  const PixelSegment &y = tile.y, &x = tile.x;
-  const int after_y = y.pixel + y.pixels, after_x = x.pixel + x.pixels;
-  const int begin_y = y.pixel == 0 ? 0 : y.cell, begin_x = x.pixel == 0 ? 0 : x.cell;
-  const int end_y =
-      after_y == p.grid.y.pixels ? p.grid.y.cells : short_taps(p.grid.y, after_y).lower;
-  const int end_x =
-      after_x == p.grid.x.pixels ? p.grid.x.cells : short_taps(p.grid.x, after_x).lower;
+// Writes the Gram maps for the backward pass. Each location is written by the first tile that has
+// it and its neighbours.
+LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const GramTile& gram,
+                            std::int64_t image, std::int64_t index, int lane) {
+  const auto to_next = [](const Axis& axis, const Tiles& tiles, int k) {
+    return (k + 1 < tiles.count ? tiles.first[k + 1].cell : axis.cells) - tiles.first[k].cell;
+  };
+  const int number = static_cast<int>(index - image * p.grid.tiles());
+  const int height = to_next(p.grid.y, p.grid.tiles_y, number / p.grid.tiles_x.count);
+  const int width = to_next(p.grid.x, p.grid.tiles_x, number % p.grid.tiles_x.count);
   const std::int64_t size = static_cast<std::int64_t>(p.grid.y.cells) * p.grid.x.cells;
-  float* maps = p.gram + image * kGramMaps * size;
-  const int width = end_x - begin_x;
-  for (int e = lane; e < (end_y - begin_y) * width; e += kWarp) {
-    const int i = begin_y + e / width, j = begin_x + e % width;
-    const int r = i - y.cell, c = j - x.cell, l = kTileSide * r + c;
-    const bool inside = r >= 0 && r < y.cells && c >= 0 && c < x.cells;
-    float* target = maps + static_cast<std::int64_t>(i) * p.grid.x.cells + j;
-    target[0] = inside ? memory.gram[kOwn][l] : 0;
-    target[size] = inside ? memory.gram[kRight][l] : 0;
-    target[2 * size] = inside ? memory.gram[kBelow][l] : 0;
-    target[3 * size] = inside ? memory.gram[kDiagonal][l] + memory.gram[kOther][l] : 0;
+  float* maps = p.gram + (image * kGramMaps * size + tile.y.cell * p.grid.x.cells + tile.x.cell);
+  for (int e = lane; e < height * width; e += kWarp) {
+    const int r = e / width, c = e - r * width;
+    LSLPN_UNROLL
+    for (int k = 0; k < kGramMaps; ++k) {
+      maps[k * size + r * p.grid.x.cells + c] = gram[k][kTileSide * r + c];
+    }
   }
 }
 
@@ -223,26 +181,10 @@ struct Scorer {
   const MatchTiles& p;
   const PixelTile& tile;
   const ScoreMemory<kWindows>& memory;
-  const Column column;
+  const PixelColumn column;
   float* scores[kClasses];          // of the next pixel
   std::uint8_t* winners[kClasses];  // or null
 
-  LSLPN_DEVICE float gram(int kind, int row, int column) const {
-    return memory.gram[kind][kTileSide * row + column];
-  }
-  // Where the weight of the next column of locations is 0, it is not read: it may hold a NaN.
-  LSLPN_DEVICE float norm_row(int r) const {
-    const float p = column.p, q = column.q;
-    if (q == 0) return gram(kOwn, r, column.left);
-    return p * p * gram(kOwn, r, column.left) + q * q * gram(kOwn, r, column.right) +
-           2 * p * q * gram(kRight, r, column.left);
-  }
-  LSLPN_DEVICE float norm_between(int r) const {
-    const float p = column.p, q = column.q;
-    if (q == 0) return gram(kBelow, r, column.left);
-    return p * p * gram(kBelow, r, column.left) + q * q * gram(kBelow, r, column.right) +
-           p * q * (gram(kDiagonal, r, column.left) + gram(kOther, r, column.left));
-  }
   LSLPN_DEVICE void enter(Row& row, int r) const {
     const float* left = memory.dots[kTileSide * r + column.left];
     const float* right = memory.dots[kTileSide * r + column.right];
@@ -293,7 +235,8 @@ struct Scorer {
             best[c] = max_or_nan(best[c], value);
           }
         }
-        if (isnan(best[0]) || isnan(best[kClasses - 1])) {
+        const float all = best[0] + best[kClasses - 1];
+        if (all != all) {
           // The gradient goes to the window whose score is NaN.
           LSLPN_UNROLL
           for (int c = 0; c < kClasses; ++c) {
@@ -335,7 +278,7 @@ struct Scorer {
     LSLPN_NO_UNROLL
     for (int row = 0; row < tile.y.cells; ++row) {
       const int on = tile.rows_on(row), all = tile.rows_at(row);
-      norm.row = known ? norm.next : norm_row(row);
+      norm.row = known ? norm.next : column.norms(memory.gram[0], row).x;
       if (!known) enter(next, row);
       LSLPN_UNROLL
       for (int c = 0; c < kClasses; ++c) {
@@ -350,8 +293,8 @@ struct Scorer {
         known = between && count > 0;
         if (count == 0) continue;
         if (between) {
-          norm.next = norm_row(row + 1);
-          norm.between = norm_between(row);
+          norm.next = column.norms(memory.gram[0], row + 1).x;
+          norm.between = column.norms(memory.gram[0], row).y;
           enter(next, row + 1);
         } else {
           norm.next = norm.between = 0;
@@ -430,13 +373,11 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int g = lane / 4, q = lane % 4;
   const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
-  if (index >= p.images * p.grid.tiles()) return;
+  if (index >= p.B * p.N * p.grid.tiles()) return;
   const std::int64_t image = index / p.grid.tiles(), b = image / p.N;
   ScoreMemory<kWindows>& memory = reinterpret_cast<ScoreMemory<kWindows>*>(shared_memory())[warp];
   const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
   const int windows = tile.y.windows * tile.x.windows;
-  // Steps of 16 channels in which prototypes can be read four at a time; the other channels follow.
-  const int steps = fours(p.prototypes, p.D) ? p.D / 16 : 0;
   std::int64_t channels[4];  // byte offsets of a lane's four
   LSLPN_UNROLL
   for (int e = 0; e < 4; ++e) channels[e] = kept(std::int64_t{e} * features.d * int{sizeof(T)});
@@ -476,18 +417,14 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
       for (int j = 0; j < kProducts<kWindows>; ++j) prototypes[j] += 16;
     };
     LSLPN_NO_UNROLL
-    for (int s = 0; s < steps; ++s, advance(1)) {
-      dots.template add<false>(locations, channels, kernel.fours, prototypes, 4, first);
+    for (int d = 0; d < p.D; d += 16, advance(1)) {
+      dots.add(locations, channels, kernel.fours, prototypes, first);
     }
-    LSLPN_NO_UNROLL
-    for (int d = 16 * steps; d < p.D; d += 16, advance(1)) {
-      dots.template add<true>(locations, channels, false, prototypes, p.D - d - 4 * q, first);
-    }
-    advance(-(p.D + 15) / 16);
+    advance(-p.D / 16);
     dots.put(memory, lane, first);
     __syncwarp();
-    if (p.gram && first) keep_gram(p, tile, memory, image, lane);
-    Scorer<kWindows> scorer{p, tile, memory, Column(tile.taps), {}, {}};
+    if (p.gram && first) keep_gram(p, tile, memory.gram[0], image, index, lane);
+    Scorer<kWindows> scorer{p, tile, memory, PixelColumn(tile.taps), {}, {}};
     LSLPN_UNROLL
     for (int e = 0; e < kClasses; ++e) {
       // Beyond the last class it is repeated, as columns of pixels are.

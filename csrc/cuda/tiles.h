@@ -49,7 +49,8 @@ auto with_type(DType dtype, F f) {
   return f(float());
 }
 
-inline std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+template <class T>
+LSLPN_HD T divide_up(T a, int b) {
   return (a + b - 1) / b;
 }
 
@@ -57,9 +58,10 @@ constexpr int kTilePixels = kWarp;  // a lane for each column of a tile
 constexpr int kTileSide = 6;        // feature locations of a tile along an axis, at most
 // Floats of a map over a tile's locations: row r, column c at kTileSide r + c.
 constexpr int kMap = kTileSide * kTileSide;
-constexpr int kMaxTiles = 400;  // along an axis; they are kernel parameters
+constexpr int kMaxTiles = 256;  // along an axis; they are kernel parameters
 // Axes of at most so many pixels and locations have interpolation positions that fit into 32 bits.
 constexpr int kTiledAxis = 1 << 14;
+constexpr int kCells = 1 << 12;  // likewise locations, of which tables lie in shared memory
 
 // One axis cut into segments.
 struct Tiles {
@@ -67,6 +69,9 @@ struct Tiles {
   int windows;   // the largest number over a segment
   bool between;  // whether any pixel lies between two locations
   std::uint16_t begin[kMaxTiles + 1];
+  struct First {
+    std::uint16_t cell, window;
+  } first[kMaxTiles];
 };
 
 // An image cut into tiles.
@@ -77,13 +82,6 @@ struct Grid {
   LSLPN_HD int tiles() const { return tiles_y.count * tiles_x.count; }
   LSLPN_HD int windows() const { return y.windows * x.windows; }
   LSLPN_HD int tile_windows() const { return tiles_y.windows * tiles_x.windows; }
-};
-
-// A segment: its pixels, the feature locations they are interpolated from, the windows over them.
-struct Segment {
-  short pixel, pixels;
-  short cell, cells;
-  short window, windows;
 };
 
 // begin <= i < end.
@@ -101,21 +99,27 @@ LSLPN_HD Taps<float> short_taps(const Axis& axis, int pixel) {
   const int rest = position - lower * static_cast<int>(unit);
   return {lower, static_cast<float>(rest) / static_cast<float>(unit)};
 }
-LSLPN_HD int upper_tap(const Axis& axis, int pixel) {
-  const Taps<float> taps = short_taps(axis, pixel);
-  return taps.lower + (taps.upper > 0 ? 1 : 0);
+// The locations that pixels begin .. end - 1 are interpolated from.
+LSLPN_HD Range locations(const Axis& axis, int begin, int end) {
+  const Taps<float> last = short_taps(axis, end - 1);
+  return {short_taps(axis, begin).lower, last.lower + (last.upper > 0 ? 2 : 1)};
+}
+LSLPN_HD Range locations_of_window(const Axis& axis, int window) {
+  return locations(axis, axis.start(window), axis.start(window) + axis.window);
 }
 
-LSLPN_HD Segment segment_of(const Axis& axis, int begin, int end) {
-  const int cell = short_taps(axis, begin).lower;
-  const Covering windows = axis.covering(begin);
-  return {
-      static_cast<short>(begin),         static_cast<short>(end - begin),
-      static_cast<short>(cell),          static_cast<short>(upper_tap(axis, end - 1) - cell + 1),
-      static_cast<short>(windows.first), static_cast<short>(windows.last - windows.first + 1)};
+// The pixels that are interpolated from a location are first_pixel .. end_pixel - 1.
+LSLPN_HD int first_pixel(const Axis& axis, int cell) {
+  return cell == 0 ? 0 : ((2 * cell - 1) * axis.pixels - axis.cells) / (2 * axis.cells) + 1;
 }
-LSLPN_HD Segment segment(const Axis& axis, const Tiles& tiles, int i) {
-  return segment_of(axis, tiles.begin[i], tiles.begin[i + 1]);
+LSLPN_HD int end_pixel(const Axis& axis, int cell) {
+  const int end = divide_up((2 * cell + 3) * axis.pixels - axis.cells, 2 * axis.cells);
+  return end < axis.pixels ? end : axis.pixels;
+}
+// The windows over pixels that are interpolated from any of these locations.
+LSLPN_HD Range windows_near(const Axis& axis, const Range& cells) {
+  return {axis.covering(first_pixel(axis, cells.begin)).first,
+          axis.covering(end_pixel(axis, cells.end - 1) - 1).last + 1};
 }
 
 // The segment that a pixel lies in, searched from an estimate.
@@ -126,30 +130,6 @@ LSLPN_HD int segment_at(const Tiles& tiles, int pixel) {
   while (tiles.begin[i + 1] <= pixel) ++i;
   return i;
 }
-
-// The segments of windows first .. last.
-LSLPN_HD Range segments_of_windows(const Axis& axis, const Tiles& tiles, int first, int last) {
-  return {segment_at(tiles, axis.start(first)),
-          segment_at(tiles, axis.start(last) + axis.window - 1) + 1};
-}
-
-// The segments that have any of the locations first .. last.
-LSLPN_HD Range segments_near(const Axis& axis, const Tiles& tiles, int first, int last) {
-  const auto estimate = [&](int cell) {
-    const int pixel = static_cast<int>(static_cast<unsigned>(cell * axis.pixels) /
-                                       static_cast<unsigned>(axis.cells));
-    return segment_at(tiles, pixel < axis.pixels ? pixel : axis.pixels - 1);
-  };
-  const auto lower = [&](int i) { return short_taps(axis, tiles.begin[i]).lower; };
-  const auto upper = [&](int i) { return upper_tap(axis, tiles.begin[i + 1] - 1); };
-  int i = estimate(first), j = estimate(last);
-  while (i > 0 && upper(i - 1) >= first) --i;
-  while (i < tiles.count && upper(i) < first) ++i;
-  while (j < tiles.count - 1 && lower(j + 1) <= last) ++j;
-  while (j >= 0 && lower(j) > last) --j;
-  return {i, j < i ? i : j + 1};
-}
-
 // The k-th part, where `length` is cut into parts whose lengths differ by 1 at most.
 LSLPN_HD Range part_of(int length, int parts, int k) {
   return {length * k / parts, length * (k + 1) / parts};
@@ -159,7 +139,7 @@ LSLPN_HD Range part_of(int length, int parts, int k) {
 // these would lie under no pixel, and a NaN there must not reach any result.
 inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
   if (axis.pixels < axis.cells) return false;
-  if (axis.pixels > kTiledAxis || axis.cells > kTiledAxis || axis.windows > kMaxTiles) return false;
+  if (axis.pixels > kTiledAxis || axis.cells > kCells || axis.windows > kMaxTiles) return false;
   std::vector<int> cuts{0, axis.pixels};
   for (int m = 0; m < axis.windows; ++m) {
     cuts.push_back(axis.start(m));
@@ -174,20 +154,22 @@ inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
     const auto fits = [&](int parts) {
       for (int k = 0; k < parts; ++k) {
         const Range part = part_of(length, parts, k);
-        const Segment s = segment_of(axis, cuts[i] + part.begin, cuts[i] + part.end);
-        if (s.cells > kTileSide) return false;
+        const Range cells = locations(axis, cuts[i] + part.begin, cuts[i] + part.end);
+        if (cells.end - cells.begin > kTileSide) return false;
       }
       return true;
     };
-    int parts = static_cast<int>(divide_up(length, kTilePixels));
+    int parts = divide_up(length, kTilePixels);
     while (!fits(parts)) ++parts;
     if (tiles.count + parts > kMaxTiles) return false;
-    for (int k = 0; k < parts; ++k) {
-      tiles.begin[tiles.count++] =
-          static_cast<std::uint16_t>(cuts[i] + part_of(length, parts, k).begin);
-    }
     const Covering windows = axis.covering(cuts[i]);
     tiles.windows = std::max(tiles.windows, windows.last - windows.first + 1);
+    for (int k = 0; k < parts; ++k, ++tiles.count) {
+      const int begin = cuts[i] + part_of(length, parts, k).begin;
+      tiles.begin[tiles.count] = static_cast<std::uint16_t>(begin);
+      tiles.first[tiles.count] = {static_cast<std::uint16_t>(short_taps(axis, begin).lower),
+                                  static_cast<std::uint16_t>(windows.first)};
+    }
   }
   tiles.begin[tiles.count] = static_cast<std::uint16_t>(axis.pixels);
   tiles.between = false;

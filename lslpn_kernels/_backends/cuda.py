@@ -6,7 +6,8 @@ captured in a CUDA graph. float32 is calculated in float32, whatever
 
 The kernels take float32 and half precision, images of at least as many pixels as feature locations
 along both axes, and at most 16 windows over a tile. What they do not take is computed by the
-`torch` backend, which follows `allow_tf32`.
+`torch` backend, which follows `allow_tf32`. They take multiples of 32 channels; for other numbers
+the features are copied with channels of zeros, which change no inner product.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
@@ -27,6 +29,8 @@ GRAM_MAPS = gpu_loss.GRAM_MAPS
 loss_kept = gpu_loss.loss_kept
 
 DEVICE_TYPES = ("cuda",)
+CHANNELS = 32  # as csrc/cuda/launch.h has it
+WORKSPACE = 32 << 20  # bytes, if an episode does not take more
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,16 +60,50 @@ def unavailable(device: torch.device) -> str | None:
 
 def declines(grid: GridSpec, reduce: str) -> bool:
     """See `Kernels`. The kernels do not take grids of more than four windows over a pixel along an
-    axis."""
-    return grid.spacing < 1 / 3
+    axis, nor axes that windows cut into more than 256 segments."""
+    return grid.spacing < 1 / 3 or grid.scale * grid.spacing < 1 / 120
 
 
-def _call(name: str, device: torch.device, *args: Any) -> bool:
-    """A function of the compiled module, with the tensors' device as the current one. Returns
-    whether the kernels take the call."""
+def _call(name: str, device: torch.device, *args: Any) -> int:
+    """A function of the compiled module, with the tensors' device as the current one. Returns the
+    number of episodes that it has taken, 0 where the kernels do not take the call."""
     with current_device(device):
-        taken: bool = getattr(native.module()[0], name)(*args)
+        taken: int = getattr(native.module()[0], name)(*args)
     return taken
+
+
+def _part_by_part(B: int, call: Callable[[int], int]) -> bool:
+    """`call(b)` takes some episodes from episode b on, as many as a workspace of limited size
+    allows, and returns how many. Returns whether all were taken."""
+    done = 0
+    while done < B:
+        taken = call(done)
+        if not taken:
+            return False
+        done += taken
+    return True
+
+
+def _capsule(tensor: Tensor | None, b: int = 0) -> Any:
+    """Of a tensor from episode b on; None where there is none."""
+    if tensor is None or not tensor.numel():
+        return None
+    return to_dlpack(tensor[b:] if b and tensor.ndim else tensor)
+
+
+def _widened(tensor: Tensor, dim: int) -> Tensor:
+    """The tensor, aligned in memory, with a multiple of CHANNELS channels along a dimension: zeros
+    are appended to a copy."""
+    missing = -tensor.shape[dim] % CHANNELS
+    if not missing and (dim == 2 or tensor.data_ptr() % 16 == 0):
+        return tensor
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing))
+
+
+def _narrow(wide: Tensor, out: Tensor) -> None:
+    """The inverse, where the kernels have written `wide`."""
+    if wide is not out:
+        out.copy_(wide[tuple(map(slice, out.shape))])
 
 
 def _stream(device: torch.device) -> int:
@@ -148,21 +186,27 @@ def _pool(
     if features.dtype == torch.float64:
         return ()
     given: list[Tensor] = []
-    taken = _call(
-        "cuda_masked_average_pool",
-        features.device,
-        to_dlpack(features),
-        to_dlpack(masks),
-        C,
-        to_dlpack(prototypes),
-        to_dlpack(factor),
-        *_axes(grid, *masks.shape[-2:], *features.shape[-2:]),
-        min_pixels,
-        _stream(features.device),
-        (lambda size: to_dlpack(kept[0])) if kept else _allocator(features.device, given),
-        bool(kept),
-    )
-    return (kept or given) if taken else ()
+    device, axes = features.device, _axes(grid, *masks.shape[-2:], *features.shape[-2:])
+    wide, vectors = _widened(features, 2), _widened(prototypes, 4)
+
+    def call(b: int) -> int:
+        known = bool(kept) and b == 0
+        return _call(
+            "cuda_masked_average_pool",
+            device,
+            *(_capsule(wide, b), _capsule(masks, b), C, _capsule(vectors, b), _capsule(factor, b)),
+            *(*axes, min_pixels, _stream(device), WORKSPACE),
+            (lambda size: to_dlpack(kept[0])) if known else _allocator(device, given),
+            known,
+        )
+
+    if not _part_by_part(len(features), call):
+        return ()
+    if min_pixels is None:
+        _narrow(wide, features)
+    else:
+        _narrow(vectors, prototypes)
+    return kept or given[:1]
 
 
 def cosine_match(
@@ -227,36 +271,34 @@ def _match(
     logit_scale: float,
     radial: Tensor | None = None,
     labels: tuple[Tensor, Tensor | None, int] | None = None,
-    grads: tuple[Tensor | None, ...] | None = None,
+    grads: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None,
 ) -> list[Tensor] | None:
     """Both directions; see the binding. Returns the workspace, if there was any; None where the
     kernels do not take the call."""
     if features.dtype == torch.float64 or winners.dtype != torch.uint8:
         return None
 
-    def capsule(tensor: Tensor | None) -> Any:
-        return None if tensor is None or not tensor.numel() else to_dlpack(tensor)
-
     given: list[Tensor] = []
-    taken = _call(
-        "cuda_cosine_match",
-        features.device,
-        to_dlpack(features),
-        to_dlpack(prototypes),
-        to_dlpack(scores),
-        capsule(winners),
-        capsule(gram),
-        *_axes(grid, size[0], size[1], *features.shape[-2:]),
-        _overlap(grid, size[1]),
-        reduce == "mean",
-        logit_scale,
-        _stream(features.device),
-        _allocator(features.device, given),
-        capsule(radial),
-        labels and (*map(capsule, labels[:2]), labels[2]),
-        grads and tuple(map(capsule, grads)),
-    )
-    return given if taken else None
+    device, axes = features.device, _axes(grid, size[0], size[1], *features.shape[-2:])
+    wide, vectors = _widened(features, 2), _widened(prototypes, 4)
+    wide_grads = [] if grads is None else [_widened(grads[2], 2), _widened(grads[3], 4)]
+
+    def call(b: int) -> int:
+        return _call(
+            "cuda_cosine_match",
+            device,
+            *(_capsule(tensor, b) for tensor in (wide, vectors, scores, winners, gram)),
+            *(*axes, _overlap(grid, size[1]), reduce == "mean", logit_scale),
+            *(_stream(device), WORKSPACE, _allocator(device, given), _capsule(radial, b)),
+            labels and (*map(_capsule, labels[:2]), labels[2]),
+            grads and tuple(_capsule(tensor, b) for tensor in (*grads[:2], *wide_grads)),
+        )
+
+    if not _part_by_part(len(features), call):
+        return None
+    for wide, grad in zip(wide_grads, (grads or ())[2:], strict=True):
+        _narrow(wide, grad)
+    return given
 
 
 def cosine_match_loss(

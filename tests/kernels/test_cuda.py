@@ -139,8 +139,8 @@ def test_launches(kernels: Any) -> None:
     )
     count("match backward", cuda.cosine_match_backward, scores, features, prototypes, scores,
           winners, grid, "max", gram)  # fmt: skip
-    assert counts == {"pool": 2, "pool backward": 1, "pool backward of nothing kept": 2,
-                      "match": 1, "match backward": 2}  # fmt: skip
+    assert counts == {"pool": 3, "pool backward": 1, "pool backward of nothing kept": 3,
+                      "match": 1, "match backward": 3}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -169,6 +169,44 @@ def test_unfilled_outputs_are_filled(kernels: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cuda.torch, "empty_like", poisoned_like)
     for case in (GRIDS["last_window_closer"], SITUATIONS["features_larger_than_image"]):
         close(replace(case, D=20, C=5), torch.float32)
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_batch_in_parts(kernels: Any, monkeypatch: pytest.MonkeyPatch, loss: bool) -> None:
+    """The workspace holds one episode, or all three."""
+    case = replace(GRIDS["aligned"], B=3, K=2, Q=2, D=32)
+    support, masks, query, _ = case.draw(torch.float32)
+    support.requires_grad_()
+    query.requires_grad_()
+    head = LocalPrototypeHead(case.grid, backend="cuda")
+    labels = masks[:, :1].float().argmax(2).expand(-1, 2, -1, -1).contiguous()
+    results, launches = [], []
+    for workspace in (cuda.WORKSPACE, 1):
+        monkeypatch.setattr(cuda, "WORKSPACE", workspace)
+        before = len(machine.LAUNCHES)
+        if loss:
+            out = head.loss(support, masks[:, :, 1:], query, labels)
+        else:
+            out = head(support, masks[:, :, 1:], query)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (support, query))))
+        launches.append(len(machine.LAUNCHES) - before)
+    assert launches == [8, 3 * 3 + 1 + 3 * 3 + 3 * 3]  # nothing is kept for pooling's backward pass
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() < 1e-6 * a.norm()
+
+
+def test_prototypes_at_any_address(kernels: Any) -> None:
+    grid, size = GridSpec(1 / 4), (40, 44)
+    features = torch.randn(1, 1, 32, 6, 7)
+    memory = torch.randn(2 * 64 * 32 + 1)
+    windows = grid.shape(*size)
+    for off in (0, 1):
+        prototypes = memory[off : off + 2 * windows[0] * windows[1] * 32]
+        prototypes = prototypes.view(1, 2, *windows, 32)
+        scores, winners, gram = cuda.cosine_match(features, prototypes, grid, size, "max", True)
+        expected = cosine_match(features, prototypes, grid, size, backend="reference")
+        torch.testing.assert_close(scores, expected, rtol=2e-6, atol=2e-6)
+        cuda.cosine_match_backward(scores, features, prototypes, scores, winners, grid, "max", gram)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -316,10 +354,10 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
     """Whatever is passed to the bindings, nothing is read or written out of bounds."""
     axis = (24, 6, 6, 3, 7)
     good = {
-        "features": torch.randn(1, 1, 8, 6, 6),
+        "features": torch.randn(1, 1, 32, 6, 6),
         "masks": torch.ones(1, 1, 2, 24, 24, dtype=torch.bool),
         "C": 2,
-        "prototypes": torch.empty(1, 2, 7, 7, 8),
+        "prototypes": torch.empty(1, 2, 7, 7, 32),
         "factor": torch.empty(1, 1, 2, 7, 7),
     }
 
@@ -333,17 +371,18 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
             x,
             0.0,
             0,
+            1,
             allocate or cuda._allocator(torch.device("cpu"), []),
             False,
         )
 
     call()
     wrong: list[tuple[type[Exception], dict[str, Any]]] = [
-        (ValueError, {"features": torch.randn(1, 1, 8, 6, 5)}),
-        (ValueError, {"features": torch.randn(1, 8, 6, 6)}),
-        (ValueError, {"features": torch.randn(1, 0, 8, 6, 6)}),
-        (TypeError, {"features": torch.ones(1, 1, 8, 6, 6, dtype=torch.int32)}),
-        (TypeError, {"features": torch.ones(1, 1, 8, 6, 6, dtype=torch.complex64)}),
+        (ValueError, {"features": torch.randn(1, 1, 32, 6, 5)}),
+        (ValueError, {"features": torch.randn(1, 32, 6, 6)}),
+        (ValueError, {"features": torch.randn(1, 0, 32, 6, 6)}),
+        (TypeError, {"features": torch.ones(1, 1, 32, 6, 6, dtype=torch.int32)}),
+        (TypeError, {"features": torch.ones(1, 1, 32, 6, 6, dtype=torch.complex64)}),
         (TypeError, {"features": None}),
         (ValueError, {"masks": torch.ones(1, 1, 2, 24, 23, dtype=torch.bool)}),
         (ValueError, {"masks": torch.ones(1, 1, 2, 24, 48, dtype=torch.bool)[..., ::2]}),
@@ -353,8 +392,8 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
         (ValueError, {"C": 1}),
         (ValueError, {"C": 0}),
         (ValueError, {"C": 2**62}),
-        (ValueError, {"prototypes": torch.empty(1, 2, 7, 7, 7)}),
-        (TypeError, {"prototypes": torch.empty(1, 2, 7, 7, 8, dtype=torch.float64)}),
+        (ValueError, {"prototypes": torch.empty(1, 2, 7, 7, 31)}),
+        (TypeError, {"prototypes": torch.empty(1, 2, 7, 7, 32, dtype=torch.float64)}),
         (ValueError, {"factor": torch.empty(1, 2, 2, 7, 7)}),
         (ValueError, {"y": (24, 6, 6, 3, 8)}),
         (ValueError, {"y": (24, 6, 25, 3, 1)}),
@@ -391,7 +430,7 @@ def test_bindings_do_not_crash_on_random_arguments(kernels: Any) -> None:
             cuda._call(
                 "cuda_cosine_match", torch.device("cpu"), *(tensor() for _ in range(5)),
                 axis(), axis(), int(generator.integers(-1, 3)), bool(generator.integers(2)), 1.0, 0,
-                allocate, tensor(), (tensor(), tensor(), 255) if generator.integers(2) else None,
+                1, allocate, tensor(), (tensor(), tensor(), 255) if generator.integers(2) else None,
                 tuple(tensor() for _ in range(4)) if generator.integers(2) else None,
             )  # fmt: skip
         except (TypeError, ValueError):
@@ -437,7 +476,8 @@ def test_auto_leaves_to_others_what_the_kernels_do_not_take(
 
     assert chosen(GridSpec(), "max") == "cuda"
     assert chosen(GridSpec(), "mean") == "cuda"
-    assert chosen(GridSpec(1 / 8, 1 / 5), "max") in ("cpu", "torch")
+    for grid in (GridSpec(1 / 8, 1 / 5), GridSpec(1 / 100)):
+        assert chosen(grid, "max") in ("cpu", "torch")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

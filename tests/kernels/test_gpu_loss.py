@@ -63,7 +63,7 @@ def test_cross_entropy_of_the_equations(backend: str, name: str, dtype: torch.dt
     found = results(case, backend, inputs)
     assert [t.dtype for t in found] == [torch.float32, dtype, torch.float32]
     if case.C > 1:
-        assert len(machine.LAUNCHES) == {"cuda": 3, "triton": 4}[backend]  # forward and backward
+        assert len(machine.LAUNCHES) == 4  # forward and backward
     close(found, expected(case, inputs), 2e-6 if dtype == torch.float32 else 2e-5)
 
 
