@@ -28,7 +28,7 @@ from .triton_launch import Launch
 
 # With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on tensors of the CPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_OLDEST = (3, 4)
+_OLDEST = (3, 5)  # 3.4 has no products of fewer than 16 rows
 
 DEVICE_TYPES = ("cpu", "cuda") if _INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -556,6 +556,7 @@ class _MatchBack:
                 "PB": PB,
                 "P": P,
                 "BETWEEN": geometry.between,
+                "BETWEEN_ROWS": rows.between,
                 "MEAN": reduce == "mean",
                 "ALL": chunks == (1, 1),
                 "LOSS": loss,

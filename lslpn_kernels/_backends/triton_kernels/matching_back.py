@@ -63,8 +63,8 @@ def match_weights_kernel(
     total, length, C, D, H, h, w, pieces_y, pieces_x, RY, RX, rows, row_programs, class_chunks,
     place_chunks, W: tl.constexpr, T_Y: tl.constexpr, T_X: tl.constexpr, N: tl.constexpr,
     CB: tl.constexpr, PB: tl.constexpr, P: tl.constexpr, BETWEEN: tl.constexpr,
-    MEAN: tl.constexpr, ALL: tl.constexpr, LOSS: tl.constexpr, PAIR: tl.constexpr,
-    LONG: tl.constexpr, DOT: tl.constexpr,
+    BETWEEN_ROWS: tl.constexpr, MEAN: tl.constexpr, ALL: tl.constexpr, LOSS: tl.constexpr,
+    PAIR: tl.constexpr, LONG: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile, CB classes and PB of their P places; the first of a tile the Gram maps
     as well (ALL says that there are no others). The first `row_programs` take the lengths of 16
@@ -170,8 +170,9 @@ def match_weights_kernel(
                         radial += more * tl.load(scores + there, mask=inside, other=0.0)
                 radial *= factor * inverse * inverse
                 own += tl.sum(radial * ((1 - wy) * (1 - wy)), 0)
-                own_carry += tl.sum(radial * (wy * wy), 0)
-                across += tl.sum(radial * (2 * (1 - wy) * wy), 0)
+                if BETWEEN_ROWS:
+                    own_carry += tl.sum(radial * (wy * wy), 0)
+                    across += tl.sum(radial * (2 * (1 - wy) * wy), 0)
             g *= inverse[None, :, :]
             if MEAN:
                 won = g[:, None, :, :]
@@ -179,9 +180,13 @@ def match_weights_kernel(
                 won = tl.load(winners + at, mask=mask, other=0).to(tl.int32)
                 won = won[:, None, :, :] == place[None, :, None, None]
                 won = tl.where(won, g[:, None, :, :], 0.0)
-            high = tl.sum(won * wy[None, None, :, :], 2)
-            here += tl.sum(won, 2) - high
-            carry += high
+            # Where pixels lie on locations the next row has no weight, and 0 times NaN is NaN.
+            if BETWEEN_ROWS:
+                high = tl.sum(won * wy[None, None, :, :], 2)
+                here += tl.sum(won, 2) - high
+                carry += high
+            else:
+                here += tl.sum(won, 2)
         # One product along x for all: the rows of the classes and places, then two of the maps.
         r = tl.arange(0, R)[:, None]
         maps = tl.where(r == 0, own[None, :], tl.where(r == 1, across[None, :], 0.0))
