@@ -7,11 +7,10 @@ pixels of a piece with the same lower location are a `run`; a `strip` is 8 of th
 
 from __future__ import annotations
 
-import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
@@ -59,29 +58,38 @@ ROWS = (
 
 @dataclass(frozen=True)
 class AxisFacts:
-    """What the kernels have to know of an axis before they are compiled.
+    """What the kernels are compiled for.
 
     Attributes:
-        rows: the rows of the table.
+        pixels, cells, windows: as of `Axis`.
         near: windows near a feature location, at most.
         overlap: windows over a pixel, at most.
-        pieces, piece, cells: number of pieces, and the pixels and locations of the longest.
-        strips, strip: number of strips, and the pixels of the longest.
+        pieces, piece_pixels, piece_cells: number of pieces, pixels and locations of the longest.
+        strips, strip_pixels: number of strips, and the pixels of the longest.
         near_pieces, window_pieces: pieces near a feature location and in a window, at most.
         between: whether any pixel lies between two locations.
+        rows: the rows of the table. Kernels read them at run time and are not compiled for them.
     """
 
-    rows: tuple[tuple[int, ...], ...]
+    pixels: int
+    cells: int
+    windows: int
     near: int
     overlap: int
     pieces: int
-    piece: int
-    cells: int
+    piece_pixels: int
+    piece_cells: int
     strips: int
-    strip: int
+    strip_pixels: int
     near_pieces: int
     window_pieces: int
     between: bool
+    rows: tuple[tuple[int, ...], ...] = field(repr=False, compare=False)
+
+    @property
+    def runs(self) -> int:
+        """Of all pieces, as many of each as the longest has."""
+        return self.pieces * self.piece_cells
 
 
 @cache
@@ -151,17 +159,20 @@ def axis_facts(axis: Axis) -> AxisFacts:
         "WINDOW_PIECE_LAST": window_pieces.last,
     }
     return AxisFacts(
-        rows=tuple(tuple(rows[name]) for name in ROWS),
+        axis.pixels,
+        axis.cells,
+        axis.windows,
         near=near.longest,
         overlap=axis.overlap,
         pieces=len(pieces),
-        piece=max(end - begin for begin, end in pieces),
-        cells=cells,
+        piece_pixels=max(end - begin for begin, end in pieces),
+        piece_cells=cells,
         strips=len(strips),
-        strip=max(end - begin for begin, end in strips),
+        strip_pixels=max(end - begin for begin, end in strips),
         near_pieces=near_pieces,
         window_pieces=window_pieces.longest,
         between=any(weight > 0 for _, weight in taps),
+        rows=tuple(tuple(rows[name]) for name in ROWS),
     )
 
 
@@ -192,69 +203,75 @@ def cut(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything about the two axes."""
+    """Both axes. Kernels take it as a constant: what they need of it is written in them.
 
-    y: Axis
-    x: Axis
-    rows: AxisFacts
-    columns: AxisFacts
+    Attributes:
+        length: of a row of the table.
+    """
+
+    y: AxisFacts
+    x: AxisFacts
+    length: int
 
     @property
     def tiles(self) -> int:
-        return self.rows.pieces * self.columns.pieces
+        return self.y.pieces * self.x.pieces
 
     @property
-    def runs(self) -> tuple[int, int]:
-        """Runs along either axis, as many of a piece as the longest has."""
-        rows, columns = self.rows, self.columns
-        return rows.pieces * rows.cells, columns.pieces * columns.cells
+    def block(self) -> int:
+        """Numbers kept of an image for one class and place: one for each run of rows and run of
+        columns."""
+        return self.y.runs * self.x.runs
 
     @property
-    def between(self) -> bool:
-        """Whether any pixel lies between two locations."""
-        return self.rows.between or self.columns.between
+    def near(self) -> int:
+        """Windows near a feature location, at most."""
+        return self.y.near * self.x.near
+
+    @property
+    def windows(self) -> int:
+        return self.y.windows * self.x.windows
+
+    @property
+    def cells(self) -> int:
+        return self.y.cells * self.x.cells
+
+    @property
+    def pixels(self) -> int:
+        return self.y.pixels * self.x.pixels
 
     def places(self, reduce: str) -> int:
         """Places that a window can have over a tile; one where all windows get the same."""
-        return self.rows.overlap * self.columns.overlap if reduce == "max" else 1
+        return self.y.overlap * self.x.overlap if reduce == "max" else 1
 
-    def pool_weights(self, C: int) -> int:
-        """Numbers kept of an image for pooling."""
-        return C * math.prod(self.runs)
-
-    def match_weights(self, C: int, reduce: str) -> int:
-        """Numbers kept of an image for the backward direction of matching."""
-        return (C * self.places(reduce) + 4) * math.prod(self.runs)
-
-    def dots(self, C: int) -> int:
-        """Inner products kept of an image."""
-        return C * self.rows.near * self.columns.near * self.y.cells * self.x.cells
-
-    @cache  # noqa: B019 (as few as there are geometries, which are kept for good)
-    def table(self, device: torch.device) -> Tensor:
-        """The tables of both axes on the device, [2, rows, length] int32.
-
-        They are kept for good, some 50 kB each: a captured CUDA graph holds their addresses.
-        """
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the first call for a geometry cannot be captured in a CUDA graph: call the "
-                "operator once with these shapes before capturing"
-            )
-        axes = (self.rows.rows, self.columns.rows)
-        length = max(len(row) for rows in axes for row in rows)
-        table = torch.tensor(
-            [[(*row, *([0] * (length - len(row)))) for row in rows] for rows in axes],
-            dtype=torch.int32,
-            device="cpu",
-        ).to(device)
-        if device.type == "cuda":
-            # Once only: other streams may be the next to read it.
-            torch.cuda.current_stream(device).synchronize()
-        return table
+    def images(self, C: int, reduce: str, workspace: int) -> int:
+        """Images that a workspace of so many bytes is enough for, in either direction of
+        matching."""
+        most = max(C * self.near * self.cells, (C * self.places(reduce) + 4) * self.block)
+        return workspace // (4 * most)
 
 
 @cache
 def geometry(grid: GridSpec, H: int, W: int, h: int, w: int) -> Geometry:
-    y, x = grid.axis(H, h), grid.axis(W, w)
-    return Geometry(y, x, axis_facts(y), axis_facts(x))
+    y, x = axis_facts(grid.axis(H, h)), axis_facts(grid.axis(W, w))
+    return Geometry(y, x, max(map(len, (*y.rows, *x.rows))))
+
+
+@cache
+def table(grid: GridSpec, H: int, W: int, h: int, w: int, device: torch.device) -> Tensor:
+    """The tables of both axes on the device, [2, rows, length] int32.
+
+    They are kept for good, some 50 kB each: a captured CUDA graph holds their addresses.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first call for a geometry cannot be captured in a CUDA graph: call the "
+            "operator once with these shapes before capturing"
+        )
+    G = geometry(grid, H, W, h, w)
+    rows = [[(*row, *([0] * (G.length - len(row)))) for row in axis.rows] for axis in (G.y, G.x)]
+    found = torch.tensor(rows, dtype=torch.int32, device="cpu").to(device)
+    if device.type == "cuda":
+        # Once only: other streams may be the next to read it.
+        torch.cuda.current_stream(device).synchronize()
+    return found

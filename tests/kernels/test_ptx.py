@@ -415,6 +415,7 @@ def _signed(x: int) -> int:
 
 
 INSTRUCTIONS: dict[str, Callable[[int, int], int]] = {
+    "add.s16x2 %r4, %r2, %r3": lambda a, b: (a + b & 0xFFFF) | (a >> 16) + (b >> 16) << 16,
     "mul.hi.s32 %r4, %r2, %r3": lambda a, b: _signed(a) * _signed(b) >> 32,
     "mul.hi.u32 %r4, %r2, %r3": lambda a, b: a * b >> 32,
     "shr.s32 %r4, %r2, %r3": lambda a, b: _signed(a) >> min(b, 31),
