@@ -77,7 +77,7 @@ def _episodes(features: Tensor, masks: Tensor, C: int, grid: GridSpec) -> int:
     G = _geometry(features, masks.shape[-2:], grid)
     if not triton_plans.fits(G, C, Layout.of(features)):
         return 0
-    return max(1, WORKSPACE // (4 * features.shape[1] * C * G.block))
+    return max(1, WORKSPACE // (4 * features.shape[1] * C * G.runs))
 
 
 def masked_average_pool(

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,39 +22,41 @@ from ..geometry import Axis, GridSpec
 
 PIECE, STRIP = 32, 8  # pixels of a piece and of a strip, at most
 
-# Rows of the table, by what they are indexed with; `triton_kernels.shared` has the same list.
-ROWS = (
+
+class Row:
+    """Rows of the table, by what they are indexed with."""
+
     # a pixel
-    "LOWER",  # lower location that it is interpolated from
-    "WEIGHT",  # weight of the upper one, the bits of a float32
-    "FIRST",  # first and last window over it
-    "LAST",
+    LOWER = 0  # lower location that it is interpolated from
+    WEIGHT = 1  # weight of the upper one, the bits of a float32
+    FIRST = 2  # first and last window over it
+    LAST = 3
     # a feature location
-    "NEAR_FIRST",  # first and last window near it; where none is: many, -1
-    "NEAR_LAST",
+    NEAR_FIRST = 4  # first and last window near it; where none is: many, -1
+    NEAR_LAST = 5
     # the n-th piece near location i, at i * near_pieces + n
-    "RUN",  # the location's run in it
-    "RUN_FIRST",  # first and last window over the piece; where there is no such piece: 0, -1
-    "RUN_LAST",
+    RUN = 6  # the location's run in it
+    RUN_FIRST = 7  # first and last window over the piece; where there is no such piece: 0, -1
+    RUN_LAST = 8
     # a piece
-    "PIECE_BEGIN",  # its pixels
-    "PIECE_END",
-    "PIECE_LOWER",  # its first and last location
-    "PIECE_UPPER",
-    "PIECE_FIRST",  # its first and last window
-    "PIECE_LAST",
+    PIECE_BEGIN = 9  # its pixels
+    PIECE_END = 10
+    PIECE_LOWER = 11  # its first and last location
+    PIECE_UPPER = 12
+    PIECE_FIRST = 13  # its first and last window
+    PIECE_LAST = 14
     # the r-th location of piece p, at p * cells + r
-    "RUN_BEGIN",  # pixels of the piece that have it as their lower location
-    "RUN_END",
+    RUN_BEGIN = 15  # pixels of the piece that have it as their lower location
+    RUN_END = 16
     # a strip of rows, pixels of one run
-    "STRIP_BEGIN",
-    "STRIP_END",
+    STRIP_BEGIN = 17
+    STRIP_END = 18
     # a window
-    "WINDOW_CELL_BEGIN",  # locations near it
-    "WINDOW_CELL_END",
-    "WINDOW_PIECE_FIRST",  # first and last piece in it
-    "WINDOW_PIECE_LAST",
-)
+    WINDOW_CELL_BEGIN = 19  # locations near it
+    WINDOW_CELL_END = 20
+    WINDOW_PIECE_FIRST = 21  # first and last piece in it
+    WINDOW_PIECE_LAST = 22
+    COUNT = 23
 
 
 @dataclass(frozen=True)
@@ -133,30 +136,30 @@ def axis_facts(axis: Axis) -> AxisFacts:
 
     near_pieces = max(map(len, near_runs))
     flat = [run for of in near_runs for run in (*of, *[(0, 0, -1)] * (near_pieces - len(of)))]
-    rows: dict[str, Iterable[int]] = {
-        "LOWER": lower,
-        "WEIGHT": [struct.unpack("<i", struct.pack("<f", weight))[0] for _, weight in taps],
-        "FIRST": [first for first, _ in covering],
-        "LAST": [last for _, last in covering],
-        "NEAR_FIRST": near.first,
-        "NEAR_LAST": near.last,
-        "RUN": [run for run, _, _ in flat],
-        "RUN_FIRST": [first for _, first, _ in flat],
-        "RUN_LAST": [last for _, _, last in flat],
-        "PIECE_BEGIN": [begin for begin, _ in pieces],
-        "PIECE_END": [end for _, end in pieces],
-        "PIECE_LOWER": [lower[begin] for begin, _ in pieces],
-        "PIECE_UPPER": [upper[end - 1] for _, end in pieces],
-        "PIECE_FIRST": [covering[begin][0] for begin, _ in pieces],
-        "PIECE_LAST": [covering[begin][1] for begin, _ in pieces],
-        "RUN_BEGIN": [begin for begin, _ in runs],
-        "RUN_END": [end for _, end in runs],
-        "STRIP_BEGIN": [begin for begin, _ in strips],
-        "STRIP_END": [end for _, end in strips],
-        "WINDOW_CELL_BEGIN": window_cells.first,
-        "WINDOW_CELL_END": [last + 1 for last in window_cells.last],
-        "WINDOW_PIECE_FIRST": window_pieces.first,
-        "WINDOW_PIECE_LAST": window_pieces.last,
+    rows: dict[int, Iterable[int]] = {
+        Row.LOWER: lower,
+        Row.WEIGHT: [struct.unpack("<i", struct.pack("<f", weight))[0] for _, weight in taps],
+        Row.FIRST: [first for first, _ in covering],
+        Row.LAST: [last for _, last in covering],
+        Row.NEAR_FIRST: near.first,
+        Row.NEAR_LAST: near.last,
+        Row.RUN: [run for run, _, _ in flat],
+        Row.RUN_FIRST: [first for _, first, _ in flat],
+        Row.RUN_LAST: [last for _, _, last in flat],
+        Row.PIECE_BEGIN: [begin for begin, _ in pieces],
+        Row.PIECE_END: [end for _, end in pieces],
+        Row.PIECE_LOWER: [lower[begin] for begin, _ in pieces],
+        Row.PIECE_UPPER: [upper[end - 1] for _, end in pieces],
+        Row.PIECE_FIRST: [covering[begin][0] for begin, _ in pieces],
+        Row.PIECE_LAST: [covering[begin][1] for begin, _ in pieces],
+        Row.RUN_BEGIN: [begin for begin, _ in runs],
+        Row.RUN_END: [end for _, end in runs],
+        Row.STRIP_BEGIN: [begin for begin, _ in strips],
+        Row.STRIP_END: [end for _, end in strips],
+        Row.WINDOW_CELL_BEGIN: window_cells.first,
+        Row.WINDOW_CELL_END: [last + 1 for last in window_cells.last],
+        Row.WINDOW_PIECE_FIRST: window_pieces.first,
+        Row.WINDOW_PIECE_LAST: window_pieces.last,
     }
     return AxisFacts(
         axis.pixels,
@@ -172,7 +175,7 @@ def axis_facts(axis: Axis) -> AxisFacts:
         near_pieces=near_pieces,
         window_pieces=window_pieces.longest,
         between=any(weight > 0 for _, weight in taps),
-        rows=tuple(tuple(rows[name]) for name in ROWS),
+        rows=tuple(tuple(rows[n]) for n in range(Row.COUNT)),
     )
 
 
@@ -203,24 +206,37 @@ def cut(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Both axes. Kernels take it as a constant: what they need of it is written in them.
+    """Both axes. Kernels take it as a constant, and are compiled for it.
 
     Attributes:
         length: of a row of the table.
+        BI, BJ: locations of a block, along y and x.
     """
 
     y: AxisFacts
     x: AxisFacts
     length: int
+    BI: ClassVar[int] = 4
+    BJ: ClassVar[int] = 8  # with those around them, the locations of a block are 60
+    row: ClassVar[type[Row]] = Row
+
+    @property
+    def across(self) -> int:
+        """Blocks of locations along x."""
+        return -(-self.x.cells // self.BJ)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of locations of an image."""
+        return -(-self.y.cells // self.BI) * self.across
 
     @property
     def tiles(self) -> int:
         return self.y.pieces * self.x.pieces
 
     @property
-    def block(self) -> int:
-        """Numbers kept of an image for one class and place: one for each run of rows and run of
-        columns."""
+    def runs(self) -> int:
+        """Of rows times those of columns: numbers kept of an image for one class and place."""
         return self.y.runs * self.x.runs
 
     @property
@@ -247,7 +263,7 @@ class Geometry:
     def images(self, C: int, reduce: str, workspace: int) -> int:
         """Images that a workspace of so many bytes is enough for, in either direction of
         matching."""
-        most = max(C * self.near * self.cells, (C * self.places(reduce) + 4) * self.block)
+        most = max(C * self.near * self.cells, (C * self.places(reduce) + 4) * self.runs)
         return workspace // (4 * most)
 
 

@@ -22,7 +22,6 @@ from .triton_launch import Launch
 # With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on tensors of the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-_BI, _BJ = 4, 8  # locations of a block of `scatter`, which with those around them are 60
 _MANY = 1024  # plans kept of each kind
 
 
@@ -62,7 +61,7 @@ def fits(G: Geometry, C: int, features: Layout) -> bool:
     _, _, *shape = features.shape
     span = sum((n - 1) * s for n, s in zip(shape, features.strides[2:], strict=True))
     D = shape[0]
-    return max(span, D * G.cells, C * G.windows * D, C * G.pixels, C * G.block) < 1 << 31
+    return max(span, D * G.cells, C * G.windows * D, C * G.pixels, C * G.runs) < 1 << 31
 
 
 def _power(n: int, least: int, most: int) -> int:
@@ -87,11 +86,6 @@ def _splits(programs: int, images: int) -> int:
     """Parts that the K or Q images of an episode are summed in: more than one where their windows
     alone would keep but few multiprocessors busy."""
     return min(images, -(-256 // programs)) if programs < 128 else 1
-
-
-def _blocks(G: Geometry) -> int:
-    """Blocks of locations of an image."""
-    return -(-G.y.cells // _BI) * -(-G.x.cells // _BJ)
 
 
 def _dot(dtype: torch.dtype) -> str:
@@ -123,7 +117,7 @@ def _mask_weights(masks: Layout, G: Geometry, C: int) -> tuple[Launch, tuple[tup
         {"G": G, "CB": CB, "KIND": mask_kind(masks.shape, C), **_tile(G)},
         warps=1,
     )
-    return launch, ((images * C * G.block,), (images * C * G.tiles,))
+    return launch, ((images * C * G.runs,), (images * C * G.tiles,))
 
 
 @lru_cache(_MANY)
@@ -165,10 +159,10 @@ def pool_backward(features: Layout, masks: Layout, C: int, grid: GridSpec, _: An
     BD = _power(D, 16, 128 if features.strides[2] == 1 else 256)
     launch = Launch(
         "pool_backward_kernel",
-        B * K * _blocks(G),
+        B * K * G.blocks,
         (K, C, *features.strides[:2]),
         {
-            **{"G": G, "D": D, "STRIDES": features.strides[2:], "BI": _BI, "BJ": _BJ},
+            **{"G": G, "D": D, "STRIDES": features.strides[2:]},
             **{"BN": 16, "BD": BD, "DOT": _dot(features.dtype)},
         },
     )
@@ -198,10 +192,10 @@ def match(
     BK = _power(D, 16, 32)
     dots = Launch(
         "dots_kernel",
-        B * Q * _blocks(G),
+        B * Q * G.blocks,
         (Q, C, *features.strides[:2]),
         {
-            **{"G": G, "D": D, "STRIDES": features.strides[2:], "BI": _BI, "BJ": _BJ, "BN": 16},
+            **{"G": G, "D": D, "STRIDES": features.strides[2:], "BN": 16},
             **{"BK": BK, "GRAM_BK": 8 if features.strides[2] > 1 else BK},
             "DOT": _dot(features.dtype),
         },
@@ -255,17 +249,17 @@ def match_backward(
     BD = _power(D, 16, 128 if features.dtype == torch.bfloat16 else 64)
     back = Launch(
         "match_backward_kernel",
-        B * (groups * splits + Q * _blocks(G)),
-        (B, Q, C, *features.strides[:2], *result.strides[:2], groups, splits, _blocks(G)),
+        B * (groups * splits + Q * G.blocks),
+        (B, Q, C, *features.strides[:2], *result.strides[:2], groups, splits),
         {
             **{"G": G, "D": D, "P": P, "STRIDES": features.strides[2:]},
             **{"TO_STRIDES": result.strides[2:], "GY": GY, "GX": GX, "GATHER_BN": BN, "M": 32},
-            **{"GATHER_BD": _power(D, 16, 256), "BI": _BI, "BJ": _BJ, "BN": 32, "BD": BD},
+            **{"GATHER_BD": _power(D, 16, 256), "BN": 32, "BD": BD},
             "DOT": _dot(features.dtype),
         },
     )
     shapes = (
-        (B * Q * (C * P + 4) * G.block,),
+        (B * Q * (C * P + 4) * G.runs,),
         (rows,),
         (splits, B, C, G.y.windows, G.x.windows, D),
     )

@@ -17,14 +17,6 @@ import triton
 import triton.language as tl
 
 from .shared import (
-    FIRST,
-    LAST,
-    LOWER,
-    NEAR_FIRST,
-    NEAR_LAST,
-    STRIP_BEGIN,
-    STRIP_END,
-    WEIGHT,
     X,
     Y,
     block_of,
@@ -34,6 +26,7 @@ from .shared import (
     load_features,
     look,
     look_weight,
+    span,
     window_of,
     windows_near,
 )
@@ -42,20 +35,20 @@ from .shared import (
 @triton.jit
 def _store_gram(
     features, gram, corner, G: tl.constexpr, D: tl.constexpr, STRIDES: tl.constexpr,
-    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """The Gram maps of BI x BJ locations, 2 x 2 at a time: nine are read for four. Beyond the
     edges, where no pixel asks for them, a location is its own neighbour."""
-    n = tl.arange(0, BI * BJ // 4)
-    i = corner[0] + n // (BJ // 2) * 2
-    j = corner[1] + n % (BJ // 2) * 2
+    n = tl.arange(0, G.BI * G.BJ // 4)
+    i = corner[0] + n // (G.BJ // 2) * 2
+    j = corner[1] + n % (G.BJ // 2) * 2
     at = ()
     for k in tl.static_range(9):
         row = tl.minimum(i + k // 3, G.y.cells - 1) * STRIDES[1]
         at += (features + (row + tl.minimum(j + k % 3, G.x.cells - 1) * STRIDES[2]),)
     sums = ()
     for _ in tl.static_range(16):
-        sums += (tl.zeros((BK, BI * BJ // 4), tl.float32),)
+        sums += (tl.zeros((BK, G.BI * G.BJ // 4), tl.float32),)
     for start in range(0, D, BK):
         f = ()
         for k in tl.static_range(9):
@@ -82,25 +75,24 @@ def dots_kernel(
     features,  # [B, Q, D, h, w], any strides
     prototypes,  # [B, C, Gy, Gx, D]
     dots, gram, table, Q, C, stride_b, stride_q, G: tl.constexpr, D: tl.constexpr,
-    STRIDES: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STRIDES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GRAM_BK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program: BI x BJ locations and all windows near them."""
-    image, corner = block_of(tl.program_id(0), G, BI, BJ)
+    image, corner = block_of(tl.program_id(0), G)
     features += image // Q * stride_b + image % Q * stride_q
     prototypes += image // Q * C * G.windows * D
     dots += image * C * G.near * G.cells
-    _store_gram(features, gram + image * 4 * G.cells, corner, G, D, STRIDES, BI, BJ, GRAM_BK)
+    _store_gram(features, gram + image * 4 * G.cells, corner, G, D, STRIDES, GRAM_BK)
 
-    near = windows_near(table, G, corner, BI, BJ)
-    cell = tl.arange(0, BI * BJ)
-    i = corner[0] + cell // BJ
-    j = corner[1] + cell % BJ
+    near = windows_near(table, G, corner)
+    cell = tl.arange(0, G.BI * G.BJ)
+    i = corner[0] + cell // G.BJ
+    j = corner[1] + cell % G.BJ
     inside = (i < G.y.cells) & (j < G.x.cells)
-    y_near = look(table, G, Y, NEAR_FIRST, i, inside)[None, :]
-    y_near_last = look(table, G, Y, NEAR_LAST, i, inside, -1)[None, :]
-    x_near = look(table, G, X, NEAR_FIRST, j, inside)[None, :]
-    x_near_last = look(table, G, X, NEAR_LAST, j, inside, -1)[None, :]
+    y_near, y_last = span(table, G, Y, G.row.NEAR_FIRST, i, inside)
+    x_near, x_last = span(table, G, X, G.row.NEAR_FIRST, j, inside)
+    y_near, y_last, x_near, x_last = y_near[None], y_last[None], x_near[None], x_last[None]
     at = features + tl.minimum(i, G.y.cells - 1) * STRIDES[1]
     at += tl.minimum(j, G.x.cells - 1) * STRIDES[2]
     count = C * near[2] * near[3]
@@ -109,7 +101,7 @@ def dots_kernel(
         used = (n < count)[:, None]
         c, my, mx = window_of(tl.minimum(n, count - 1), near)  # beyond the end the last one again
         row = prototypes + ((c * G.y.windows + my) * G.x.windows + mx) * D
-        acc = tl.zeros((BN, BI * BJ), tl.float32)
+        acc = tl.zeros((BN, G.BI * G.BJ), tl.float32)
         squares = tl.zeros((BN, BK), tl.float32)
         for start in range(0, D, BK):
             f = load_features(at, start, D, STRIDES, BK, True)
@@ -119,7 +111,7 @@ def dots_kernel(
             squares += p * p
         acc *= inverse_length(tl.sum(squares, 1))[:, None]
         c, my, mx = c[:, None], my[:, None], mx[:, None]
-        used &= (my >= y_near) & (my <= y_near_last) & (mx >= x_near) & (mx <= x_near_last)
+        used &= (my >= y_near) & (my <= y_last) & (mx >= x_near) & (mx <= x_last)
         slot = ((c * G.y.near + my) * G.x.near + mx) - (y_near * G.x.near + x_near)
         tl.store(dots + (slot * G.cells + (i * G.x.cells + j)[None, :]), acc, mask=used)
 
@@ -211,19 +203,16 @@ def scores_kernel(
 
     x = pid % BLOCKS * BX + tl.arange(0, BX)
     x_in = x < G.x.pixels
-    j = look(table, G, X, LOWER, x, x_in)
+    j = look(table, G, X, G.row.LOWER, x, x_in)
     wx = look_weight(table, G, X, x, x_in)
-    x_first = look(table, G, X, FIRST, x, x_in)
-    x_last = look(table, G, X, LAST, x, x_in, -1)
-    begin = look(table, G, Y, STRIP_BEGIN, strip)
-    end = look(table, G, Y, STRIP_END, strip)
-    i = look(table, G, Y, LOWER, begin)
-    y_first = look(table, G, Y, FIRST, begin)
-    y_last = look(table, G, Y, LAST, begin)
+    x_first, x_last = span(table, G, X, G.row.FIRST, x, x_in)
+    begin, end = span(table, G, Y, G.row.STRIP_BEGIN, strip)
+    i = look(table, G, Y, G.row.LOWER, begin)
+    y_first, y_last = span(table, G, Y, G.row.FIRST, begin)
     y = begin + tl.arange(0, T)
     wy = look_weight(table, G, Y, y, y < end)
     # Weights grow along a strip: where the last is 0, the next row of locations is not near.
-    next_row = look(table, G, Y, WEIGHT, end - 1) != 0
+    next_row = look(table, G, Y, G.row.WEIGHT, end - 1) != 0
 
     # What depends on columns alone is computed for both rows of locations, then for the T rows.
     at = gram + image * 4 * G.cells
@@ -238,12 +227,12 @@ def scores_kernel(
     # The dots of the first window of class 0, and from there to the next location of either axis:
     # its windows may begin with another one.
     to_right = x_in & (wx > 0)
-    y_near = look(table, G, Y, NEAR_FIRST, i)
-    x_near = look(table, G, X, NEAR_FIRST, j, x_in)
+    y_near = look(table, G, Y, G.row.NEAR_FIRST, i)
+    x_near = look(table, G, X, G.row.NEAR_FIRST, j, x_in)
     at = (y_first - y_near) * G.x.near + x_first - x_near
     at = dots + image * C * G.near * G.cells + (at * G.cells + i * G.x.cells + j)
-    right = 1 + (x_near - look(table, G, X, NEAR_FIRST, j + 1, to_right)) * G.cells
-    y_near -= look(table, G, Y, NEAR_FIRST, i + 1, next_row)
+    right = 1 + (x_near - look(table, G, X, G.row.NEAR_FIRST, j + 1, to_right)) * G.cells
+    y_near -= look(table, G, Y, G.row.NEAR_FIRST, i + 1, next_row)
     below = G.x.cells + y_near * (G.x.near * G.cells)
 
     scores += image * (C - 1 if LOSS else C) * G.pixels

@@ -16,15 +16,9 @@ import triton.language as tl
 from .matching import square_norm
 from .products import gather, group_of, scatter
 from .shared import (
-    PIECE_FIRST,
-    PIECE_LAST,
-    PIECE_LOWER,
-    PIECE_UPPER,
-    RUN_BEGIN,
-    RUN_END,
-    WEIGHT,
     X,
     Y,
+    any_product,
     block_of,
     dot,
     interpolation,
@@ -33,6 +27,7 @@ from .shared import (
     look,
     look_weight,
     part_of,
+    span,
     spoilt,
     tile_columns,
 )
@@ -80,14 +75,14 @@ def _dot_of_parts(a, b, DOT: tl.constexpr):
     """`dot` without the terms in which b is 0: NaN where another one has an a that is not
     finite."""
     finite = a * 0 == 0
-    spoils = tl.dot(tl.where(finite, 0.0, 1.0), tl.where(b != 0, 1.0, 0.0)) > 0
-    return dot(tl.where(finite, a, 0.0), b, DOT) + tl.where(spoils, float("nan"), 0.0)
+    product = dot(tl.where(finite, a, 0.0), b, DOT)
+    return tl.where(any_product(finite == 0, b != 0), float("nan"), product)
 
 
 @triton.jit
 def _sum_tile(
     grad, scores, winners, gram, weights, table, G: tl.constexpr, P: tl.constexpr, C, first,
-    first_place, piece_y, columns, lower, cells, interpolate, pairs, scale, factor,
+    first_place, piece_y, columns, cells, interpolate, pairs, scale, factor,
     CB: tl.constexpr, PB: tl.constexpr, T_Y: tl.constexpr, MEAN: tl.constexpr,
     LOSS: tl.constexpr, PAIR: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -101,19 +96,17 @@ def _sum_tile(
     place = first_place + tl.arange(0, PB)
     carry = tl.zeros((CB, PB, T_X), tl.float32)
     own_carry = tl.zeros((T_X,), tl.float32)
-    for row in range(cells):
+    for row in range(cells[1] - cells[0] + 1):
         here = carry
         carry = tl.zeros((CB, PB, T_X), tl.float32)
         own = own_carry
         own_carry = tl.zeros((T_X,), tl.float32)
         across = tl.zeros((T_X,), tl.float32)
-        run = piece_y * G.y.piece_cells + row
-        run_begin = look(table, G, Y, RUN_BEGIN, run)
-        end = look(table, G, Y, RUN_END, run)
+        run_begin, end = span(table, G, Y, G.row.RUN_BEGIN, piece_y * G.y.piece_cells + row)
         # Weights grow along a run: where the last is 0, the next row of locations is not near.
         above = x_in & (run_begin < end)
-        below = above & (look(table, G, Y, WEIGHT, tl.maximum(end - 1, 0)) != 0)
-        norms = square_norm(gram, G, lower + row, j, wx, above, below)
+        below = above & (look(table, G, Y, G.row.WEIGHT, tl.maximum(end - 1, 0)) != 0)
+        norms = square_norm(gram, G, cells[0] + row, j, wx, above, below)
         for begin in range(run_begin, end, T_Y):
             y = begin + tl.arange(0, T_Y)
             y_in = y < end
@@ -158,13 +151,13 @@ def _sum_tile(
         block = (first + r // PB) * P + first_place + r % PB
         used = (r < R) & (first + r // PB < C) & (first_place + r % PB < P)
         to = weights + row * G.x.runs
-        to_block = to + ((block * G.block)[:, None] + n[None, :])
+        to_block = to + ((block * G.runs)[:, None] + n[None, :])
         mask = used[:, None] & (n < G.x.piece_cells)[None, :]
         tl.store(to_block, scale * classes, mask=mask)
         if measures:
             n2 = tl.arange(0, 2 * N)[None, :]
             number = (r[:, None] - R) * 2 + n2 // N
-            to_maps = to + ((C * P + number) * G.block + n2 % N)
+            to_maps = to + ((C * P + number) * G.runs + n2 % N)
             mapped = (number >= 0) & (number < 4) & (n2 % N < G.x.piece_cells)
             maps *= tl.where(number == 3, 0.5, 1.0)
             if first > 0:
@@ -203,12 +196,11 @@ def match_weights_kernel(
     scores += image * (1 if LOSS else C) * G.pixels
     winners += image * C * G.pixels
     gram += image * 4 * G.cells
-    weights += image * (C * P + 4) * G.block
+    weights += image * (C * P + 4) * G.runs
     weights += piece_y * G.y.piece_cells * G.x.runs + piece_x * G.x.piece_cells
     x, x_in, j, wx = tile_columns(table, G, piece_x, T_X)
-    column = j - look(table, G, X, PIECE_LOWER, piece_x)
-    lower = look(table, G, Y, PIECE_LOWER, piece_y)
-    cells = look(table, G, Y, PIECE_UPPER, piece_y) - lower + 1
+    column = j - look(table, G, X, G.row.PIECE_LOWER, piece_x)
+    cells = span(table, G, Y, G.row.PIECE_LOWER, piece_y)
     scale = logit_scale
     factor = -0.5
     if LOSS:
@@ -217,9 +209,9 @@ def match_weights_kernel(
         factor *= share
         scale *= share
     if MEAN:
-        over = look(table, G, Y, PIECE_LAST, piece_y) - look(table, G, Y, PIECE_FIRST, piece_y) + 1
-        over *= look(table, G, X, PIECE_LAST, piece_x) - look(table, G, X, PIECE_FIRST, piece_x) + 1
-        scale /= over.to(tl.float32)
+        first_y, last_y = span(table, G, Y, G.row.PIECE_FIRST, piece_y)
+        first_x, last_x = span(table, G, X, G.row.PIECE_FIRST, piece_x)
+        scale /= ((last_y - first_y + 1) * (last_x - first_x + 1)).to(tl.float32)
     interpolate = interpolation(column, 1 - wx, wx, N)
     # Of the Gram maps: |F|^2 or the lower neighbour, then the right neighbour or the diagonals.
     cross = interpolation(column, 2 * (1 - wx) * wx, tl.zeros_like(wx), N)
@@ -229,7 +221,7 @@ def match_weights_kernel(
         for first_place in range(0, P, PB):
             _sum_tile(
                 grad, scores, winners, gram, weights, table, G, P, C, first, first_place, piece_y,
-                (x, x_in, j, wx), lower, cells, interpolate, pairs, scale, factor, CB, PB, T_Y,
+                (x, x_in, j, wx), cells, interpolate, pairs, scale, factor, CB, PB, T_Y,
                 MEAN, LOSS, PAIR, DOT,
             )  # fmt: skip
         tl.debug_barrier()  # the next classes add to the Gram maps
@@ -243,17 +235,17 @@ def match_backward_kernel(
     inverse_lengths,  # [B, C, Gy, Gx]
     to,  # gradient of the features, any strides
     to_prototypes,  # gradient of the prototypes, or a part of it for each of `splits` parts of Q
-    table, B, Q, C, stride_b, stride_q, to_stride_b, to_stride_q, groups, splits, blocks,
+    table, B, Q, C, stride_b, stride_q, to_stride_b, to_stride_q, groups, splits,
     G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, STRIDES: tl.constexpr,
     TO_STRIDES: tl.constexpr, GY: tl.constexpr, GX: tl.constexpr, GATHER_BN: tl.constexpr,
-    M: tl.constexpr, GATHER_BD: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+    M: tl.constexpr, GATHER_BD: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Of each episode, first the programs for its prototypes, a group of windows each; then those
     for its features, BI x BJ locations each. All channels, BD or GATHER_BD at a time."""
     pid = tl.program_id(0)
-    size = (C * P + 4) * G.block
-    programs = groups * splits + Q * blocks
+    size = (C * P + 4) * G.runs
+    programs = groups * splits + Q * G.blocks
     b = (pid // programs).to(tl.int64)
     pid = pid % programs
     prototypes += b * C * G.windows * D
@@ -261,11 +253,11 @@ def match_backward_kernel(
     features += b * stride_b
     weights += b * Q * size
     if pid >= groups * splits:
-        q, corner = block_of(pid - groups * splits, G, BI, BJ)
+        q, corner = block_of(pid - groups * splits, G)
         scatter(
             weights + q * size, table, G, P, prototypes, inverse_lengths, C, corner,
             features + q * stride_q, to + b * to_stride_b + q * to_stride_q, D, STRIDES,
-            TO_STRIDES, BI, BJ, BN, BD, True, DOT,
+            TO_STRIDES, BN, BD, True, DOT,
         )  # fmt: skip
     else:
         split = pid // groups

@@ -14,12 +14,6 @@ import triton.language as tl
 
 from .products import gather, group_of, scatter
 from .shared import (
-    PIECE_LOWER,
-    PIECE_UPPER,
-    RUN_BEGIN,
-    RUN_END,
-    WINDOW_PIECE_FIRST,
-    WINDOW_PIECE_LAST,
     X,
     Y,
     block_of,
@@ -28,6 +22,7 @@ from .shared import (
     look,
     look_weight,
     part_of,
+    span,
     tile_columns,
 )
 
@@ -70,21 +65,20 @@ def mask_weights_kernel(
     piece_y = tile // G.x.pieces % G.y.pieces
     piece_x = tile % G.x.pieces
     masks += image * (1 if KIND == "labels" else C - 1 if KIND == "foreground" else C) * G.pixels
-    weights += image * C * G.block
+    weights += image * C * G.runs
     weights += piece_y * G.y.piece_cells * G.x.runs + piece_x * G.x.piece_cells
     c = first + tl.arange(0, CB)
     x, x_in, j, wx = tile_columns(table, G, piece_x, T_X)
-    columns = interpolation(j - look(table, G, X, PIECE_LOWER, piece_x), 1 - wx, wx, N)
+    columns = interpolation(j - look(table, G, X, G.row.PIECE_LOWER, piece_x), 1 - wx, wx, N)
     n = tl.arange(0, N)
-    cells = look(table, G, Y, PIECE_UPPER, piece_y) - look(table, G, Y, PIECE_LOWER, piece_y) + 1
+    lower, upper = span(table, G, Y, G.row.PIECE_LOWER, piece_y)
     carry = tl.zeros((CB, T_X), tl.float32)
     count = tl.zeros((CB, T_X), tl.float32)
-    for row in range(cells):
+    for row in range(upper - lower + 1):
         here = carry
         carry = tl.zeros((CB, T_X), tl.float32)
-        run = piece_y * G.y.piece_cells + row
-        end = look(table, G, Y, RUN_END, run)
-        for begin in range(look(table, G, Y, RUN_BEGIN, run), end, T_Y):
+        run_begin, end = span(table, G, Y, G.row.RUN_BEGIN, piece_y * G.y.piece_cells + row)
+        for begin in range(run_begin, end, T_Y):
             y = begin + tl.arange(0, T_Y)
             wy = look_weight(table, G, Y, y, y < end)[None, :, None]
             at = (y * G.x.pixels)[:, None] + x[None, :]
@@ -96,7 +90,7 @@ def mask_weights_kernel(
             here += total - high
             carry += high
         mask = (c < C)[:, None] & (n < G.x.piece_cells)[None, :]
-        to = weights + row * G.x.runs + (c * G.block)[:, None] + n[None, :]
+        to = weights + row * G.x.runs + (c * G.runs)[:, None] + n[None, :]
         tl.store(to, dot(here, columns, DOT), mask=mask)
     tl.store(counts + tile.to(tl.int64) * C + c, tl.sum(count, 1), mask=c < C)
 
@@ -106,11 +100,10 @@ def _window_counts(counts, table, G: tl.constexpr, C, c, window, PIECES_X: tl.co
     """Sums of the mask over windows, of up to PIECES_X columns of tiles each."""
     my, mx = window[0], window[1]
     used = my >= 0
-    piece_y = look(table, G, Y, WINDOW_PIECE_FIRST, my, used)
-    last_y = look(table, G, Y, WINDOW_PIECE_LAST, my, used, -1)
-    piece_x = look(table, G, X, WINDOW_PIECE_FIRST, mx, used)[:, None]
-    piece_x += tl.arange(0, PIECES_X)[None, :]
-    in_x = piece_x <= look(table, G, X, WINDOW_PIECE_LAST, mx, used, -1)[:, None]
+    piece_y, last_y = span(table, G, Y, G.row.WINDOW_PIECE_FIRST, my, used)
+    first_x, last_x = span(table, G, X, G.row.WINDOW_PIECE_FIRST, mx, used)
+    piece_x = first_x[:, None] + tl.arange(0, PIECES_X)[None, :]
+    in_x = piece_x <= last_x[:, None]
     total = tl.zeros(piece_x.shape, tl.float32)
     for _ in range(G.y.window_pieces):
         at = (piece_y[:, None] * G.x.pieces + piece_x) * C + c[:, None]
@@ -146,7 +139,7 @@ def pool_kernel(
         if start == 0:
             tl.store(factors + image * C * G.windows + number, factor, mask=used)
         part = gather(
-            weights + image * C * G.block, table, G, 1, c, window, region,
+            weights + image * C * G.runs, table, G, 1, c, window, region,
             features + b * stride_b + (image - b * K) * stride_k, start, D, STRIDES, (BN, M, BD),
             DOT,
         )  # fmt: skip
@@ -164,13 +157,13 @@ def pool_backward_kernel(
     factors,  # [B, K, C, Gy, Gx]
     to,  # gradient of the features, [B, K, D, h, w], any strides
     table, K, C, stride_b, stride_k, G: tl.constexpr, D: tl.constexpr, STRIDES: tl.constexpr,
-    BI: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program: BI x BJ locations, all channels."""
-    image, corner = block_of(tl.program_id(0), G, BI, BJ)
+    image, corner = block_of(tl.program_id(0), G)
     to += image // K * stride_b + image % K * stride_k
     scatter(
-        weights + image * C * G.block, table, G, 1, grad + image // K * C * G.windows * D,
-        factors + image * C * G.windows, C, corner, to, to, D, STRIDES, STRIDES, BI, BJ, BN, BD,
+        weights + image * C * G.runs, table, G, 1, grad + image // K * C * G.windows * D,
+        factors + image * C * G.windows, C, corner, to, to, D, STRIDES, STRIDES, BN, BD,
         False, DOT,
     )  # fmt: skip

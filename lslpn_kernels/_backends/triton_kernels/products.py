@@ -16,13 +16,6 @@ import triton
 import triton.language as tl
 
 from .shared import (
-    NEAR_FIRST,
-    NEAR_LAST,
-    RUN,
-    RUN_FIRST,
-    RUN_LAST,
-    WINDOW_CELL_BEGIN,
-    WINDOW_CELL_END,
     X,
     Y,
     dot,
@@ -30,6 +23,7 @@ from .shared import (
     load_channels,
     load_features,
     look,
+    span,
     spoilt,
     window_of,
     windows_near,
@@ -41,8 +35,8 @@ def _run_near(table, G: tl.constexpr, axis: tl.constexpr, i, number, PIECES: tl.
     """Of the pieces near locations the one of this number: the location's run, its first and last
     window (-1 where there is no such piece)."""
     n = i * PIECES + number
-    first = look(table, G, axis, RUN_FIRST, n)
-    return look(table, G, axis, RUN, n), first, look(table, G, axis, RUN_LAST, n)
+    first, last = span(table, G, axis, G.row.RUN_FIRST, n)
+    return look(table, G, axis, G.row.RUN, n), first, last
 
 
 @triton.jit
@@ -55,7 +49,7 @@ def _region_weights(
     my, mx = window[0], window[1]
     NEAR_X: tl.constexpr = G.x.near_pieces
     total = tl.zeros(SHAPE, tl.float32)
-    from_window = weights + (c * P + (my * G.x.overlap + mx if P > 1 else 0)) * G.block
+    from_window = weights + (c * P + (my * G.x.overlap + mx if P > 1 else 0)) * G.runs
     for a in range(G.y.near_pieces):
         row, first_y, last_y = _run_near(table, G, Y, cell[0], a, G.y.near_pieces)
         over_y = (my[:, None] >= first_y[None, :]) & (my[:, None] <= last_y[None, :])
@@ -64,7 +58,7 @@ def _region_weights(
             over_x = (mx[:, None] >= first_x[None, :]) & (mx[:, None] <= last_x[None, :])
             at = row * G.x.runs + column
             if P > 1:
-                at -= (first_y * G.x.overlap + first_x) * G.block
+                at -= (first_y * G.x.overlap + first_x) * G.runs
             at = from_window[:, None] + at[None, :]
             total += tl.load(at, mask=over_y & over_x, other=0.0)
     return total
@@ -74,8 +68,8 @@ def _region_weights(
 def _near(table, G: tl.constexpr, window, cell):
     """Whether windows are near locations, [windows, locations]; each `(rows, columns)`."""
     my, mx = window[0][:, None], window[1][:, None]
-    first_y, last_y = look(table, G, Y, NEAR_FIRST, cell[0]), look(table, G, Y, NEAR_LAST, cell[0])
-    first_x, last_x = look(table, G, X, NEAR_FIRST, cell[1]), look(table, G, X, NEAR_LAST, cell[1])
+    first_y, last_y = span(table, G, Y, G.row.NEAR_FIRST, cell[0])
+    first_x, last_x = span(table, G, X, G.row.NEAR_FIRST, cell[1])
     near = (my >= first_y[None, :]) & (my <= last_y[None, :])
     return near & (mx >= first_x[None, :]) & (mx <= last_x[None, :])
 
@@ -97,10 +91,10 @@ def group_of(
     used = (c < C) & (my < G.y.windows) & (mx < G.x.windows)
     my = tl.where(used, my, -1)
     region = (
-        look(table, G, Y, WINDOW_CELL_BEGIN, top),
-        look(table, G, Y, WINDOW_CELL_END, tl.minimum(top + GY, G.y.windows) - 1),
-        look(table, G, X, WINDOW_CELL_BEGIN, left),
-        look(table, G, X, WINDOW_CELL_END, tl.minimum(left + GX, G.x.windows) - 1),
+        look(table, G, Y, G.row.WINDOW_CELL_BEGIN, top),
+        look(table, G, Y, G.row.WINDOW_CELL_END, tl.minimum(top + GY, G.y.windows) - 1),
+        look(table, G, X, G.row.WINDOW_CELL_BEGIN, left),
+        look(table, G, X, G.row.WINDOW_CELL_END, tl.minimum(left + GX, G.x.windows) - 1),
     )
     return c, (my, mx), (c * G.y.windows + my) * G.x.windows + mx, used, region
 
@@ -152,20 +146,20 @@ def _gather(
 
 @triton.jit
 def _stencil(
-    weights, table, G: tl.constexpr, first_block, corner, K: tl.constexpr, HALO_X: tl.constexpr
+    weights, table, G: tl.constexpr, first_block, corner, K: tl.constexpr
 ):  # fmt: skip
     """Derivatives by the four Gram maps at the K locations around a block, [4 K]. Those by |F|^2
     are doubled."""
     NEAR_Y: tl.constexpr = G.y.near_pieces
     NEAR_X: tl.constexpr = G.x.near_pieces
     n = tl.arange(0, 4 * K)
-    i = corner[0] - 1 + n % K // HALO_X
-    j = corner[1] - 1 + n % K % HALO_X
+    i = corner[0] - 1 + n % K // (G.BJ + 2)
+    j = corner[1] - 1 + n % K % (G.BJ + 2)
     inside = (i >= 0) & (i < G.y.cells) & (j >= 0) & (j < G.x.cells)
     i = tl.where(inside, i, 0)
     j = tl.where(inside, j, 0)
     total = tl.zeros((4 * K,), tl.float32)
-    from_map = weights + (first_block + n // K) * G.block
+    from_map = weights + (first_block + n // K) * G.runs
     for a in tl.range(0, NEAR_Y, loop_unroll_factor=NEAR_Y if NEAR_Y <= 2 else 1):
         row, _first, last_y = _run_near(table, G, Y, i, a, NEAR_Y)
         for b in tl.range(0, NEAR_X, loop_unroll_factor=NEAR_X if NEAR_X <= 2 else 1):
@@ -176,20 +170,20 @@ def _stencil(
 
 
 @triton.jit
-def _ring(stencil, BI: tl.constexpr, BJ: tl.constexpr, K: tl.constexpr):
+def _ring(stencil, G: tl.constexpr, K: tl.constexpr):
     """What the K locations around a block of BI x BJ give to those of the block, [BI BJ, K]. Each
     product of neighbours has two sides, and is kept where its upper left one is.
     """
-    cell = tl.arange(0, BI * BJ)[:, None]
+    cell = tl.arange(0, G.BI * G.BJ)[:, None]
     n = tl.arange(0, K)[None, :]
-    own_i, own_j = cell // BJ + 1, cell % BJ + 1
-    i, j = n // (BJ + 2), n % (BJ + 2)
+    own_i, own_j = cell // G.BJ + 1, cell % G.BJ + 1
+    i, j = n // (G.BJ + 2), n % (G.BJ + 2)
     di, dj = i - own_i, j - own_j
     near = (di >= -1) & (di <= 1) & (dj >= -1) & (dj <= 1)
     of = tl.where(di == 0, 0, 2 * K) + tl.where(dj == 0, 0, K)
-    of += tl.minimum(i, own_i) * (BJ + 2) + tl.minimum(j, own_j)
-    of = tl.where(near, of, 0).reshape((BI * BJ * K,))
-    return tl.where(near, tl.gather(stencil, of, 0).reshape((BI * BJ, K)), 0.0)
+    of += tl.minimum(i, own_i) * (G.BJ + 2) + tl.minimum(j, own_j)
+    of = tl.where(near, of, 0).reshape((G.BI * G.BJ * K,))
+    return tl.where(near, tl.gather(stencil, of, 0).reshape((G.BI * G.BJ, K)), 0.0)
 
 
 @triton.jit
@@ -256,8 +250,8 @@ def _scatter(
 @triton.jit
 def scatter(
     weights, table, G: tl.constexpr, P: tl.constexpr, vectors, coefficients, C, corner, features,
-    to, D: tl.constexpr, STRIDES: tl.constexpr, TO_STRIDES: tl.constexpr, BI: tl.constexpr,
-    BJ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GRAM: tl.constexpr, DOT: tl.constexpr,
+    to, D: tl.constexpr, STRIDES: tl.constexpr, TO_STRIDES: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, GRAM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of BI x BJ locations: sums over the windows near it, of weight times
     coefficient times vector; with GRAM, the Gram maps' part as well.
@@ -265,22 +259,22 @@ def scatter(
     `corner` is the block's first location, `vectors` are [C, Gy, Gx, D] and `coefficients`
     [C, Gy, Gx].
     """
-    M: tl.constexpr = BI * BJ
+    M: tl.constexpr = G.BI * G.BJ
     n = tl.arange(0, M)
-    i = corner[0] + n // BJ
-    j = corner[1] + n % BJ
+    i = corner[0] + n // G.BJ
+    j = corner[1] + n % G.BJ
     inside = ((i < G.y.cells) & (j < G.x.cells))[:, None]
     to += i * TO_STRIDES[1] + j * TO_STRIDES[2]
     cell = (tl.minimum(i, G.y.cells - 1), tl.minimum(j, G.x.cells - 1))
-    near = windows_near(table, G, corner, BI, BJ)
+    near = windows_near(table, G, corner)
     if GRAM:
         K: tl.constexpr = 64
-        tl.static_assert((BI + 2) * (BJ + 2) <= K)
-        ring = _ring(_stencil(weights, table, G, C * P, corner, K, BJ + 2), BI, BJ, K)
+        tl.static_assert((G.BI + 2) * (G.BJ + 2) <= K)
+        ring = _ring(_stencil(weights, table, G, C * P, corner, K), G, K)
         # Beyond the image, where there is nothing to weigh, any other location.
         k = tl.arange(0, K)
-        i = tl.minimum(tl.maximum(corner[0] - 1 + k // (BJ + 2), 0), G.y.cells - 1)
-        j = tl.minimum(tl.maximum(corner[1] - 1 + k % (BJ + 2), 0), G.x.cells - 1)
+        i = tl.minimum(tl.maximum(corner[0] - 1 + k // (G.BJ + 2), 0), G.y.cells - 1)
+        j = tl.minimum(tl.maximum(corner[1] - 1 + k % (G.BJ + 2), 0), G.x.cells - 1)
         around = features + (i * STRIDES[1] + j * STRIDES[2])
     else:
         ring = 0
@@ -297,6 +291,14 @@ def scatter(
     if mend:
         tl.debug_barrier()  # other threads write here what was written above
         FEW: tl.constexpr = 8  # channels, so that no register is spilled
+        # The locations and windows are found anew, from a table's 0: what the compiler knows to be
+        # the same as before it would keep in registers all the time.
+        zero = look(table, G, Y, G.row.LOWER, 0)
+        cell = (
+            tl.minimum(corner[0] + zero + n // G.BJ, G.y.cells - 1),
+            tl.minimum(corner[1] + zero + n % G.BJ, G.x.cells - 1),
+        )
+        first = _windows(weights, table, G, P, coefficients, C, near, zero, cell, (BN, M))
         for start in range(0, D, FEW):
             acc = _scatter(
                 first, ring, around, weights, table, G, P, vectors, coefficients, C, near, cell,

@@ -8,14 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Both axes are described by one table, int32 [2, ROWS, length]: y, then x. Its rows are those of
-# `triton_geometry.ROWS`, which says what they hold.
-(
-    LOWER, WEIGHT, FIRST, LAST, NEAR_FIRST, NEAR_LAST, RUN, RUN_FIRST, RUN_LAST, PIECE_BEGIN,
-    PIECE_END, PIECE_LOWER, PIECE_UPPER, PIECE_FIRST, PIECE_LAST, RUN_BEGIN, RUN_END, STRIP_BEGIN,
-    STRIP_END, WINDOW_CELL_BEGIN, WINDOW_CELL_END, WINDOW_PIECE_FIRST, WINDOW_PIECE_LAST, ROWS,
-) = map(tl.constexpr, range(24))  # fmt: skip
-
+# Axes.
 Y = tl.constexpr(0)
 X = tl.constexpr(1)
 
@@ -28,7 +21,7 @@ def look(
     table, G: tl.constexpr, axis: tl.constexpr, row: tl.constexpr, index, mask=None, other=0
 ):  # fmt: skip
     """Entries of the table."""
-    at = table + ((axis * ROWS + row) * G.length + index)
+    at = table + ((axis * G.row.COUNT + row) * G.length + index)
     if mask is None:
         return tl.load(at)
     else:
@@ -36,8 +29,18 @@ def look(
 
 
 @triton.jit
+def span(
+    table, G: tl.constexpr, axis: tl.constexpr, row: tl.constexpr, index, mask=None, first=0
+):  # fmt: skip
+    """First and last entries, or begins and ends, from two rows of which this is the first; none
+    where the mask is not set."""
+    begin = look(table, G, axis, row, index, mask, first)
+    return begin, look(table, G, axis, row + 1, index, mask, -1)
+
+
+@triton.jit
 def look_weight(table, G: tl.constexpr, axis: tl.constexpr, index, mask):
-    return look(table, G, axis, WEIGHT, index, mask).to(tl.float32, bitcast=True)
+    return look(table, G, axis, G.row.WEIGHT, index, mask).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -96,13 +99,20 @@ def spoilt(x):
 
 
 @triton.jit
+def any_product(a, b):
+    """Whether there is a term in which both are set, of a product of matrices of flags."""
+    a, b = tl.where(a, 1.0, 0.0), tl.where(b, 1.0, 0.0)
+    return tl.dot(a.to(tl.float16), b.to(tl.float16)) > 0
+
+
+@triton.jit
 def dot_of_parts(a, b, part, DOT: tl.constexpr):
     """`dot` without the terms that have no `part` in it, in the shape of a: NaN where another one
     has a b that is not finite."""
     b = b.to(tl.float32)
     finite = b * 0 == 0
-    spoils = tl.dot(tl.where(part, 1.0, 0.0), tl.where(finite, 0.0, 1.0)) > 0
-    return dot(a, tl.where(finite, b, 0.0), DOT) + tl.where(spoils, float("nan"), 0.0)
+    product = dot(a, tl.where(finite, b, 0.0), DOT)
+    return tl.where(any_product(part, finite == 0), float("nan"), product)
 
 
 @triton.jit
@@ -161,18 +171,17 @@ def part_of(block, blocks, length):
 
 
 @triton.jit
-def block_of(pid, G: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr):
+def block_of(pid, G: tl.constexpr):
     """Of the blocks of BI x BJ locations of all images one: the image and the first location."""
-    DOWN: tl.constexpr = (G.y.cells + BI - 1) // BI
-    ACROSS: tl.constexpr = (G.x.cells + BJ - 1) // BJ
-    return (pid // (ACROSS * DOWN)).to(tl.int64), (pid // ACROSS % DOWN * BI, pid % ACROSS * BJ)
+    corner = (pid % G.blocks // G.across * G.BI, pid % G.across * G.BJ)
+    return (pid // G.blocks).to(tl.int64), corner
 
 
 @triton.jit
-def windows_near(table, G: tl.constexpr, corner, BI: tl.constexpr, BJ: tl.constexpr):
+def windows_near(table, G: tl.constexpr, corner):
     """The windows near a block of BI x BJ locations: first row and column, rows and columns."""
-    y, ny = _windows_along(table, G, Y, corner[0], BI, G.y.cells)
-    x, nx = _windows_along(table, G, X, corner[1], BJ, G.x.cells)
+    y, ny = _windows_along(table, G, Y, corner[0], G.BI, G.y.cells)
+    x, nx = _windows_along(table, G, X, corner[1], G.BJ, G.x.cells)
     return y, x, ny, nx
 
 
@@ -181,9 +190,9 @@ def _windows_along(
     table, G: tl.constexpr, axis: tl.constexpr, begin, SIZE: tl.constexpr, CELLS: tl.constexpr
 ):  # fmt: skip
     i = begin + tl.arange(0, SIZE)
-    first = tl.min(look(table, G, axis, NEAR_FIRST, i, i < CELLS, NONE_NEAR), 0)
-    last = tl.max(look(table, G, axis, NEAR_LAST, i, i < CELLS, -1), 0)
-    return first, tl.maximum(last - first + 1, 0)
+    first, last = span(table, G, axis, G.row.NEAR_FIRST, i, i < CELLS, NONE_NEAR)
+    first = tl.min(first, 0)
+    return first, tl.maximum(tl.max(last, 0) - first + 1, 0)
 
 
 @triton.jit
@@ -203,9 +212,10 @@ def window_of(n, near):
 def tile_columns(table, G: tl.constexpr, piece, T: tl.constexpr):
     """The columns of a piece: pixels and which are real, lower locations, and the weights of the
     upper ones."""
-    x = look(table, G, X, PIECE_BEGIN, piece) + tl.arange(0, T)
-    mask = x < look(table, G, X, PIECE_END, piece)
-    return x, mask, look(table, G, X, LOWER, x, mask), look_weight(table, G, X, x, mask)
+    begin, end = span(table, G, X, G.row.PIECE_BEGIN, piece)
+    x = begin + tl.arange(0, T)
+    mask = x < end
+    return x, mask, look(table, G, X, G.row.LOWER, x, mask), look_weight(table, G, X, x, mask)
 
 
 @triton.jit
