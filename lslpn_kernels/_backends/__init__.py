@@ -9,6 +9,7 @@ offer `LossKernels` beside, for `lslpn_kernels._loss`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -199,11 +200,12 @@ def winner_dtype(grid: GridSpec, size: tuple[int, int]) -> torch.dtype:
     return torch.uint8 if 2 / grid.spacing + 1 <= 16 else torch.int32
 
 
-def mask_kind(masks: Tensor, C: int) -> str:
-    """ "labels", "foreground" or "classes": how `masks` describe C classes; see `Kernels`."""
-    if masks.dim() == 4:
+def mask_kind(masks: Sequence[int], C: int) -> str:
+    """ "labels", "foreground" or "classes": how masks of that shape describe C classes; see
+    `Kernels`."""
+    if len(masks) == 4:
         return "labels"
-    return "classes" if masks.shape[2] == C else "foreground"
+    return "classes" if masks[2] == C else "foreground"
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:

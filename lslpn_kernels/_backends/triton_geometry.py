@@ -7,13 +7,13 @@ pixels of a piece with the same lower location are a `run`; a `strip` is 8 of th
 
 from __future__ import annotations
 
-import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,66 +22,77 @@ from ..geometry import Axis, GridSpec
 
 PIECE, STRIP = 32, 8  # pixels of a piece and of a strip, at most
 
-# Rows of the table, by what they are indexed with; `triton_kernels.shared` has the same list.
-ROWS = (
+
+class Row:
+    """Rows of the table, by what they are indexed with."""
+
     # a pixel
-    "LOWER",  # lower location that it is interpolated from
-    "WEIGHT",  # weight of the upper one, the bits of a float32
-    "FIRST",  # first and last window over it
-    "LAST",
+    LOWER = 0  # lower location that it is interpolated from
+    WEIGHT = 1  # weight of the upper one, the bits of a float32
+    FIRST = 2  # first and last window over it
+    LAST = 3
     # a feature location
-    "NEAR_FIRST",  # first and last window near it; where none is: many, -1
-    "NEAR_LAST",
+    NEAR_FIRST = 4  # first and last window near it; where none is: many, -1
+    NEAR_LAST = 5
     # the n-th piece near location i, at i * near_pieces + n
-    "RUN",  # the location's run in it
-    "RUN_FIRST",  # first and last window over the piece; where there is no such piece: 0, -1
-    "RUN_LAST",
+    RUN = 6  # the location's run in it
+    RUN_FIRST = 7  # first and last window over the piece; where there is no such piece: 0, -1
+    RUN_LAST = 8
     # a piece
-    "PIECE_BEGIN",  # its pixels
-    "PIECE_END",
-    "PIECE_LOWER",  # its first and last location
-    "PIECE_UPPER",
-    "PIECE_FIRST",  # its first and last window
-    "PIECE_LAST",
+    PIECE_BEGIN = 9  # its pixels
+    PIECE_END = 10
+    PIECE_LOWER = 11  # its first and last location
+    PIECE_UPPER = 12
+    PIECE_FIRST = 13  # its first and last window
+    PIECE_LAST = 14
     # the r-th location of piece p, at p * cells + r
-    "RUN_BEGIN",  # pixels of the piece that have it as their lower location
-    "RUN_END",
+    RUN_BEGIN = 15  # pixels of the piece that have it as their lower location
+    RUN_END = 16
     # a strip of rows, pixels of one run
-    "STRIP_BEGIN",
-    "STRIP_END",
+    STRIP_BEGIN = 17
+    STRIP_END = 18
     # a window
-    "WINDOW_CELL_BEGIN",  # locations near it
-    "WINDOW_CELL_END",
-    "WINDOW_PIECE_FIRST",  # first and last piece in it
-    "WINDOW_PIECE_LAST",
-)
+    WINDOW_CELL_BEGIN = 19  # locations near it
+    WINDOW_CELL_END = 20
+    WINDOW_PIECE_FIRST = 21  # first and last piece in it
+    WINDOW_PIECE_LAST = 22
+    COUNT = 23
 
 
 @dataclass(frozen=True)
 class AxisFacts:
-    """What the kernels have to know of an axis before they are compiled.
+    """What the kernels are compiled for.
 
     Attributes:
-        rows: the rows of the table.
+        pixels, cells, windows: as of `Axis`.
         near: windows near a feature location, at most.
         overlap: windows over a pixel, at most.
-        pieces, piece, cells: number of pieces, and the pixels and locations of the longest.
-        strips, strip: number of strips, and the pixels of the longest.
+        pieces, piece_pixels, piece_cells: number of pieces, pixels and locations of the longest.
+        strips, strip_pixels: number of strips, and the pixels of the longest.
         near_pieces, window_pieces: pieces near a feature location and in a window, at most.
         between: whether any pixel lies between two locations.
+        rows: the rows of the table. Kernels read them at run time and are not compiled for them.
     """
 
-    rows: tuple[tuple[int, ...], ...]
+    pixels: int
+    cells: int
+    windows: int
     near: int
     overlap: int
     pieces: int
-    piece: int
-    cells: int
+    piece_pixels: int
+    piece_cells: int
     strips: int
-    strip: int
+    strip_pixels: int
     near_pieces: int
     window_pieces: int
     between: bool
+    rows: tuple[tuple[int, ...], ...] = field(repr=False, compare=False)
+
+    @property
+    def runs(self) -> int:
+        """Of all pieces, as many of each as the longest has."""
+        return self.pieces * self.piece_cells
 
 
 @cache
@@ -125,43 +136,46 @@ def axis_facts(axis: Axis) -> AxisFacts:
 
     near_pieces = max(map(len, near_runs))
     flat = [run for of in near_runs for run in (*of, *[(0, 0, -1)] * (near_pieces - len(of)))]
-    rows: dict[str, Iterable[int]] = {
-        "LOWER": lower,
-        "WEIGHT": [struct.unpack("<i", struct.pack("<f", weight))[0] for _, weight in taps],
-        "FIRST": [first for first, _ in covering],
-        "LAST": [last for _, last in covering],
-        "NEAR_FIRST": near.first,
-        "NEAR_LAST": near.last,
-        "RUN": [run for run, _, _ in flat],
-        "RUN_FIRST": [first for _, first, _ in flat],
-        "RUN_LAST": [last for _, _, last in flat],
-        "PIECE_BEGIN": [begin for begin, _ in pieces],
-        "PIECE_END": [end for _, end in pieces],
-        "PIECE_LOWER": [lower[begin] for begin, _ in pieces],
-        "PIECE_UPPER": [upper[end - 1] for _, end in pieces],
-        "PIECE_FIRST": [covering[begin][0] for begin, _ in pieces],
-        "PIECE_LAST": [covering[begin][1] for begin, _ in pieces],
-        "RUN_BEGIN": [begin for begin, _ in runs],
-        "RUN_END": [end for _, end in runs],
-        "STRIP_BEGIN": [begin for begin, _ in strips],
-        "STRIP_END": [end for _, end in strips],
-        "WINDOW_CELL_BEGIN": window_cells.first,
-        "WINDOW_CELL_END": [last + 1 for last in window_cells.last],
-        "WINDOW_PIECE_FIRST": window_pieces.first,
-        "WINDOW_PIECE_LAST": window_pieces.last,
+    rows: dict[int, Iterable[int]] = {
+        Row.LOWER: lower,
+        Row.WEIGHT: [struct.unpack("<i", struct.pack("<f", weight))[0] for _, weight in taps],
+        Row.FIRST: [first for first, _ in covering],
+        Row.LAST: [last for _, last in covering],
+        Row.NEAR_FIRST: near.first,
+        Row.NEAR_LAST: near.last,
+        Row.RUN: [run for run, _, _ in flat],
+        Row.RUN_FIRST: [first for _, first, _ in flat],
+        Row.RUN_LAST: [last for _, _, last in flat],
+        Row.PIECE_BEGIN: [begin for begin, _ in pieces],
+        Row.PIECE_END: [end for _, end in pieces],
+        Row.PIECE_LOWER: [lower[begin] for begin, _ in pieces],
+        Row.PIECE_UPPER: [upper[end - 1] for _, end in pieces],
+        Row.PIECE_FIRST: [covering[begin][0] for begin, _ in pieces],
+        Row.PIECE_LAST: [covering[begin][1] for begin, _ in pieces],
+        Row.RUN_BEGIN: [begin for begin, _ in runs],
+        Row.RUN_END: [end for _, end in runs],
+        Row.STRIP_BEGIN: [begin for begin, _ in strips],
+        Row.STRIP_END: [end for _, end in strips],
+        Row.WINDOW_CELL_BEGIN: window_cells.first,
+        Row.WINDOW_CELL_END: [last + 1 for last in window_cells.last],
+        Row.WINDOW_PIECE_FIRST: window_pieces.first,
+        Row.WINDOW_PIECE_LAST: window_pieces.last,
     }
     return AxisFacts(
-        rows=tuple(tuple(rows[name]) for name in ROWS),
+        axis.pixels,
+        axis.cells,
+        axis.windows,
         near=near.longest,
         overlap=axis.overlap,
         pieces=len(pieces),
-        piece=max(end - begin for begin, end in pieces),
-        cells=cells,
+        piece_pixels=max(end - begin for begin, end in pieces),
+        piece_cells=cells,
         strips=len(strips),
-        strip=max(end - begin for begin, end in strips),
+        strip_pixels=max(end - begin for begin, end in strips),
         near_pieces=near_pieces,
         window_pieces=window_pieces.longest,
         between=any(weight > 0 for _, weight in taps),
+        rows=tuple(tuple(rows[n]) for n in range(Row.COUNT)),
     )
 
 
@@ -192,69 +206,88 @@ def cut(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything about the two axes."""
+    """Both axes. Kernels take it as a constant, and are compiled for it.
 
-    y: Axis
-    x: Axis
-    rows: AxisFacts
-    columns: AxisFacts
+    Attributes:
+        length: of a row of the table.
+        BI, BJ: locations of a block, along y and x.
+    """
+
+    y: AxisFacts
+    x: AxisFacts
+    length: int
+    BI: ClassVar[int] = 4
+    BJ: ClassVar[int] = 8  # with those around them, the locations of a block are 60
+    row: ClassVar[type[Row]] = Row
+
+    @property
+    def across(self) -> int:
+        """Blocks of locations along x."""
+        return -(-self.x.cells // self.BJ)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of locations of an image."""
+        return -(-self.y.cells // self.BI) * self.across
 
     @property
     def tiles(self) -> int:
-        return self.rows.pieces * self.columns.pieces
+        return self.y.pieces * self.x.pieces
 
     @property
-    def runs(self) -> tuple[int, int]:
-        """Runs along either axis, as many of a piece as the longest has."""
-        rows, columns = self.rows, self.columns
-        return rows.pieces * rows.cells, columns.pieces * columns.cells
+    def runs(self) -> int:
+        """Of rows times those of columns: numbers kept of an image for one class and place."""
+        return self.y.runs * self.x.runs
 
     @property
-    def between(self) -> bool:
-        """Whether any pixel lies between two locations."""
-        return self.rows.between or self.columns.between
+    def near(self) -> int:
+        """Windows near a feature location, at most."""
+        return self.y.near * self.x.near
+
+    @property
+    def windows(self) -> int:
+        return self.y.windows * self.x.windows
+
+    @property
+    def cells(self) -> int:
+        return self.y.cells * self.x.cells
+
+    @property
+    def pixels(self) -> int:
+        return self.y.pixels * self.x.pixels
 
     def places(self, reduce: str) -> int:
         """Places that a window can have over a tile; one where all windows get the same."""
-        return self.rows.overlap * self.columns.overlap if reduce == "max" else 1
+        return self.y.overlap * self.x.overlap if reduce == "max" else 1
 
-    def pool_weights(self, C: int) -> int:
-        """Numbers kept of an image for pooling."""
-        return C * math.prod(self.runs)
-
-    def match_weights(self, C: int, reduce: str) -> int:
-        """Numbers kept of an image for the backward direction of matching."""
-        return (C * self.places(reduce) + 4) * math.prod(self.runs)
-
-    def dots(self, C: int) -> int:
-        """Inner products kept of an image."""
-        return C * self.rows.near * self.columns.near * self.y.cells * self.x.cells
-
-    @cache  # noqa: B019 (as few as there are geometries, which are kept for good)
-    def table(self, device: torch.device) -> Tensor:
-        """The tables of both axes on the device, [2, rows, length] int32.
-
-        They are kept for good, some 50 kB each: a captured CUDA graph holds their addresses.
-        """
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the first call for a geometry cannot be captured in a CUDA graph: call the "
-                "operator once with these shapes before capturing"
-            )
-        axes = (self.rows.rows, self.columns.rows)
-        length = max(len(row) for rows in axes for row in rows)
-        table = torch.tensor(
-            [[(*row, *([0] * (length - len(row)))) for row in rows] for rows in axes],
-            dtype=torch.int32,
-            device="cpu",
-        ).to(device)
-        if device.type == "cuda":
-            # Once only: other streams may be the next to read it.
-            torch.cuda.current_stream(device).synchronize()
-        return table
+    def images(self, C: int, reduce: str, workspace: int) -> int:
+        """Images that a workspace of so many bytes is enough for, in either direction of
+        matching."""
+        most = max(C * self.near * self.cells, (C * self.places(reduce) + 4) * self.runs)
+        return workspace // (4 * most)
 
 
 @cache
 def geometry(grid: GridSpec, H: int, W: int, h: int, w: int) -> Geometry:
-    y, x = grid.axis(H, h), grid.axis(W, w)
-    return Geometry(y, x, axis_facts(y), axis_facts(x))
+    y, x = axis_facts(grid.axis(H, h)), axis_facts(grid.axis(W, w))
+    return Geometry(y, x, max(map(len, (*y.rows, *x.rows))))
+
+
+@cache
+def table(grid: GridSpec, H: int, W: int, h: int, w: int, device: torch.device) -> Tensor:
+    """The tables of both axes on the device, [2, rows, length] int32.
+
+    They are kept for good, some 50 kB each: a captured CUDA graph holds their addresses.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first call for a geometry cannot be captured in a CUDA graph: call the "
+            "operator once with these shapes before capturing"
+        )
+    G = geometry(grid, H, W, h, w)
+    rows = [[(*row, *([0] * (G.length - len(row)))) for row in axis.rows] for axis in (G.y, G.x)]
+    found = torch.tensor(rows, dtype=torch.int32, device="cpu").to(device)
+    if device.type == "cuda":
+        # Once only: other streams may be the next to read it.
+        torch.cuda.current_stream(device).synchronize()
+    return found

@@ -33,7 +33,7 @@ class Launch:
         self.options = {"num_warps": warps, "num_stages": 1, "maxnreg": 255 if warps <= 4 else 128}
         self.compiled: Any = None
 
-    def __call__(self, *first: Tensor | float) -> None:
+    def __call__(self, *first: Tensor | float | None) -> None:
         if self.compiled is not None:
             self.compiled[self.grid](*first, *self.tail)
             return

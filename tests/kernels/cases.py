@@ -196,28 +196,44 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 SPOILT = ("support", "query", "prototypes", "grad_prototypes", "grad_scores")
 
 
+# Feature locations and pixels, height and width of each.
+INTERPOLATED = ((9, 11), (64, 60))
+ALIKE = {  # locations on pixels, along both axes or one
+    "as_large_as_image": ((16, 12), (16, 12)),
+    "as_high_as_image": ((16, 11), (16, 60)),
+    "as_wide_as_image": ((9, 12), (64, 12)),
+}
+
+
 class NotFinite:
     """Pooling and matching of windows that overlap, with a number that is not finite."""
 
-    GRID, SIZE = GridSpec(1 / 4), (64, 60)
+    GRID = GridSpec(1 / 4)
 
-    def __init__(self, where: str, dtype: torch.dtype, reduce: str) -> None:
+    def __init__(
+        self,
+        where: str,
+        dtype: torch.dtype,
+        reduce: str,
+        sizes: tuple[tuple[int, int], tuple[int, int]] = INTERPOLATED,
+    ) -> None:
         """`where`: one of SPOILT."""
         generator = torch.Generator().manual_seed(0)
 
         def numbers(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        prototypes = (1, 2, *self.GRID.shape(*self.SIZE), 16)
+        features, self.size = sizes
+        prototypes = (1, 2, *self.GRID.shape(*self.size), 16)
         self.where, self.reduce = where, reduce
         self.inputs = {
-            "support": numbers(1, 1, 16, 9, 11).to(dtype),
-            "query": numbers(1, 1, 16, 9, 11).to(dtype),
+            "support": numbers(1, 1, 16, *features).to(dtype),
+            "query": numbers(1, 1, 16, *features).to(dtype),
             "prototypes": numbers(*prototypes),
             "grad_prototypes": numbers(*prototypes),
-            "grad_scores": numbers(1, 1, 2, *self.SIZE),
+            "grad_scores": numbers(1, 1, 2, *self.size),
         }
-        self.masks = torch.rand(1, 1, 2, *self.SIZE, generator=generator) < 0.5
+        self.masks = torch.rand(1, 1, 2, *self.size, generator=generator) < 0.5
 
     def spoil(self, value: float) -> None:
         """In the middle; of prototypes that is in one class, of features in one channel."""
@@ -229,7 +245,7 @@ class NotFinite:
         given = {n: t.detach().to(dtype or t.dtype, copy=True) for n, t in self.inputs.items()}
         leaves = [given[name].requires_grad_() for name in SPOILT[:3]]
         pooled = masked_average_pool(given["support"], self.masks, self.GRID, 0, backend=backend)
-        scores = cosine_match(*leaves[1:], self.GRID, self.SIZE, self.reduce, backend=backend)
+        scores = cosine_match(*leaves[1:], self.GRID, self.size, self.reduce, backend=backend)
         outputs = [pooled, scores]
         grads = torch.autograd.grad(outputs, leaves, [given[name] for name in SPOILT[3:]])
         names = ("prototypes", "scores", "grad_support", "grad_query", "grad_prototypes")

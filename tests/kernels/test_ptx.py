@@ -18,7 +18,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GOLDEN, SITUATIONS, SPOILT, Case, NotFinite, assert_near, run
+from cases import (
+    ALIKE,
+    GOLDEN,
+    INTERPOLATED,
+    SITUATIONS,
+    SPOILT,
+    Case,
+    NotFinite,
+    assert_near,
+    run,
+)
 from ptx import cuda, hooks, machine, triton_driver
 from ptx.fixtures import kernels, module  # noqa: F401
 from ptx.machine import ExecutionError, Kernel, Launch, settings
@@ -200,10 +210,19 @@ def test_triton_golden(triton: Callable[..., Any]) -> None:
         golden(GOLDEN[0], "triton")
 
 
-@pytest.mark.parametrize("where", SPOILT)
-def test_triton_not_finite(triton: Callable[..., Any], where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "sizes"),
+    [
+        *((where, INTERPOLATED) for where in SPOILT),
+        *((where, sizes) for sizes in ALIKE.values() for where in ("query", "grad_scores")),
+    ],
+    ids=[*SPOILT, *(f"{where}_{size}" for size in ALIKE for where in ("query", "grad_scores"))],
+)
+def test_triton_not_finite(
+    triton: Callable[..., Any], where: str, sizes: tuple[tuple[int, int], tuple[int, int]]
+) -> None:
     """Results are not finite where the equations have it so, and right elsewhere."""
-    case = NotFinite(where, torch.float32, "max")
+    case = NotFinite(where, torch.float32, "max", sizes)
     for value in (torch.nan, torch.inf):
         case.spoil(value)
         expected = case.results("reference", torch.float64)
@@ -396,6 +415,7 @@ def _signed(x: int) -> int:
 
 
 INSTRUCTIONS: dict[str, Callable[[int, int], int]] = {
+    "add.s16x2 %r4, %r2, %r3": lambda a, b: (a + b & 0xFFFF) | (a >> 16) + (b >> 16) << 16,
     "mul.hi.s32 %r4, %r2, %r3": lambda a, b: _signed(a) * _signed(b) >> 32,
     "mul.hi.u32 %r4, %r2, %r3": lambda a, b: a * b >> 32,
     "shr.s32 %r4, %r2, %r3": lambda a, b: _signed(a) >> min(b, 31),

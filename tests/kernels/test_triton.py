@@ -30,11 +30,11 @@ pytestmark = pytest.mark.skipif(
 KERNELS = {
     "mask_weights_kernel",
     "pool_kernel",
-    "pool_back_kernel",
+    "pool_backward_kernel",
     "dots_kernel",
     "scores_kernel",
     "match_weights_kernel",
-    "match_back_kernel",
+    "match_backward_kernel",
 }
 DTYPES = ("float32", "float16", "bfloat16")
 VARIANTS = {

@@ -19,7 +19,7 @@ import torch
 from cases import GOLDEN, SITUATIONS, Case, assert_near, run
 
 from lslpn_kernels import GridSpec, LocalPrototypeHead, backends, cosine_match
-from lslpn_kernels._backends import torch_, triton_
+from lslpn_kernels._backends import torch_, triton_, triton_plans
 
 if os.environ.get("TRITON_INTERPRET") != "1" or not backends()["triton"].usable:
     raise RuntimeError(f"TRITON_INTERPRET=1 and Triton are needed: {backends()['triton']}")
@@ -82,11 +82,29 @@ def test_half_types(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("reduce", ["max", "mean"])
-def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch, reduce: str) -> None:
-    monkeypatch.setattr(triton_, "_needs_long", lambda *_: True)
-    case = replace(TINY, K=2, Q=2, D=5, reduce=reduce)  # a D of its own: plans are kept
+def test_images_beyond_offsets_of_32_bits(monkeypatch: pytest.MonkeyPatch, reduce: str) -> None:
+    """The `torch` backend takes over, in both directions of both operators."""
+    monkeypatch.setattr(triton_plans, "fits", lambda *_: False)
+    case = replace(TINY, K=2, Q=2, D=5, reduce=reduce)
     expected = run(case, "reference", rounded=torch.float32)
+    for launch in triton_plans.KEPT:
+        monkeypatch.setattr(triton_plans, launch.__name__, None)
     assert_near(run(case, "triton", torch.float32), expected, 2e-6)
+
+
+def test_which_images_offsets_of_32_bits_reach() -> None:
+    grid = GridSpec(1 / 2)
+    G = triton_plans.geometry(grid, 1 << 10, 1 << 10, 1 << 6, 1 << 6)
+
+    def layout(D: int, stride: int) -> triton_plans.Layout:
+        shape, strides = (1, 1, D, 1 << 6, 1 << 6), (0, 0, stride, 1 << 6, 1)
+        return triton_plans.Layout(torch.float32, shape, strides, torch.device("cpu"))
+
+    assert triton_plans.fits(G, 2, layout(1 << 18, 1 << 12))
+    assert not triton_plans.fits(G, 2, layout(1 << 19, 1 << 12))  # features
+    assert not triton_plans.fits(G, 2, layout(1 << 19, 0))  # their gradient
+    assert not triton_plans.fits(G, 2, layout(2, 1 << 31))  # a view into something larger
+    assert not triton_plans.fits(G, 1 << 11, layout(2, 1 << 12))  # scores
 
 
 @pytest.mark.parametrize("images", [0, 4])
@@ -108,7 +126,7 @@ def test_scores_times_a_factor(monkeypatch: pytest.MonkeyPatch, reduce: str, ima
 
 def test_images_summed_by_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are programs enough without one for each image of an episode."""
-    monkeypatch.setattr(triton_, "_splits", lambda programs, images: 1)
+    monkeypatch.setattr(triton_plans, "_splits", lambda programs, images: 1)
     case = replace(ONE, K=3, Q=2, D=7)
     expected = run(case, "reference", rounded=torch.float32)
     assert_near(run(case, "triton", torch.float32), expected, 2e-6)
@@ -116,8 +134,8 @@ def test_images_summed_by_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_groups_of_many_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows are summed in larger groups where there are 16 episodes and more."""
-    group = triton_._group
-    monkeypatch.setattr(triton_, "_group", lambda C, geometry, _: group(C, geometry, 16))
+    group = triton_plans._group
+    monkeypatch.setattr(triton_plans, "_group", lambda C, G, _: group(C, G, 16))
     case = Case(h=2, w=2, H=8, W=3, D=9, grid=GridSpec(1 / 4, 1.0))
     assert case.grid.shape(case.H, case.W)[0] == 4
     expected = run(case, "reference", rounded=torch.float32)

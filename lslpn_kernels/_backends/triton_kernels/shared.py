@@ -8,14 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Both axes are described by one table, int32 [2, ROWS, length]: y, then x. Its rows are those of
-# `triton_geometry.ROWS`, which says what they hold.
-(
-    LOWER, WEIGHT, FIRST, LAST, NEAR_FIRST, NEAR_LAST, RUN, RUN_FIRST, RUN_LAST, PIECE_BEGIN,
-    PIECE_END, PIECE_LOWER, PIECE_UPPER, PIECE_FIRST, PIECE_LAST, RUN_BEGIN, RUN_END, STRIP_BEGIN,
-    STRIP_END, WINDOW_CELL_BEGIN, WINDOW_CELL_END, WINDOW_PIECE_FIRST, WINDOW_PIECE_LAST, ROWS,
-) = map(tl.constexpr, range(24))  # fmt: skip
-
+# Axes.
 Y = tl.constexpr(0)
 X = tl.constexpr(1)
 
@@ -24,24 +17,30 @@ EPS_SQUARE = tl.constexpr(1e-16)  # of `reference.EPS`
 
 
 @triton.jit
-def look(axes, axis: tl.constexpr, row: tl.constexpr, index, mask, other=0):
-    """Entries of the table; `axes` is (table, length)."""
-    return tl.load(axes[0] + (axis * ROWS + row) * axes[1] + index, mask=mask, other=other)
+def look(
+    table, G: tl.constexpr, axis: tl.constexpr, row: tl.constexpr, index, mask=None, other=0
+):  # fmt: skip
+    """Entries of the table."""
+    at = table + ((axis * G.row.COUNT + row) * G.length + index)
+    if mask is None:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=mask, other=other)
 
 
 @triton.jit
-def one(axes, axis: tl.constexpr, row: tl.constexpr, index):
-    return tl.load(axes[0] + (axis * ROWS + row) * axes[1] + index)
+def span(
+    table, G: tl.constexpr, axis: tl.constexpr, row: tl.constexpr, index, mask=None, first=0
+):  # fmt: skip
+    """First and last entries, or begins and ends, from two rows of which this is the first; none
+    where the mask is not set."""
+    begin = look(table, G, axis, row, index, mask, first)
+    return begin, look(table, G, axis, row + 1, index, mask, -1)
 
 
 @triton.jit
-def look_weight(axes, axis: tl.constexpr, index, mask):
-    return look(axes, axis, WEIGHT, index, mask).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def wide(index, LONG: tl.constexpr):
-    return tl.cast(index, tl.int64) if LONG else index
+def look_weight(table, G: tl.constexpr, axis: tl.constexpr, index, mask):
+    return look(table, G, axis, G.row.WEIGHT, index, mask).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -95,59 +94,64 @@ def dot(a, b, DOT: tl.constexpr):
 @triton.jit
 def spoilt(x):
     """Whether there is a NaN or an infinity: 0 times these would spoil what has no part in them, so
-    that the sum is then taken term by term."""
+    that the sum is then taken by `dot_of_parts`."""
     return tl.sum(x * 0) != 0
 
 
 @triton.jit
-def product_one_by_one(a, b):
-    """``a @ b`` without the terms in which b is 0."""
-    N: tl.constexpr = b.shape[1]
-    result = tl.zeros((a.shape[0], N), tl.float32)
-    for n in range(N):
-        here = tl.arange(0, N)[None, :] == n
-        column = tl.sum(tl.where(here, b, 0.0), 1)[None, :]
-        sums = tl.sum(tl.where(column != 0, a * column, 0.0), 1)
-        result = tl.where(here, sums[:, None], result)
-    return result
+def any_product(a, b):
+    """Whether there is a term in which both are set, of a product of matrices of flags."""
+    a, b = tl.where(a, 1.0, 0.0), tl.where(b, 1.0, 0.0)
+    return tl.dot(a.to(tl.float16), b.to(tl.float16)) > 0
+
+
+@triton.jit
+def dot_of_parts(a, b, part, DOT: tl.constexpr):
+    """`dot` without the terms that have no `part` in it, in the shape of a: NaN where another one
+    has a b that is not finite."""
+    b = b.to(tl.float32)
+    finite = b * 0 == 0
+    product = dot(a, tl.where(finite, b, 0.0), DOT)
+    return tl.where(any_product(part, finite == 0), float("nan"), product)
 
 
 @triton.jit
 def load_features(
-    at,
-    start,
-    D,
-    STRIDES: tl.constexpr,
-    EVEN: tl.constexpr,
-    BK: tl.constexpr,
-    LONG: tl.constexpr,
+    at, start, D: tl.constexpr, STRIDES: tl.constexpr, BK: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr = False,
-):
+):  # fmt: skip
     """BK channels from `start` on of the locations at these addresses, [locations, channels], or
-    CHANNELS_FIRST. Neighbouring lanes read what lies next to each other in memory. EVEN says that
-    there are so many. The start is added to the addresses first: what is left to add to them for a
-    channel is then a constant, which costs no instruction."""
+    CHANNELS_FIRST. Neighbouring lanes read what lies next to each other in memory. The start is
+    added to the addresses first: what is left to add to them for a channel is then a constant,
+    which costs no instruction."""
     at += tl.cast(start, tl.int64) * STRIDES[0]
     d = tl.arange(0, BK)
-    step = wide(d, LONG) * STRIDES[0]
     if STRIDES[0] == 1:
-        at = at[:, None] + step[None, :]
-        f = tl.load(at) if EVEN else tl.load(at, mask=(start + d < D)[None, :], other=0.0)
+        f = load_channels(at[:, None] + d[None, :], (start + d)[None, :], D, BK)
         f = tl.trans(f) if CHANNELS_FIRST else f
     else:
         # Each of 4 warps reads a quarter of the channels: a thread then has neighbours, and puts
         # them into shared memory at once.
         HALF: tl.constexpr = at.dtype.element_ty.primitive_bitwidth == 16
         WARPS: tl.constexpr = 4 if HALF and BK >= 64 else 1
-        step = step.reshape((WARPS, BK // WARPS)).permute(1, 0)
-        at = at[None, None, :] + step[:, :, None]
-        there = (start + d < D).reshape((WARPS, BK // WARPS)).permute(1, 0)[:, :, None]
-        f = tl.load(at) if EVEN else tl.load(at, mask=there, other=0.0)
+        d = d.reshape((WARPS, BK // WARPS)).permute(1, 0)[:, :, None]
+        f = load_channels(at[None, None, :] + d * STRIDES[0], start + d, D, BK)
         if CHANNELS_FIRST:
             f = f.permute(1, 0, 2).reshape((BK, f.shape[2]))
         else:
             f = f.permute(2, 1, 0).reshape((f.shape[2], BK))
     return f
+
+
+@triton.jit
+def load_channels(at, d, D: tl.constexpr, BK: tl.constexpr, mask=None):
+    """What lies at these addresses, BK channels of D at a time; 0 beyond the last channel, and
+    outside of the mask."""
+    if D % BK == 0:
+        return tl.load(at) if mask is None else tl.load(at, mask=mask, other=0.0)
+    else:
+        there = d < D if mask is None else mask & (d < D)
+        return tl.load(at, mask=there, other=0.0)
 
 
 @triton.jit
@@ -163,35 +167,55 @@ def part_of(block, blocks, length):
     return block * length // blocks, (block + 1) * length // blocks
 
 
+# Windows near a block of locations
+
+
 @triton.jit
-def windows_near(axes, axis: tl.constexpr, begin, end, SIZE: tl.constexpr):
-    """First window near the locations begin <= i < end, and the number of windows."""
+def block_of(pid, G: tl.constexpr):
+    """Of the blocks of BI x BJ locations of all images one: the image and the first location."""
+    corner = (pid % G.blocks // G.across * G.BI, pid % G.across * G.BJ)
+    return (pid // G.blocks).to(tl.int64), corner
+
+
+@triton.jit
+def windows_near(table, G: tl.constexpr, corner):
+    """The windows near a block of BI x BJ locations: first row and column, rows and columns."""
+    y, ny = _windows_along(table, G, Y, corner[0], G.BI, G.y.cells)
+    x, nx = _windows_along(table, G, X, corner[1], G.BJ, G.x.cells)
+    return y, x, ny, nx
+
+
+@triton.jit
+def _windows_along(
+    table, G: tl.constexpr, axis: tl.constexpr, begin, SIZE: tl.constexpr, CELLS: tl.constexpr
+):  # fmt: skip
     i = begin + tl.arange(0, SIZE)
-    first = tl.min(look(axes, axis, NEAR_FIRST, i, i < end, NONE_NEAR), 0)
-    last = tl.max(look(axes, axis, NEAR_LAST, i, i < end, -1), 0)
-    return first, tl.maximum(last - first + 1, 0)
+    first, last = span(table, G, axis, G.row.NEAR_FIRST, i, i < CELLS, NONE_NEAR)
+    first = tl.min(first, 0)
+    return first, tl.maximum(tl.max(last, 0) - first + 1, 0)
 
 
 @triton.jit
-def window_of(n, first_y, first_x, windows_y, windows_x):
+def window_of(n, near):
     """The n-th of the windows near a block: class, row and column."""
-    nx = tl.maximum(windows_x, 1)
-    ny = tl.maximum(windows_y, 1)
+    nx = tl.maximum(near[3], 1)
+    ny = tl.maximum(near[2], 1)
     row = n // nx
     c = row // ny
-    return c, first_y + row - c * ny, first_x + n - row * nx
+    return c, near[0] + row - c * ny, near[1] + n - row * nx
 
 
 # The pixels of a tile
 
 
 @triton.jit
-def tile_columns(axes, piece, T: tl.constexpr):
+def tile_columns(table, G: tl.constexpr, piece, T: tl.constexpr):
     """The columns of a piece: pixels and which are real, lower locations, and the weights of the
     upper ones."""
-    x = one(axes, X, PIECE_BEGIN, piece) + tl.arange(0, T)
-    mask = x < one(axes, X, PIECE_END, piece)
-    return x, mask, look(axes, X, LOWER, x, mask), look_weight(axes, X, x, mask)
+    begin, end = span(table, G, X, G.row.PIECE_BEGIN, piece)
+    x = begin + tl.arange(0, T)
+    mask = x < end
+    return x, mask, look(table, G, X, G.row.LOWER, x, mask), look_weight(table, G, X, x, mask)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from lslpn_kernels import ops
-from lslpn_kernels._backends import _obstacle, load
+from lslpn_kernels._backends import _obstacle, load, triton_plans
 from lslpn_kernels._backends import cuda as cuda_backend
 from lslpn_kernels._backends import triton_ as triton_backend
 from lslpn_kernels._operators import kernels_of
@@ -26,8 +26,8 @@ _KDLCUDA = 2
 
 
 def forget() -> None:
-    """The cached availability of the backends."""
-    for cached in (load, _obstacle, kernels_of, ops._choose_once):
+    """The cached availability of the backends, and kernels that Triton has compiled."""
+    for cached in (load, _obstacle, kernels_of, ops._choose_once, *triton_plans.KEPT):
         cached.cache_clear()
 
 
@@ -103,7 +103,6 @@ def triton(arch: int) -> Iterator[None]:
     with (
         patch.object(triton_backend, "unavailable", lambda device: None),
         patch.object(triton_backend, "DEVICE_TYPES", ("cpu",)),
-        patch.dict(triton_backend._plans, clear=True),
         triton_driver.active(arch, name_tensor),
     ):
         forget()

@@ -461,6 +461,13 @@ void floats(Table& t, const std::string& type) {
   COMPARE("setp.nan." + type, T, a != a || b != b);
 }
 
+// Two integers in a register of 32 bits.
+void pairs_of_integers(Table& t) {
+  for (const char* name : {"add.s16x2", "add.u16x2"}) {
+    BINARY(name, u32, u32, u32, ((a + b) & 0xffff) | ((a & 0xffff0000) + (b & 0xffff0000)));
+  }
+}
+
 // Two floats in a register of 64 bits.
 template <class F>
 u64 both(u64 a, u64 b, u64 e, F f) {
@@ -1435,6 +1442,7 @@ const Table& table() {
     integers<s64, u64, __int128, unsigned __int128>(t, "64");
     floats<float>(t, "f32");
     floats<double>(t, "f64");
+    pairs_of_integers(t);
     pairs_of_floats(t);
     mixed_floats<half_to_float>(t, "f16");
     mixed_floats<bfloat_to_float>(t, "bf16");

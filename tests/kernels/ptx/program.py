@@ -18,6 +18,7 @@ SIZES = {
     **dict.fromkeys(("b8", "u8", "s8"), 1),
     **dict.fromkeys(("b16", "u16", "s16", "f16", "bf16"), 2),
     **dict.fromkeys(("b32", "u32", "s32", "f32", "f16x2", "bf16x2", "tf32"), 4),
+    **dict.fromkeys(("u16x2", "s16x2"), 4),
     **dict.fromkeys(("b64", "u64", "s64", "f64", "f32x2"), 8),
 }
 PREDICATE = 1  # as the width of an operand
