@@ -204,57 +204,58 @@ def cut(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(marks))
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(str):
     """Both axes. Kernels take it as a constant, and are compiled for it.
+
+    A string of all that it holds: it is part of the key by which Triton finds a compiled kernel
+    again, also on disk and in a later version of this module.
 
     Attributes:
         length: of a row of the table.
         BI, BJ: locations of a block, along y and x.
+        across, blocks: blocks of locations along x, and of an image.
+        tiles, windows, cells, pixels: of an image.
+        runs: of rows times those of columns: numbers kept of an image for one class and place.
+        near: windows near a feature location, at most.
     """
 
     y: AxisFacts
     x: AxisFacts
     length: int
-    BI: ClassVar[int] = 4
-    BJ: ClassVar[int] = 8  # with those around them, the locations of a block are 60
+    BI: int
+    BJ: int
+    across: int
+    blocks: int
+    tiles: int
+    windows: int
+    cells: int
+    pixels: int
+    runs: int
+    near: int
     row: ClassVar[type[Row]] = Row
 
-    @property
-    def across(self) -> int:
-        """Blocks of locations along x."""
-        return -(-self.x.cells // self.BJ)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of locations of an image."""
-        return -(-self.y.cells // self.BI) * self.across
-
-    @property
-    def tiles(self) -> int:
-        return self.y.pieces * self.x.pieces
-
-    @property
-    def runs(self) -> int:
-        """Of rows times those of columns: numbers kept of an image for one class and place."""
-        return self.y.runs * self.x.runs
-
-    @property
-    def near(self) -> int:
-        """Windows near a feature location, at most."""
-        return self.y.near * self.x.near
-
-    @property
-    def windows(self) -> int:
-        return self.y.windows * self.x.windows
-
-    @property
-    def cells(self) -> int:
-        return self.y.cells * self.x.cells
-
-    @property
-    def pixels(self) -> int:
-        return self.y.pixels * self.x.pixels
+    def __new__(cls, y: AxisFacts, x: AxisFacts, length: int) -> Geometry:
+        BI, BJ = 4, 8  # with those around them, the locations of a block are 60
+        across = -(-x.cells // BJ)
+        facts = {
+            "y": y,
+            "x": x,
+            "length": length,
+            "BI": BI,
+            "BJ": BJ,
+            "across": across,
+            "blocks": -(-y.cells // BI) * across,
+            "tiles": y.pieces * x.pieces,
+            "windows": y.windows * x.windows,
+            "cells": y.cells * x.cells,
+            "pixels": y.pixels * x.pixels,
+            "runs": y.runs * x.runs,
+            "near": y.near * x.near,
+        }
+        rows = {name: n for name, n in vars(Row).items() if name.isupper()}
+        self = super().__new__(cls, f"{facts} {y.runs} {x.runs} {rows}")
+        self.__dict__.update(facts)
+        return self
 
     def places(self, reduce: str) -> int:
         """Places that a window can have over a tile; one where all windows get the same."""

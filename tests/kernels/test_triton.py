@@ -141,4 +141,4 @@ except ValueError as error:
     other.chmod(0o755)
     same, said = _python("-c", text, str(other)).splitlines()
     assert same == "True"
-    assert said.startswith(f"{other} has Triton 2.1.0; here it is ")
+    assert said.startswith(f"{other} has Triton 2.1.0, but ")
