@@ -215,7 +215,7 @@ def _empty_match(
     dtype = accumulation_dtype(features.dtype)
     return (
         features.new_empty(shape, dtype=dtype),
-        features.new_empty(kept, dtype=winner_dtype(GridSpec(scale, spacing), (H, W))),
+        features.new_empty(kept, dtype=winner_dtype(GridSpec(scale, spacing))),
         features.new_empty((B, Q, maps, h, w) if maps else (0,), dtype=dtype),
     )
 

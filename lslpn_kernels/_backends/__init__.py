@@ -190,12 +190,12 @@ _AUTO = ("cuda", "triton", "cpu")  # the fastest first; then "torch", which runs
 _ANY = ("any device",)
 
 
-def winner_dtype(grid: GridSpec, size: tuple[int, int]) -> torch.dtype:
-    """uint8 where the windows over a pixel can surely be counted with it, int32 elsewhere.
+def winner_dtype(grid: GridSpec) -> torch.dtype:
+    """uint8 if it can count the windows over a pixel of any image, otherwise int32.
 
-    It goes by the grid alone, whatever the `size`, so that graphs stay good for other sizes: a
-    window of k pixels and step s overlaps no more than ``ceil(k / s) + 1 <= 2 / spacing + 1``
-    along an axis, the 1 being the last window, which may lie closer.
+    Independent of the image's size, so that graphs remain valid for other sizes: windows of k
+    pixels and step s overlap at most ``ceil(k / s) + 1 <= 2 / spacing + 1`` times along an axis,
+    where the 1 is the last window, which may be closer.
     """
     return torch.uint8 if 2 / grid.spacing + 1 <= 16 else torch.int32
 

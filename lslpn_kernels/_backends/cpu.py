@@ -29,12 +29,12 @@ def unavailable(device: torch.device) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _geometry(grid: GridSpec, H: int, h: int, W: int, w: int) -> tuple[Any, int, int, torch.dtype]:
-    """The compiled tables of a geometry, the numbers of windows Gy and Gx, and `winner_dtype`."""
+def _geometry(grid: GridSpec, H: int, h: int, W: int, w: int) -> tuple[Any, int, int]:
+    """The compiled tables of a geometry, and the numbers of windows Gy and Gx."""
     axes = grid.axis(H, h), grid.axis(W, w)
     sizes = ((a.pixels, a.cells, a.window, a.step, a.windows) for a in axes)
     table = _call("Geometry", *sizes)
-    return table, axes[0].windows, axes[1].windows, winner_dtype(grid, (H, W))
+    return table, axes[0].windows, axes[1].windows
 
 
 def _call(name: str, *args: Any) -> Any:
@@ -64,7 +64,7 @@ def masked_average_pool(
     """See `Kernels`."""
     B, K, D, h, w = features.shape
     H, W = masks.shape[-2:]
-    geometry, Gy, Gx, _ = _geometry(grid, H, h, W, w)
+    geometry, Gy, Gx = _geometry(grid, H, h, W, w)
     dtype = accumulation_dtype(features.dtype)
     prototypes = _empty((B, C, Gy, Gx, D), dtype)
     factor = _empty((B, K, C, Gy, Gx), dtype)
@@ -117,11 +117,11 @@ def cosine_match(
     B, Q, _, h, w = features.shape
     C = prototypes.shape[1]
     H, W = size
-    geometry, _, _, winner_type = _geometry(grid, H, h, W, w)
+    geometry = _geometry(grid, H, h, W, w)[0]
     shape = (B, Q, C, H, W)
     kept = winners and reduce == "max"
     scores = _empty(shape, prototypes.dtype)
-    winner = _empty(shape if kept else (0,), winner_type)
+    winner = _empty(shape if kept else (0,), winner_dtype(grid))
     _call(
         "cpu_cosine_match",
         geometry,

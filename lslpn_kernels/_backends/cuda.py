@@ -136,11 +136,6 @@ def _overlap(grid: GridSpec, W: int) -> int:
     return grid.axis(W).overlap
 
 
-@lru_cache(maxsize=256)
-def _winner_dtype(grid: GridSpec, H: int, W: int) -> torch.dtype:
-    return winner_dtype(grid, (H, W))
-
-
 def masked_average_pool(
     features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
 ) -> tuple[Tensor, ...]:
@@ -224,7 +219,7 @@ def cosine_match(
     scores = torch.empty((B, Q, C, H, W), dtype=prototypes.dtype, device=device)
     wanted = winners and reduce == "max"
     winner = torch.empty(
-        (B, Q, C, H, W) if wanted else (0,), dtype=_winner_dtype(grid, H, W), device=device
+        (B, Q, C, H, W) if wanted else (0,), dtype=winner_dtype(grid), device=device
     )
     gram = torch.empty(
         (B, Q, GRAM_MAPS, h, w) if winners else (0,), dtype=prototypes.dtype, device=device

@@ -32,7 +32,7 @@ def kept(
         prototypes.new_empty(()),
         prototypes.new_empty((B, Q, C - 1, *image)),
         prototypes.new_empty((B, Q, *image)),
-        prototypes.new_empty(winners, dtype=winner_dtype(grid, size)),
+        prototypes.new_empty(winners, dtype=winner_dtype(grid)),
         prototypes.new_empty((B, Q, GRAM_MAPS, h, w)),
     ]
 

@@ -214,7 +214,7 @@ def cosine_match(
     B, Q, _, h, w = features.shape
     shape = (B, Q, prototypes.shape[1], *size)
     kept = winners and reduce == "max"
-    places = features.new_empty(shape if kept else (0,), dtype=winner_dtype(grid, size))
+    places = features.new_empty(shape if kept else (0,), dtype=winner_dtype(grid))
     gram = features.new_empty((B, Q, GRAM_MAPS, h, w), dtype=torch.float32)
     images = _images(features, prototypes, grid, size, reduce)
     if images:
