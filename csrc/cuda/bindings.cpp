@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <vector>
 
 #include "launch.h"
 
@@ -65,18 +66,18 @@ Features features_of(const TensorView& v, const Axis& y, const Axis& x) {
 }
 
 // Launches a call for some episodes; returns how many. Memory comes from torch: `allocate(bytes)`
-// gives a DLPack capsule of uint8, which lives until the kernels are queued; after that torch keeps
+// gives DLPack capsules of uint8, which live until the kernels are queued; after that torch keeps
 // the memory for this stream.
 template <class Call>
 std::int64_t start(const Call& call, const TensorView& features, std::uintptr_t stream,
                    std::int64_t workspace, const py::function& allocate) {
   make_current(features.device_id);
-  py::object capsule;
+  std::vector<py::object> capsules;
   return run(
       call, workspace,
       [&](std::int64_t bytes) {
-        capsule = allocate(bytes);
-        return array<std::uint8_t>("workspace", capsule, features, {bytes}, true);
+        capsules.push_back(allocate(bytes));
+        return array<std::uint8_t>("workspace", capsules.back(), features, {bytes}, true);
       },
       reinterpret_cast<Stream>(stream));
 }
@@ -86,10 +87,9 @@ std::int64_t masked_average_pool(py::handle features, py::handle masks, std::int
                                  py::handle prototypes, py::handle factor, const AxisNumbers& y,
                                  const AxisNumbers& x, const std::optional<double>& min_pixels,
                                  std::uintptr_t stream, std::int64_t workspace,
-                                 const py::function& allocate, bool kept) {
+                                 const py::function& allocate, const py::object& kept) {
   Pool call;
   call.backward = !min_pixels;
-  call.kept = kept;
   call.min_pixels = static_cast<float>(min_pixels.value_or(0));
   const TensorView v = device_view(call.backward ? "grad_features" : "features", features, 5);
   call.y = axis_of(y);
@@ -101,6 +101,10 @@ std::int64_t masked_average_pool(py::handle features, py::handle masks, std::int
   call.prototypes = array<float>(call.backward ? "grad" : "prototypes", prototypes, v,
                                  {f.B, C, Gy, Gx, f.D}, true);
   call.factor = array<float>("factor", factor, v, {f.B, f.N, C, Gy, Gx});
+  if (!kept.is_none()) {
+    call.kept_bytes = device_view("kept", kept, 2, &v).shape[1];
+    call.kept = array<std::uint8_t>("kept", kept, v, {f.B, call.kept_bytes}, true);
+  }
   return start(call, v, stream, workspace, allocate);
 }
 

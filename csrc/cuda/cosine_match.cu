@@ -20,25 +20,25 @@ struct MatchBackwardKernel {
   Exchange exchange;
   Images<const T> features;
   Images<T> to;
-  std::int64_t gathers;
+  int gathers;
 };
 
 // First the blocks for the prototypes, then those for the features.
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 2)
 match_backward(LSLPN_PARAMETERS MatchBackwardKernel<T> p) {
-  const int block = static_cast<int>(block_index());
+  const int block = block_index();
   if (block < p.gathers) {
     gather<T, false>(p.exchange, p.features, block);
   } else {
-    scatter<T, false>(p.exchange, p.features, p.to, block - static_cast<int>(p.gathers));
+    scatter<T, false>(p.exchange, p.features, p.to, block - p.gathers);
   }
 }
 
 // ---- on the host ----
 
-std::int64_t tile_blocks(const Exchange& e) {
-  return divide_up(e.B * e.N * e.grid.tiles(), kPixelWarps);
+int tile_blocks(const Exchange& e) {
+  return divide_up(e.all_tiles(), kPixelWarps);
 }
 
 template <class T, int kWindows>
@@ -55,10 +55,11 @@ void launch_backward(const Match& call, const MatchTiles& t, Stream stream) {
   };
   launch(t.loss.radial ? match_weights_of(std::true_type()) : match_weights_of(std::false_type()),
          tile_blocks(t), kPixelThreads, kPixelWarps * sizeof(WeightMemory), stream, t);
-  launch_sum_tiles<false>(t, stream);
+  launch_sum_tiles(t, stream);
   const MatchBackwardKernel<T> kernel{t, images_of<const T>(call.features),
-                                      images_of<T>(call.grad_features), t.gather_blocks()};
-  launch(match_backward<T>, t.gather_blocks() + t.scatter_blocks(), kExchangeThreads,
+                                      images_of<T>(call.grad_features),
+                                      static_cast<int>(t.B) * t.gather_parts()};
+  launch(match_backward<T>, kernel.gathers + t.scatter_blocks(), kExchangeThreads,
          std::max(gather_memory(t), sizeof(ScatterMemory)), stream, kernel);
 }
 

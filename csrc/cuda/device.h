@@ -28,10 +28,12 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 LSLPN_DEVICE int thread_index() {
-  return static_cast<int>(threadIdx.x);
+  const int index = static_cast<int>(threadIdx.x);
+  __builtin_assume(index >= 0 && index < 1024);  // divisions by powers of two are shifts
+  return index;
 }
-LSLPN_DEVICE std::int64_t block_index() {
-  return blockIdx.x;
+LSLPN_DEVICE int block_index() {
+  return static_cast<int>(blockIdx.x);
 }
 
 LSLPN_DEVICE char* shared_memory() {

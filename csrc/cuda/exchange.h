@@ -5,9 +5,10 @@
 //   scatter  grad F(i, j, d) = sum over c, m of w(c, m, i, j) v(c, m, d); for matching, plus the
 //                              gradients of the Gram maps times F at the neighbours of (i, j)
 //
-// The weights w come tile by tile, as maps over the locations of a tile: one for each class, and
-// where windows over a tile have different weights, one for each of these. `sum_tiles` adds up
-// those of a window's tiles. Every number is summed by one thread or warp, in a fixed order.
+// The weights w come tile by tile, as maps over the locations of a tile. For pooling all windows
+// over a tile have the same, so m is a tile of an image, and windows are sums of their tiles. For
+// matching m is a window, whose weights `sum_tiles` adds up. Every number is summed by one thread
+// or warp, in a fixed order.
 #pragma once
 
 #include <map>
@@ -21,15 +22,19 @@ namespace lslpn::cuda {
 
 constexpr int kExchangeWarps = 4;
 constexpr int kExchangeThreads = kWarp * kExchangeWarps;
-constexpr int kColumns = 8;  // gather: (class, window) pairs of a block, at most
+constexpr int kColumns = 8;  // gather: (class, m) pairs of a block, at most
 constexpr int kBlock = 8;    // scatter: feature locations of a block along an axis
 // Two blocks on each of 132 multiprocessors. A constant, for the order of sums follows from the
 // cut, and must not depend on the device.
 constexpr int kBlocksAtATime = 264;
 constexpr int kGatherBytes = 80 << 10;  // of shared memory, at most
-constexpr int kLocations = 256;  // gather: those whose weights are in shared memory at a time
+// gather: those whose weights are in shared memory at a time; at least those of kColumns tiles
+constexpr int kLocations = 320;
+static_assert(kLocations >= kColumns * kMap);
+constexpr int kTileWeights = kMap + 4;      // pooling: floats of a tile's map and its pixels
+constexpr std::int64_t kMost = 0x7fffff00;  // tiles of a call, and floats of maps of an image
 
-// A class and a window: its locations, the weight of location (0, 0), and its index in [C, Gy, Gx].
+// A class and an m: its locations, the weight of location (0, 0), and its index among all pairs.
 struct alignas(16) Pair {
   int y, x, rows, columns;
   const float* weights;
@@ -51,92 +56,107 @@ struct Exchange {
   Grid grid;
   std::int64_t B;
   int N, C, D;
-  bool window_maps;               // whether the windows over a tile have maps of their own
-  int tile_maps;                  // maps of a tile; the last kGramMaps are of the Gram maps
-  int box_y, box_x;               // locations of a window, at most
-  int columns;                    // gather: windows and classes are cut into parts, one block each,
+  int my, mx;                     // numbers of m along the axes: of tiles or windows
+  int box, box_x;                 // floats of the weights of an m, and of a row of these
+  int columns;                    // gather: all m and classes are cut into parts, one block each,
   int parts_y, parts_x, parts_c;  // of at most so many pairs
-  float* maps;                    // [B, N, tiles, tile_maps, kMap]
-  float* counts;                  // pooling: [B, N, tiles, C] pixels
-  float min_pixels;               // pooling
-  float* weights;        // [B, N, C, Gy, Gx, box_y, box_x], from a window's first location on
+  bool window_maps;               // matching: whether the windows over a tile have their own maps
+  int tile_maps;                  // matching: maps of a tile; the last kGramMaps are of these
+  float* maps;                    // matching: [B, N, tiles, tile_maps, kMap]
+  float* weights;  // [B, N, C, my, mx, box], rows of box_x, from the first location of an m on;
+                   // of a tile for pooling its map, and at kMap its pixels
   float4* gram_weights;  // matching: [B, N, h, w] gradients of the Gram maps, that of `own` doubled
-  const float* vectors;  // [B, C, Gy, Gx, D]: prototypes, or their gradients
-  float* scale;          // of the vectors: pooling [B, N, C, Gy, Gx] factors, matching
-                         // [B, C, Gy, Gx] 1 / |p|
-  float* out;            // gather: [B, C, Gy, Gx, D]
+  float* scale;          // of the vectors: matching 1 / |p|, pooling 1, or 0 for those not needed
+  const float* vectors;  // scatter: [B, N, C, tiles, D] or [B, C, Gy, Gx, D]
+  float* out;            // gather: likewise
 
-  LSLPN_HD int pairs() const { return C * grid.windows(); }
-  LSLPN_HD int box() const { return box_y * box_x; }
-  LSLPN_HD std::int64_t gather_blocks() const { return B * parts_y * parts_x * parts_c; }
+  LSLPN_HD int images() const { return static_cast<int>(B) * N; }
+  LSLPN_HD int all_tiles() const { return images() * grid.tiles(); }
+  LSLPN_HD int pairs() const { return C * my * mx; }
+  LSLPN_HD int gather_parts() const { return parts_y * parts_x * parts_c; }
   LSLPN_HD std::int64_t scatter_blocks() const {
-    return B * N * ((grid.y.cells - 1) / kBlock + 1) * ((grid.x.cells - 1) / kBlock + 1);
+    return images() * ((grid.y.cells - 1) / kBlock + 1) * ((grid.x.cells - 1) / kBlock + 1);
   }
   // Floats from one column's sums to the next in `gather`, which avoids bank conflicts.
   LSLPN_HD int pitch() const { return D + 4; }
 };
 
-// The e-th pair of some classes and windows, with its weights in an image.
-LSLPN_DEVICE Pair pair_of(const Exchange& p, std::int64_t image, const Range& classes,
-                          const Range& wy, const Range& wx, int e) {
-  const int across = wx.end - wx.begin, down = wy.end - wy.begin, row = e / across, c = row / down;
-  const int m_y = wy.begin + row - c * down, m_x = wx.begin + e - row * across;
-  const Range y = locations_of_window(p.grid.y, m_y), x = locations_of_window(p.grid.x, m_x);
-  const int index = ((classes.begin + c) * p.grid.y.windows + m_y) * p.grid.x.windows + m_x;
-  const std::int64_t at = image * p.pairs() + index;
+// The locations from the first to the last m of a range along an axis.
+LSLPN_HD Range locations_of(bool pool, const Axis& axis, const Tiles& tiles, const Range& m) {
+  if (!pool) {
+    return locations(axis, {axis.start(m.begin), pixels_of_window(axis, m.end - 1).end});
+  }
+  const Segment last = tiles.segment(m.end - 1);
+  return {tiles.segment(m.begin).cell, last.cell + last.cells};
+}
+
+// The e-th pair of some classes and m, with its weights in an image.
+template <bool kPool>
+LSLPN_DEVICE Pair pair_of(const Exchange& p, int image, const Range& classes, const Range& my,
+                          const Range& mx, int e) {
+  const int across = mx.end - mx.begin, down = my.end - my.begin, row = e / across, c = row / down;
+  const int i = my.begin + row - c * down, j = mx.begin + e - row * across;
+  const Range y = locations_of(kPool, p.grid.y, p.grid.tiles_y, {i, i + 1});
+  const Range x = locations_of(kPool, p.grid.x, p.grid.tiles_x, {j, j + 1});
+  const int index = ((classes.begin + c) * p.my + i) * p.mx + j;
+  const std::int64_t at = std::int64_t{image} * p.pairs() + index;
   return {y.begin,
           x.begin,
           y.end - y.begin,
           x.end - x.begin,
-          p.weights + (at * p.box() - (y.begin * p.box_x + x.begin)),
+          p.weights + (at * p.box - (y.begin * p.box_x + x.begin)),
           index};
 }
 
 // ---- on the host ----
 
-// Gives the arrays of an exchange their places in a workspace; returns the bytes that they take.
+// Gives the arrays of an exchange their places in a workspace, but the weights of pooling; returns
+// the bytes that they take.
 inline std::int64_t place(Exchange& e, bool pool, void* workspace) {
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(workspace);
   std::uintptr_t next = begin;
   const auto take = [&](std::int64_t floats) {
     return reinterpret_cast<float*>(std::exchange(next, next + divide_up(floats, 4) * 16));
   };
-  const std::int64_t images = e.B * e.N, tiles = e.grid.tiles(), windows = e.grid.windows();
-  e.maps = take(images * tiles * e.tile_maps * kMap);
-  e.weights = take(images * e.C * windows * e.box());
+  const std::int64_t images = e.images(), cells = e.grid.y.cells * e.grid.x.cells;
   if (pool) {
-    e.counts = take(images * tiles * e.C);
+    e.vectors = e.out = take(images * e.pairs() * e.D);
+    e.scale = take(images * e.pairs());
   } else {
-    e.gram_weights = reinterpret_cast<float4*>(take(4 * images * e.grid.y.cells * e.grid.x.cells));
-    e.scale = take(e.B * e.C * windows);
+    e.maps = take(images * e.grid.tiles() * e.tile_maps * kMap);
+    e.weights = take(images * e.pairs() * e.box);
+    e.gram_weights = reinterpret_cast<float4*>(take(4 * images * cells));
+    e.scale = take(e.B * e.pairs());
   }
   return static_cast<std::int64_t>(next - begin);
 }
 
-// Cuts windows and classes for `gather`: of all cuts those where the slowest blocks of each round
+// The largest part of an axis, by locations, if all m are cut into parts.
+inline int largest_part(bool pool, const Axis& axis, const Tiles& tiles, int count, int parts,
+                        int& total) {
+  int most = total = 0;
+  for (int k = 0; k < parts; ++k) {
+    const Range cells = locations_of(pool, axis, tiles, part_of(count, parts, k));
+    most = std::max(most, cells.end - cells.begin);
+    total += cells.end - cells.begin;
+  }
+  return most;
+}
+
+// Cuts all m and classes for `gather`: of all cuts those where the slowest blocks of each round
 // visit the fewest locations; of these, the one where all blocks together visit the fewest.
-inline void cut_windows(Exchange& e) {
-  const auto visits = [](const Axis& axis, int parts, int& total) {
-    int most = total = 0;
-    for (int k = 0; k < parts; ++k) {
-      const Range w = part_of(axis.windows, parts, k);
-      const int cells =
-          locations_of_window(axis, w.end - 1).end - locations_of_window(axis, w.begin).begin;
-      most = std::max(most, cells);
-      total += cells;
-    }
-    return most;
-  };
+inline void cut_for_gather(bool pool, Exchange& e) {
+  const Grid& grid = e.grid;
   std::int64_t least = -1;
-  for (int down = 1; down <= std::min(e.columns, e.grid.y.windows); ++down) {
-    for (int across = 1; across <= std::min(e.columns / down, e.grid.x.windows); ++across) {
-      const int parts_y = divide_up(e.grid.y.windows, down);
-      const int parts_x = divide_up(e.grid.x.windows, across);
+  for (int down = 1; down <= std::min(e.columns, e.my); ++down) {
+    for (int across = 1; across <= std::min(e.columns / down, e.mx); ++across) {
+      const int parts_y = divide_up(e.my, down), parts_x = divide_up(e.mx, across);
       const int parts_c = divide_up(e.C, e.columns / (down * across));
       int total_x, total_y;
-      const std::int64_t most_y = visits(e.grid.y, parts_y, total_y);
-      const std::int64_t most = most_y * visits(e.grid.x, parts_x, total_x);
-      const std::int64_t blocks = e.B * parts_y * parts_x * parts_c;
+      const std::int64_t most =
+          std::int64_t{largest_part(pool, grid.y, grid.tiles_y, e.my, parts_y, total_y)} *
+          largest_part(pool, grid.x, grid.tiles_x, e.mx, parts_x, total_x);
+      const std::int64_t blocks = (pool ? e.images() : e.B) * parts_y * parts_x * parts_c;
       const std::int64_t cost = (divide_up(blocks, kBlocksAtATime) * most << 24) +
                                 std::int64_t{total_y} * total_x * parts_c;
       if (least >= 0 && cost >= least) continue;
@@ -163,25 +183,26 @@ inline std::optional<Exchange> make_plan(const Features& f, const Axis& y, const
   e.N = static_cast<int>(f.N);
   e.C = static_cast<int>(C);
   e.D = static_cast<int>(f.D);
+  const bool pool = op == Operator::pool;
+  e.my = pool ? e.grid.tiles_y.count : y.windows;
+  e.mx = pool ? e.grid.tiles_x.count : x.windows;
   e.window_maps = op == Operator::match_max;
-  e.tile_maps = e.C * (e.window_maps ? e.grid.tile_windows() : 1);
-  if (op != Operator::pool) e.tile_maps += kGramMaps;
-  const auto largest = [](const Axis& axis) {
-    int most = 0;
-    for (int m = 0; m < axis.windows; ++m) {
-      const Range cells = locations_of_window(axis, m);
-      most = std::max(most, cells.end - cells.begin);
-    }
-    return most;
-  };
-  if (std::int64_t{e.grid.tiles()} * e.tile_maps * kMap > 0x7fffffff) return std::nullopt;
-  e.box_y = largest(y);
-  e.box_x = largest(x);
+  e.tile_maps = e.C * (e.window_maps ? e.grid.tile_windows() : 1) + kGramMaps;
+  const std::int64_t tiles = e.grid.tiles();
+  if (std::max(tiles * e.tile_maps * kMap, tiles * e.N * f.B) > kMost) return std::nullopt;
+  if (pool) {
+    e.box = kTileWeights;
+    e.box_x = kTileSide;
+  } else {
+    int total;
+    e.box_x = largest_part(false, x, e.grid.tiles_x, e.mx, e.mx, total);
+    e.box = e.box_x * largest_part(false, y, e.grid.tiles_y, e.my, e.my, total);
+  }
   e.columns = std::min<int>(kColumns, (kGatherBytes - sizeof(GatherMemory)) / (4 * e.pitch()));
   if (e.columns < 1) return std::nullopt;
   e.B = 1;
-  e.B = std::clamp<std::int64_t>(workspace / place(e, op == Operator::pool, nullptr), 1, f.B);
-  cut_windows(e);
+  e.B = std::clamp<std::int64_t>(workspace / place(e, pool, nullptr), 1, f.B);
+  cut_for_gather(pool, e);
   return e;
 }
 

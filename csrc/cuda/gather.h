@@ -1,4 +1,4 @@
-// From feature locations to windows: sums over locations of weight times features.
+// From feature locations to windows or tiles: sums over locations of weight times features.
 //
 // A block has a few columns of the product, classes of neighbouring windows, and visits all
 // locations under these windows, kLocations at a time. Their weights lie in shared memory in the
@@ -15,14 +15,18 @@ template <class T, bool kPool>
 struct Gatherer {
   const Exchange& p;
   const Images<const T>& features;
-  std::int64_t b;  // the episode
-  Range wy, wx, classes;
-  Range y, x;  // the locations under the windows
+  int first, images;  // an image for pooling, those of an episode for matching
+  Range my, mx, classes;
+  Range y, x;  // the locations under these
   GatherMemory& memory;
-  float* sums;  // [columns][p.pitch()]
+  float* sums;  // matching: [columns][p.pitch()]
 
   LSLPN_DEVICE int columns() const {
-    return (classes.end - classes.begin) * (wy.end - wy.begin) * (wx.end - wx.begin);
+    return (classes.end - classes.begin) * (my.end - my.begin) * (mx.end - mx.begin);
+  }
+  // The index of a column in `out`.
+  LSLPN_DEVICE std::int64_t column(int e) const {
+    return std::int64_t{first / images} * p.pairs() + memory.pairs[e].index;
   }
   // In a row.
   LSLPN_DEVICE int pairs() const { return (x.end - x.begin + 1) / 2; }
@@ -31,10 +35,10 @@ struct Gatherer {
   LSLPN_DEVICE void prepare() const {
     const int e = thread_index();
     if (e < kColumns) {
-      memory.pairs[e] = pair_of(p, b * p.N, classes, wy, wx, min(e, columns() - 1));
+      memory.pairs[e] = pair_of<kPool>(p, first, classes, my, mx, min(e, columns() - 1));
       if (e >= columns()) memory.pairs[e].rows = 0;
     }
-    for (int k = e; k < columns() * p.pitch(); k += kExchangeThreads) sums[k] = 0;
+    for (int k = e; !kPool && k < columns() * p.pitch(); k += kExchangeThreads) sums[k] = 0;
     __syncthreads();
   }
 
@@ -48,12 +52,12 @@ struct Gatherer {
     return l < visits() && l % 2 >= shift;
   }
 
-  // The weights of `count` locations of image n from `first` on.
-  LSLPN_DEVICE void find_weights(std::int64_t n, int first, int count) const {
+  // The weights of `count` locations of image n from `begin` on.
+  LSLPN_DEVICE void find_weights(std::int64_t n, int begin, int count) const {
     for (int l = thread_index(); l < (count + 7) / 8 * 8; l += kExchangeThreads) {
       int i, j;
-      const bool counts = find(first + l, i, j);
-      const std::int64_t at = n * p.pairs() * p.box() + (i * p.box_x + j);
+      const bool counts = find(begin + l, i, j);
+      const std::int64_t at = n * p.pairs() * p.box + (i * p.box_x + j);
       std::uint32_t* to = &memory.weights[l / 8][l / 2 % 4].x + l % 2;
       LSLPN_UNROLL
       for (int e = 0; e < kColumns; ++e) {
@@ -104,32 +108,27 @@ struct Gatherer {
 
   // One channel of one column, over the locations under its window alone: the others have a weight
   // of 0, and 0 times NaN is NaN.
-  LSLPN_DEVICE float sum_covered(const T* channel, int e, std::int64_t n, int first,
+  LSLPN_DEVICE float sum_covered(const T* channel, int e, std::int64_t n, int begin,
                                  int count) const {
     const Pair& pair = memory.pairs[e];
     float sum = 0;
     LSLPN_NO_UNROLL
-    for (int l = first; l < first + count; ++l) {
+    for (int l = begin; l < begin + count; ++l) {
       int i, j;
       if (!find(l, i, j) || !pair.has(i, j)) continue;
-      sum += pair.weights[n * p.pairs() * p.box() + (i * p.box_x + j)] *
+      sum += pair.weights[n * p.pairs() * p.box + (i * p.box_x + j)] *
              to_float(channel[i * features.h + j * features.w]);
     }
     return sum;
   }
 
-  // Adds `count` locations of image n, from `first` on, to the sums of all channels.
-  LSLPN_DEVICE void add_locations(std::int64_t n, int first, int count) const {
+  // Adds `count` locations of image n, from `begin` on, to the sums of all channels.
+  LSLPN_DEVICE void add_locations(int n, int begin, int count) const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     const int g = lane / 4, q = lane % 4, steps = (count + 7) / 8;
-    float factor[2];
+    float* out[2];
     LSLPN_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const int mine = 2 * q + e;
-      factor[e] = mine >= columns() ? 0
-                  : !kPool          ? 1
-                                    : p.scale[(b * p.N + n) * p.pairs() + memory.pairs[mine].index];
-    }
+    for (int e = 0; e < 2; ++e) out[e] = p.out + column(min(2 * q + e, columns() - 1)) * p.D;
     const bool wide = x.end - x.begin > 1;
     const std::int64_t across = wide ? std::int64_t{features.w} * int{sizeof(T)} : 0;
     LSLPN_NO_UNROLL
@@ -138,7 +137,7 @@ struct Gatherer {
       LSLPN_UNROLL
       for (int e = 0; e < 2 * kTiles; ++e) {
         channels[e / 2][e % 2] =
-            features.image(b, n) + static_cast<std::int64_t>(d + 8 * e) * features.d;
+            features.image(first + n) + static_cast<std::int64_t>(d + 8 * e) * features.d;
       }
       float sum[kTiles][4] = {};
       const auto add_all = [&](auto unit) {
@@ -155,87 +154,81 @@ struct Gatherer {
       for (int t = 0; t < kTiles; ++t) {
         if (!isfinite(sum[t][0] + sum[t][1] + sum[t][2] + sum[t][3])) {
           for (int e = 0; e < 4; ++e) {
-            sum[t][e] = sum_covered(channels[t][e / 2], 2 * q + e % 2, n, first, count);
+            sum[t][e] = sum_covered(channels[t][e / 2], 2 * q + e % 2, n, begin, count);
           }
         }
         LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) {
-          // A window with too few pixels in an image takes nothing from it, not even NaN.
-          if (factor[e % 2] == 0) continue;
-          sums[(2 * q + e % 2) * p.pitch() + d + 16 * t + 8 * (e / 2)] += factor[e % 2] * sum[t][e];
+          const int channel = d + 16 * t + 8 * (e / 2);
+          if (2 * q + e % 2 >= columns()) continue;
+          if (kPool) {
+            out[e % 2][channel] = sum[t][e];  // all locations are visited at once
+          } else {
+            sums[(2 * q + e % 2) * p.pitch() + channel] += sum[t][e];
+          }
         }
       }
     }
   }
 
-  // Writes the columns: prototypes, or their gradients from those of their directions q = p / |p|,
+  // Writes the columns of matching, gradients of the directions q = p / |p| of prototypes:
   // dp = (dq - <q, dq> q) / |p|.
   LSLPN_DEVICE void finish() const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     for (int e = warp; e < columns(); e += kExchangeWarps) {
-      const std::int64_t at = b * p.pairs() + memory.pairs[e].index;
+      const std::int64_t at = column(e);
       const float* from = sums + e * p.pitch();
       const float* prototype = p.vectors + at * p.D;
-      float inverse = 1, along = 0;
-      if (!kPool) {
-        inverse = p.scale[at];
-        for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
-          const auto sum = read_pack<4>(from + d), q = read_pack<4>(prototype + d);
-          LSLPN_UNROLL
-          for (int k = 0; k < 4; ++k) along += sum.value[k] * q.value[k];
-        }
-        along = warp_sum(along) * inverse * inverse;
+      const float inverse = p.scale[at];
+      float along = 0;
+      for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
+        const auto sum = read_pack<4>(from + d), q = read_pack<4>(prototype + d);
+        LSLPN_UNROLL
+        for (int k = 0; k < 4; ++k) along += sum.value[k] * q.value[k];
       }
+      along = warp_sum(along) * inverse * inverse;
       for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
         auto out = read_pack<4>(from + d);
-        if (!kPool) {
-          const auto q = read_pack<4>(prototype + d);
-          LSLPN_UNROLL
-          for (int k = 0; k < 4; ++k) {
-            out.value[k] = (out.value[k] - along * q.value[k]) * inverse;
-          }
-        }
+        const auto q = read_pack<4>(prototype + d);
+        LSLPN_UNROLL
+        for (int k = 0; k < 4; ++k) out.value[k] = (out.value[k] - along * q.value[k]) * inverse;
         *reinterpret_cast<Pack<float, 4>*>(p.out + at * p.D + d) = out;
       }
     }
   }
 };
 
-// One block: some classes of some windows of an episode.
+// One block: some classes of some tiles of an image, or of some windows of an episode.
 template <class T, bool kPool>
 LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, int block) {
   const int part_x = block % p.parts_x, part_y = block / p.parts_x % p.parts_y;
-  const int part_c = block / p.parts_x / p.parts_y % p.parts_c;
-  const Range wy = part_of(p.grid.y.windows, p.parts_y, part_y);
-  const Range wx = part_of(p.grid.x.windows, p.parts_x, part_x);
-  const auto under = [](const Axis& axis, const Range& windows) {
-    return Range{locations_of_window(axis, windows.begin).begin,
-                 locations_of_window(axis, windows.end - 1).end};
-  };
+  const int part_c = block / p.parts_x / p.parts_y % p.parts_c, images = kPool ? 1 : p.N;
+  const Range my = part_of(p.my, p.parts_y, part_y), mx = part_of(p.mx, p.parts_x, part_x);
   GatherMemory& memory = *reinterpret_cast<GatherMemory*>(shared_memory());
   const Gatherer<T, kPool> gatherer{p,
                                     features,
-                                    block / p.parts_x / p.parts_y / p.parts_c,
-                                    wy,
-                                    wx,
+                                    block / p.gather_parts() * images,
+                                    images,
+                                    my,
+                                    mx,
                                     part_of(p.C, p.parts_c, part_c),
-                                    under(p.grid.y, wy),
-                                    under(p.grid.x, wx),
+                                    locations_of(kPool, p.grid.y, p.grid.tiles_y, my),
+                                    locations_of(kPool, p.grid.x, p.grid.tiles_x, mx),
                                     memory,
                                     reinterpret_cast<float*>(&memory + 1)};
   gatherer.prepare();
   LSLPN_NO_UNROLL
-  for (int n = 0; n < p.N; ++n) {
+  for (int n = 0; n < images; ++n) {
     LSLPN_NO_UNROLL
-    for (int first = 0; first < gatherer.visits(); first += kLocations) {
-      const int count = min(gatherer.visits() - first, kLocations);
-      gatherer.find_weights(n, first, count);
+    for (int begin = 0; begin < gatherer.visits(); begin += kLocations) {
+      const int count = min(gatherer.visits() - begin, kLocations);
+      gatherer.find_weights(n, begin, count);
       __syncthreads();
-      gatherer.add_locations(n, first, count);
+      gatherer.add_locations(n, begin, count);
       __syncthreads();
     }
   }
-  gatherer.finish();
+  if (!kPool) gatherer.finish();
 }
 
 }  // namespace lslpn::cuda

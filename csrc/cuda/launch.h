@@ -33,7 +33,8 @@ struct Pool {
   float* factor = nullptr;      // [B, K, C, Gy, Gx]; backward: an input
   float min_pixels = 0;
   bool backward = false;
-  bool kept = false;  // the workspace is that of a forward pass of the same call
+  void* kept = nullptr;         // what the first workspace of an earlier call was given,
+  std::int64_t kept_bytes = 0;  // from these episodes on; bytes of an episode
 };
 
 // Cross-entropy of the logits z_c of a pixel with label y and weight w, for two classes or more.

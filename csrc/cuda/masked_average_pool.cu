@@ -1,14 +1,15 @@
 // Masked average pooling, forward and backward.
 //
-// Interpolation is linear, so the sum over a window of M * Up F is a sum over feature locations of
+// Interpolation is linear, so the sum over a tile of M * Up F is a sum over feature locations of
 // weights times F; the weights are the masks at feature resolution, Up^T M.
-//   mask_weights   masks -> weights and pixel counts of every tile
-//   pool           features times weights, divided by the counts
-//   pool_backward  gradients of the prototypes times weights
+//   mask_weights     masks -> weights and pixel counts of every tile
+//   pool             features times weights: a vector for each tile and class
+//   sum_windows      sums over the tiles of a window, divided by its pixel count
+//   share_windows    backward: gradients of prototypes -> gradients of the tiles' vectors
+//   pool_backward    these times weights
 #include "gather.h"
 #include "pixels.h"
 #include "scatter.h"
-#include "sum_tiles.h"
 
 namespace lslpn::cuda {
 namespace {
@@ -16,8 +17,12 @@ namespace {
 constexpr int kClasses = 2;      // at a time
 constexpr int kRowsAtATime = 4;  // rows of masks that are loaded ahead
 
-struct MaskWeights : Exchange {
+struct Pooling : Exchange {
   const void* masks;
+  float min_pixels;
+  float* factors;       // [B, N, C, Gy, Gx]: 1 / (N n), or 0 where n is too small
+  float* prototypes;    // [B, C, Gy, Gx, D], or their gradients
+  float* tile_vectors;  // [B, N, C, tiles, D]
 };
 
 struct MaskMemory {
@@ -54,20 +59,19 @@ LSLPN_DEVICE void read_masks(const M* masks, std::int64_t down, int plane, int C
 // One warp per tile.
 template <class M, MaskKind kKind>
 LSLPN_KERNEL(kPixelThreads, 4)
-mask_weights(LSLPN_PARAMETERS MaskWeights p) {
+mask_weights(LSLPN_PARAMETERS Pooling p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
-  if (index >= p.B * p.N * p.grid.tiles()) return;
-  const std::int64_t image = index / p.grid.tiles();
+  const int index = block_index() * kPixelWarps + warp;  // image and tile
+  if (index >= p.all_tiles()) return;
   MaskMemory& memory = reinterpret_cast<MaskMemory*>(shared_memory())[warp];
-  const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
+  const PixelTile tile(p.grid, index, lane, memory.rows);
   put_columns(tile, lane, memory.columns);
   const ColumnSums<Linear> columns(memory.columns, lane);
   const int plane = p.grid.y.pixels * p.grid.x.pixels;
   const std::int64_t down = kept(p.grid.x.pixels);
   const int stored = kKind == MaskKind::labels ? 1 : kKind == MaskKind::foreground ? p.C - 1 : p.C;
   const M* masks =
-      static_cast<const M*>(p.masks) + image * stored * plane + tile.pixel(p.grid, lane);
+      static_cast<const M*>(p.masks) + (tile.image * stored * plane + tile.pixel(p.grid, lane));
 
   LSLPN_NO_UNROLL
   for (int c = 0; c < p.C; c += kClasses) {
@@ -115,10 +119,107 @@ mask_weights(LSLPN_PARAMETERS MaskWeights p) {
       if (lane >= tile.x.pixels) count[k] = 0;  // it repeats the last column
       count[k] = warp_sum(count[k]);
       if (c + k >= p.C) continue;
-      put_sums(p.maps + (index * p.C + c + k) * kMap, row, lane % 4, sums[k]);
-      if (lane == 0) p.counts[index * p.C + c + k] = count[k];
+      const int tiles = p.grid.tiles();
+      const std::int64_t at = (tile.image * p.C + c + k) * tiles + index % tiles;
+      put_sums(p.weights + at * kTileWeights, row, lane % 4, sums[k]);
+      if (lane == 0) p.weights[at * kTileWeights + kMap] = count[k];
     }
     __syncwarp();
+  }
+}
+
+// Neighbouring channels, of which a lane has eight of every 256.
+struct alignas(16) Channels {
+  float value[8] = {};
+
+  LSLPN_DEVICE void add(float scale, const Channels& other) {
+    LSLPN_UNROLL
+    for (int k = 0; k < 8; ++k) value[k] += scale * other.value[k];
+  }
+};
+constexpr int kWarpChannels = 8 * kWarp;
+
+// One warp per window of an episode.
+LSLPN_KERNEL(kExchangeThreads, 4)
+sum_windows(LSLPN_PARAMETERS Pooling p) {
+  const int windows = p.grid.windows(), across = p.grid.x.windows, lane = thread_index() % kWarp;
+  const int index = block_index() * kExchangeWarps + thread_index() / kWarp;
+  if (index >= p.B * windows) return;
+  const int b = index / windows, m = index - b * windows, m_y = m / across;
+  const Range rows = segments_over(p.grid.tiles_y, pixels_of_window(p.grid.y, m_y));
+  const Range columns = segments_over(p.grid.tiles_x, pixels_of_window(p.grid.x, m - m_y * across));
+  const int down = p.grid.tiles_x.count, corner = rows.begin * down + columns.begin;
+  const std::int64_t step = p.D / 8;
+  LSLPN_NO_UNROLL
+  for (int c = 0; c < p.C; ++c) {
+    LSLPN_NO_UNROLL
+    for (int d = 8 * lane; d < p.D; d += kWarpChannels) {
+      Channels all;
+      LSLPN_NO_UNROLL
+      for (int n = 0; n < p.N; ++n) {
+        const std::int64_t image = std::int64_t{b * p.N + n} * p.C + c;
+        const std::int64_t at = image * p.grid.tiles() + corner;
+        const float* count = p.weights + (at * kTileWeights + kMap);
+        auto vector = reinterpret_cast<const Channels*>(p.tile_vectors + (at * p.D + d));
+        float pixels = 0;
+        Channels sum;
+        LSLPN_NO_UNROLL
+        for (int r = rows.begin; r < rows.end;
+             ++r, count += down * kTileWeights, vector += down * step) {
+          LSLPN_NO_UNROLL
+          for (int k = 0; k < columns.end - columns.begin; ++k) {
+            pixels += count[k * kTileWeights];
+            sum.add(1, vector[k * step]);
+          }
+        }
+        const float factor = pixels > p.min_pixels ? 1 / (pixels * static_cast<float>(p.N)) : 0;
+        if (d == 0) p.factors[image * windows + m] = factor;
+        // A window with too few pixels in an image takes nothing from it, not even NaN.
+        if (factor != 0) all.add(factor, sum);
+      }
+      const std::int64_t at = (std::int64_t{b} * p.C + c) * windows + m;
+      *reinterpret_cast<Channels*>(p.prototypes + (at * p.D + d)) = all;
+    }
+  }
+}
+
+// One warp per tile of an image.
+LSLPN_KERNEL(kExchangeThreads, 4)
+share_windows(LSLPN_PARAMETERS Pooling p) {
+  const int tiles = p.grid.tiles(), windows = p.grid.windows(), lane = thread_index() % kWarp;
+  const int index = block_index() * kExchangeWarps + thread_index() / kWarp;
+  if (index >= p.all_tiles()) return;
+  const int image = index / tiles, tile = index - image * tiles, row = tile / p.mx;
+  const Segment y = p.grid.tiles_y.segment(row), x = p.grid.tiles_x.segment(tile - row * p.mx);
+  const int down = p.grid.x.windows, corner = y.window * down + x.window;
+  LSLPN_NO_UNROLL
+  for (int c = 0; c < p.C; ++c) {
+    const float* const factors = p.factors + ((std::int64_t{image} * p.C + c) * windows + corner);
+    const float* const prototypes =
+        p.prototypes + ((std::int64_t{image / p.N} * p.C + c) * windows + corner) * p.D;
+    const std::int64_t at = (std::int64_t{image} * p.C + c) * tiles + tile;
+    float finite = 0;  // or NaN
+    LSLPN_NO_UNROLL
+    for (int d = 8 * lane; d < p.D; d += kWarpChannels) {
+      Channels sum;
+      LSLPN_NO_UNROLL
+      for (int r = 0; r < y.windows; ++r) {
+        LSLPN_NO_UNROLL
+        for (int k = r * down; k < r * down + x.windows; ++k) {
+          // Windows with too few pixels pass on no gradient, not even NaN.
+          if (factors[k] == 0) continue;
+          const float* from = prototypes + (std::int64_t{k} * p.D + d);
+          sum.add(factors[k], *reinterpret_cast<const Channels*>(from));
+        }
+      }
+      *reinterpret_cast<Channels*>(p.tile_vectors + (at * p.D + d)) = sum;
+      LSLPN_UNROLL
+      for (int k = 0; k < 8; ++k) finite += 0 * sum.value[k];
+    }
+    // The pixels of a tile without a class pass on 0 times its vector.
+    const bool counts =
+        __any_sync(kAllLanes, finite != 0) || p.weights[at * kTileWeights + kMap] != 0;
+    if (lane == 0) p.scale[at] = counts ? 1 : 0;
   }
 }
 
@@ -131,24 +232,24 @@ struct PoolKernel {
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 3)
 pool(LSLPN_PARAMETERS PoolKernel<const T> p) {
-  gather<T, true>(p.exchange, p.features, static_cast<int>(block_index()));
+  gather<T, true>(p.exchange, p.features, block_index());
 }
 
 template <class T>
 LSLPN_KERNEL(kExchangeThreads, 2)
 pool_backward(LSLPN_PARAMETERS PoolKernel<T> p) {
-  const Images<const T> none{nullptr, 0, 0, 0, 0, 0};
-  scatter<T, true>(p.exchange, none, p.features, static_cast<int>(block_index()));
+  const Images<const T> none{nullptr, 0, 0, 1, 0, 0, 0};
+  scatter<T, true>(p.exchange, none, p.features, block_index());
 }
 
 // ---- on the host ----
 
 template <MaskKind kKind>
-void launch_mask_weights(const Masks& masks, const Exchange& e, Stream stream) {
+void launch_mask_weights(const Masks& masks, const Pooling& p, Stream stream) {
   using Wide = std::conditional_t<kKind == MaskKind::labels, std::int64_t, float>;
   launch(masks_are_bytes(masks) ? mask_weights<std::uint8_t, kKind> : mask_weights<Wide, kKind>,
-         divide_up(e.B * e.N * e.grid.tiles(), kPixelWarps), kPixelThreads,
-         kPixelWarps * sizeof(MaskMemory), stream, MaskWeights{e, masks.data});
+         divide_up(p.all_tiles(), kPixelWarps), kPixelThreads, kPixelWarps * sizeof(MaskMemory),
+         stream, p);
 }
 
 template <class T>
@@ -157,8 +258,8 @@ void launch_product(const Pool& call, const Exchange& e, Stream stream) {
     launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory), stream,
            PoolKernel<T>{e, images_of<T>(call.features)});
   } else {
-    launch(pool<T>, e.gather_blocks(), kExchangeThreads, gather_memory(e), stream,
-           PoolKernel<const T>{e, images_of<const T>(call.features)});
+    launch(pool<T>, std::int64_t{e.images()} * e.gather_parts(), kExchangeThreads, gather_memory(e),
+           stream, PoolKernel<const T>{e, images_of<const T>(call.features)});
   }
 }
 
@@ -174,27 +275,33 @@ std::string probe() {
 
 std::int64_t run(const Pool& call, std::int64_t workspace, const Allocate& allocate,
                  Stream stream) {
-  if (!small_images(call.features)) return 0;
-  std::optional<Exchange> plan =
-      plan_of(call.features, call.y, call.x, call.masks.C, Operator::pool, workspace);
+  const Features& f = call.features;
+  if (!small_images(f)) return 0;
+  const std::optional<Exchange> plan =
+      plan_of(f, call.y, call.x, call.masks.C, Operator::pool, workspace);
   if (!plan) return 0;
-  Exchange& e = *plan;
-  place(e, true, allocate(place(e, true, nullptr)));
-  e.min_pixels = call.min_pixels;
-  e.scale = call.factor;
-  e.vectors = call.prototypes;
-  e.out = call.backward ? nullptr : call.prototypes;
-  if (!call.kept || e.B < call.features.B) {
+  Pooling p{*plan, call.masks.data, call.min_pixels, call.factor, call.prototypes, nullptr};
+  const std::int64_t bytes = 4 * std::int64_t{p.N} * p.pairs() * kTileWeights;  // of an episode
+  if (call.kept && call.kept_bytes != bytes) throw std::invalid_argument("kept has another size");
+  p.weights = static_cast<float*>(call.kept ? call.kept : allocate(f.B * bytes));
+  if (!call.kept) {
+    Pooling all = p;
+    all.B = f.B;
     const auto start = call.masks.kind == MaskKind::labels ? launch_mask_weights<MaskKind::labels>
                        : call.masks.kind == MaskKind::foreground
                            ? launch_mask_weights<MaskKind::foreground>
                            : launch_mask_weights<MaskKind::classes>;
-    start(call.masks, e, stream);
-    launch_sum_tiles<true>(e, stream);
+    start(call.masks, all, stream);
   }
-  with_type(call.features.dtype,
-            [&](auto type) { launch_product<decltype(type)>(call, e, stream); });
-  return e.B;
+  place(p, true, allocate(place(p, true, nullptr)));
+  p.tile_vectors = p.out;
+  const auto launch_warps = [&](void (*kernel)(Pooling), std::int64_t warps) {
+    launch(kernel, divide_up(warps, kExchangeWarps), kExchangeThreads, 0, stream, p);
+  };
+  if (call.backward) launch_warps(share_windows, p.all_tiles());
+  with_type(f.dtype, [&](auto type) { launch_product<decltype(type)>(call, p, stream); });
+  if (!call.backward) launch_warps(sum_windows, p.B * p.grid.windows());
+  return p.B;
 }
 
 }  // namespace lslpn::cuda

@@ -228,17 +228,15 @@ template <bool kMean, bool kLoss>
 LSLPN_KERNEL(kPixelThreads, 3)
 match_weights(LSLPN_PARAMETERS MatchTiles p) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const std::int64_t index = block_index() * kPixelWarps + warp;
-  if (index >= p.B * p.N * p.grid.tiles()) return;
-  const std::int64_t image = index / p.grid.tiles();
+  const int index = block_index() * kPixelWarps + warp;
+  if (index >= p.all_tiles()) return;
   WeightMemory& memory = reinterpret_cast<WeightMemory*>(shared_memory())[warp];
-  const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
+  const PixelTile tile(p.grid, index, lane, memory.rows);
   put_columns(tile, lane, memory.columns);
   // Where all pixels are ignored the gradient is 0.
   const float factor = !kLoss ? 1.0f : *p.loss.total == 0 ? 0.0f : *p.loss.grad / *p.loss.total;
-  TileGradients<kMean, kLoss>{p,     memory, tile, lane, image, p.maps + index * p.tile_maps * kMap,
-                              factor}
-      .run();
+  float* const maps = p.maps + std::int64_t{index} * p.tile_maps * kMap;
+  TileGradients<kMean, kLoss>{p, memory, tile, lane, tile.image, maps, factor}.run();
 }
 
 }  // namespace

@@ -58,22 +58,22 @@ struct PixelColumn {
   }
 };
 
-// A segment: its pixels, the feature locations they are interpolated from, the windows over them.
-struct PixelSegment {
-  int pixel, pixels, cell, cells, window, windows;
-};
-
 // What a warp knows of its tile.
 struct PixelTile {
-  PixelSegment y, x;
+  std::int64_t image;  // of all images
+  int row, column;     // of the tiles of an image
+  Segment y, x;
   Taps<float> taps;  // of this lane's column, from the tile's first; idle lanes repeat the last one
   int lower;         // lower tap of this lane's row of pixels, likewise; idle lanes: none
   bool between;      // whether this lane's row of pixels has an upper tap
 
   // Ends with a barrier.
-  LSLPN_DEVICE PixelTile(const Grid& grid, int tile, int lane, RowTaps& rows)
-      : y(segment(grid.y, grid.tiles_y, tile / grid.tiles_x.count)),
-        x(segment(grid.x, grid.tiles_x, tile % grid.tiles_x.count)) {
+  LSLPN_DEVICE PixelTile(const Grid& grid, int index, int lane, RowTaps& rows)
+      : image(index / grid.tiles()),
+        row(index % grid.tiles() / grid.tiles_x.count),
+        column(index % grid.tiles_x.count),
+        y(grid.tiles_y.segment(row)),
+        x(grid.tiles_x.segment(column)) {
     taps = short_taps(grid.x, x.pixel + min(lane, x.pixels - 1));
     taps.lower -= x.cell;
     const Taps<float> of_row = short_taps(grid.y, y.pixel + min(lane, y.pixels - 1));
@@ -82,13 +82,6 @@ struct PixelTile {
     lower = lane < y.pixels ? of_row.lower - y.cell : -1;
     between = upper > 0;
     __syncwarp();
-  }
-  LSLPN_DEVICE static PixelSegment segment(const Axis& axis, const Tiles& tiles, int k) {
-    const int begin = tiles.begin[k], end = tiles.begin[k + 1];
-    const Tiles::First first = tiles.first[k];
-    const int cells = locations(axis, begin, end).end - first.cell;
-    const int windows = axis.covering(begin).last - first.window + 1;
-    return {begin, end - begin, first.cell, cells, first.window, windows};
   }
   // How many rows of pixels have a row of locations as their lower tap, and how many of these have
   // no upper tap: they come first. By a whole warp.

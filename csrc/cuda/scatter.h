@@ -41,17 +41,17 @@ struct Scatterer {
   const Exchange& p;
   const Images<const T>& features;
   const Images<T>& to;
-  std::int64_t b, n;  // episode and image
-  Range i, j;         // the locations
-  Range wy, wx;       // the windows near them
+  int image;
+  Range i, j;    // the locations
+  Range my, mx;  // the tiles or windows near them
   ScatterMemory& memory;
 
-  // Classes and windows near the block.
-  LSLPN_DEVICE int vectors() const { return p.C * (wy.end - wy.begin) * (wx.end - wx.begin); }
+  // Pairs near the block.
+  LSLPN_DEVICE int vectors() const { return p.C * (my.end - my.begin) * (mx.end - mx.begin); }
   LSLPN_DEVICE Near near(int e) const {
-    const Pair pair = pair_of(p, b * p.N + n, {0, p.C}, wy, wx, e);
-    const float scale = p.scale[(kPool ? b * p.N + n : b) * p.pairs() + pair.index];
-    return {pair, p.vectors + (b * p.pairs() + pair.index) * p.D, nullptr, scale};
+    const Pair pair = pair_of<kPool>(p, image, {0, p.C}, my, mx, e);
+    const std::int64_t at = std::int64_t{kPool ? image : image / p.N} * p.pairs() + pair.index;
+    return {pair, p.vectors + at * p.D, nullptr, p.scale[at]};
   }
 
   LSLPN_DEVICE void find_gram() const {
@@ -59,7 +59,8 @@ struct Scatterer {
     if (row > kBlock) return;
     const int y = i.begin - 1 + row, x = j.begin - 1 + column;
     const bool inside = y >= 0 && y < p.grid.y.cells && x >= 0 && x < p.grid.x.cells;
-    const float4* from = p.gram_weights + ((b * p.N + n) * p.grid.y.cells + y) * p.grid.x.cells + x;
+    const std::int64_t above = std::int64_t{image} * p.grid.y.cells + y;
+    const float4* from = p.gram_weights + above * p.grid.x.cells + x;
     memory.gram[row][column] = inside ? *from : make_float4(0, 0, 0, 0);
   }
 
@@ -185,8 +186,8 @@ struct Scatterer {
     LSLPN_UNROLL
     for (int e = 0; e < 6; ++e) {
       const int column = j.begin + (e < 2 ? q - 1 : e < 4 ? q + 3 : 7 + q % 2);
-      from[e] = features.image(b, n) + (static_cast<std::int64_t>(d + e % 2) * features.d +
-                                        min(max(column, 0), p.grid.x.cells - 1) * features.w);
+      from[e] = features.image(image) + (static_cast<std::int64_t>(d + e % 2) * features.d +
+                                         min(max(column, 0), p.grid.x.cells - 1) * features.w);
     }
     Operand<6> rows[3];
     const auto read_row = [&](int r) {
@@ -236,7 +237,7 @@ struct Scatterer {
         if (from.scale == 0 || !from.has(y, x)) continue;
         alone += from.scale * from.weights[y * p.box_x + x] * from.vector[channel];
       }
-      const T* const of = features.image(b, n) + static_cast<std::int64_t>(channel) * features.d;
+      const T* const of = features.image(image) + static_cast<std::int64_t>(channel) * features.d;
       LSLPN_NO_UNROLL
       for (int k = 0; k < 9 && !kPool; ++k) {
         const int down = k / 3 - 1, right = k % 3 - 1;
@@ -264,7 +265,7 @@ struct Scatterer {
     T* at[4];
     LSLPN_UNROLL
     for (int e = 0; e < 4; ++e) {
-      at[e] = to.image(b, n) +
+      at[e] = to.image(image) +
               (static_cast<std::int64_t>(d + e) * to.d + i.begin * to.h + (j.begin + 2 * q) * to.w);
     }
     const auto rows = [&](auto columns) {
@@ -297,17 +298,18 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
   const int across = divide_up(p.grid.x.cells, kBlock), down = divide_up(p.grid.y.cells, kBlock);
   const Range j = cells_of(p.grid.x, block % across);
   const Range i = cells_of(p.grid.y, block / across % down);
-  const std::int64_t image = block / across / down;
-  const std::int64_t episode = image / p.N;
+  const auto near = [](const Axis& axis, const Tiles& tiles, const Range& cells) {
+    const Range pixels = pixels_of(axis, cells);
+    return kPool ? segments_over(tiles, pixels) : windows_over(axis, pixels);
+  };
   const Scatterer<T, kPool> s{p,
                               features,
                               to,
-                              episode,
-                              image - episode * p.N,
+                              block / across / down,
                               i,
                               j,
-                              windows_near(p.grid.y, i),
-                              windows_near(p.grid.x, j),
+                              near(p.grid.y, p.grid.tiles_y, i),
+                              near(p.grid.x, p.grid.tiles_x, j),
                               memory};
   if (!kPool) {
     s.find_gram();

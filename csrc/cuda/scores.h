@@ -154,15 +154,15 @@ struct Dots {
 // Writes the Gram maps for the backward pass. Each location is written by the first tile that has
 // it and its neighbours.
 LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const GramTile& gram,
-                            std::int64_t image, std::int64_t index, int lane) {
-  const auto to_next = [](const Axis& axis, const Tiles& tiles, int k) {
-    return (k + 1 < tiles.count ? tiles.first[k + 1].cell : axis.cells) - tiles.first[k].cell;
+                            int lane) {
+  const auto to_next = [](const Tiles& tiles, int k) {
+    return tiles.segment(k + 1).cell - tiles.segment(k).cell;
   };
-  const int number = static_cast<int>(index - image * p.grid.tiles());
-  const int height = to_next(p.grid.y, p.grid.tiles_y, number / p.grid.tiles_x.count);
-  const int width = to_next(p.grid.x, p.grid.tiles_x, number % p.grid.tiles_x.count);
+  const int height = to_next(p.grid.tiles_y, tile.row);
+  const int width = to_next(p.grid.tiles_x, tile.column);
   const std::int64_t size = static_cast<std::int64_t>(p.grid.y.cells) * p.grid.x.cells;
-  float* maps = p.gram + (image * kGramMaps * size + tile.y.cell * p.grid.x.cells + tile.x.cell);
+  float* maps =
+      p.gram + (tile.image * kGramMaps * size + tile.y.cell * p.grid.x.cells + tile.x.cell);
   for (int e = lane; e < height * width; e += kWarp) {
     const int r = e / width, c = e - r * width;
     LSLPN_UNROLL
@@ -313,15 +313,14 @@ struct Scorer {
 
 // The cross-entropy of a tile. Its lanes have written the logits of their columns of pixels, those
 // of class 0 to `radial`, the others to `scores`, and replace them by what the backward pass reads.
-LSLPN_DEVICE void cross_entropy(const MatchTiles& p, const PixelTile& tile, std::int64_t image,
-                                std::int64_t index, int lane) {
+LSLPN_DEVICE void cross_entropy(const MatchTiles& p, const PixelTile& tile, int index, int lane) {
   const std::int64_t plane = static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
-  std::int64_t at = image * plane + tile.pixel(p.grid, lane);
+  std::int64_t at = tile.image * plane + tile.pixel(p.grid, lane);
   float sum = 0, total = 0;
   const int rows = lane < tile.x.pixels ? tile.y.pixels : 0;
   LSLPN_NO_UNROLL
   for (int y = 0; y < rows; ++y, at += p.grid.x.pixels) {
-    float* const slopes = p.scores + (at + image * (p.C - 2) * plane);
+    float* const slopes = p.scores + (at + tile.image * (p.C - 2) * plane);
     const std::int64_t label = p.loss.wide_labels
                                    ? static_cast<const std::int64_t*>(p.loss.labels)[at]
                                    : static_cast<const std::uint8_t*>(p.loss.labels)[at];
@@ -360,7 +359,8 @@ LSLPN_DEVICE void cross_entropy(const MatchTiles& p, const PixelTile& tile, std:
     sum += __shfl_xor_sync(kAllLanes, sum, step);
     total += __shfl_xor_sync(kAllLanes, total, step);
   }
-  if (lane == 0) *reinterpret_cast<float2*>(p.loss_sums + 2 * index) = make_float2(sum, total);
+  if (lane == 0)
+    *reinterpret_cast<float2*>(p.loss_sums + 2 * std::int64_t{index}) = make_float2(sum, total);
 }
 
 // One warp per tile.
@@ -372,16 +372,17 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   constexpr int kClasses = kClassesAtATime<kWindows>;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int g = lane / 4, q = lane % 4;
-  const std::int64_t index = block_index() * kPixelWarps + warp;  // image and tile
-  if (index >= p.B * p.N * p.grid.tiles()) return;
-  const std::int64_t image = index / p.grid.tiles(), b = image / p.N;
+  const int index = block_index() * kPixelWarps + warp;  // image and tile
+  if (index >= p.all_tiles()) return;
   ScoreMemory<kWindows>& memory = reinterpret_cast<ScoreMemory<kWindows>*>(shared_memory())[warp];
-  const PixelTile tile(p.grid, static_cast<int>(index - image * p.grid.tiles()), lane, memory.rows);
+  const PixelTile tile(p.grid, index, lane, memory.rows);
+  const std::int64_t image = tile.image, b = static_cast<int>(image) / p.N;
   const int windows = tile.y.windows * tile.x.windows;
   std::int64_t channels[4];  // byte offsets of a lane's four
   LSLPN_UNROLL
-  for (int e = 0; e < 4; ++e) channels[e] = kept(std::int64_t{e} * features.d * int{sizeof(T)});
-  const T* corner = features.image(b, image - b * p.N) +
+  for (int e = 1; e < 4; ++e) channels[e] = kept(std::int64_t{e} * features.d * int{sizeof(T)});
+  channels[0] = 0;
+  const T* corner = features.image(static_cast<int>(image)) +
                     (tile.y.cell * features.h + tile.x.cell * features.w + 4 * q * features.d);
   const T* locations[kLocationBlocks];
   LSLPN_UNROLL
@@ -423,7 +424,7 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
     advance(-p.D / 16);
     dots.put(memory, lane, first);
     __syncwarp();
-    if (p.gram && first) keep_gram(p, tile, memory.gram[0], image, index, lane);
+    if (p.gram && first) keep_gram(p, tile, memory.gram[0], lane);
     Scorer<kWindows> scorer{p, tile, memory, PixelColumn(tile.taps), {}, {}};
     LSLPN_UNROLL
     for (int e = 0; e < kClasses; ++e) {
@@ -442,7 +443,7 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
     scorer.column_pixels();
     __syncwarp();
   }
-  if (p.loss.radial) cross_entropy(p, tile, image, index, lane);
+  if (p.loss.radial) cross_entropy(p, tile, index, lane);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// From tiles to windows: the weights of a window's locations are the sums of the maps of its tiles;
-// the gradients of the Gram maps at a location, of the maps of all tiles that have it.
+// Matching backward, from tiles to windows: the weights of a window's locations are the sums of the
+// maps of its tiles; the gradients of the Gram maps at a location, of the maps of all tiles that
+// have it.
 #pragma once
 
 #include "exchange.h"
@@ -26,18 +27,15 @@ struct AxisTable {
       : windows(static_cast<Window*>(memory)),
         segments(reinterpret_cast<Range*>(windows + axis.windows)),
         maps(reinterpret_cast<int*>(segments + axis.cells)) {
-    const auto segments_over = [&](int begin, int end) {
-      return Range{segment_at(tiles, begin), segment_at(tiles, end - 1) + 1};
-    };
     for (int k = thread_index(); k < axis.windows; k += kExchangeThreads) {
-      const int begin = axis.start(k), end = begin + axis.window;
-      windows[k] = {locations(axis, begin, end), segments_over(begin, end)};
+      const Range pixels = pixels_of_window(axis, k);
+      windows[k] = {locations(axis, pixels), segments_over(tiles, pixels)};
     }
     for (int k = thread_index(); k < axis.cells; k += kExchangeThreads) {
-      segments[k] = segments_over(first_pixel(axis, k), end_pixel(axis, k));
+      segments[k] = segments_over(tiles, pixels_of(axis, {k, k + 1}));
     }
     for (int k = thread_index(); k < tiles.count; k += kExchangeThreads) {
-      const Tiles::First first = tiles.first[k];
+      const Segment first = tiles.segment(k);
       maps[k] = k * of_segment - first.cell * of_cell - first.window * of_window;
     }
   }
@@ -47,20 +45,19 @@ constexpr int kSumsOfBlock = 8 * kExchangeThreads;  // numbers of all classes
 
 // Blocks for the weights of an image, and for the gradients of the Gram maps.
 LSLPN_HD int weight_blocks(const Exchange& p) {
-  return divide_up(p.grid.windows() * p.box(), kSumsOfBlock);
+  return divide_up(p.grid.windows() * p.box, kSumsOfBlock);
 }
 LSLPN_HD int gram_blocks(const Exchange& p) {
-  return p.gram_weights ? divide_up(p.grid.y.cells * p.grid.x.cells, kSumsOfBlock) : 0;
+  return divide_up(p.grid.y.cells * p.grid.x.cells, kSumsOfBlock);
 }
 
-template <bool kPool>
 LSLPN_KERNEL(kExchangeThreads, 4)
 sum_tiles(LSLPN_PARAMETERS Exchange p) {
   const Grid& grid = p.grid;
   const int w = grid.x.cells, windows = grid.windows();
   const int of_image = weight_blocks(p) + gram_blocks(p);
   const std::int64_t image = block_index() / of_image;
-  const int part = static_cast<int>(block_index() - image * of_image);
+  const int part = block_index() % of_image;
   const bool gram = part >= weight_blocks(p);
   const int of_window = p.window_maps && !gram ? kMap : 0,
             of_row = grid.tiles_x.windows * of_window;
@@ -98,10 +95,10 @@ sum_tiles(LSLPN_PARAMETERS Exchange p) {
     return;
   }
   const int step = p.window_maps ? grid.tile_windows() * kMap : kMap;  // of classes
-  const std::int64_t of_class = std::int64_t{windows} * p.box();
+  const std::int64_t of_class = std::int64_t{windows} * p.box;
   const int begin = part * kSumsOfBlock + thread_index();
-  for (int e = begin; e < min(begin + kSumsOfBlock, windows * p.box()); e += kExchangeThreads) {
-    const int m = e / p.box(), location = e - m * p.box();
+  for (int e = begin; e < min(begin + kSumsOfBlock, windows * p.box); e += kExchangeThreads) {
+    const int m = e / p.box, location = e - m * p.box;
     const int m_y = m / grid.x.windows, m_x = m - m_y * grid.x.windows;
     const AxisTable::Window of_y = y.windows[m_y], of_x = x.windows[m_x];
     const int i = of_y.cells.begin + location / p.box_x, j = of_x.cells.begin + location % p.box_x;
@@ -122,29 +119,12 @@ sum_tiles(LSLPN_PARAMETERS Exchange p) {
       if (second) to[of_class] = sum[1];
     }
   }
-  // Of the first blocks of an image, or an episode, a thread or a warp has a class and window.
-  const int thread = part * kExchangeThreads + thread_index();
-  const int threads = weight_blocks(p) * kExchangeThreads;
-  if (kPool) {
-    // 1 / (K n), 0 where n is too small. The backward pass is given them.
-    for (int e = thread; e < p.C * windows && p.out; e += threads) {
-      const int c = e / windows, m = e - c * windows, m_y = m / grid.x.windows;
-      const Range rows = y.windows[m_y].segments;
-      const Range columns = x.windows[m - m_y * grid.x.windows].segments;
-      const float* counts = p.counts + image * grid.tiles() * p.C + c;
-      float pixels = 0;
-      for (int r = rows.begin; r < rows.end; ++r) {
-        for (int k = columns.begin; k < columns.end; ++k) {
-          pixels += counts[(r * grid.tiles_x.count + k) * p.C];
-        }
-      }
-      p.scale[image * p.C * windows + e] =
-          pixels > p.min_pixels ? 1 / (pixels * static_cast<float>(p.N)) : 0;
-    }
-  } else if (image % p.N == 0) {
+  // Of the first image of an episode, a warp has a class and window.
+  if (image % p.N == 0) {
     const std::int64_t first = image / p.N * p.C * windows;
-    const int lane = thread_index() % kWarp;
-    for (int e = thread / kWarp; e < p.C * windows; e += threads / kWarp) {
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+    for (int e = part * kExchangeWarps + warp; e < p.C * windows;
+         e += weight_blocks(p) * kExchangeWarps) {
       float square = 0;
       for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
         const auto v = read_pack<4>(p.vectors + (first + e) * p.D + d);
@@ -158,9 +138,8 @@ sum_tiles(LSLPN_PARAMETERS Exchange p) {
 }
 
 // On the host.
-template <bool kPool>
-void launch_sum_tiles(const Exchange& e, Stream stream) {
-  launch(sum_tiles<kPool>, e.B * e.N * (weight_blocks(e) + gram_blocks(e)), kExchangeThreads,
+inline void launch_sum_tiles(const Exchange& e, Stream stream) {
+  launch(sum_tiles, e.images() * (weight_blocks(e) + gram_blocks(e)), kExchangeThreads,
          AxisTable::bytes(e.grid.y, e.grid.tiles_y) + AxisTable::bytes(e.grid.x, e.grid.tiles_x),
          stream, e);
 }

@@ -14,20 +14,26 @@
 
 namespace lslpn::cuda {
 
-// Strides in elements; those within an image in 32 bits.
+// Images of all episodes, N of each. Strides in elements; those within an image in 32 bits.
 template <class T>
 struct Images {
   T* data;
   std::int64_t b, n;
-  int d, h, w;
+  int N, d, h, w;
 
-  LSLPN_DEVICE T* image(std::int64_t ib, std::int64_t in) const { return data + (ib * b + in * n); }
+  LSLPN_DEVICE T* image(int i) const { return data + (i / N * b + i % N * n); }
 };
 
 template <class T>
 Images<T> images_of(const Features& f) {
   const auto within = [&](int axis) { return static_cast<int>(f.stride[axis]); };
-  return {static_cast<T*>(f.data), f.stride[0], f.stride[1], within(2), within(3), within(4)};
+  return {static_cast<T*>(f.data),
+          f.stride[0],
+          f.stride[1],
+          static_cast<int>(f.N),
+          within(2),
+          within(3),
+          within(4)};
 }
 
 // Whether every element of an image can be reached from its first by an int.
@@ -58,20 +64,32 @@ constexpr int kTilePixels = kWarp;  // a lane for each column of a tile
 constexpr int kTileSide = 6;        // feature locations of a tile along an axis, at most
 // Floats of a map over a tile's locations: row r, column c at kTileSide r + c.
 constexpr int kMap = kTileSide * kTileSide;
-constexpr int kMaxTiles = 256;  // along an axis; they are kernel parameters
+constexpr int kMaxTiles = 255;  // along an axis, and windows; they are kernel parameters
 // Axes of at most so many pixels and locations have interpolation positions that fit into 32 bits.
 constexpr int kTiledAxis = 1 << 14;
 constexpr int kCells = 1 << 12;  // likewise locations, of which tables lie in shared memory
+
+// A segment of an axis: its pixels, the feature locations they are interpolated from, the windows
+// over them.
+struct Segment {
+  int pixel, pixels, cell, cells, window, windows;
+};
 
 // One axis cut into segments.
 struct Tiles {
   int count;
   int windows;   // the largest number over a segment
   bool between;  // whether any pixel lies between two locations
-  std::uint16_t begin[kMaxTiles + 1];
-  struct First {
-    std::uint16_t cell, window;
-  } first[kMaxTiles];
+  struct {
+    std::uint16_t pixel, cell : 13, cells : 3;
+    std::uint8_t window, windows;
+  } packed[kMaxTiles + 1];  // that after the last has the ends of the axis
+
+  LSLPN_HD int begin(int k) const { return packed[k].pixel; }
+  LSLPN_HD Segment segment(int k) const {
+    const auto& of = packed[k];
+    return {of.pixel, packed[k + 1].pixel - of.pixel, of.cell, of.cells, of.window, of.windows};
+  }
 };
 
 // An image cut into tiles.
@@ -100,35 +118,35 @@ LSLPN_HD Taps<float> short_taps(const Axis& axis, int pixel) {
   return {lower, static_cast<float>(rest) / static_cast<float>(unit)};
 }
 // The locations that pixels begin .. end - 1 are interpolated from.
-LSLPN_HD Range locations(const Axis& axis, int begin, int end) {
-  const Taps<float> last = short_taps(axis, end - 1);
-  return {short_taps(axis, begin).lower, last.lower + (last.upper > 0 ? 2 : 1)};
-}
-LSLPN_HD Range locations_of_window(const Axis& axis, int window) {
-  return locations(axis, axis.start(window), axis.start(window) + axis.window);
+LSLPN_HD Range locations(const Axis& axis, const Range& pixels) {
+  const Taps<float> last = short_taps(axis, pixels.end - 1);
+  return {short_taps(axis, pixels.begin).lower, last.lower + (last.upper > 0 ? 2 : 1)};
 }
 
-// The pixels that are interpolated from a location are first_pixel .. end_pixel - 1.
-LSLPN_HD int first_pixel(const Axis& axis, int cell) {
-  return cell == 0 ? 0 : ((2 * cell - 1) * axis.pixels - axis.cells) / (2 * axis.cells) + 1;
+LSLPN_HD Range pixels_of_window(const Axis& axis, int window) {
+  return {axis.start(window), axis.start(window) + axis.window};
 }
-LSLPN_HD int end_pixel(const Axis& axis, int cell) {
-  const int end = divide_up((2 * cell + 3) * axis.pixels - axis.cells, 2 * axis.cells);
-  return end < axis.pixels ? end : axis.pixels;
+// The pixels that are interpolated from any of these locations.
+LSLPN_HD Range pixels_of(const Axis& axis, const Range& cells) {
+  const int begin = (2 * cells.begin - 1) * axis.pixels - axis.cells;
+  const int end = divide_up((2 * cells.end + 1) * axis.pixels - axis.cells, 2 * axis.cells);
+  return {cells.begin == 0 ? 0 : begin / (2 * axis.cells) + 1,
+          end < axis.pixels ? end : axis.pixels};
 }
-// The windows over pixels that are interpolated from any of these locations.
-LSLPN_HD Range windows_near(const Axis& axis, const Range& cells) {
-  return {axis.covering(first_pixel(axis, cells.begin)).first,
-          axis.covering(end_pixel(axis, cells.end - 1) - 1).last + 1};
+LSLPN_HD Range windows_over(const Axis& axis, const Range& pixels) {
+  return {axis.covering(pixels.begin).first, axis.covering(pixels.end - 1).last + 1};
 }
 
 // The segment that a pixel lies in, searched from an estimate.
 LSLPN_HD int segment_at(const Tiles& tiles, int pixel) {
-  const unsigned pixels = tiles.begin[tiles.count];
+  const unsigned pixels = tiles.begin(tiles.count);
   int i = static_cast<int>(static_cast<unsigned>(pixel * tiles.count) / pixels);
-  while (tiles.begin[i] > pixel) --i;
-  while (tiles.begin[i + 1] <= pixel) ++i;
+  while (tiles.begin(i) > pixel) --i;
+  while (tiles.begin(i + 1) <= pixel) ++i;
   return i;
+}
+LSLPN_HD Range segments_over(const Tiles& tiles, const Range& pixels) {
+  return {segment_at(tiles, pixels.begin), segment_at(tiles, pixels.end - 1) + 1};
 }
 // The k-th part, where `length` is cut into parts whose lengths differ by 1 at most.
 LSLPN_HD Range part_of(int length, int parts, int k) {
@@ -154,7 +172,7 @@ inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
     const auto fits = [&](int parts) {
       for (int k = 0; k < parts; ++k) {
         const Range part = part_of(length, parts, k);
-        const Range cells = locations(axis, cuts[i] + part.begin, cuts[i] + part.end);
+        const Range cells = locations(axis, {cuts[i] + part.begin, cuts[i] + part.end});
         if (cells.end - cells.begin > kTileSide) return false;
       }
       return true;
@@ -165,13 +183,19 @@ inline bool cut_at_windows(const Axis& axis, Tiles& tiles) {
     const Covering windows = axis.covering(cuts[i]);
     tiles.windows = std::max(tiles.windows, windows.last - windows.first + 1);
     for (int k = 0; k < parts; ++k, ++tiles.count) {
-      const int begin = cuts[i] + part_of(length, parts, k).begin;
-      tiles.begin[tiles.count] = static_cast<std::uint16_t>(begin);
-      tiles.first[tiles.count] = {static_cast<std::uint16_t>(short_taps(axis, begin).lower),
-                                  static_cast<std::uint16_t>(windows.first)};
+      const Range part = part_of(length, parts, k);
+      const Range cells = locations(axis, {cuts[i] + part.begin, cuts[i] + part.end});
+      auto& of = tiles.packed[tiles.count];
+      of.pixel = static_cast<std::uint16_t>(cuts[i] + part.begin);
+      of.cell = static_cast<std::uint16_t>(cells.begin);
+      of.cells = static_cast<std::uint16_t>(cells.end - cells.begin);
+      of.window = static_cast<std::uint8_t>(windows.first);
+      of.windows = static_cast<std::uint8_t>(windows.last - windows.first + 1);
     }
   }
-  tiles.begin[tiles.count] = static_cast<std::uint16_t>(axis.pixels);
+  auto& end = tiles.packed[tiles.count];
+  end.pixel = static_cast<std::uint16_t>(axis.pixels);
+  end.cell = static_cast<std::uint16_t>(axis.cells);
   tiles.between = false;
   for (int x = 0; x < axis.pixels; ++x) tiles.between |= short_taps(axis, x).upper > 0;
   return true;

@@ -111,12 +111,14 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _allocator(device: torch.device, given: list[Tensor]) -> Callable[[int], Any]:
-    """Gives the kernels their workspace, of a size that they know, and notes it in `given`."""
+def _allocator(device: torch.device, first: list[Tensor]) -> Callable[[int], Any]:
+    """Gives the kernels workspaces of sizes that they know, and notes the first one."""
 
     def allocate(size: int) -> Any:
-        given.append(torch.empty(size, dtype=torch.uint8, device=device))
-        return to_dlpack(given[-1])
+        tensor = torch.empty(size, dtype=torch.uint8, device=device)
+        if not first:
+            first.append(tensor)
+        return to_dlpack(tensor)
 
     return allocate
 
@@ -176,23 +178,22 @@ def _pool(
     min_pixels: float | None,
     *kept: Tensor,
 ) -> Sequence[Tensor]:
-    """Without `min_pixels` features and prototypes are gradients. Returns the workspace, `kept`
-    where it is given; nothing where the kernels do not take the call."""
+    """Without `min_pixels` features and prototypes are gradients. Returns the masks at feature
+    resolution, which may be given as `kept`; nothing where the kernels do not take the call."""
     if features.dtype == torch.float64:
         return ()
-    given: list[Tensor] = []
+    weights = list(kept)
     device, axes = features.device, _axes(grid, *masks.shape[-2:], *features.shape[-2:])
     wide, vectors = _widened(features, 2), _widened(prototypes, 4)
 
     def call(b: int) -> int:
-        known = bool(kept) and b == 0
+        known = weights[0].view(len(features), -1) if weights else None
         return _call(
             "cuda_masked_average_pool",
             device,
             *(_capsule(wide, b), _capsule(masks, b), C, _capsule(vectors, b), _capsule(factor, b)),
             *(*axes, min_pixels, _stream(device), WORKSPACE),
-            (lambda size: to_dlpack(kept[0])) if known else _allocator(device, given),
-            known,
+            *(_allocator(device, weights), _capsule(known, b)),
         )
 
     if not _part_by_part(len(features), call):
@@ -201,7 +202,7 @@ def _pool(
         _narrow(wide, features)
     else:
         _narrow(vectors, prototypes)
-    return kept or given[:1]
+    return weights
 
 
 def cosine_match(
@@ -268,12 +269,12 @@ def _match(
     labels: tuple[Tensor, Tensor | None, int] | None = None,
     grads: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None,
 ) -> list[Tensor] | None:
-    """Both directions; see the binding. Returns the workspace, if there was any; None where the
-    kernels do not take the call."""
+    """Both directions; see the binding. Returns the first workspace, if there was any; None where
+    the kernels do not take the call."""
     if features.dtype == torch.float64 or winners.dtype != torch.uint8:
         return None
 
-    given: list[Tensor] = []
+    first: list[Tensor] = []
     device, axes = features.device, _axes(grid, size[0], size[1], *features.shape[-2:])
     wide, vectors = _widened(features, 2), _widened(prototypes, 4)
     wide_grads = [] if grads is None else [_widened(grads[2], 2), _widened(grads[3], 4)]
@@ -284,7 +285,7 @@ def _match(
             device,
             *(_capsule(tensor, b) for tensor in (wide, vectors, scores, winners, gram)),
             *(*axes, _overlap(grid, size[1]), reduce == "mean", logit_scale),
-            *(_stream(device), WORKSPACE, _allocator(device, given), _capsule(radial, b)),
+            *(_stream(device), WORKSPACE, _allocator(device, first), _capsule(radial, b)),
             labels and (*map(_capsule, labels[:2]), labels[2]),
             grads and tuple(_capsule(tensor, b) for tensor in (*grads[:2], *wide_grads)),
         )
@@ -293,7 +294,7 @@ def _match(
         return None
     for wide, grad in zip(wide_grads, (grads or ())[2:], strict=True):
         _narrow(wide, grad)
-    return given
+    return first
 
 
 def cosine_match_loss(

@@ -139,7 +139,7 @@ def test_launches(kernels: Any) -> None:
     )
     count("match backward", cuda.cosine_match_backward, scores, features, prototypes, scores,
           winners, grid, "max", gram)  # fmt: skip
-    assert counts == {"pool": 3, "pool backward": 1, "pool backward of nothing kept": 3,
+    assert counts == {"pool": 3, "pool backward": 2, "pool backward of nothing kept": 3,
                       "match": 1, "match backward": 3}  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_a_batch_in_parts(kernels: Any, monkeypatch: pytest.MonkeyPatch, loss: b
             out = head(support, masks[:, :, 1:], query)
         results.append((out, *torch.autograd.grad(out.square().sum(), (support, query))))
         launches.append(len(machine.LAUNCHES) - before)
-    assert launches == [8, 3 * 3 + 1 + 3 * 3 + 3 * 3]  # nothing is kept for pooling's backward pass
+    assert launches == [9, 1 + 3 * 2 + 1 + 3 * 3 + 3 * 2]
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 1e-6 * a.norm()
 
@@ -361,7 +361,9 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
         "factor": torch.empty(1, 1, 2, 7, 7),
     }
 
-    def call(y: Any = axis, x: Any = axis, allocate: Any = None, **changed: Any) -> None:
+    def call(
+        y: Any = axis, x: Any = axis, allocate: Any = None, kept: Any = None, **changed: Any
+    ) -> None:
         tensors = {**good, **changed}
         cuda._call(
             "cuda_masked_average_pool",
@@ -373,7 +375,7 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
             0,
             1,
             allocate or cuda._allocator(torch.device("cpu"), []),
-            False,
+            cuda._capsule(kept),
         )
 
     call()
@@ -402,6 +404,9 @@ def test_bindings_refuse_what_does_not_fit(kernels: Any) -> None:
         (ValueError, {"allocate": lambda size: cuda.to_dlpack(
             torch.empty(size - 1, dtype=torch.uint8))}),
         (TypeError, {"allocate": lambda size: None}),
+        (ValueError, {"kept": torch.empty(1, 64, dtype=torch.uint8)}),
+        (ValueError, {"kept": torch.empty(2, 64, dtype=torch.uint8)}),
+        (TypeError, {"kept": torch.empty(1, 64)}),
     ]  # fmt: skip
     for expected, change in wrong:
         with pytest.raises(expected):
