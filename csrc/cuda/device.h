@@ -41,8 +41,10 @@ LSLPN_DEVICE char* shared_memory() {
   return memory;
 }
 
-// The same value, which the compiler keeps in a register instead of recomputing it at each use.
-LSLPN_DEVICE std::int64_t kept(std::int64_t value) {
+// The same number of 64 bits or address, which the compiler keeps in registers instead of computing
+// it anew at each use.
+template <class T>
+LSLPN_DEVICE T kept(T value) {
   asm("" : "+l"(value));
   return value;
 }

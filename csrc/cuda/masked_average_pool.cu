@@ -14,9 +14,6 @@
 namespace lslpn::cuda {
 namespace {
 
-constexpr int kClasses = 2;      // at a time
-constexpr int kRowsAtATime = 4;  // rows of masks that are loaded ahead
-
 struct Pooling : Exchange {
   const void* masks;
   float min_pixels;
@@ -26,105 +23,108 @@ struct Pooling : Exchange {
 };
 
 struct MaskMemory {
-  RowTaps rows;
-  ColumnTaps columns;
-  float sums[kClasses][kTileSide][kPitch];
+  PixelTaps rows, columns;
 };
 
-// Masks of class c at kRows pixels of a column, from those of an image; see core/masks.h.
-template <class M, MaskKind kKind, int kRows>
-LSLPN_DEVICE void read_masks(const M* masks, std::int64_t down, int plane, int C, int c,
-                             float (&value)[kRows]) {
-  if (kKind == MaskKind::labels) {
+// Masks of class c at the pixels of a tile that a lane has; see core/masks.h.
+template <class M, MaskKind kKind>
+LSLPN_DEVICE void read_masks(const M* masks, const std::int64_t (&rows)[8],
+                             const std::int64_t (&columns)[4], std::int64_t plane, int C, int c,
+                             float (&value)[8][4]) {
+  const auto each = [&](const M* from, auto f) {
     LSLPN_UNROLL
-    for (int k = 0; k < kRows; ++k) value[k] = masks[k * down] == static_cast<M>(c) ? 1 : 0;
-    return;
+    for (int k = 0; k < 8; ++k) {
+      const M* const row = kept(from + rows[k]);
+      __builtin_assume(__isGlobal(row));
+      LSLPN_UNROLL
+      for (int j = 0; j < 4; ++j) f(value[k][j], *at_byte(row, columns[j]));
+    }
+  };
+  const auto take = [](float& of, M mask) { of = static_cast<float>(mask); };
+  if constexpr (kKind == MaskKind::labels) {
+    each(masks, [&](float& of, M label) { of = label == static_cast<M>(c) ? 1 : 0; });
+  } else if (kKind == MaskKind::classes || c > 0) {
+    each(masks + (kKind == MaskKind::classes ? c : c - 1) * plane, take);
+  } else {
+    // The rest of all other classes.
+    each(masks, take);
+    LSLPN_NO_UNROLL
+    for (int other = 2; other < C; ++other) {
+      masks += plane;
+      each(masks, [](float& of, M mask) { of += static_cast<float>(mask); });
+    }
+    each(masks, [](float& of, M) { of = max_or_nan(0, 1 - of); });
   }
-  // The plane of a class, or those of all others for a background that has none.
-  const bool rest = kKind == MaskKind::foreground && c == 0;
-  const int first = kKind == MaskKind::classes ? c : max(c - 1, 0);
-  masks += static_cast<std::int64_t>(first) * plane;
-  LSLPN_UNROLL
-  for (int k = 0; k < kRows; ++k) value[k] = static_cast<float>(masks[k * down]);
-  LSLPN_NO_UNROLL
-  for (int other = 2; rest && other < C; ++other) {
-    masks += plane;
-    LSLPN_UNROLL
-    for (int k = 0; k < kRows; ++k) value[k] += static_cast<float>(masks[k * down]);
-  }
-  LSLPN_UNROLL
-  for (int k = 0; k < kRows && rest; ++k) value[k] = max_or_nan(0, 1 - value[k]);
 }
 
-// One warp per tile.
+// One warp per tile. The sums over rows of pixels are a product, with the high parts of the weights
+// in rows 0 to 7 of its first operand and the low parts in the others; those over columns another,
+// with the parts of these sums. Row 6 has ones, as has column 7 of the second: they count pixels.
+// What is not finite spoils the tile, all of whose windows have it anyway.
 template <class M, MaskKind kKind>
-LSLPN_KERNEL(kPixelThreads, 4)
+LSLPN_KERNEL(kPixelThreads, 3)
 mask_weights(LSLPN_PARAMETERS Pooling p) {
-  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int index = block_index() * kPixelWarps + warp;  // image and tile
+  const int lane = thread_index() % kWarp, g = lane / 4, q = lane % 4;
+  const int index = block_index() * kPixelWarps + thread_index() / kWarp;  // image and tile
   if (index >= p.all_tiles()) return;
-  MaskMemory& memory = reinterpret_cast<MaskMemory*>(shared_memory())[warp];
-  const PixelTile tile(p.grid, index, lane, memory.rows);
+  const PixelTile tile(p.grid, index, lane);
+  MaskMemory& memory = reinterpret_cast<MaskMemory*>(shared_memory())[thread_index() / kWarp];
+  memory.rows[lane] = {tile.of_row.lower, tile.of_row.upper};
   put_columns(tile, lane, memory.columns);
-  const ColumnSums<Linear> columns(memory.columns, lane);
-  const int plane = p.grid.y.pixels * p.grid.x.pixels;
-  const std::int64_t down = kept(p.grid.x.pixels);
+  std::uint32_t down[4][4];
+  OperandB across[4];
+  // A lane has pixels of rows q, q + 4, ... and columns g, g + 8, ... Beyond the tile the last ones
+  // are repeated, with a weight of 0.
+  std::int64_t rows[8], columns[4];
+  LSLPN_UNROLL
+  for (int k = 0; k < 8; ++k) {
+    const PixelTap row = memory.rows[4 * k + q];
+    const PixelTap column = memory.columns[8 * (k / 2) + 2 * q + k % 2];
+    const float ones_down = g == 6 && row.lower >= 0 ? 1.0f : 0.0f;
+    const float ones_across = g == 7 && column.lower >= 0 ? 1.0f : 0.0f;
+    split_tf32(fmaxf(row.weight<Linear>(g), ones_down), down[k / 2][k % 2 * 2],
+               down[k / 2][k % 2 * 2 + 1]);
+    across[k / 2].set(k % 2, fmaxf(column.weight<Linear>(g), ones_across));
+    rows[k] = std::int64_t{min(4 * k + q, tile.y.pixels - 1)} * p.grid.x.pixels;
+    if (k < 4) columns[k] = kept(std::int64_t{sizeof(M)} * min(8 * k + g, tile.x.pixels - 1));
+  }
+  const std::int64_t plane = std::int64_t{p.grid.y.pixels} * p.grid.x.pixels;
   const int stored = kKind == MaskKind::labels ? 1 : kKind == MaskKind::foreground ? p.C - 1 : p.C;
-  const M* masks =
-      static_cast<const M*>(p.masks) + (tile.image * stored * plane + tile.pixel(p.grid, lane));
-
+  const M* const masks =
+      static_cast<const M*>(p.masks) +
+      (tile.image * stored * plane + tile.y.pixel * p.grid.x.pixels + tile.x.pixel);
+  const std::int64_t tiles = p.grid.tiles(), number = index - tile.image * tiles;
   LSLPN_NO_UNROLL
-  for (int c = 0; c < p.C; c += kClasses) {
-    // Sums over the pixels of a column with a tap on a row of locations, and on the next.
-    float here[kClasses], next[kClasses] = {}, count[kClasses] = {};
-    int y = 0;
-    LSLPN_NO_UNROLL
-    for (int row = 0; row < kTileSide; ++row) {
-      LSLPN_UNROLL
-      for (int e = 0; e < kClasses; ++e) {
-        here[e] = p.grid.tiles_y.between ? next[e] : 0;
-        next[e] = 0;
-      }
-      const int end = y + tile.rows_at(row);
-      by_rows<kRowsAtATime>(y, end, [&](int begin, auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        float m[kClasses][kRows];
-        LSLPN_UNROLL
-        for (int e = 0; e < kClasses; ++e) {
-          // Beyond the last class it is repeated; its sums are not used.
-          read_masks<M, kKind>(masks + begin * p.grid.x.pixels, down, plane, p.C,
-                               min(c + e, p.C - 1), m[e]);
-        }
-        LSLPN_UNROLL
-        for (int k = 0; k < kRows; ++k) {
-          const float upper = memory.rows[begin + k].upper, lower = 1 - upper;
-          LSLPN_UNROLL
-          for (int e = 0; e < kClasses; ++e) {
-            here[e] += lower * m[e][k];
-            next[e] += upper * m[e][k];
-            count[e] += m[e][k];
-          }
-        }
-      });
-      y = end;
-      LSLPN_UNROLL
-      for (int e = 0; e < kClasses; ++e) memory.sums[e][row][lane] = here[e];
-    }
-    __syncwarp();
-    const int row = lane / 4, at = min(row, kTileSide - 1);
-    float2 sums[kClasses];
-    columns.add_up(memory.sums[0][at], memory.sums[1][at], sums);
+  for (int c = 0; c < p.C; ++c) {
+    float value[8][4], sum[4];
+    read_masks<M, kKind>(masks, rows, columns, plane, p.C, c, value);
     LSLPN_UNROLL
-    for (int k = 0; k < kClasses; ++k) {
-      if (lane >= tile.x.pixels) count[k] = 0;  // it repeats the last column
-      count[k] = warp_sum(count[k]);
-      if (c + k >= p.C) continue;
-      const int tiles = p.grid.tiles();
-      const std::int64_t at = (tile.image * p.C + c + k) * tiles + index % tiles;
-      put_sums(p.weights + at * kTileWeights, row, lane % 4, sums[k]);
-      if (lane == 0) p.weights[at * kTileWeights + kMap] = count[k];
+    for (int j = 0; j < 4; ++j) {
+      float part[4];
+      LSLPN_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        OperandB of;
+        if constexpr (std::is_same_v<M, float>) {
+          of.set(0, value[2 * k][j]);
+          of.set(1, value[2 * k + 1][j]);
+          matrix_multiply(part, down[k], of.low, k == 0);
+          matrix_multiply(part, down[k], of.high, false);
+        } else {
+          // Bytes and labels have no low part.
+          of.high[0] = float_bits(value[2 * k][j]);
+          of.high[1] = float_bits(value[2 * k + 1][j]);
+          matrix_multiply(part, down[k], of.high, k == 0);
+        }
+      }
+      std::uint32_t parts[4];
+      split_tf32(part[0] + part[2], parts[0], parts[1]);
+      split_tf32(part[1] + part[3], parts[2], parts[3]);
+      matrix_multiply(sum, parts, across[j].low, j == 0);
+      matrix_multiply(sum, parts, across[j].high, false);
     }
-    __syncwarp();
+    float* const map = p.weights + ((tile.image * p.C + c) * tiles + number) * kTileWeights;
+    put_sums(map, g, q, make_float2(sum[0] + sum[2], sum[1] + sum[3]));
+    if (g == 6 && q == 3) map[kMap] = sum[1] + sum[3];
   }
 }
 

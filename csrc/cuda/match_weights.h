@@ -16,7 +16,7 @@ constexpr int kRowsAtATime = 4;                               // rows of pixels 
 struct alignas(16) WeightMemory {
   GramTile gram;
   RowTaps rows;
-  ColumnTaps columns;
+  PixelTaps columns;
   float dots[kTileSide][kPassWindows][kPitch];  // gradients by row of locations, class and window
   float norms[2][kTileSide][kPitch];            // gradients of |u|^2 at the rows, and between them
 };
@@ -60,14 +60,14 @@ struct TileGradients {
   // passes of the first windows; a logit scale is in the scores already.
   LSLPN_DEVICE void sum_down(int c0, int w0, int windows) const {
     const bool second = c0 + 1 < p.C, measures = w0 == 0 && (!kLoss || c0 == 0);
-    const PixelColumn column(tile.taps);
+    const PixelColumn column(tile.of_column);
     const float share = factor * p.logit_scale /
                         (kMean ? static_cast<float>(tile.y.windows * tile.x.windows) : 1.0f);
     std::int64_t down[kRowsAtATime + 1],
         bytes[kRowsAtATime + 1];  // offsets of rows, uint8 and float
     LSLPN_UNROLL
     for (int k = 0; k <= kRowsAtATime; ++k) {
-      down[k] = kept(k * p.grid.x.pixels);
+      down[k] = kept(std::int64_t{k} * p.grid.x.pixels);
       bytes[k] = kept(4 * down[k]);
     }
     // With a loss the gradient of the first class is minus the sum of the others.
@@ -231,7 +231,8 @@ match_weights(LSLPN_PARAMETERS MatchTiles p) {
   const int index = block_index() * kPixelWarps + warp;
   if (index >= p.all_tiles()) return;
   WeightMemory& memory = reinterpret_cast<WeightMemory*>(shared_memory())[warp];
-  const PixelTile tile(p.grid, index, lane, memory.rows);
+  const PixelTile tile(p.grid, index, lane);
+  put_rows(tile, lane, memory.rows);
   put_columns(tile, lane, memory.columns);
   // Where all pixels are ignored the gradient is 0.
   const float factor = !kLoss ? 1.0f : *p.loss.total == 0 ? 0.0f : *p.loss.grad / *p.loss.total;

@@ -58,42 +58,48 @@ struct PixelColumn {
   }
 };
 
+constexpr int kNone = -kTilePixels;  // the lower tap of a pixel that has no weight for any location
+
 // What a warp knows of its tile.
 struct PixelTile {
   std::int64_t image;  // of all images
   int row, column;     // of the tiles of an image
   Segment y, x;
-  Taps<float> taps;  // of this lane's column, from the tile's first; idle lanes repeat the last one
-  int lower;         // lower tap of this lane's row of pixels, likewise; idle lanes: none
-  bool between;      // whether this lane's row of pixels has an upper tap
+  // Of this lane's row and column of pixels, from the tile's first. Beyond the tile rows have none,
+  // columns repeat the last one.
+  Taps<float> of_row, of_column;
 
-  // Ends with a barrier.
-  LSLPN_DEVICE PixelTile(const Grid& grid, int index, int lane, RowTaps& rows)
+  LSLPN_DEVICE PixelTile(const Grid& grid, int index, int lane)
       : image(index / grid.tiles()),
         row(index % grid.tiles() / grid.tiles_x.count),
         column(index % grid.tiles_x.count),
         y(grid.tiles_y.segment(row)),
-        x(grid.tiles_x.segment(column)) {
-    taps = short_taps(grid.x, x.pixel + min(lane, x.pixels - 1));
-    taps.lower -= x.cell;
-    const Taps<float> of_row = short_taps(grid.y, y.pixel + min(lane, y.pixels - 1));
-    const float upper = of_row.upper, rest = 1 - upper;
-    rows[lane] = {upper, rest * rest, upper * upper, 2 * upper * rest};
-    lower = lane < y.pixels ? of_row.lower - y.cell : -1;
-    between = upper > 0;
-    __syncwarp();
+        x(grid.tiles_x.segment(column)),
+        of_row(short_taps(grid.y, y.pixel + min(lane, y.pixels - 1))),
+        of_column(short_taps(grid.x, x.pixel + min(lane, x.pixels - 1))) {
+    of_row.lower = lane < y.pixels ? of_row.lower - y.cell : kNone;
+    of_column.lower -= x.cell;
   }
   // How many rows of pixels have a row of locations as their lower tap, and how many of these have
   // no upper tap: they come first. By a whole warp.
-  LSLPN_DEVICE int rows_at(int row) const { return __popc(__ballot_sync(kAllLanes, lower == row)); }
-  LSLPN_DEVICE int rows_on(int row) const {
-    return __popc(__ballot_sync(kAllLanes, lower == row && !between));
+  LSLPN_DEVICE int rows_at(int k) const {
+    return __popc(__ballot_sync(kAllLanes, of_row.lower == k));
+  }
+  LSLPN_DEVICE int rows_on(int k) const {
+    return __popc(__ballot_sync(kAllLanes, of_row.lower == k && of_row.upper == 0));
   }
   // The first pixel of this lane's column, in the image.
   LSLPN_DEVICE int pixel(const Grid& grid, int lane) const {
     return y.pixel * grid.x.pixels + x.pixel + min(lane, x.pixels - 1);
   }
 };
+
+// Ends with a barrier.
+LSLPN_DEVICE void put_rows(const PixelTile& tile, int lane, RowTaps& rows) {
+  const float upper = tile.of_row.upper, rest = 1 - upper;
+  rows[lane] = {upper, rest * rest, upper * upper, 2 * upper * rest};
+  __syncwarp();
+}
 
 // Calls f(first row, number of rows as a constant) for rows y .. end - 1, kRows at a time and the
 // rest one by one.
@@ -106,18 +112,6 @@ LSLPN_DEVICE void by_rows(int y, int end, F f) {
 }
 
 constexpr int kPitch = kTilePixels + 4;  // floats of a row in shared memory; avoids bank conflicts
-
-struct alignas(8) ColumnTap {
-  int lower;  // from the tile's first location; negative for columns beyond the tile
-  float upper;
-};
-using ColumnTaps = ColumnTap[kTilePixels];
-
-// Ends with a barrier.
-LSLPN_DEVICE void put_columns(const PixelTile& tile, int lane, ColumnTaps& taps) {
-  taps[lane] = {lane < tile.x.pixels ? tile.taps.lower : -kTilePixels, tile.taps.upper};
-  __syncwarp();
-}
 
 // The weight of a column of pixels at the column of locations that is `right` of its lower tap: in
 // Up F, and in |Up F|^2 at a column of locations, and between it and the next.
@@ -138,15 +132,33 @@ struct Crossed {
   }
 };
 
+// The taps of a row or column of pixels in shared memory.
+struct alignas(8) PixelTap {
+  int lower;
+  float upper;
+
+  // That of a row or column of locations.
+  template <class Weight>
+  LSLPN_DEVICE float weight(int location) const {
+    return Weight::weight(location - lower, upper);
+  }
+};
+using PixelTaps = PixelTap[kTilePixels];
+
+// Ends with a barrier.
+LSLPN_DEVICE void put_columns(const PixelTile& tile, int lane, PixelTaps& taps) {
+  taps[lane] = {lane < tile.x.pixels ? tile.of_column.lower : kNone, tile.of_column.upper};
+  __syncwarp();
+}
+
 // Sums over the columns of a tile, of rows of pixels in shared memory.
 template <class Weight>
 class ColumnSums {
  public:
-  LSLPN_DEVICE ColumnSums(const ColumnTaps& taps, int lane) : taps_(taps), lane_(lane) {
+  LSLPN_DEVICE ColumnSums(const PixelTaps& taps, int lane) : taps_(taps), lane_(lane) {
     LSLPN_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const ColumnTap tap = taps[lane % 4 * 8 + i];
-      weights_[i / 2].set(i % 2, Weight::weight(lane / 4 - tap.lower, tap.upper));
+      weights_[i / 2].set(i % 2, taps[lane % 4 * 8 + i].template weight<Weight>(lane / 4));
     }
   }
 
@@ -176,8 +188,7 @@ class ColumnSums {
         sum[e] = 0;
         LSLPN_NO_UNROLL
         for (int x = 0; x < kTilePixels; ++x) {
-          const ColumnTap tap = taps_[x];
-          const float weight = Weight::weight(2 * q + e % 2 - tap.lower, tap.upper);
+          const float weight = taps_[x].template weight<Weight>(2 * q + e % 2);
           if (weight != 0) sum[e] += weight * (e < 2 ? first : second)[x];
         }
       }
@@ -187,7 +198,7 @@ class ColumnSums {
   }
 
  private:
-  const ColumnTaps& taps_;
+  const PixelTaps& taps_;
   const int lane_;
   OperandB weights_[4];
 };

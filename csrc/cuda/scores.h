@@ -48,7 +48,7 @@ struct Dots {
 
   // Adds 16 channels.
   LSLPN_DEVICE void add(const T* const (&features)[kLocationBlocks],
-                        const std::int64_t (&channels)[4], bool fours,
+                        std::int64_t channel, bool fours,
                         const float* const (&prototypes)[kProducts<kWindows>], bool first) {
     Pack<T, 4> raw[kLocationBlocks];
     if (fours) {
@@ -58,7 +58,7 @@ struct Dots {
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
         LSLPN_UNROLL
-        for (int k = 0; k < kLocationBlocks; ++k) raw[k].value[e] = read(features[k], channels[e]);
+        for (int k = 0; k < kLocationBlocks; ++k) raw[k].value[e] = read(features[k], e * channel);
       }
     }
     Pack<float, 4> p[kProducts<kWindows>];
@@ -213,7 +213,7 @@ struct Scorer {
   // The pixels of this lane's column in rows y .. end - 1, which have the same taps.
   LSLPN_DEVICE void pixels(const Row& here, const Row& slope, const Norm& norm,
                            const int (&place)[kWindows], int y, int end) {
-    const std::int64_t down = kept(p.grid.x.pixels), bytes = kept(4 * down);
+    const std::int64_t down = kept(std::int64_t{p.grid.x.pixels}), bytes = kept(4 * down);
     const bool keeps = p.winners;
     const float logit_scale = p.logit_scale;
     by_rows<4>(y, end, [&](int begin, auto rows) {
@@ -375,14 +375,12 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   const int index = block_index() * kPixelWarps + warp;  // image and tile
   if (index >= p.all_tiles()) return;
   ScoreMemory<kWindows>& memory = reinterpret_cast<ScoreMemory<kWindows>*>(shared_memory())[warp];
-  const PixelTile tile(p.grid, index, lane, memory.rows);
-  const std::int64_t image = tile.image, b = static_cast<int>(image) / p.N;
+  const PixelTile tile(p.grid, index, lane);
+  put_rows(tile, lane, memory.rows);
+  const int b = static_cast<int>(tile.image) / p.N;
   const int windows = tile.y.windows * tile.x.windows;
-  std::int64_t channels[4];  // byte offsets of a lane's four
-  LSLPN_UNROLL
-  for (int e = 1; e < 4; ++e) channels[e] = kept(std::int64_t{e} * features.d * int{sizeof(T)});
-  channels[0] = 0;
-  const T* corner = features.image(static_cast<int>(image)) +
+  const std::int64_t channel = std::int64_t{features.d} * int{sizeof(T)};  // bytes
+  const T* corner = features.image(static_cast<int>(tile.image)) +
                     (tile.y.cell * features.h + tile.x.cell * features.w + 4 * q * features.d);
   const T* locations[kLocationBlocks];
   LSLPN_UNROLL
@@ -406,38 +404,38 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
       const int w = column % kWindows < windows ? column % kWindows : 0;
       const int window = (tile.y.window + w / tile.x.windows) * p.grid.x.windows + tile.x.window +
                          w % tile.x.windows;
-      prototypes[j] = p.prototypes + ((b * p.C + c) * p.grid.windows() + window) * p.D + 4 * q;
+      prototypes[j] = p.prototypes + ((std::int64_t{b} * p.C + c) * p.grid.windows() + window) * p.D + 4 * q;
     }
     Dots<T, kWindows> dots;
     const auto advance = [&](int channels_16) {
       LSLPN_UNROLL
       for (int k = 0; k < kLocationBlocks; ++k) {
-        locations[k] = at_byte(locations[k], 16 * channels_16 * channels[1]);
+        locations[k] = at_byte(locations[k], 16 * channels_16 * channel);
       }
       LSLPN_UNROLL
       for (int j = 0; j < kProducts<kWindows>; ++j) prototypes[j] += 16;
     };
     LSLPN_NO_UNROLL
     for (int d = 0; d < p.D; d += 16, advance(1)) {
-      dots.add(locations, channels, kernel.fours, prototypes, first);
+      dots.add(locations, channel, kernel.fours, prototypes, first);
     }
     advance(-p.D / 16);
     dots.put(memory, lane, first);
     __syncwarp();
     if (p.gram && first) keep_gram(p, tile, memory.gram[0], lane);
-    Scorer<kWindows> scorer{p, tile, memory, PixelColumn(tile.taps), {}, {}};
+    Scorer<kWindows> scorer{p, tile, memory, PixelColumn(tile.of_column), {}, {}};
     LSLPN_UNROLL
     for (int e = 0; e < kClasses; ++e) {
       // Beyond the last class it is repeated, as columns of pixels are.
       const int c = min(c0 + e, p.C - 1);
       const std::int64_t size = static_cast<std::int64_t>(p.grid.y.pixels) * p.grid.x.pixels;
-      const std::int64_t at = (image * p.C + c) * size + tile.pixel(p.grid, lane);
+      const std::int64_t at = (tile.image * p.C + c) * size + tile.pixel(p.grid, lane);
       scorer.scores[e] = p.scores + at;
       scorer.winners[e] = p.winners ? p.winners + at : nullptr;
       if (p.loss.radial) {
         // Scores have one plane less in each image: that of class 0 is `radial`.
-        scorer.scores[e] = c == 0 ? p.loss.radial + (at - image * (p.C - 1) * size)
-                                  : p.scores + (at - (image + 1) * size);
+        scorer.scores[e] = c == 0 ? p.loss.radial + (at - tile.image * (p.C - 1) * size)
+                                  : p.scores + (at - (tile.image + 1) * size);
       }
     }
     scorer.column_pixels();
