@@ -16,13 +16,13 @@ struct Gatherer {
   const Exchange& p;
   const Images<const T>& features;
   int first, images;  // an image for pooling, those of an episode for matching
-  Range my, mx, classes;
+  Range ry, rx, classes;
   Range y, x;  // the locations under these
   GatherMemory& memory;
   float* sums;  // matching: [columns][p.pitch()]
 
   LSLPN_DEVICE int columns() const {
-    return (classes.end - classes.begin) * (my.end - my.begin) * (mx.end - mx.begin);
+    return (classes.end - classes.begin) * (ry.end - ry.begin) * (rx.end - rx.begin);
   }
   // The index of a column in `out`.
   LSLPN_DEVICE std::int64_t column(int e) const {
@@ -35,7 +35,7 @@ struct Gatherer {
   LSLPN_DEVICE void prepare() const {
     const int e = thread_index();
     if (e < kColumns) {
-      memory.pairs[e] = pair_of<kPool>(p, first, classes, my, mx, min(e, columns() - 1));
+      memory.pairs[e] = pair_of<kPool>(p, first, classes, ry, rx, min(e, columns() - 1));
       if (e >= columns()) memory.pairs[e].rows = 0;
     }
     for (int k = e; !kPool && k < columns() * p.pitch(); k += kExchangeThreads) sums[k] = 0;
@@ -203,17 +203,18 @@ template <class T, bool kPool>
 LSLPN_DEVICE void gather(const Exchange& p, const Images<const T>& features, int block) {
   const int part_x = block % p.parts_x, part_y = block / p.parts_x % p.parts_y;
   const int part_c = block / p.parts_x / p.parts_y % p.parts_c, images = kPool ? 1 : p.N;
-  const Range my = part_of(p.my, p.parts_y, part_y), mx = part_of(p.mx, p.parts_x, part_x);
+  const Range ry = part_of(p.regions_y, p.parts_y, part_y);
+  const Range rx = part_of(p.regions_x, p.parts_x, part_x);
   GatherMemory& memory = *reinterpret_cast<GatherMemory*>(shared_memory());
   const Gatherer<T, kPool> gatherer{p,
                                     features,
                                     block / p.gather_parts() * images,
                                     images,
-                                    my,
-                                    mx,
+                                    ry,
+                                    rx,
                                     part_of(p.C, p.parts_c, part_c),
-                                    locations_of(kPool, p.grid.y, p.grid.tiles_y, my),
-                                    locations_of(kPool, p.grid.x, p.grid.tiles_x, mx),
+                                    locations_of(kPool, p.grid.y, p.grid.tiles_y, ry),
+                                    locations_of(kPool, p.grid.x, p.grid.tiles_x, rx),
                                     memory,
                                     reinterpret_cast<float*>(&memory + 1)};
   gatherer.prepare();

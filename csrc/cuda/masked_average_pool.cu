@@ -189,8 +189,9 @@ share_windows(LSLPN_PARAMETERS Pooling p) {
   const int tiles = p.grid.tiles(), windows = p.grid.windows(), lane = thread_index() % kWarp;
   const int index = block_index() * kExchangeWarps + thread_index() / kWarp;
   if (index >= p.all_tiles()) return;
-  const int image = index / tiles, tile = index - image * tiles, row = tile / p.mx;
-  const Segment y = p.grid.tiles_y.segment(row), x = p.grid.tiles_x.segment(tile - row * p.mx);
+  const int image = index / tiles, tile = index - image * tiles, row = tile / p.regions_x;
+  const Segment y = p.grid.tiles_y.segment(row),
+                x = p.grid.tiles_x.segment(tile - row * p.regions_x);
   const int down = p.grid.x.windows, corner = y.window * down + x.window;
   LSLPN_NO_UNROLL
   for (int c = 0; c < p.C; ++c) {
@@ -258,8 +259,8 @@ void launch_product(const Pool& call, const Exchange& e, Stream stream) {
     launch(pool_backward<T>, e.scatter_blocks(), kExchangeThreads, sizeof(ScatterMemory), stream,
            PoolKernel<T>{e, images_of<T>(call.features)});
   } else {
-    launch(pool<T>, std::int64_t{e.images()} * e.gather_parts(), kExchangeThreads, gather_memory(e),
-           stream, PoolKernel<const T>{e, images_of<const T>(call.features)});
+    launch(pool<T>, std::int64_t{e.images()} * e.gather_parts(), kExchangeThreads,
+           sizeof(GatherMemory), stream, PoolKernel<const T>{e, images_of<const T>(call.features)});
   }
 }
 

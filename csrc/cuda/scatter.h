@@ -43,13 +43,13 @@ struct Scatterer {
   const Images<T>& to;
   int image;
   Range i, j;    // the locations
-  Range my, mx;  // the tiles or windows near them
+  Range ry, rx;  // the tiles or windows near them
   ScatterMemory& memory;
 
   // Pairs near the block.
-  LSLPN_DEVICE int vectors() const { return p.C * (my.end - my.begin) * (mx.end - mx.begin); }
+  LSLPN_DEVICE int vectors() const { return p.C * (ry.end - ry.begin) * (rx.end - rx.begin); }
   LSLPN_DEVICE Near near(int e) const {
-    const Pair pair = pair_of<kPool>(p, image, {0, p.C}, my, mx, e);
+    const Pair pair = pair_of<kPool>(p, image, {0, p.C}, ry, rx, e);
     const std::int64_t at = std::int64_t{kPool ? image : image / p.N} * p.pairs() + pair.index;
     return {pair, p.vectors + at * p.D, nullptr, p.scale[at]};
   }

@@ -47,9 +47,9 @@ struct Dots {
   float squares[kProducts<kWindows>] = {};     // of the loaded channels of the prototypes
 
   // Adds 16 channels.
-  LSLPN_DEVICE void add(const T* const (&features)[kLocationBlocks],
-                        std::int64_t channel, bool fours,
-                        const float* const (&prototypes)[kProducts<kWindows>], bool first) {
+  LSLPN_DEVICE void add(const T* const (&features)[kLocationBlocks], std::int64_t channel,
+                        bool fours, const float* const (&prototypes)[kProducts<kWindows>],
+                        bool first) {
     Pack<T, 4> raw[kLocationBlocks];
     if (fours) {
       LSLPN_UNROLL
@@ -404,7 +404,8 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
       const int w = column % kWindows < windows ? column % kWindows : 0;
       const int window = (tile.y.window + w / tile.x.windows) * p.grid.x.windows + tile.x.window +
                          w % tile.x.windows;
-      prototypes[j] = p.prototypes + ((std::int64_t{b} * p.C + c) * p.grid.windows() + window) * p.D + 4 * q;
+      prototypes[j] =
+          p.prototypes + ((std::int64_t{b} * p.C + c) * p.grid.windows() + window) * p.D + 4 * q;
     }
     Dots<T, kWindows> dots;
     const auto advance = [&](int channels_16) {
