@@ -24,7 +24,7 @@ from .program import Program, Source, kernels
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cuda"
-ARCHS = (80, 90)
+ARCHS = (80, 90, 100)  # as setup.py
 
 
 def obstacle() -> str:
