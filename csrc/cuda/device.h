@@ -17,6 +17,7 @@
 // A kernel of at most `threads` threads a block, at least `blocks` of them on a multiprocessor.
 #define LSLPN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define LSLPN_DEVICE __device__ __forceinline__
+// For loops of more than a few statements or passes; shorter ones are unrolled anyway.
 #define LSLPN_UNROLL _Pragma("unroll")
 #define LSLPN_NO_UNROLL _Pragma("unroll 1")
 // Keeps kernel parameters in constant memory where they are indexed at run time, too.

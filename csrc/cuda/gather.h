@@ -59,7 +59,6 @@ struct Gatherer {
       const bool counts = find(begin + l, i, j);
       const std::int64_t at = n * p.pairs() * p.box + (i * p.box_x + j);
       std::uint32_t* to = &memory.weights[l / 8][l / 2 % 4].x + l % 2;
-      LSLPN_UNROLL
       for (int e = 0; e < kColumns; ++e) {
         const Pair pair = memory.pairs[e];
         split_tf32(counts && pair.has(i, j) ? pair.weights[at] : 0, to[16 * e], to[16 * e + 2]);
@@ -85,7 +84,6 @@ struct Gatherer {
       const std::int64_t at = memory.offsets[4 * (step + k) + lane % 4];
       LSLPN_UNROLL
       for (int t = 0; t < kTiles; ++t) {
-        LSLPN_UNROLL
         for (int e = 0; e < 4; ++e)
           raw[t][k][e] = read(at_byte(channels[t][e % 2], at), e < 2 ? 0 : across);
       }
@@ -96,12 +94,10 @@ struct Gatherer {
       OperandA f[kSteps];
       LSLPN_UNROLL
       for (int k = 0; k < kSteps; ++k) {
-        LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) set_feature(f[k], e, raw[t][k][e]);
       }
       float part[4];
       multiply<kHalf<T>>(part, f, w);
-      LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) sum[t][e] += part[e];
     }
   }
@@ -127,14 +123,12 @@ struct Gatherer {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     const int g = lane / 4, q = lane % 4, steps = (count + 7) / 8;
     float* out[2];
-    LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) out[e] = p.out + column(min(2 * q + e, columns() - 1)) * p.D;
     const bool wide = x.end - x.begin > 1;
     const std::int64_t across = wide ? std::int64_t{features.w} * int{sizeof(T)} : 0;
     LSLPN_NO_UNROLL
     for (int d = 16 * kTiles * warp + g; d < p.D; d += 16 * kTiles * kExchangeWarps) {
       const T* channels[kTiles][2];
-      LSLPN_UNROLL
       for (int e = 0; e < 2 * kTiles; ++e) {
         channels[e / 2][e % 2] =
             features.image(first + n) + static_cast<std::int64_t>(d + 8 * e) * features.d;
@@ -183,14 +177,12 @@ struct Gatherer {
       float along = 0;
       for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
         const auto sum = read_pack<4>(from + d), q = read_pack<4>(prototype + d);
-        LSLPN_UNROLL
         for (int k = 0; k < 4; ++k) along += sum.value[k] * q.value[k];
       }
       along = warp_sum(along) * inverse * inverse;
       for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
         auto out = read_pack<4>(from + d);
         const auto q = read_pack<4>(prototype + d);
-        LSLPN_UNROLL
         for (int k = 0; k < 4; ++k) out.value[k] = (out.value[k] - along * q.value[k]) * inverse;
         *reinterpret_cast<Pack<float, 4>*>(p.out + at * p.D + d) = out;
       }

@@ -36,7 +36,6 @@ LSLPN_DEVICE void read_masks(const M* masks, const std::int64_t (&rows)[8],
     for (int k = 0; k < 8; ++k) {
       const M* const row = kept(from + rows[k]);
       __builtin_assume(__isGlobal(row));
-      LSLPN_UNROLL
       for (int j = 0; j < 4; ++j) f(value[k][j], *at_byte(row, columns[j]));
     }
   };
@@ -133,7 +132,6 @@ struct alignas(16) Channels {
   float value[8] = {};
 
   LSLPN_DEVICE void add(float scale, const Channels& other) {
-    LSLPN_UNROLL
     for (int k = 0; k < 8; ++k) value[k] += scale * other.value[k];
   }
 };
@@ -214,7 +212,6 @@ share_windows(LSLPN_PARAMETERS Pooling p) {
         }
       }
       *reinterpret_cast<Channels*>(p.tile_vectors + (at * p.D + d)) = sum;
-      LSLPN_UNROLL
       for (int k = 0; k < 8; ++k) finite += 0 * sum.value[k];
     }
     // The pixels of a tile without a class pass on 0 times its vector.

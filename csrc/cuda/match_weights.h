@@ -48,7 +48,6 @@ struct TileGradients {
       const int r = min(e / kTileSide, tile.y.cells - 1);
       const int c = min(e % kTileSide, tile.x.cells - 1);
       const float* at = from + (tile.y.cell + r) * p.grid.x.cells + tile.x.cell + c;
-      LSLPN_UNROLL
       for (int k = 0; k < kGramMaps; ++k) memory.gram[k][e] = at[k * size];
     }
     __syncwarp();
@@ -65,7 +64,6 @@ struct TileGradients {
                         (kMean ? static_cast<float>(tile.y.windows * tile.x.windows) : 1.0f);
     std::int64_t down[kRowsAtATime + 1],
         bytes[kRowsAtATime + 1];  // offsets of rows, uint8 and float
-    LSLPN_UNROLL
     for (int k = 0; k <= kRowsAtATime; ++k) {
       down[k] = kept(std::int64_t{k} * p.grid.x.pixels);
       bytes[k] = kept(4 * down[k]);
@@ -74,7 +72,6 @@ struct TileGradients {
     const float sign = kLoss && c0 == 0 ? -1.0f : 1.0f;
     const float *grads[kPassClasses], *scores[kPassClasses];
     const std::uint8_t* winners[kPassClasses];
-    LSLPN_UNROLL
     for (int e = 0; e < kPassClasses; ++e) {
       const int c = min(c0 + e, p.C - 1);
       const std::int64_t at = pixel(image * p.C + c);
@@ -83,7 +80,6 @@ struct TileGradients {
       winners[e] = kMean ? nullptr : p.winners + at;
     }
     std::uint16_t place[kWindowsAtATime];
-    LSLPN_UNROLL
     for (int e = 0; e < kWindowsAtATime; ++e) {
       place[e] =
           static_cast<std::uint16_t>(w0 + e < windows ? p.place(w0 + e, tile.x.windows) : -1);
@@ -94,7 +90,6 @@ struct TileGradients {
     int y = 0;
     LSLPN_NO_UNROLL
     for (int row = 0; row < kTileSide; ++row) {
-      LSLPN_UNROLL
       for (int e = 0; e < kPassWindows; ++e) {
         float& from = next[e / kWindowsAtATime][e % kWindowsAtATime];
         here[e / kWindowsAtATime][e % kWindowsAtATime] = p.grid.tiles_y.between ? from : 0;
@@ -112,7 +107,6 @@ struct TileGradients {
         std::uint16_t winner[kPassClasses][kRows];
         LSLPN_UNROLL
         for (int e = 0; e < kPassClasses; ++e) {
-          LSLPN_UNROLL
           for (int k = 0; k < kRows; ++k) {
             gradient[e][k] = read(grads[e], bytes[k]);
             winner[e][k] = kMean ? 0 : read(winners[e], down[k]);
@@ -120,19 +114,16 @@ struct TileGradients {
         }
         if (kLoss && c0 == 0) {
           for (int other = 1; other < p.C - 1; ++other) {
-            LSLPN_UNROLL
             for (int k = 0; k < kRows; ++k) {
               gradient[0][k] += read(grads[0] + other * plane(), bytes[k]);
             }
           }
         }
         if (measures) {
-          LSLPN_UNROLL
           for (int k = 0; k < kRows; ++k) {
             product[k] = (kLoss ? factor : gradient[0][k]) * read(scores[0], bytes[k]);
           }
           if (!kLoss && second) {
-            LSLPN_UNROLL
             for (int k = 0; k < kRows; ++k) {
               product[k] += gradient[1][k] * read(scores[1], bytes[k]);
             }
@@ -148,7 +139,6 @@ struct TileGradients {
           carried += radial * t.next;
           between += radial * t.between;
           const float inverse = scale * share, lower = 1 - t.upper;
-          LSLPN_UNROLL
           for (int e = 0; e < kPassWindows; ++e) {
             const int c = e / kWindowsAtATime, w = e % kWindowsAtATime;
             add_if_equal(winner[c][k], place[w], lower, t.upper,
@@ -156,7 +146,6 @@ struct TileGradients {
                          next[c][w]);
           }
         }
-        LSLPN_UNROLL
         for (int e = 0; e < kPassClasses; ++e) {
           grads[e] = at_byte(grads[e], bytes[kRows]);
           scores[e] = at_byte(scores[e], bytes[kRows]);
@@ -164,7 +153,6 @@ struct TileGradients {
         }
       });
       y = end;
-      LSLPN_UNROLL
       for (int e = 0; e < kPassWindows; ++e) {
         memory.dots[row][e][lane] = here[e / kWindowsAtATime][e % kWindowsAtATime];
       }
@@ -196,7 +184,6 @@ struct TileGradients {
         LSLPN_UNROLL
         for (int r = 0; r < kTileSide; r += 2) {
           columns.add_up(memory.dots[r][g], memory.dots[r + 1][g], sums);
-          LSLPN_UNROLL
           for (int e = 0; e < 2; ++e) {
             if (there) put_sums(maps + slot * kMap, r + e, q, sums[e]);
           }
@@ -207,7 +194,6 @@ struct TileGradients {
     // Of own and right from the sums at rows, of below and the diagonals from those between rows.
     const int row = min(g, kTileSide - 1);
     const auto put = [&](int map, float factor) {
-      LSLPN_UNROLL
       for (int e = 0; e < 2; ++e) {
         const float scaled = e == 0 ? factor : -0.5f;
         put_sums(maps + (p.tile_maps - 4 + map + 2 * e) * kMap, g, q,

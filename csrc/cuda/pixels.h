@@ -156,7 +156,6 @@ template <class Weight>
 class ColumnSums {
  public:
   LSLPN_DEVICE ColumnSums(const PixelTaps& taps, int lane) : taps_(taps), lane_(lane) {
-    LSLPN_UNROLL
     for (int i = 0; i < 8; ++i) {
       weights_[i / 2].set(i % 2, taps[lane % 4 * 8 + i].template weight<Weight>(lane / 4));
     }
@@ -170,7 +169,6 @@ class ColumnSums {
     LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
       const float4* row = reinterpret_cast<const float4*>(e == 0 ? first : second) + 2 * q;
-      LSLPN_UNROLL
       for (int k = 0; k < 4; k += 2) {
         const float4 four = row[k / 2];
         values[k].set(e, four.x);

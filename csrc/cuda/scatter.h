@@ -120,7 +120,6 @@ struct Scatterer {
   LSLPN_DEVICE void add(Sums& sum, int d, int step) const {
     const int lane = thread_index() % kWarp;
     OperandA vectors[kProducts][1];
-    LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
       const float* vector = memory.near[8 * step + lane % 4 + 4 * e].vector;
       const float4 value = *reinterpret_cast<const float4*>(vector + d);
@@ -137,7 +136,6 @@ struct Scatterer {
       for (int m = 0; m < kProducts; ++m) {
         float part[4];
         multiply<0>(part, vectors[m], weights);
-        LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) sum[m][r][e] = kBegins ? part[e] : sum[m][r][e] + part[e];
       }
     }
@@ -156,7 +154,6 @@ struct Scatterer {
   LSLPN_DEVICE void find_stencil() const {
     const int kind = thread_index() / kWarp, lane = thread_index() % kWarp;
     const float* from[2];
-    LSLPN_UNROLL
     for (int e = 0; e < 2; ++e) {
       const int k = lane % 4 + 4 * e, down = kind == 0 ? 1 : kind == 1 ? 0 : k / 2 - 1;
       const int right = (kind < 2 ? k - 1 : 7 + k % 2) - lane / 4;
@@ -164,7 +161,6 @@ struct Scatterer {
           down < 2 && abs(right) < 2 ? gram_weight(-(kind == 0), lane / 4, down, right) : nullptr;
     }
     constexpr int kDown = sizeof(memory.gram[0]) / sizeof(float);
-    LSLPN_UNROLL
     for (int r = 0; r < kBlock + 1; ++r) {
       if (r + (kind > 0) > kBlock || kind > 2) break;
       uint4 parts;
@@ -183,7 +179,6 @@ struct Scatterer {
     const int lane = thread_index() % kWarp, q = lane % 4;
     // Columns q - 1 and q + 3 of a row, and column 7 or 8 of the same row or the next.
     const T* from[6];
-    LSLPN_UNROLL
     for (int e = 0; e < 6; ++e) {
       const int column = j.begin + (e < 2 ? q - 1 : e < 4 ? q + 3 : 7 + q % 2);
       from[e] = features.image(image) + (static_cast<std::int64_t>(d + e % 2) * features.d +
@@ -191,7 +186,6 @@ struct Scatterer {
     }
     Operand<6> rows[3];
     const auto read_row = [&](int r) {
-      LSLPN_UNROLL
       for (int e = 0; e < 6; ++e) {
         set_feature(rows[r % 3], e, read(from[e], memory.rows[r + (e < 4 ? 0 : q / 2)]));
       }
@@ -207,7 +201,6 @@ struct Scatterer {
       LSLPN_UNROLL
       for (int k = 0; k < 4; ++k) {
         set(weights[k], memory.stencil[k < 3 ? k % 2 : 2][r + k % 3 / 2][lane]);
-        LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) {
           const Operand<6>& of = rows[(r + (k < 3 ? k : e / 2 * 2)) % 3];
           const int at = k < 3 ? e : 4 + e % 2;
@@ -217,7 +210,6 @@ struct Scatterer {
       }
       float part[4];
       multiply<kHalf<T>>(part, neighbours, weights);
-      LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) sum[r][e] += part[e];
     }
   }
@@ -263,7 +255,6 @@ struct Scatterer {
     const int across = kUnit ? 1 : to.w;
     const std::int64_t down = kept(std::int64_t{to.h} * int{sizeof(T)});
     T* at[4];
-    LSLPN_UNROLL
     for (int e = 0; e < 4; ++e) {
       at[e] = to.image(image) +
               (static_cast<std::int64_t>(d + e) * to.d + i.begin * to.h + (j.begin + 2 * q) * to.w);
@@ -274,7 +265,6 @@ struct Scatterer {
         if (r >= i.end - i.begin) break;
         LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) {
-          LSLPN_UNROLL
           for (int k = 0; k < columns.value; ++k) {
             from_float(sum[e / 2][r][e % 2 * 2 + k], at[e][k * across]);
           }
@@ -335,7 +325,6 @@ LSLPN_DEVICE void scatter(const Exchange& p, const Images<const T>& features, co
     LSLPN_UNROLL
     for (int m = 0; m < Scatterer<T, kPool>::kProducts; ++m) {
       if (!kPool) s.add_gram(sum[m], d + 2 * m);
-      LSLPN_UNROLL
       for (int e = 0; e < 2 * kBlock; ++e)
         finite += sum[m][e / 2][e % 2] * sum[m][e / 2][e % 2 + 2];
     }

@@ -52,30 +52,25 @@ struct Dots {
                         bool first) {
     Pack<T, 4> raw[kLocationBlocks];
     if (fours) {
-      LSLPN_UNROLL
       for (int k = 0; k < kLocationBlocks; ++k) raw[k] = read_pack<4>(features[k]);
     } else {
       LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
-        LSLPN_UNROLL
         for (int k = 0; k < kLocationBlocks; ++k) raw[k].value[e] = read(features[k], e * channel);
       }
     }
     Pack<float, 4> p[kProducts<kWindows>];
-    LSLPN_UNROLL
     for (int j = 0; j < kProducts<kWindows>; ++j) {
       p[j] = read_pack<4>(prototypes[j]);
     }
     Operand<4> f[kLocationBlocks];
     LSLPN_UNROLL
     for (int k = 0; k < kLocationBlocks; ++k) {
-      LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) set_feature(f[k], e, raw[k].value[e]);
     }
     LSLPN_UNROLL
     for (int j = 0; j < kProducts<kWindows>; ++j) {
       Operand<4> q;
-      LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) {
         q.set(e, p[j].value[e]);
         squares[j] += p[j].value[e] * p[j].value[e];
@@ -86,7 +81,6 @@ struct Dots {
         float sum[4];
         multiply<kHalf<T>, 2>(sum, {rows(f[2 * t], bottom, 0), rows(f[2 * t], bottom, 1)},
                               {columns(q, 0), columns(q, 1)});
-        LSLPN_UNROLL
         for (int e = 0; e < 4; ++e) dots[t][j][e] += sum[e];
       }
     }
@@ -97,7 +91,6 @@ struct Dots {
       float sum[4];
       multiply<2 * kHalf<T>, 2>(sum, {rows(f[k], bottom, 0), rows(f[k], bottom, 1)},
                                 {columns(f[k], 0), columns(f[k], 1)});
-      LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) gram[k][e] += sum[e];
     }
   }
@@ -121,7 +114,6 @@ struct Dots {
       const float scale = Norm::inverse_length(square);
       const float left = __shfl_sync(kAllLanes, scale, 8 * q);
       const float right = __shfl_sync(kAllLanes, scale, 8 * q + 4);
-      LSLPN_UNROLL
       for (int k = 0; k < kLocationBlocks; ++k) {
         const float (&dot)[4] = dots[k / 2][j];
         *reinterpret_cast<float2*>(&memory.dots[8 * k + g][8 * j + 2 * q]) =
@@ -140,7 +132,6 @@ struct Dots {
                        : distance == kTileSide - 1 ? 4
                                                    : -1;
       if (kind < 0) continue;
-      LSLPN_UNROLL
       for (int k = 0; k < kLocationBlocks; ++k) {
         memory.gram[kind / 4][kind % 4][8 * k + 2 * q + e % 2] = gram[k][e];
       }
@@ -165,7 +156,6 @@ LSLPN_DEVICE void keep_gram(const MatchTiles& p, const PixelTile& tile, const Gr
       p.gram + (tile.image * kGramMaps * size + tile.y.cell * p.grid.x.cells + tile.x.cell);
   for (int e = lane; e < height * width; e += kWarp) {
     const int r = e / width, c = e - r * width;
-    LSLPN_UNROLL
     for (int k = 0; k < kGramMaps; ++k) {
       maps[k * size + r * p.grid.x.cells + c] = gram[k][kTileSide * r + c];
     }
@@ -195,7 +185,6 @@ struct Scorer {
       const float4 b = *reinterpret_cast<const float4*>(right + k);
       const float value[4] = {column.p * a.x + column.q * b.x, column.p * a.y + column.q * b.y,
                               column.p * a.z + column.q * b.z, column.p * a.w + column.q * b.w};
-      LSLPN_UNROLL
       for (int e = 0; e < 4; ++e) row[(k + e) / kWindows][(k + e) % kWindows] = value[e];
     }
     if (!p.mean) return;
@@ -203,9 +192,7 @@ struct Scorer {
     LSLPN_UNROLL
     for (int c = 0; c < kClasses; ++c) {
       float sum = 0;
-      LSLPN_UNROLL
       for (int w = 0; w < kWindows; ++w) sum += w < windows ? row[c][w] : 0;
-      LSLPN_UNROLL
       for (int w = 0; w < kWindows; ++w) row[c][w] = sum / static_cast<float>(windows);
     }
   }
@@ -228,7 +215,6 @@ struct Scorer {
         for (int c = 0; c < kClasses; ++c) {
           best[c] = here[c][0] + t.upper * slope[c][0];
           // Of equal scores the first window wins. NaN stays NaN.
-          LSLPN_UNROLL
           for (int w = 1; w < kWindows; ++w) {
             const float value = here[c][w] + t.upper * slope[c][w];
             winner[c] = value > best[c] ? place[w] : winner[c];
@@ -240,20 +226,17 @@ struct Scorer {
           // The gradient goes to the window whose score is NaN.
           LSLPN_UNROLL
           for (int c = 0; c < kClasses; ++c) {
-            LSLPN_UNROLL
             for (int w = 0; w < kWindows; ++w) {
               const float value = here[c][w] + t.upper * slope[c][w];
               if (value != value && place[w] >= 0) winner[c] = place[w];
             }
           }
         }
-        LSLPN_UNROLL
         for (int c = 0; c < kClasses; ++c) {
           *scores[c] = best[c] * scale;
           scores[c] = at_byte(scores[c], bytes);
         }
         if (keeps) {
-          LSLPN_UNROLL
           for (int c = 0; c < kClasses; ++c) {
             *winners[c] = static_cast<std::uint8_t>(winner[c]);
             winners[c] += down;
@@ -267,7 +250,6 @@ struct Scorer {
   LSLPN_DEVICE void column_pixels() {
     const int windows = tile.y.windows * tile.x.windows;
     int place[kWindows];
-    LSLPN_UNROLL
     for (int w = 0; w < kWindows; ++w) {
       place[w] = w < windows ? p.place(w, tile.x.windows) : -1;
     }
@@ -282,7 +264,6 @@ struct Scorer {
       if (!known) enter(next, row);
       LSLPN_UNROLL
       for (int c = 0; c < kClasses; ++c) {
-        LSLPN_UNROLL
         for (int w = 0; w < kWindows; ++w) here[c][w] = next[c][w];
       }
       // First the pixels without an upper tap: the next row may hold a NaN that must not reach
@@ -301,7 +282,6 @@ struct Scorer {
         }
         LSLPN_UNROLL
         for (int c = 0; c < kClasses; ++c) {
-          LSLPN_UNROLL
           for (int w = 0; w < kWindows; ++w) slope[c][w] = between ? next[c][w] - here[c][w] : 0;
         }
         pixels(here, slope, norm, place, y, y + count);
@@ -383,7 +363,6 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
   const T* corner = features.image(static_cast<int>(tile.image)) +
                     (tile.y.cell * features.h + tile.x.cell * features.w + 4 * q * features.d);
   const T* locations[kLocationBlocks];
-  LSLPN_UNROLL
   for (int k = 0; k < kLocationBlocks; ++k) {
     // Beyond the tile, its last locations are repeated; their results are not used.
     const int l = 8 * k + g;
@@ -409,11 +388,9 @@ scores(LSLPN_PARAMETERS ScoreKernel<T> kernel) {
     }
     Dots<T, kWindows> dots;
     const auto advance = [&](int channels_16) {
-      LSLPN_UNROLL
       for (int k = 0; k < kLocationBlocks; ++k) {
         locations[k] = at_byte(locations[k], 16 * channels_16 * channel);
       }
-      LSLPN_UNROLL
       for (int j = 0; j < kProducts<kWindows>; ++j) prototypes[j] += 16;
     };
     LSLPN_NO_UNROLL

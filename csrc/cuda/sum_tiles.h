@@ -86,7 +86,6 @@ sum_tiles(LSLPN_PARAMETERS Exchange p) {
       float sum[kGramMaps] = {};
       each_tile(y.segments[i], x.segments[j], (p.tile_maps - kGramMaps) * kMap + kTileSide * i + j,
                 [&](const float* map) {
-                  LSLPN_UNROLL
                   for (int k = 0; k < kGramMaps; ++k) sum[k] += map[k * kMap];
                 });
       p.gram_weights[image * grid.y.cells * w + e] =
@@ -128,7 +127,6 @@ sum_tiles(LSLPN_PARAMETERS Exchange p) {
       float square = 0;
       for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
         const auto v = read_pack<4>(p.vectors + (first + e) * p.D + d);
-        LSLPN_UNROLL
         for (int k = 0; k < 4; ++k) square += v.value[k] * v.value[k];
       }
       square = warp_sum(square);
