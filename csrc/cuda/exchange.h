@@ -31,7 +31,7 @@ constexpr int kGatherBytes = 80 << 10;  // of shared memory, at most
 // gather: those whose weights are in shared memory at a time, at least those of kColumns tiles
 constexpr int kLocations = 320;
 static_assert(kLocations >= kColumns * kMap);
-constexpr int kTileWeights = kMap + 4;      // pooling: floats of a tile's map and its pixels
+constexpr int kTileWeights = kMap + 4;      // pooling: floats of the weights of a tile
 constexpr std::int64_t kMost = 0x7fffff00;  // tiles of a call, and floats of maps of an image
 
 // A class and a region: its locations, the weight of location (0, 0), its index among all pairs.
@@ -64,7 +64,7 @@ struct Exchange {
   int tile_maps;                  // matching: maps of a tile; the last kGramMaps are of these
   float* maps;                    // matching: [B, N, tiles, tile_maps, kMap]
   float* weights;  // [B, N, C, regions, box], rows of box_x, from a region's first location on;
-                   // of a tile its map, and at kMap its pixels
+                   // of a tile its map, at kMap its pixels, and whether a weight is not 0
   float4* gram_weights;  // matching: [B, N, h, w] gradients of the Gram maps, that of `own` doubled
   float* scale;          // of the vectors: matching 1 / |p|, pooling 1, or 0 for those not needed
   const float* vectors;  // scatter: [B, N, C, tiles, D] or [B, C, windows, D]

@@ -122,8 +122,10 @@ mask_weights(LSLPN_PARAMETERS Pooling p) {
       matrix_multiply(sum, parts, across[j].high, false);
     }
     float* const map = p.weights + ((tile.image * p.C + c) * tiles + number) * kTileWeights;
-    put_sums(map, g, q, make_float2(sum[0] + sum[2], sum[1] + sum[3]));
-    if (g == 6 && q == 3) map[kMap] = sum[1] + sum[3];
+    const float2 sums = make_float2(sum[0] + sum[2], sum[1] + sum[3]);
+    put_sums(map, g, q, sums);
+    const bool any = __any_sync(kAllLanes, sums.x != 0 || sums.y != 0);
+    if (g == 6 && q == 3) *reinterpret_cast<float2*>(map + kMap) = make_float2(sums.y, any);
   }
 }
 
@@ -197,7 +199,9 @@ share_windows(LSLPN_PARAMETERS Pooling p) {
     const float* const prototypes =
         p.prototypes + ((std::int64_t{image / p.N} * p.C + c) * windows + corner) * p.D;
     const std::int64_t at = (std::int64_t{image} * p.C + c) * tiles + tile;
-    float finite = 0;  // or NaN
+    // A tile counts if a window passes on a gradient to it, and a mask or what is not finite that
+    // to locations: 0 times NaN is NaN.
+    bool passes = false, spreads = p.weights[at * kTileWeights + kMap + 1] != 0;
     LSLPN_NO_UNROLL
     for (int d = 8 * lane; d < p.D; d += kWarpChannels) {
       Channels sum;
@@ -207,16 +211,15 @@ share_windows(LSLPN_PARAMETERS Pooling p) {
         for (int k = r * down; k < r * down + x.windows; ++k) {
           // Windows with too few pixels pass on no gradient, not even NaN.
           if (factors[k] == 0) continue;
+          passes = true;
           const float* from = prototypes + (std::int64_t{k} * p.D + d);
           sum.add(factors[k], *reinterpret_cast<const Channels*>(from));
         }
       }
       *reinterpret_cast<Channels*>(p.tile_vectors + (at * p.D + d)) = sum;
-      for (int k = 0; k < 8; ++k) finite += 0 * sum.value[k];
+      for (int k = 0; k < 8; ++k) spreads |= !isfinite(sum.value[k]);
     }
-    // The pixels of a tile without a class pass on 0 times its vector.
-    const bool counts =
-        __any_sync(kAllLanes, finite != 0) || p.weights[at * kTileWeights + kMap] != 0;
+    const bool counts = __any_sync(kAllLanes, passes && spreads);
     if (lane == 0) p.scale[at] = counts ? 1 : 0;
   }
 }

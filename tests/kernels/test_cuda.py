@@ -337,6 +337,40 @@ def test_what_is_not_finite_and_lies_under_no_pixel_does_not_show(
         assert (got | ~wanted).all()
 
 
+def test_weights_that_cancel_within_a_tile_have_a_gradient(kernels: Any) -> None:
+    """Soft masks of both signs, whose sum over the first tile is 0."""
+    masks = torch.rand(1, 1, 1, 64, 64)
+    masks[..., :16, :16] = torch.eye(2).mul(2).sub(1).repeat(8, 8)
+    features = torch.randn(1, 1, 32, 9, 9)
+
+    def gradient(backend: str, dtype: torch.dtype) -> Tensor:
+        inputs = features.to(dtype).requires_grad_()
+        pooled = masked_average_pool(inputs, masks.to(dtype), GridSpec(1 / 2), backend=backend)
+        return torch.autograd.grad(pooled.square().sum(), inputs)[0]
+
+    expected = gradient("reference", torch.float64)
+    assert expected[..., 0, 0].abs().max() > 1e-4
+    torch.testing.assert_close(
+        gradient("cuda", torch.float32).double(), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_mask_that_is_not_finite_spoils_nothing(kernels: Any) -> None:
+    """Windows with it have a zero prototype and no gradient, as those with too few pixels."""
+    masks = torch.rand(1, 1, 2, 64, 64)
+    masks[0, 0, 1, 20, 33] = torch.nan
+    features = torch.randn(1, 1, 32, 9, 9, requires_grad=True)
+    pooled = masked_average_pool(features, masks, GridSpec(1 / 4), backend="cuda")
+    (gradient,) = torch.autograd.grad(pooled.sum(), features)
+    assert gradient.isfinite().all()
+    masks[0, 0, 1, 20, 33] = 0.5
+    without = masked_average_pool(features, masks, GridSpec(1 / 4), backend="cuda")
+    spoilt = (pooled - without).abs().amax(-1)[0] > 1e-4
+    assert spoilt[1].sum() == 4
+    assert not spoilt[0].any()
+    assert not pooled[0, spoilt].any()
+
+
 def test_opcheck(kernels: Any) -> None:
     masks = torch.rand(1, 2, 2, 24, 20) < 0.5
     features = torch.randn(1, 2, 8, 6, 5, requires_grad=True)
