@@ -1,7 +1,7 @@
-// From feature locations to windows or tiles: sums over locations of weight times features.
+// From feature locations to regions: sums over locations of weight times features.
 //
-// A block has a few columns of the product, classes of neighbouring windows, and visits all
-// locations under these windows, kLocations at a time. Their weights lie in shared memory in the
+// A block has a few columns of the product, classes of neighbouring regions, and visits all
+// locations of these regions, kLocations at a time. Their weights lie in shared memory in the
 // order of the operands of matrix_multiply. Of its two locations a lane loads the second one at a
 // constant distance from the first: both are in the same row. In rows of odd length the last but
 // one is visited twice, the second time with a weight of 0.

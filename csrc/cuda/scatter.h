@@ -1,17 +1,16 @@
-// From windows to feature locations: sums over windows of weight times vectors, and for matching
+// From regions to feature locations: sums over regions of weight times vectors, and for matching
 // the gradient through |Up F|^2.
 //
-// A block has up to kBlock x kBlock locations, and visits all (class, window) pairs near them,
-// kVectors at a time. Their weights, summed over tiles, lie in shared memory in the order of the
-// operands of matrix_multiply.
+// A block has up to kBlock x kBlock locations, and visits all (class, region) pairs near them,
+// kVectors at a time. Their weights lie in shared memory in the order of the operands of
+// matrix_multiply.
 #pragma once
 
 #include "exchange.h"
 
 namespace lslpn::cuda {
 
-// A class and a window near the block, with its vector and the scale of that, and where its weights
-// are stored.
+// A pair near the block, with its vector and the scale of that, and where its weights are stored.
 struct Near : Pair {
   const float* vector;
   std::uint32_t* to;
@@ -69,8 +68,8 @@ struct Scatterer {
     return &memory.weights[k / 8][0][k % 4].x + k / 4 % 2;
   }
 
-  // Collects the classes and windows from `first` on whose scale is not 0, by one warp. The others,
-  // windows with too few pixels, pass on no gradient, not even NaN.
+  // Collects the pairs from `first` on whose scale is not 0, by one warp. The others pass on no
+  // gradient, not even NaN.
   LSLPN_DEVICE void find_vectors(int first) const {
     const int lane = thread_index(), end = min(vectors(), first + kVectors);
     int count = 0;
@@ -96,7 +95,7 @@ struct Scatterer {
     if (lane == 0) memory.steps = steps;
   }
 
-  // Vectors and weights of the classes and windows from `first` on.
+  // Vectors and weights of the pairs from `first` on.
   LSLPN_DEVICE void prepare(int first) const {
     __syncthreads();
     if (thread_index() < kWarp) find_vectors(first);
@@ -214,7 +213,7 @@ struct Scatterer {
     }
   }
 
-  // Sums again what is not finite: over the windows that cover a location alone, for the others
+  // Sums again what is not finite: over the regions that have a location alone, for the others
   // have a weight of 0, and 0 times NaN is NaN, and over the neighbours that pixels lie between.
   LSLPN_DEVICE void sum_again(Sums& sum, int d) const {
     LSLPN_NO_UNROLL
