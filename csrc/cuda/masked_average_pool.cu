@@ -139,19 +139,23 @@ struct alignas(16) Channels {
 };
 constexpr int kWarpChannels = 8 * kWarp;
 
-// One warp per window of an episode.
+constexpr int kClassesOfWarp = 2;
+
+// One warp per window of an episode and two classes.
 LSLPN_KERNEL(kExchangeThreads, 4)
 sum_windows(LSLPN_PARAMETERS Pooling p) {
   const int windows = p.grid.windows(), across = p.grid.x.windows, lane = thread_index() % kWarp;
   const int index = block_index() * kExchangeWarps + thread_index() / kWarp;
-  if (index >= p.B * windows) return;
-  const int b = index / windows, m = index - b * windows, m_y = m / across;
+  const int parts = divide_up(p.C, kClassesOfWarp), part = index / windows;
+  if (part >= p.B * parts) return;
+  const int m = index - part * windows, m_y = m / across, b = part / parts;
   const Range rows = segments_over(p.grid.tiles_y, pixels_of_window(p.grid.y, m_y));
   const Range columns = segments_over(p.grid.tiles_x, pixels_of_window(p.grid.x, m - m_y * across));
   const int down = p.grid.tiles_x.count, corner = rows.begin * down + columns.begin;
   const std::int64_t step = p.D / 8;
+  const int c0 = (part - b * parts) * kClassesOfWarp;
   LSLPN_NO_UNROLL
-  for (int c = 0; c < p.C; ++c) {
+  for (int c = c0; c < min(c0 + kClassesOfWarp, p.C); ++c) {
     LSLPN_NO_UNROLL
     for (int d = 8 * lane; d < p.D; d += kWarpChannels) {
       Channels all;
@@ -166,7 +170,7 @@ sum_windows(LSLPN_PARAMETERS Pooling p) {
         LSLPN_NO_UNROLL
         for (int r = rows.begin; r < rows.end;
              ++r, count += down * kTileWeights, vector += down * step) {
-          LSLPN_NO_UNROLL
+#pragma unroll 2  // as many as the paper's windows have in a row
           for (int k = 0; k < columns.end - columns.begin; ++k) {
             pixels += count[k * kTileWeights];
             sum.add(1, vector[k * step]);
@@ -301,7 +305,8 @@ std::int64_t run(const Pool& call, std::int64_t workspace, const Allocate& alloc
   };
   if (call.backward) launch_warps(share_windows, p.all_tiles());
   with_type(f.dtype, [&](auto type) { launch_product<decltype(type)>(call, p, stream); });
-  if (!call.backward) launch_warps(sum_windows, p.B * p.grid.windows());
+  if (!call.backward)
+    launch_warps(sum_windows, p.B * divide_up(p.C, kClassesOfWarp) * p.grid.windows());
   return p.B;
 }
 
