@@ -1,145 +1,101 @@
-// Matching backward, from tiles to windows: the weights of a window's locations are the sums of the
-// maps of its tiles; the gradients of the Gram maps at a location, of the maps of all tiles that
-// have it.
+// Matching backward, from tiles to windows and locations: the weights of a window's locations are
+// the sums of the maps of its tiles; the gradients of the Gram maps at a location, of the maps of
+// all tiles that have it.
 #pragma once
 
 #include "exchange.h"
 
 namespace lslpn::cuda {
 
-// What a block knows of an axis, in shared memory.
-struct AxisTable {
-  struct Window {
-    Range cells, segments;
-  };
-  Window* windows;
-  Range* segments;  // that have a location
-  int* maps;  // of a segment: the index of its first map, if location and window 0 were its first
-
-  LSLPN_HD static std::size_t bytes(const Axis& axis, const Tiles& tiles) {
-    return static_cast<std::size_t>(axis.windows) * sizeof(Window) +
-           static_cast<std::size_t>(axis.cells) * sizeof(Range) +
-           static_cast<std::size_t>(tiles.count + tiles.count % 2) * sizeof(int);
-  }
-  // The distances in `maps` of neighbouring segments, locations and windows.
-  LSLPN_DEVICE AxisTable(const Axis& axis, const Tiles& tiles, void* memory, int of_segment,
-                         int of_cell, int of_window)
-      : windows(static_cast<Window*>(memory)),
-        segments(reinterpret_cast<Range*>(windows + axis.windows)),
-        maps(reinterpret_cast<int*>(segments + axis.cells)) {
-    for (int k = thread_index(); k < axis.windows; k += kExchangeThreads) {
-      const Range pixels = pixels_of_window(axis, k);
-      windows[k] = {locations(axis, pixels), segments_over(tiles, pixels)};
-    }
-    for (int k = thread_index(); k < axis.cells; k += kExchangeThreads) {
-      segments[k] = segments_over(tiles, pixels_of(axis, {k, k + 1}));
-    }
-    for (int k = thread_index(); k < tiles.count; k += kExchangeThreads) {
-      const Segment first = tiles.segment(k);
-      maps[k] = k * of_segment - first.cell * of_cell - first.window * of_window;
-    }
-  }
-};
-
-constexpr int kSumsOfBlock = 8 * kExchangeThreads;  // numbers of all classes
-
-// Blocks for the weights of an image, and for the gradients of the Gram maps.
-LSLPN_HD int weight_blocks(const Exchange& p) {
-  return divide_up(p.grid.windows() * p.box, kSumsOfBlock);
+// Blocks for the locations of a window, and for all locations of an image.
+LSLPN_HD int window_blocks(const Exchange& p) {
+  return divide_up(p.box, kExchangeThreads);
 }
-LSLPN_HD int gram_blocks(const Exchange& p) {
-  return divide_up(p.grid.y.cells * p.grid.x.cells, kSumsOfBlock);
+LSLPN_HD int location_blocks(const Exchange& p) {
+  return divide_up(p.grid.y.cells * p.grid.x.cells, kExchangeThreads);
+}
+LSLPN_HD int sum_blocks(const Exchange& p) {
+  return p.grid.windows() * window_blocks(p) + location_blocks(p);
 }
 
 LSLPN_KERNEL(kExchangeThreads, 4)
 sum_tiles(LSLPN_PARAMETERS Exchange p) {
   const Grid& grid = p.grid;
-  const int w = grid.x.cells, windows = grid.windows();
-  const int of_image = weight_blocks(p) + gram_blocks(p);
-  const std::int64_t image = block_index() / of_image;
-  const int part = block_index() % of_image;
-  const bool gram = part >= weight_blocks(p);
-  const int of_window = p.window_maps && !gram ? kMap : 0,
-            of_row = grid.tiles_x.windows * of_window;
+  const int image = block_index() / sum_blocks(p), part = block_index() % sum_blocks(p);
   const int of_tile = p.tile_maps * kMap;
-  const AxisTable y(grid.y, grid.tiles_y, shared_memory(), grid.tiles_x.count * of_tile, kTileSide,
-                    of_row);
-  const AxisTable x(grid.x, grid.tiles_x, shared_memory() + AxisTable::bytes(grid.y, grid.tiles_y),
-                    of_tile, 1, of_window);
-  __syncthreads();
-  const float* maps = p.maps + image * grid.tiles() * of_tile;
-  // Calls f(map) for tiles, with their maps at a location.
-  const auto each_tile = [&](const Range& rows, const Range& columns, int at, auto f) {
+  const float* const maps = p.maps + std::int64_t{image} * grid.tiles() * of_tile;
+  // Calls f(map, y, x) for the tiles over a range of pixels that have a location, with the first of
+  // their maps at this location and their segments.
+  const auto each_tile = [&](const Range& of_y, const Range& of_x, int i, int j, auto f) {
+    const int first = segment_at(grid.tiles_x, of_x.begin);
     LSLPN_NO_UNROLL
-    for (int r = rows.begin; r < rows.end; ++r) {
+    for (int r = segment_at(grid.tiles_y, of_y.begin); grid.tiles_y.begin(r) < of_y.end; ++r) {
+      const Segment y = grid.tiles_y.segment(r);
+      if (static_cast<unsigned>(i - y.cell) >= y.cells) continue;
       LSLPN_NO_UNROLL
-      for (int k = columns.begin; k < columns.end; ++k) f(maps + (at + y.maps[r] + x.maps[k]));
+      for (int k = first; grid.tiles_x.begin(k) < of_x.end; ++k) {
+        const Segment x = grid.tiles_x.segment(k);
+        if (static_cast<unsigned>(j - x.cell) >= x.cells) continue;
+        const int at = kTileSide * (i - y.cell) + j - x.cell;
+        f(maps + ((r * grid.tiles_x.count + k) * of_tile + at), y, x);
+      }
     }
   };
-  const auto both = [](const Range& a, const Range& b) {
-    return Range{max(a.begin, b.begin), min(a.end, b.end)};
-  };
-  if (gram) {
-    const int begin = (part - weight_blocks(p)) * kSumsOfBlock + thread_index();
-    for (int e = begin; e < min(begin + kSumsOfBlock, grid.y.cells * w); e += kExchangeThreads) {
-      const int i = e / w, j = e - i * w;
-      float sum[kGramMaps] = {};
-      each_tile(y.segments[i], x.segments[j], (p.tile_maps - kGramMaps) * kMap + kTileSide * i + j,
-                [&](const float* map) {
-                  for (int k = 0; k < kGramMaps; ++k) sum[k] += map[k * kMap];
-                });
-      p.gram_weights[image * grid.y.cells * w + e] =
-          make_float4(2 * sum[0], sum[1], sum[2], sum[3]);  // d(f^2) = 2 f df
-    }
+  if (part < location_blocks(p)) {
+    const int cell = part * kExchangeThreads + thread_index();
+    const int i = cell / grid.x.cells, j = cell - i * grid.x.cells;
+    if (i >= grid.y.cells) return;
+    float4 sum = make_float4(0, 0, 0, 0);
+    each_tile(pixels_of(grid.y, {i, i + 1}), pixels_of(grid.x, {j, j + 1}), i, j,
+              [&](const float* map, const Segment&, const Segment&) {
+                map += (p.tile_maps - kGramMaps) * kMap;
+                sum.x += 2 * map[0];  // d(f^2) = 2 f df
+                sum.y += map[kMap];
+                sum.z += map[2 * kMap];
+                sum.w += map[3 * kMap];
+              });
+    p.gram_weights[std::int64_t{image} * grid.y.cells * grid.x.cells + cell] = sum;
     return;
   }
-  const int step = p.window_maps ? grid.tile_windows() * kMap : kMap;  // of classes
-  const std::int64_t of_class = std::int64_t{windows} * p.box;
-  const int begin = part * kSumsOfBlock + thread_index();
-  for (int e = begin; e < min(begin + kSumsOfBlock, windows * p.box); e += kExchangeThreads) {
-    const int m = e / p.box, location = e - m * p.box;
-    const int m_y = m / grid.x.windows, m_x = m - m_y * grid.x.windows;
-    const AxisTable::Window of_y = y.windows[m_y], of_x = x.windows[m_x];
-    const int i = of_y.cells.begin + location / p.box_x, j = of_x.cells.begin + location % p.box_x;
-    if (i >= of_y.cells.end || j >= of_x.cells.end) continue;
-    const Range rows = both(y.segments[i], of_y.segments);
-    const Range columns = both(x.segments[j], of_x.segments);
-    const int at = kTileSide * i + j + m_y * of_row + m_x * of_window;
-    float* to = p.weights + (image * p.C * of_class + e);
-    LSLPN_NO_UNROLL
-    for (int c = 0; c < p.C; c += 2, to += 2 * of_class) {
-      const int second = c + 1 < p.C ? step : 0;
-      float sum[2] = {};
-      each_tile(rows, columns, at + c * step, [&](const float* map) {
-        sum[0] += map[0];
-        sum[1] += map[second];
-      });
-      to[0] = sum[0];
-      if (second) to[of_class] = sum[1];
-    }
+  const int block = part - location_blocks(p), m = block / window_blocks(p);
+  const int m_y = m / grid.x.windows, m_x = m - m_y * grid.x.windows;
+  const int l = (block - m * window_blocks(p)) * kExchangeThreads + thread_index();
+  const Range of_y = pixels_of_window(grid.y, m_y), of_x = pixels_of_window(grid.x, m_x);
+  const int top = short_taps(grid.y, of_y.begin).lower, left = short_taps(grid.x, of_x.begin).lower;
+  const int of_class = p.window_maps ? grid.tile_windows() * kMap : kMap;
+  const int i = top + l / p.box_x, j = left + l % p.box_x;
+  LSLPN_NO_UNROLL
+  for (int c = 0; c < p.C && l < p.box; c += 2) {
+    const int second = c + 1 < p.C ? of_class : 0;
+    float sum[2] = {};
+    each_tile(of_y, of_x, i, j, [&](const float* map, const Segment& y, const Segment& x) {
+      const int window = (m_y - y.window) * grid.tiles_x.windows + m_x - x.window;
+      map += c * of_class + (p.window_maps ? window * kMap : 0);
+      sum[0] += map[0];
+      sum[1] += map[second];
+    });
+    const std::int64_t at = (std::int64_t{image} * p.C + c) * grid.windows() + m;
+    p.weights[at * p.box + l] = sum[0];
+    if (second) p.weights[(at + grid.windows()) * p.box + l] = sum[1];
   }
-  // Of the first image of an episode, a warp has a class and window.
-  if (image % p.N == 0) {
-    const std::int64_t first = image / p.N * p.C * windows;
-    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-    for (int e = part * kExchangeWarps + warp; e < p.C * windows;
-         e += weight_blocks(p) * kExchangeWarps) {
-      float square = 0;
-      for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
-        const auto v = read_pack<4>(p.vectors + (first + e) * p.D + d);
-        for (int k = 0; k < 4; ++k) square += v.value[k] * v.value[k];
-      }
-      square = warp_sum(square);
-      if (lane == 0) p.scale[first + e] = Norm::inverse_length(square);
+  // Of the first block of a window and the first image of an episode, a warp has a class.
+  if (l >= kExchangeThreads || image % p.N != 0) return;
+  const int lane = thread_index() % kWarp;
+  for (int c = thread_index() / kWarp; c < p.C; c += kExchangeWarps) {
+    const std::int64_t at = (std::int64_t{image / p.N} * p.C + c) * grid.windows() + m;
+    float square = 0;
+    for (int d = 4 * lane; d < p.D; d += 4 * kWarp) {
+      const auto v = read_pack<4>(p.vectors + at * p.D + d);
+      for (int k = 0; k < 4; ++k) square += v.value[k] * v.value[k];
     }
+    square = warp_sum(square);
+    if (lane == 0) p.scale[at] = Norm::inverse_length(square);
   }
 }
 
 // On the host.
 inline void launch_sum_tiles(const Exchange& e, Stream stream) {
-  launch(sum_tiles, e.images() * (weight_blocks(e) + gram_blocks(e)), kExchangeThreads,
-         AxisTable::bytes(e.grid.y, e.grid.tiles_y) + AxisTable::bytes(e.grid.x, e.grid.tiles_x),
-         stream, e);
+  launch(sum_tiles, std::int64_t{e.images()} * sum_blocks(e), kExchangeThreads, 0, stream, e);
 }
 
 }  // namespace lslpn::cuda

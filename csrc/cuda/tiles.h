@@ -67,7 +67,7 @@ constexpr int kMap = kTileSide * kTileSide;
 constexpr int kMaxTiles = 255;  // along an axis, and windows; they are kernel parameters
 // Axes of at most so many pixels and locations have interpolation positions that fit into 32 bits.
 constexpr int kTiledAxis = 1 << 14;
-constexpr int kCells = 1 << 12;  // likewise locations, of which tables lie in shared memory
+constexpr int kCells = 1 << 12;  // locations along an axis
 
 // A segment of an axis: its pixels, the feature locations they are interpolated from, the windows
 // over them.
