@@ -8,6 +8,8 @@ torch takes seconds to import, so it is imported only when a command needs it.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import traceback
 import warnings
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code, see above.
     """
+    _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"] or ["--help"]
@@ -100,6 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if message:
                 say(message)
             return code
+
+
+def _prepare_streams() -> None:
+    """Print "?" for characters that stdout cannot encode, and nothing to a closed stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
 def _explained(error: BaseException) -> tuple[int, str]:

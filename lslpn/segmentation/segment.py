@@ -6,6 +6,7 @@ slice of the query is matched with a slice of each support (see `slicewise`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args, overload
@@ -81,7 +82,7 @@ def segment(  # type: ignore[misc]  # only the implementation declares the optio
             image, or the model's weights are damaged; for nibabel images, as `read_image` and
             `read_labels`.
         TypeError: a scan is neither a volume nor a nibabel image.
-        ValueError: `align` or `depth` is not one of the values above.
+        ValueError: `align`, `depth` or `batch` is not one of the values above.
     """
     scan = as_volume(query)
     labels = segment_matched(
@@ -129,8 +130,10 @@ def segment_matched(
             )
     if align not in get_args(Align):
         raise ValueError(f"align: expected none, body, affine or deformable, got {align!r}")
-    if not depth >= 0:
-        raise ValueError(f"depth: expected 0 mm or more, got {depth}")
+    if not 0 <= depth < math.inf:  # false for NaN too
+        raise InputError(f"depth: expected 0 mm or more, got {depth}")
+    if batch < 1:
+        raise ValueError(f"batch: expected 1 slice or more, got {batch}")
     common: dict[str, Any] = {
         "batch": batch,
         "progress": progress,

@@ -268,6 +268,23 @@ def test_inputs_and_results_are_not_overwritten(scans: Scans, run: Run) -> None:
     assert good.read_bytes() == b"drawn by hand"
 
 
+def test_two_results_in_one_file_are_refused_however_it_is_spelled(scans: Scans, run: Run) -> None:
+    scans.out.parent.mkdir()
+    (scans.root / "link").symlink_to(scans.out.parent)
+    for folder in ("link", "out/../out"):
+        second = scans.root / folder / scans.out.name
+        code, _, err = run(*scans.words(), f"--query={scans.a}", f"--out={second}")
+        assert code == 2
+        is_one_line(err, "is also given as --out")
+
+
+def test_a_depth_that_is_no_length(scans: Scans, run: Run) -> None:
+    for depth in ("inf", "nan", "-1"):
+        code, _, err = run(*scans.words(), f"--depth={depth}")
+        assert code == 2
+        is_one_line(err, "--depth")
+
+
 def test_an_option_of_one_value_is_not_given_twice(scans: Scans, run: Run) -> None:
     code, _, err = run(*scans.words(), "--size=48")
     assert code == 2
@@ -700,6 +717,35 @@ def test_exit_code_and_stderr_of_the_process(scans: Scans) -> None:
         assert done.stdout == ""
         assert ("Traceback" in done.stderr) == ("--debug" in words)
         is_one_line(done.stderr.splitlines(keepends=True)[-1], "b.nii.gz")
+
+
+def test_without_stderr_progress_and_notes_are_dropped(scans: Scans) -> None:
+    words = [word for word in scans.words() if word != "--quiet"]
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "lslpn"]
+    done = subprocess.run([*shell, *words], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("written: ")
+
+
+def test_names_that_the_terminal_and_pages_cannot_encode(scans: Scans) -> None:
+    name = os.fsdecode(b"caf\xe9.nii.gz")  # Latin-1; not valid UTF-8
+    try:
+        scans.b = scans.b.rename(scans.b.with_name(name))
+    except OSError as error:
+        pytest.skip(f"the file system takes no such name: {error}")
+    scans.out = scans.out.with_name(name)
+    page = scans.out.with_suffix(".html")
+    for encoding in ("utf-8", "ascii"):
+        done = subprocess.run(
+            [sys.executable, "-m", "lslpn", *scans.words(), f"--html={page}", "--force"],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "caf?" in done.stdout
+        assert "<title>caf?</title>" in page.read_text("utf-8")
 
 
 def test_an_unexpected_error_is_one_line_and_exits_with_1(
