@@ -574,6 +574,29 @@ def test_train_then_evaluate_the_held_out_organs(
     assert "training used syn_01" in err
 
 
+def test_names_of_organs_and_cases_are_plain_text_in_figures_and_pages(
+    synthetic_dataset: Path, run: Run, tmp_path: Path
+) -> None:
+    """A formula to matplotlib, markup to a page, and not valid UTF-8."""
+    path = synthetic_dataset / "dataset.json"
+    path.write_text(path.read_text().replace('"liver"', '"li $ver_{"'))
+    case = os.fsdecode(b"<b>$\\frac{\xe9")
+    try:
+        for folder, end in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+            old = synthetic_dataset / folder / f"syn_01{end}"
+            old.rename(old.with_name(case + end))
+    except OSError as error:
+        pytest.skip(f"the file system takes no such name: {error}")
+    words = ["evaluate", "--untrained", f"--data={synthetic_dataset}", "--support=syn_00"]
+    words += [f"--query={case}", "--organ=li $ver_{", "--size=48", "--html", "--quiet"]
+    code, _, err = run(*words, f"--out={tmp_path / 'out'}")
+    assert code == 0, err
+    assert (tmp_path / "out" / "figures" / f"{case}.png").stat().st_size > 5000
+    page = (tmp_path / "out" / "evaluation.html").read_text("utf-8")
+    assert "li $ver_{" in page
+    assert '<a href="views/%3Cb%3E%24%5Cfrac%7B%E9.html">&lt;b&gt;$\\frac{?</a>' in page
+
+
 def test_names_that_contain_commas_are_not_split(
     synthetic_dataset: Path, run: Run, tmp_path: Path
 ) -> None:
