@@ -22,6 +22,7 @@ from ..data.dataset import Dataset
 from ..data.slices import warn_unlike
 from ..errors import InputError
 from ..models import LSLPN, FewShotNetwork
+from ..torch_defaults import torch_defaults
 from .protocols import protocol_of
 from .results import Evaluation
 from .runner import Observer, Runner, View, slices_of
@@ -47,6 +48,7 @@ def evaluate(
     return found
 
 
+@torch_defaults()
 def evaluate_grids(
     model: FewShotNetwork,
     dataset: Dataset,
