@@ -24,7 +24,7 @@ _UNITS_MM = {1: 1e3, 3: 1e-3}
 _PLAUSIBLE_MM = (0.01, 100.0)  # voxels of a scan, from micro-CT to a localiser
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """A file's own geometry, kept to write predictions in it.
 

@@ -40,7 +40,7 @@ _LARGEST = 2**31 - 1
 _GRID_TOLERANCE = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single answer to ==
 class Volume:
     """A volume in display orientation.
 
@@ -61,9 +61,9 @@ class Volume:
         """Make an image or a label map from an array.
 
         Args:
-            data: numbers [i, j, k], as in nibabel; a tensor or lists are fine. Bools and integers that are all 0 or more are
-                a label map, floats and other integers an image; convert a scan of unsigned
-                integers to floats.
+            data: numbers [i, j, k], as in nibabel; an array, a tensor or lists. Bools and integers
+                that are all 0 or more are a label map, floats and other integers an image; convert
+                a scan of unsigned integers to floats.
             affine: [4, 4], voxel indices (i, j, k) to millimetres (RAS+).
             name: takes the place of the file name in messages.
 

@@ -577,10 +577,17 @@ def test_lists_and_tensors_are_arrays_and_complex_numbers_are_refused() -> None:
         Volume.from_array(data + 1j, np.eye(4))
 
 
+def test_volumes_may_be_compared_and_be_keys(volume: Volume) -> None:
+    again = read_image(volume.path)
+    assert volume == volume
+    assert volume != again
+    assert len({volume, again, volume}) == 2
+
+
 def test_messages_tell_an_image_from_its_labels() -> None:
     image = nib.Nifti1Image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.eye(4))
     labels = Volume.from_nibabel(image.slicer[1:], labels=True)
-    with pytest.raises(InputError, match="labels: its shape 1 x 3 x 4 .* of its image image"):
+    with pytest.raises(InputError, match=r"labels: its shape 1 x 3 x 4 .* of its image image"):
         check_same_grid(Volume.from_nibabel(image), labels)
 
 
