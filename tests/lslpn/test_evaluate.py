@@ -620,6 +620,11 @@ def test_json_is_valid_and_tables_have_every_score() -> None:
     assert "[bold]a :smile: [/none]" in named
 
 
+def test_a_bar_in_a_name_makes_no_column() -> None:
+    assert "a|b" in render_table("", [""], [["a|b"]], False)
+    assert r"| a\|b |" in render_table("", [""], [["a|b"]], True)
+
+
 @pytest.mark.parametrize("markdown", [False, True])
 def test_names_are_not_shortened_in_wide_tables(markdown: bool) -> None:
     names = [f"{'long' * 20}_{i}" for i in range(40)]
