@@ -306,6 +306,14 @@ def test_empty_mask_is_refused_only_on_request(tmp_path: Path) -> None:
         read_labels(path, require_foreground=True)
 
 
+def test_a_header_that_places_voxels_at_the_start_of_the_file(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.nii", np.arange(60, dtype=np.float32).reshape(3, 4, 5))
+    raw = bytearray(path.read_bytes())
+    raw[108:112] = bytes(4)  # vox_offset
+    path.write_bytes(raw)
+    _refused(path, "damaged", "inside its header")
+
+
 def test_colour_and_complex_voxels(tmp_path: Path) -> None:
     rgb = np.zeros((3, 4, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     _refused(_write(tmp_path / "a.nii", rgb), "greyscale")
