@@ -47,7 +47,8 @@ def read(path: Path) -> tuple[np.ndarray, Grid]:
     kind = _nifti_class(path, raw)
     try:
         image = kind.from_bytes(raw)
-        if image.dataobj.offset < len(image.header.binaryblock):  # nibabel accepts 0
+        # nibabel accepts 0.
+        if image.dataobj.offset < len(image.header.binaryblock):  # type: ignore[attr-defined]
             raise HeaderDataError("its voxels would begin inside its header")
     except Exception as error:  # what nibabel raises depends on which field is broken
         raise _damaged(path, error) from error
