@@ -211,9 +211,9 @@ class EncoderNetwork(FewShotNetwork):
         if self.config.imagenet_normalisation:
             colour = (colour - self.mean) / self.std
         if not self.amp:
-            return _checked(self.encoder(colour), len(grey))
+            return _checked(self.encoder(colour), grey.shape[0])
         with torch.autocast(grey.device.type, torch.bfloat16):
-            features = _checked(self.encoder(colour), len(grey))
+            features = _checked(self.encoder(colour), grey.shape[0])
         return features.float()
 
 

@@ -161,6 +161,14 @@ def test_gradients_reach_the_whole_encoder() -> None:
     assert model.encoder.conv1.weight.grad.abs().sum() > 0
 
 
+def test_an_exported_network_takes_any_number_of_episodes(model: LSLPN) -> None:
+    batch = torch.export.Dim("B", min=1, max=8)
+    exported = torch.export.export(model, episode(), dynamic_shapes=({0: batch},) * 3).module()
+    for B in (1, 3):
+        given = episode(B=B)
+        torch.testing.assert_close(exported(*given), model(*given))
+
+
 def test_wrong_shapes_are_named(model: LSLPN) -> None:
     support, masks, query = episode()
     with pytest.raises(InputError, match=r"support_masks \[B, K, N, S, S\].*\(2, 1, 72, 72\)"):
