@@ -547,6 +547,8 @@ def test_scans_are_aligned_as_the_model_was_trained(synthetic_dataset: Path) -> 
         ({"queries": ["b", "a"]}, "a is the support"),
         ({"queries": []}, "queries: expected at least one"),
         ({"organs": []}, "organs: expected at least one"),
+        ({"organs": "square"}, "organs: expected a list of names, got 'square'"),
+        ({"queries": "b"}, "queries: expected a list of names, got 'b'"),
         ({"organs": ["sqare"]}, "did you mean 'square'"),
         ({"organs": ["square", "nothing"]}, r"a\.nii\.gz: the support a does not show enough of"),
         ({"support": "e", "queries": ["b"]}, r"e\.nii\.gz: the support e does not show enough of"),
