@@ -110,6 +110,15 @@ def test_check_compares_every_backend() -> None:
     assert f"this head uses {report.chosen}: within" in str(report)
 
 
+def test_check_whatever_the_caller_has_set_in_torch() -> None:
+    with torch.inference_mode():
+        support, labels, query = episode()
+        masks = labels[:, :, None] == 1
+    with torch.inference_mode(), torch.device("meta"):
+        report = LocalPrototypeHead(GRID).check(support, masks, query)
+    assert all(line.query_gradient < 1e-5 for line in report.lines)
+
+
 def test_check_finds_a_backend_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch_.cosine_match
     monkeypatch.setattr(torch_, "cosine_match", lambda *args: 1.01 * right(*args))
