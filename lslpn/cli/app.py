@@ -113,9 +113,18 @@ def _prepare_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C caused an error; during an import it may arrive as another exception."""
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, InterruptedByUserError, typer.Abort)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _explained(error: BaseException) -> tuple[int, str]:
     """The exit code and the message of an error."""
-    if isinstance(error, (KeyboardInterrupt, InterruptedByUserError, typer.Abort)):
+    if _interrupted(error):
         return 130, "interrupted; nothing was left half-written"
     if isinstance(error, InputError):
         return 2, f"error: {error}"

@@ -789,6 +789,21 @@ def test_an_unexpected_error_is_one_line_and_exits_with_1(
     assert "Traceback" in err
 
 
+def test_ctrl_c_that_arrives_as_another_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while Python sets up a class, in Python 3.11 and before."""
+    import lslpn.info
+
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("Error calling __set_name__") from interrupt
+
+    monkeypatch.setattr(lslpn.info, "collect", interrupted)
+    code, _, err = run("info")
+    assert (code, err) == (130, "lslpn: interrupted; nothing was left half-written\n")
+
+
 def test_warnings_are_notes_of_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
