@@ -23,6 +23,7 @@ from .config import Config
 from .errors import InputError
 from .files import check_state, is_file, load_safetensors, load_tensors, look_up, write_bytes
 from .models import METHODS, FewShotNetwork, build
+from .torch_defaults import torch_defaults
 
 FILE_NAME = "checkpoint.pt"
 _FORMAT = "lslpn-checkpoint"
@@ -163,6 +164,7 @@ def _checked(content: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
+@torch_defaults()
 def load_model(
     path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
 ) -> FewShotNetwork:
@@ -180,6 +182,7 @@ def load_model(
     return restored(load_checkpoint(path), checkpoint_path(path)).to(device)
 
 
+@torch_defaults()
 def restored(checkpoint: Checkpoint, name: str | os.PathLike[str]) -> FewShotNetwork:
     """The network of a checkpoint, on the CPU and in evaluation mode; raises as `check_state`."""
     # The initial weights would be overwritten, and their file may be gone.

@@ -12,6 +12,13 @@ class InputError(ValueError):
     """
 
 
+def several(argument: str, given: Iterable[str]) -> tuple[str, ...]:
+    """The names in `given`; InputError for a text, which would be taken for its characters."""
+    if isinstance(given, str):
+        raise InputError(f"{argument}: expected a list of names, got {given!r}; write [{given!r}]")
+    return tuple(given)
+
+
 def meant(given: str, known: Iterable[str]) -> str:
     """ " (did you mean 'liver'?)", or "" if no known name is similar."""
     close = difflib.get_close_matches(given, list(known), n=1)

@@ -130,8 +130,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8 atomically; raises as `replacing`."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write `text` to `path` as UTF-8 atomically; raises as `replacing`.
+
+    Names of files may hold bytes that are not UTF-8; each becomes a question mark.
+    """
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

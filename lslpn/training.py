@@ -40,8 +40,10 @@ from .files import check_state, is_file, write_json
 from .info import versions
 from .models import FewShotNetwork, untrained
 from .runs import Log, check_same_data, held, load_optimizer
+from .torch_defaults import torch_defaults
 
 
+@torch_defaults()
 def train(
     config: Config,
     dataset: Dataset,

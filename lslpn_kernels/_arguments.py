@@ -267,6 +267,16 @@ def check_labels(labels: Tensor) -> None:
         raise TypeError(f"labels must be integers [B, Q, H, W], got {labels.dtype}")
 
 
+def check_label_size(labels: Tensor, masks: Tensor) -> None:
+    """Labels of another size may have as many windows, and would be taken for this size."""
+    check_labels(labels)
+    if labels.shape[2:] != masks.shape[-2:]:
+        raise ValueError(
+            f"labels must have the size (H, W) of support_masks, {tuple(masks.shape[-2:])}, "
+            f"got {tuple(labels.shape[2:])}"
+        )
+
+
 def stray_label(label: int, C: int, ignore_index: int) -> str:
     return (
         f"labels must lie in 0 .. {C - 1}, the classes of the prototypes, or be ignore_index "

@@ -52,8 +52,10 @@ def register_vmap(name: str) -> None:
             return moved.flatten(0, 1)
 
         def split(value: Tensor) -> Tensor:
-            # Tensors saved for the backward pass may be empty: [0].
-            return value.unflatten(0, (n, -1)) if value.numel() else value.new_empty(n, 0)
+            # Tensors saved for the backward pass may be [0]. Without a length, -1 is not unique.
+            if value.dim() == 1:
+                return value.new_empty(n, 0)
+            return value.unflatten(0, (n, value.shape[0] // n))
 
         out = getattr(torch.ops.lslpn_kernels, name).default(*map(merge, args, in_dims))
         if isinstance(out, Tensor):

@@ -15,7 +15,7 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 
 try:
     from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-    from torch._C._functorch import peek_interpreter_stack
+    from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
     from torch.autograd import forward_ad
 
     _known = isinstance(forward_ad._current_level, int)
@@ -46,6 +46,7 @@ def is_eager(a: Any, b: Any) -> bool:
         and _get_tracing_state() is None
         and not (a.is_nested or b.is_nested)
         and not (a.is_neg() or b.is_neg())
+        and not is_legacy_batchedtensor(a)  # of autograd's is_grads_batched
     )
 
 

@@ -90,6 +90,7 @@ class Report:
         return "\n".join(rows)
 
 
+@torch.inference_mode(False)  # which enables gradients, too
 def check(
     head: LocalPrototypeHead,
     support_features: Tensor,
@@ -98,8 +99,10 @@ def check(
     num_classes: int | None = None,
 ) -> Report:
     """See `LocalPrototypeHead.check`."""
-    support, query = support_features.detach(), query_features.detach()
-    masks = support_masks.detach()
+    # Copies, since tensors of inference mode cannot be saved for the backward pass.
+    support, masks, query = (
+        t.detach().clone() for t in (support_features, support_masks, query_features)
+    )
     settings = (head.grid, head.min_pixels, True, num_classes)
     _arguments.masked_average_pool(support, masks, *settings)
     upstream: Tensor | None = None
@@ -110,12 +113,12 @@ def check(
         this.backend = backend
         inputs = [t.to(dtype).detach().requires_grad_() for t in (support, query)]
         soft = masks.to(dtype) if masks.is_floating_point() else masks
-        with torch.enable_grad():
-            logits = this(inputs[0], soft, inputs[1], num_classes)
+        logits = this(inputs[0], soft, inputs[1], num_classes)
         if upstream is None:
             generator = torch.Generator().manual_seed(0)
-            upstream = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
-            upstream = upstream.to(logits.device)
+            upstream = torch.randn(
+                logits.shape, generator=generator, dtype=torch.float64, device="cpu"
+            ).to(logits.device)
         grads = torch.autograd.grad(logits, inputs, upstream.to(logits.dtype))
         return logits.detach(), *grads
 

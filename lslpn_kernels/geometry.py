@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from numbers import Real
 
 # So that a scale of 1/5 of 40 pixels is 8 and not 7, whatever the rounding of 0.2 * 40.
 _SLACK = 1e-6
@@ -49,9 +50,9 @@ class GridSpec:
     def __post_init__(self) -> None:
         for name in ("scale", "spacing"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"GridSpec: {name} must be a number, got {type(value).__name__}")
-            if not 0 < value <= 1:  # false for NaN too
+            if not 0 < float(value) <= 1:  # false for NaN too
                 raise ValueError(f"GridSpec: {name} must lie in (0, 1], got {value}")
             object.__setattr__(self, name, float(value))
         object.__setattr__(self, "written", f"{self.scale!r} {self.spacing!r}")

@@ -107,7 +107,8 @@ class LocalPrototypeHead(nn.Module):
 
         Args:
             support_features, support_masks, query_features, num_classes: as of `forward`.
-            labels: the class of each pixel of the query images, [B, Q, H, W], of any integer dtype.
+            labels: the class of each pixel of the query images, [B, Q, H, W], of any integer dtype
+                and the size of the support masks.
             ignore_index: the label of pixels to ignore.
             weight: [N + 1], floating: weights of the classes, for a weighted mean.
 
@@ -118,6 +119,7 @@ class LocalPrototypeHead(nn.Module):
             TypeError, ValueError, RuntimeError: see `cosine_match_loss`.
         """
         prototypes = self.prototypes(support_features, support_masks, num_classes)
+        _arguments.check_label_size(labels, support_masks)
         return self.match_loss(query_features, prototypes, labels, ignore_index, weight)
 
     def prototypes(

@@ -28,6 +28,16 @@ def python_of(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
 
 
+def test_the_tree_of_contributing_names_every_folder_once() -> None:
+    tree = re.findall(
+        r"```\n(csrc/.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL
+    )
+    named = re.findall(r"^ *(\w+)/", *tree, re.MULTILINE)
+    for package in ("lslpn", "lslpn_kernels"):
+        for folder in (package, *(p.parent.name for p in (ROOT / package).glob("*/__init__.py"))):
+            assert named.count(folder) == (1 if folder != "lslpn" else 2), folder  # and its tests
+
+
 def test_the_two_commands_that_do_all_the_set_up() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     assert blocks[0] == "pip install -e . && lslpn demo\n"

@@ -8,6 +8,8 @@ torch takes seconds to import, so it is imported only when a command needs it.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import traceback
 import warnings
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code, see above.
     """
+    _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"] or ["--help"]
@@ -102,9 +105,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
 
 
+def _prepare_streams() -> None:
+    """Print "?" for characters that stdout cannot encode, and nothing to a closed stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C caused an error; during an import it may arrive as another exception."""
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, InterruptedByUserError, typer.Abort)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _explained(error: BaseException) -> tuple[int, str]:
     """The exit code and the message of an error."""
-    if isinstance(error, (KeyboardInterrupt, InterruptedByUserError, typer.Abort)):
+    if _interrupted(error):
         return 130, "interrupted; nothing was left half-written"
     if isinstance(error, InputError):
         return 2, f"error: {error}"

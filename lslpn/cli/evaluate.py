@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,7 +134,7 @@ def evaluate(
         organ_names = {value: organ for organ, value in dataset.labels.items()}
         path = out / "views" / f"{case}.html"
         view(image, layers, truth=truth, names=organ_names, title=case).save(path)
-        addresses[case] = f"views/{quote(path.name)}"
+        addresses[case] = f"views/{quote(os.fsencode(path.name))}"
 
     results = evaluate_grids(
         model,

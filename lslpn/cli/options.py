@@ -153,7 +153,8 @@ def option(declaration: str, help: str, default: Any = None, **more: Any) -> Any
     required."""
     words = declaration.split()
     names = [word for word in words if word.startswith("-")]
-    metavar = words[-1] if words[-1] not in names else None
+    # For flags some versions of typer would show <bool>, as if they took a value.
+    metavar = words[-1] if words[-1] not in names else "" if default is False else None
     return typer.Option(default, *names, metavar=metavar, help=help, **more)
 
 

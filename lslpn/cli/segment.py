@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -263,5 +264,5 @@ def view(
 def _same_file(a: Path, b: Path) -> bool:
     try:
         return a.samefile(b)
-    except OSError:
-        return a.absolute() == b.absolute()
+    except OSError:  # one does not exist yet
+        return os.path.realpath(a) == os.path.realpath(b)

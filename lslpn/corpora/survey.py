@@ -155,6 +155,8 @@ class Survey:
 def files_below(folder: Path) -> list[Path]:
     """All files in a folder and its subfolders, sorted, except hidden ones.
 
+    Links to folders are followed, except those to a folder that the link is in.
+
     Raises:
         InputError: a folder cannot be listed.
     """
@@ -167,7 +169,12 @@ def files_below(folder: Path) -> list[Path]:
         ) from error
 
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
+        real = Path(root).resolve()
+        folders[:] = sorted(
+            f
+            for f in folders
+            if f[0] != "." and f != "__MACOSX" and not real.is_relative_to((real / f).resolve())
+        )
         found.extend(Path(root) / name for name in names if name[0] != ".")
     return sorted(found)
 

@@ -90,7 +90,7 @@ class Dataset:
                 f"or the labels are missing: {shown}",
                 stacklevel=2,
             )
-        name = str(meta.get("name") or folder.name)
+        name = str(meta.get("name") or folder.resolve().name)
         return cls(folder, name, labels, cases, ending, ignore, incomplete)
 
     @property

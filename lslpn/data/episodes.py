@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import Config
-from ..errors import InputError
+from ..errors import InputError, several
 from .augment import augment
 from .dataset import Dataset
 from .slices import Prepared, Treatment, prepare, warn_unlike
@@ -85,14 +85,13 @@ class TrainingScans(ABC):
         progress: bool = True,
     ) -> None:
         self.config = config
-        if not cases:
+        self.cases, self.hold_out = several("cases", cases), several("hold_out", hold_out)
+        if not self.cases:
             raise InputError("cases: none given; name the scans to train on")
-        for case in cases:
+        for case in self.cases:
             dataset.check_case(case)
-            if list(cases).count(case) > 1:
+            if self.cases.count(case) > 1:
                 raise InputError(f"cases: {case!r} is given twice; name each scan once")
-        self.cases = tuple(cases)
-        self.hold_out = tuple(hold_out)
         self._held_out = [dataset.label_of(organ) for organ in self.hold_out]
         self._treatments: list[Treatment] = []
         self._sum = 0

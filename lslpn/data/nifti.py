@@ -24,7 +24,7 @@ _UNITS_MM = {1: 1e3, 3: 1e-3}
 _PLAUSIBLE_MM = (0.01, 100.0)  # voxels of a scan, from micro-CT to a localiser
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """A file's own geometry, kept to write predictions in it.
 
@@ -47,6 +47,9 @@ def read(path: Path) -> tuple[np.ndarray, Grid]:
     kind = _nifti_class(path, raw)
     try:
         image = kind.from_bytes(raw)
+        # nibabel accepts 0.
+        if image.dataobj.offset < len(image.header.binaryblock):  # type: ignore[attr-defined]
+            raise HeaderDataError("its voxels would begin inside its header")
     except Exception as error:  # what nibabel raises depends on which field is broken
         raise _damaged(path, error) from error
     return array_of(path, image)

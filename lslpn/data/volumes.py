@@ -22,6 +22,7 @@ from nibabel.orientations import (
     io_orientation,
     ornt_transform,
 )
+from numpy.typing import ArrayLike
 
 from ..errors import InputError
 from ..files import write_bytes
@@ -39,7 +40,7 @@ _LARGEST = 2**31 - 1
 _GRID_TOLERANCE = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single answer to ==
 class Volume:
     """A volume in display orientation.
 
@@ -56,21 +57,22 @@ class Volume:
     grid: Grid
 
     @classmethod
-    def from_array(cls, data: np.ndarray, affine: np.ndarray, *, name: str = "array") -> Volume:
+    def from_array(cls, data: ArrayLike, affine: np.ndarray, *, name: str = "array") -> Volume:
         """Make an image or a label map from an array.
 
         Args:
-            data: numbers [i, j, k], as in nibabel. Bools and integers that are all 0 or more are
-                a label map, floats and other integers an image; convert a scan of unsigned
-                integers to floats.
+            data: numbers [i, j, k], as in nibabel; an array, a tensor or lists. Bools and integers
+                that are all 0 or more are a label map, floats and other integers an image; convert
+                a scan of unsigned integers to floats.
             affine: [4, 4], voxel indices (i, j, k) to millimetres (RAS+).
             name: takes the place of the file name in messages.
 
         Raises:
             InputError: as `read_image` and `read_labels`.
         """
+        data = np.asarray(data)
         labels = data.dtype.kind in "bu" or (data.dtype.kind == "i" and data.min(initial=0) >= 0)
-        image = nib.Nifti1Image(data.astype(np.float64), affine)
+        image = nib.Nifti1Image(data if data.dtype.kind == "c" else data.astype(float), affine)
         return cls.from_nibabel(image, labels=labels, name=name)
 
     @classmethod
@@ -82,12 +84,12 @@ class Volume:
         Args:
             image: NIfTI-1 or NIfTI-2.
             labels: treat it as a label map, as `read_labels` does, rather than as a scan.
-            name: for messages; default: the image's file, or "image".
+            name: for messages; default: the image's file, or "image" or "labels".
 
         Raises:
             InputError: as `read_image` and `read_labels`.
         """
-        path = Path(name or image.get_filename() or "image")
+        path = Path(name or image.get_filename() or ("labels" if labels else "image"))
         return (_as_labels if labels else _as_image)(*array_of(path, image))
 
     def to_nibabel(self) -> nib.Nifti1Image:
@@ -193,7 +195,7 @@ def _as_labels(array: np.ndarray, grid: Grid, require_foreground: bool = False) 
                 "nearest neighbours, and check that the image was not given as the mask"
             )
         array = rounded
-    low, high = array.min(), array.max()
+    low, high = float(array.min()), float(array.max())  # float32 would round the limit up
     if low < 0 or high > _LARGEST:
         raise InputError(
             f"{path}: labels run from {low:g} to {high:g}, expected 0 (background) to {_LARGEST}; "
@@ -259,18 +261,20 @@ def write_labels(path: str | os.PathLike[str], labels: np.ndarray, like: Volume)
 
     Raises:
         InputError: `path` has another ending, or its folder cannot be written to.
-        ValueError: `labels` has another shape than `like`, or is out of range.
+        ValueError: `labels` has another shape than `like`, is out of range, or is not whole
+            numbers.
     """
     if labels.shape != like.data.shape:
         raise ValueError(
             f"labels: expected shape {times(like.data.shape)} like the volume, "
             f"got {times(labels.shape)}"
         )
-    if labels.min() < 0 or labels.max() > _LARGEST:
-        raise ValueError(
-            f"labels: expected values from 0 to {_LARGEST}, got {labels.min()} to {labels.max()}"
-        )
-    _write(Path(path), labels.astype(label_dtype(labels.max())), like, 1.0)
+    low, high = float(labels.min()), float(labels.max())
+    if not 0 <= low <= high <= _LARGEST:  # false for NaN too
+        raise ValueError(f"labels: expected values from 0 to {_LARGEST}, got {low:g} to {high:g}")
+    if labels.dtype.kind == "f" and (labels != np.rint(labels)).any():
+        raise ValueError("labels: expected whole numbers; round them, or choose a threshold")
+    _write(Path(path), labels.astype(label_dtype(high)), like, 1.0)
 
 
 def write_probabilities(

@@ -156,7 +156,15 @@ def _draw(axes: Axes, mask: np.ndarray, hue: str) -> None:
 
 
 def write_figure(path: Path, figure: Figure) -> Path:
-    """Write a figure as PNG, as a whole or not at all; the same picture has the same bytes."""
+    """Write a figure as PNG, as a whole or not at all; the same picture has the same bytes.
+
+    Names in it are plain text: "$" begins no formula, and bytes that are not UTF-8 are "?".
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode("utf-8", "replace").decode())
     # The layout's last bits differ between processes, which antialiasing makes visible.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

@@ -274,11 +274,14 @@ def render_table(
     from rich.console import Console
     from rich.table import Table
 
+    def shown(value: Any) -> str:
+        return cell(value).replace("|", r"\|") if markdown else cell(value)
+
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(shown(name), justify="left" if i == 0 else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*map(cell, line))
+        table.add_row(*map(shown, line))
     # Wide enough for any table; rich would shorten the names in a wider one.
     out = io.StringIO()
     Console(file=out, width=100_000, color_system=None, markup=False, emoji=False).print(table)

@@ -24,7 +24,7 @@ from ..data.dataset import Dataset
 from ..data.slices import Prepared, Treatment, prepare
 from ..data.volumes import Volume
 from ..errors import InputError
-from ..models import FewShotNetwork
+from ..models import FewShotNetwork, device_of
 from ..models.lslpn import LocalPrototypes
 from .protocols import Protocol, areas
 from .results import Example, Row, Skipped, dice, fraction
@@ -76,7 +76,7 @@ class Runner:
 
     def _encode(self, ready: Prepared, slices: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of n slices, and their features [n, D, h, w]."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         for begin in range(0, len(slices), self.batch):
             part = slices[begin : begin + self.batch]
             yield part, self.model.encode(torch.from_numpy(ready.slices[part]).to(device))

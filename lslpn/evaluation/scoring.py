@@ -20,8 +20,9 @@ from lslpn_kernels import GridSpec
 from ..config import Align
 from ..data.dataset import Dataset
 from ..data.slices import warn_unlike
-from ..errors import InputError
+from ..errors import InputError, several
 from ..models import LSLPN, FewShotNetwork
+from ..torch_defaults import torch_defaults
 from .protocols import protocol_of
 from .results import Evaluation
 from .runner import Observer, Runner, View, slices_of
@@ -47,6 +48,7 @@ def evaluate(
     return found
 
 
+@torch_defaults()
 def evaluate_grids(
     model: FewShotNetwork,
     dataset: Dataset,
@@ -102,7 +104,8 @@ def evaluate_grids(
         raise InputError(f"grids: {model.name} has no grid of windows; give None")
     else:
         views = [View(partial(model.describe, grid=grid), grid) for grid in grids]
-    organs, queries = tuple(dict.fromkeys(organs)), tuple(dict.fromkeys(queries))
+    organs = tuple(dict.fromkeys(several("organs", organs)))
+    queries = tuple(dict.fromkeys(several("queries", queries)))
     for argument, values in (("grids", views), ("organs", organs), ("queries", queries)):
         if not values:
             raise InputError(f"{argument}: expected at least one, got none")

@@ -8,8 +8,9 @@ import torch
 
 from ..config import Config, ModelConfig, preset
 from ..errors import InputError
+from ..torch_defaults import torch_defaults
 from .alpnet import ALPNet
-from .base import FewShotNetwork, check_features, segmentation_loss
+from .base import FewShotNetwork, check_features, device_of, segmentation_loss
 from .lslpn import LSLPN
 from .panet import PANet
 from .senet import SENet
@@ -23,6 +24,7 @@ __all__ = [
     "SENet",
     "build",
     "check_features",
+    "device_of",
     "segmentation_loss",
     "untrained",
 ]
@@ -38,6 +40,7 @@ def build(config: ModelConfig, *, generator: torch.Generator | None = None) -> F
     return METHODS[config.method](config, generator=generator)
 
 
+@torch_defaults()
 def untrained(
     config: str | Config | ModelConfig = "published", *, seed: int = 1234
 ) -> FewShotNetwork:

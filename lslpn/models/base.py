@@ -11,6 +11,7 @@ A network has three steps, so that a scan is encoded once and matched many times
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -210,11 +211,20 @@ class EncoderNetwork(FewShotNetwork):
         if self.config.imagenet_normalisation:
             colour = (colour - self.mean) / self.std
         if not self.amp:
-            features: Tensor = self.encoder(colour)
-            return features
+            return _checked(self.encoder(colour), grey.shape[0])
         with torch.autocast(grey.device.type, torch.bfloat16):
-            features = self.encoder(colour)
+            features = _checked(self.encoder(colour), grey.shape[0])
         return features.float()
+
+
+def _checked(features: Any, images: int) -> Tensor:
+    """Refuse what is not one feature map for each image."""
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    if not isinstance(features, Tensor) or len(shape) != 4 or shape[0] != images:
+        raise InputError(
+            f"encoder: expected features [{images}, D, h, w] of {images} images, got {shape}"
+        )
+    return features
 
 
 def segmentation_loss(
@@ -236,6 +246,12 @@ def segmentation_loss(
         return total / known.sum().clamp_min(1)
     share = (weight[labels.where(known, 0)] * known).sum()
     return total / share.where(share > 0, 1)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a network's parameters or, if it has none, of its buffers; else the CPU."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def check_features(features: Tensor) -> None:

@@ -310,7 +310,7 @@ def _cases(dataset: Dataset, given: Sequence[str], what: str) -> tuple[str, ...]
     """Cases by name or pattern, in the data set's order."""
     found: set[str] = set()
     for text in given:
-        matching = fnmatch.filter(dataset.cases, text)
+        matching = [text] if text in dataset.cases else fnmatch.filter(dataset.cases, text)
         if not matching:
             if any(mark in text for mark in "*?["):
                 raise InputError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.volumes import Volume
-from ..models import LSLPN, FewShotNetwork, check_features
+from ..models import LSLPN, FewShotNetwork, check_features, device_of
 from .descriptors import Field, Scan, centres
 from .frames import (
     Frame,
@@ -165,7 +165,7 @@ def _encoded(
     cache: dict[int, Scan] | None,
 ) -> tuple[Scan, list[Scan]]:
     """The scans of query and supports, with the features of all their slices, on the CPU."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     scans = {} if cache is None else cache
     total = sum(len(frame.slices) for frame in (query, *supports))
     with tqdm(total=total, desc="Reading", unit="slice", disable=not progress) as bar:
@@ -289,7 +289,7 @@ def _feature_logits(
 
     Features are 8 pixels apart, so half the image's resolution is enough.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     _, height, width = query.slices.shape
     logits = model.match_volume(
         features.to(device),

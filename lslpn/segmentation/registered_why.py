@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models import LSLPN
+from ..models import LSLPN, device_of
 from .descriptors import centres
 from .frames import Frame
 from .registration import Alignment
@@ -57,7 +57,7 @@ class VolumeRecorder:
             values: the N labels.
         """
         support, query, reach = self.supports[number], self.query, self.reach
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         depth, count = len(query.slices), query.source.data.shape[0]
         nearest = ((np.arange(count) + 0.5) * depth / count).astype(int)
         heights = heights_of(alignment, support, query, depth)

@@ -16,7 +16,7 @@ Align = Literal["none", "body", "affine", "deformable"]
 _LOW_CONFIDENCE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segmentation:
     """The segmentation of a scan.
 

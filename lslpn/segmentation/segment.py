@@ -6,6 +6,7 @@ slice of the query is matched with a slice of each support (see `slicewise`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args, overload
@@ -16,7 +17,8 @@ import torch
 
 from ..data.volumes import Volume, as_volume
 from ..errors import InputError
-from ..models import FewShotNetwork
+from ..models import FewShotNetwork, device_of
+from ..torch_defaults import torch_defaults
 from .descriptors import Scan
 from .registered import DEPTH_MM, segment_registered
 from .result import Align, Segmentation
@@ -80,13 +82,20 @@ def segment(  # type: ignore[misc]  # only the implementation declares the optio
         InputError: there is no support, a support's labels are empty or on another grid than its
             image, or the model's weights are damaged; for nibabel images, as `read_image` and
             `read_labels`.
-        TypeError: a scan is neither a volume nor a nibabel image.
-        ValueError: `align` or `depth` is not one of the values above.
+        TypeError: a scan is neither a volume nor a nibabel image, or a support is not a pair.
+        ValueError: `align`, `depth` or `batch` is not one of the values above.
     """
-    scan = as_volume(query)
+    scan, pairs = as_volume(query), []
+    for pair in supports:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(
+                "supports: expected pairs, [(image, labels), ...], got one of type "
+                f"{type(pair).__name__}"
+            )
+        pairs.append((as_volume(pair[0]), as_volume(pair[1], labels=True)))
     labels = segment_matched(
         model,
-        [(as_volume(image), as_volume(drawn, labels=True)) for image, drawn in supports],
+        pairs,
         scan,
         align=align,
         depth=depth,
@@ -97,6 +106,7 @@ def segment(  # type: ignore[misc]  # only the implementation declares the optio
     return labels if isinstance(query, Volume) else replace(scan, data=labels).to_nibabel()
 
 
+@torch_defaults()
 def segment_matched(
     model: FewShotNetwork,
     supports: Sequence[tuple[Volume, Volume]],
@@ -129,8 +139,10 @@ def segment_matched(
             )
     if align not in get_args(Align):
         raise ValueError(f"align: expected none, body, affine or deformable, got {align!r}")
-    if not depth >= 0:
-        raise ValueError(f"depth: expected 0 mm or more, got {depth}")
+    if not 0 <= depth < math.inf:  # false for NaN too
+        raise InputError(f"depth: expected 0 mm or more, got {depth}")
+    if batch < 1:
+        raise ValueError(f"batch: expected 1 slice or more, got {batch}")
     common: dict[str, Any] = {
         "batch": batch,
         "progress": progress,
@@ -144,7 +156,7 @@ def segment_matched(
             if align == "none" or align == "body":
                 return segment_slicewise(model, supports, query, align=align, **common)
             # On a CPU with instructions for bfloat16 it is faster; on a GPU the caller decides.
-            on_cpu = next(model.parameters()).device.type == "cpu"
+            on_cpu = device_of(model).type == "cpu"
             model.amp = amp or (on_cpu and bool(torch.cpu._is_avx512_bf16_supported()))
             found = segment_registered(
                 model,

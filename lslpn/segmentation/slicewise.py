@@ -30,7 +30,7 @@ from ..data.slices import (
     warn_unlike,
 )
 from ..data.volumes import Volume
-from ..models import LSLPN, FewShotNetwork, check_features
+from ..models import LSLPN, FewShotNetwork, check_features, device_of
 from .descriptors import centres
 from .frames import Frame, frames_of, labels_in_source, probabilities_in_source, values_of
 from .refinement import refined_logits
@@ -172,7 +172,7 @@ def _match(
 
 def _describe(model: FewShotNetwork, slices: np.ndarray, batch: int, bar: tqdm) -> Tensor:
     """Features averaged over cells of each slice: [Z, D, cells, cells], on the CPU."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     out = []
     for start in range(0, len(slices), batch):
         images = torch.from_numpy(slices[start : start + batch]).to(device)
@@ -212,7 +212,7 @@ def _segment(
     recorder: Recorder | None,
 ) -> np.ndarray:
     """Labels [Z, S, S] of the query's prepared slices, by `drawn`, those of the supports."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     out = np.zeros(query.slices.shape, np.result_type(*(labels.dtype for labels in drawn)))
     _, height, width = query.slices.shape
     parts = _parts(drawn, apart=model.one_shot)

@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nibabel as nib
 import numpy as np
 
-from ..data.volumes import Volume, check_same_grid, read_image, read_labels
+from ..data.volumes import Volume, as_volume, check_same_grid, read_image, read_labels
 from ..errors import InputError
 from ..files import write_text
 from .page import viewer
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Support", "View", "file_stem", "view"]
 
-Labels = np.ndarray | Volume | str | os.PathLike[str]
+Image = Volume | nib.Nifti1Image | str | os.PathLike[str]
+Labels = np.ndarray | Image
 
 _HEIGHT = 720  # of the page in a notebook, in pixels
 
@@ -104,7 +106,7 @@ class View:
 
 
 def view(
-    image: Volume | str | os.PathLike[str],
+    image: Image,
     labels: Labels | Mapping[str, Labels] | None = None,
     *,
     truth: Labels | None = None,
@@ -121,10 +123,10 @@ def view(
     those of the whole scan. The page contains the names of files, but not their paths.
 
     Args:
-        image: the scan, or the path of its file.
-        labels: whole numbers, 0 for the background: [Z, Y, X] in the frame of `image.data`, a
-            volume, or the path of a file; or a mapping from names to such labels, of which the
-            first are shown on the left.
+        image: the scan: a volume, a nibabel image, or the path of a file.
+        labels: whole numbers, 0 for the background: [Z, Y, X] in the frame of a volume's `data`,
+            or as `image`; or a mapping from names to such labels, of which the first are shown on
+            the left.
         truth: ground truth; it is shown beside the labels, with their Dice.
         names: maps label values to organ names.
         confidence: maps label values to the confidence in the organ, 0 to 1; a note names organs
@@ -139,8 +141,9 @@ def view(
     Raises:
         InputError: a file cannot be used, or labels are on another grid than their image, negative
             or not whole numbers.
+        TypeError: `image` is none of the above.
     """
-    scan = image if isinstance(image, Volume) else read_image(image)
+    scan = read_image(image) if isinstance(image, (str, os.PathLike)) else as_volume(image)
     only = "labels" if truth is None else "prediction"
     named = dict(labels) if isinstance(labels, Mapping) else {only: labels}
     if truth is not None:
@@ -165,7 +168,8 @@ def _array(name: str, labels: Labels, image: Volume) -> np.ndarray:
     """Labels in the frame of the image, after checking them."""
     if isinstance(labels, (str, os.PathLike)):
         labels = read_labels(labels)
-    if isinstance(labels, Volume):
+    if isinstance(labels, (Volume, nib.Nifti1Image)):
+        labels = as_volume(labels, labels=True)
         check_same_grid(image, labels)
         labels = labels.data
     labels = np.asarray(labels)

@@ -31,7 +31,7 @@ _WINDOWS = (("Abdomen", -150.0, 250.0), ("Lung", -1350.0, 150.0), ("Bone", -500.
 _QUANTILES = (0.01, 0.995)  # shown black and white in scans other than CT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Support:
     """A labelled scan that the query was segmented by.
 
@@ -83,7 +83,7 @@ def contents(
             "colour": colour(value),
             "ml": [round(float(n[rank]) * image.voxel_ml, 2) for n, _ in counts.values()],
             "dice": _dice(layers, truth, value),
-            "confidence": confidence.get(value),
+            "confidence": float(confidence[value]) if value in confidence else None,
             "at": next((at[rank] for _, at in counts.values() if rank in at), None),
         }
         for rank, value in enumerate(values.tolist(), 1)

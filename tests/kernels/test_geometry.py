@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,11 @@ def test_a_last_window_is_added_where_the_edge_is_not_reached() -> None:
 
 def test_a_fifth_of_forty_is_eight() -> None:
     assert GridSpec(1 / 5).axis(40).window == 8
+
+
+def test_fractions_may_be_numbers_of_any_type() -> None:
+    for scale in (Fraction(1, 8), np.float32(0.125)):
+        assert GridSpec(scale) == GridSpec(1 / 8)  # type: ignore[arg-type]
 
 
 def test_scale_one_is_one_window() -> None:

@@ -71,6 +71,18 @@ def test_label_maps_that_do_not_fit(
         LocalPrototypeHead(GRID)(support, arguments["labels"], query, arguments["num_classes"])
 
 
+def test_labels_of_another_size_than_the_support_masks() -> None:
+    """This size has as many windows."""
+    support, masks, query = episode()
+    head = LocalPrototypeHead(GRID)
+    labels = masks[..., :8, :6]
+    assert GRID.shape(12, 9) == GRID.shape(8, 6)
+    with pytest.raises(ValueError, match=r"the size \(H, W\) of support_masks, \(12, 9\), got"):
+        head.loss(support, masks, query, labels)
+    prototypes = head.prototypes(support, masks)
+    assert head.match_loss(query, prototypes, labels).isfinite()
+
+
 def test_the_number_of_classes_of_a_label_map() -> None:
     """One more than the largest label other than 255, and at least one foreground class."""
     support, labels, query = episode(N=3)
@@ -96,6 +108,15 @@ def test_check_compares_every_backend() -> None:
             assert line.milliseconds > 0
     assert report.chosen in usable
     assert f"this head uses {report.chosen}: within" in str(report)
+
+
+def test_check_whatever_the_caller_has_set_in_torch() -> None:
+    with torch.inference_mode():
+        support, labels, query = episode()
+        masks = labels[:, :, None] == 1
+    with torch.inference_mode(), torch.device("meta"):
+        report = LocalPrototypeHead(GRID).check(support, masks, query)
+    assert all(line.query_gradient < 1e-5 for line in report.lines)
 
 
 def test_check_finds_a_backend_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

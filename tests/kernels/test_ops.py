@@ -288,6 +288,30 @@ def test_vmap_is_a_loop() -> None:
     assert_same((moved,), (expected,))
 
 
+def test_vmap_of_no_episodes_and_of_no_queries() -> None:
+    support, masks, query = (x.detach() for x in episode())
+    for some in (query[:0], query[:, :0]):
+        n = len(some)
+        batch = torch.stack((some, some)).requires_grad_()
+        logits = torch.func.vmap(lambda q, n=n: head(support[:n], masks[:n], q))(batch)
+        assert logits.shape == (2, *head(support[:n], masks[:n], some).shape)
+        logits.sum().backward()
+        assert batch.grad is not None
+        assert batch.grad.shape == batch.shape
+
+
+def test_several_incoming_gradients_at_once() -> None:
+    """`is_grads_batched`, as in `torch.autograd.functional.jacobian(vectorize=True)`."""
+    support, masks, query = episode()
+    logits = head(support, masks, query)
+    several = torch.randn(3, *logits.shape, generator=torch.Generator().manual_seed(1))
+    given = (support, query)
+    found = torch.autograd.grad(logits, given, several, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(logits, given, g, retain_graph=True) for g in several]
+    for together, apart in zip(found, zip(*one_by_one, strict=True), strict=True):
+        assert torch.equal(together, torch.stack(apart))
+
+
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 def test_functional_gradients(reduce: str) -> None:
     support, masks, query = (t.detach() for t in episode())

@@ -98,6 +98,7 @@ def test_help_of_every_command(run: Run, command: str) -> None:
     assert code == 0
     assert err == ""
     assert f"lslpn {command} [OPTIONS]" in out
+    assert out.count("<bool>") <= 1  # flags take no value; --help is the library's
     assert command in run("--help")[1]
 
 
@@ -266,6 +267,23 @@ def test_inputs_and_results_are_not_overwritten(scans: Scans, run: Run) -> None:
     assert code == 2
     is_one_line(err, "b_mask.nii.gz", "--force")
     assert good.read_bytes() == b"drawn by hand"
+
+
+def test_two_results_in_one_file_are_refused_however_it_is_spelled(scans: Scans, run: Run) -> None:
+    scans.out.parent.mkdir()
+    (scans.root / "link").symlink_to(scans.out.parent)
+    for folder in ("link", "out/../out"):
+        second = scans.root / folder / scans.out.name
+        code, _, err = run(*scans.words(), f"--query={scans.a}", f"--out={second}")
+        assert code == 2
+        is_one_line(err, "is also given as --out")
+
+
+def test_a_depth_that_is_no_length(scans: Scans, run: Run) -> None:
+    for depth in ("inf", "nan", "-1"):
+        code, _, err = run(*scans.words(), f"--depth={depth}")
+        assert code == 2
+        is_one_line(err, "--depth")
 
 
 def test_an_option_of_one_value_is_not_given_twice(scans: Scans, run: Run) -> None:
@@ -557,6 +575,29 @@ def test_train_then_evaluate_the_held_out_organs(
     assert "training used syn_01" in err
 
 
+def test_names_of_organs_and_cases_are_plain_text_in_figures_and_pages(
+    synthetic_dataset: Path, run: Run, tmp_path: Path
+) -> None:
+    """A formula to matplotlib, markup to a page, and not valid UTF-8."""
+    path = synthetic_dataset / "dataset.json"
+    path.write_text(path.read_text().replace('"liver"', '"li $ver_{"'))
+    case = os.fsdecode(b"<b>$\\frac{\xe9")
+    try:
+        for folder, end in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+            old = synthetic_dataset / folder / f"syn_01{end}"
+            old.rename(old.with_name(case + end))
+    except OSError as error:
+        pytest.skip(f"the file system takes no such name: {error}")
+    words = ["evaluate", "--untrained", f"--data={synthetic_dataset}", "--support=syn_00"]
+    words += [f"--query={case}", "--organ=li $ver_{", "--size=48", "--html", "--quiet"]
+    code, _, err = run(*words, f"--out={tmp_path / 'out'}")
+    assert code == 0, err
+    assert (tmp_path / "out" / "figures" / f"{case}.png").stat().st_size > 5000
+    page = (tmp_path / "out" / "evaluation.html").read_text("utf-8")
+    assert "li $ver_{" in page
+    assert '<a href="views/%3Cb%3E%24%5Cfrac%7B%E9.html">&lt;b&gt;$\\frac{?</a>' in page
+
+
 def test_names_that_contain_commas_are_not_split(
     synthetic_dataset: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -702,6 +743,35 @@ def test_exit_code_and_stderr_of_the_process(scans: Scans) -> None:
         is_one_line(done.stderr.splitlines(keepends=True)[-1], "b.nii.gz")
 
 
+def test_without_stderr_progress_and_notes_are_dropped(scans: Scans) -> None:
+    words = [word for word in scans.words() if word != "--quiet"]
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "lslpn"]
+    done = subprocess.run([*shell, *words], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("written: ")
+
+
+def test_names_that_the_terminal_and_pages_cannot_encode(scans: Scans) -> None:
+    name = os.fsdecode(b"caf\xe9.nii.gz")  # Latin-1; not valid UTF-8
+    try:
+        scans.b = scans.b.rename(scans.b.with_name(name))
+    except OSError as error:
+        pytest.skip(f"the file system takes no such name: {error}")
+    scans.out = scans.out.with_name(name)
+    page = scans.out.with_suffix(".html")
+    for encoding in ("utf-8", "ascii"):
+        done = subprocess.run(
+            [sys.executable, "-m", "lslpn", *scans.words(), f"--html={page}", "--force"],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "caf?" in done.stdout
+        assert "<title>caf?</title>" in page.read_text("utf-8")
+
+
 def test_an_unexpected_error_is_one_line_and_exits_with_1(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -717,6 +787,21 @@ def test_an_unexpected_error_is_one_line_and_exits_with_1(
     code, _, err = run("info", "--debug")
     assert code == 1
     assert "Traceback" in err
+
+
+def test_ctrl_c_that_arrives_as_another_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while Python sets up a class, in Python 3.11 and before."""
+    import lslpn.info
+
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("Error calling __set_name__") from interrupt
+
+    monkeypatch.setattr(lslpn.info, "collect", interrupted)
+    code, _, err = run("info")
+    assert (code, err) == (130, "lslpn: interrupted; nothing was left half-written\n")
 
 
 def test_warnings_are_notes_of_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,15 @@ def test_name_and_ending_may_be_left_out(synthetic_dataset: Path) -> None:
     assert len(data.cases) == 4
 
 
+def test_a_data_set_in_the_current_folder_has_its_name(
+    synthetic_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _edit(synthetic_dataset, name=None)
+    monkeypatch.chdir(synthetic_dataset)
+    for path in (".", "../" + synthetic_dataset.name, "imagesTr/.."):
+        assert Dataset.open(path).name == synthetic_dataset.name
+
+
 def test_plain_nii(tmp_path: Path) -> None:
     data = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     write_nifti(tmp_path / "imagesTr" / "a_b_0000.nii", data)

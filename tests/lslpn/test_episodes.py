@@ -358,6 +358,8 @@ def test_body_alignment_crops(tmp_path: Path) -> None:
         ({}, {"cases": ["syn_00", "syn_99"]}, "syn_99"),
         ({}, {"cases": ["syn_00", "syn_00"]}, "'syn_00' is given twice"),
         ({}, {"hold_out": ["livr"]}, "livr.*liver"),
+        ({}, {"hold_out": "liver"}, "hold_out: expected a list of names, got 'liver'"),
+        ({}, {"cases": "syn_00"}, "cases: expected a list of names, got 'syn_00'"),
         ({"organs": "hart"}, {}, "hart"),
         ({"organs": "liver,spleen"}, {"hold_out": ["spleen"]}, "spleen.*both"),
         ({}, {"hold_out": list(SYNTHETIC_ORGANS)}, "every organ.*held out"),

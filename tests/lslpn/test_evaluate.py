@@ -547,6 +547,8 @@ def test_scans_are_aligned_as_the_model_was_trained(synthetic_dataset: Path) -> 
         ({"queries": ["b", "a"]}, "a is the support"),
         ({"queries": []}, "queries: expected at least one"),
         ({"organs": []}, "organs: expected at least one"),
+        ({"organs": "square"}, "organs: expected a list of names, got 'square'"),
+        ({"queries": "b"}, "queries: expected a list of names, got 'b'"),
         ({"organs": ["sqare"]}, "did you mean 'square'"),
         ({"organs": ["square", "nothing"]}, r"a\.nii\.gz: the support a does not show enough of"),
         ({"support": "e", "queries": ["b"]}, r"e\.nii\.gz: the support e does not show enough of"),
@@ -618,6 +620,11 @@ def test_json_is_valid_and_tables_have_every_score() -> None:
     assert "| 1/8   |" in summary([found], markdown=True)
     named = render_table("", [""], [["[bold]a :smile: [/none]"]], False)
     assert "[bold]a :smile: [/none]" in named
+
+
+def test_a_bar_in_a_name_makes_no_column() -> None:
+    assert "a|b" in render_table("", [""], [["a|b"]], False)
+    assert r"| a\|b |" in render_table("", [""], [["a|b"]], True)
 
 
 @pytest.mark.parametrize("markdown", [False, True])

@@ -493,6 +493,9 @@ def test_subject_folds(data: Path) -> None:
         assert set(fold.test) | set(fold.train) == set(cases)
         assert not set(fold.test) & set(fold.train)
         assert fold.support in fold.train
+    bracketed = Dataset(data, "made up", {"liver": 1}, ("scan1", "scan[1]"))
+    (one,) = subject_folds(bracketed, train=["scan[1]"])  # a name, although also a pattern
+    assert one.train == ("scan[1]",)
     (one,) = subject_folds(dataset, test=["2?"], support="29")
     assert one.test == cases[20:29]
     assert one.train == cases[:20]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lslpn.config import ModelConfig, preset
 from lslpn.errors import InputError
@@ -157,10 +161,37 @@ def test_gradients_reach_the_whole_encoder() -> None:
     assert model.encoder.conv1.weight.grad.abs().sum() > 0
 
 
+def test_an_exported_network_takes_any_number_of_episodes(model: LSLPN) -> None:
+    batch = torch.export.Dim("B", min=1, max=8)
+    exported = torch.export.export(model, episode(), dynamic_shapes=({0: batch},) * 3).module()
+    for B in (1, 3):
+        given = episode(B=B)
+        torch.testing.assert_close(exported(*given), model(*given))
+
+
 def test_wrong_shapes_are_named(model: LSLPN) -> None:
     support, masks, query = episode()
     with pytest.raises(InputError, match=r"support_masks \[B, K, N, S, S\].*\(2, 1, 72, 72\)"):
         model(support, masks[:, :, 0], query)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda x: {"out": x}, "dict"),
+        (lambda x: [x], "list"),
+        (lambda x: x.flatten(2).mT, r"\(2, 81, 3\)"),  # as a transformer's tokens
+        (lambda x: x[:1], r"\(1, 3, 9, 9\)"),
+    ],
+)
+def test_an_encoder_without_a_feature_map_for_each_image(wrong: Any, said: str) -> None:
+    class Wrong(nn.Module):
+        def forward(self, images: Tensor) -> Any:
+            return wrong(F.avg_pool2d(images, 8))
+
+    model = LSLPN(ModelConfig(), encoder=Wrong())
+    with pytest.raises(InputError, match=rf"encoder: expected features \[2, D, h, w\].*{said}"):
+        model.encode(torch.rand(2, 72, 72))
 
 
 def test_unknown_weights_file_is_an_input_error() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from lslpn import cli
 from lslpn.corpora import NAMES, Outcome, btcv, chaos, prepare_corpus, totalsegmentator, visceral
-from lslpn.corpora.survey import natural
+from lslpn.corpora.survey import files_below, natural
 from lslpn.data.dataset import Dataset
 from lslpn.errors import InputError
 
@@ -405,6 +405,18 @@ def test_visceral_annotators(tmp_path: Path) -> None:
         "liver": "10",
         "spleen": "6",
     }
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "scan").touch()
+    inner = tmp_path / "corpus" / "case"
+    inner.mkdir(parents=True)
+    (inner / "linked").symlink_to(tmp_path / "elsewhere")
+    for name, target in (("up", inner.parent), ("here", inner), ("top", tmp_path)):
+        (inner / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
+    assert files_below(tmp_path / "corpus") == [inner / "linked" / "scan"]
 
 
 def test_natural_order() -> None:

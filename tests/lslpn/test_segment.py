@@ -279,6 +279,18 @@ def test_size_of_the_batch_does_not_matter(
     one, many = (segment(model, [support], query[0], batch=batch) for batch in (1, 64))
     # Convolutions with another batch size round differently, which may change a tie.
     assert (one == many).mean() > 0.9999
+    with pytest.raises(ValueError, match="batch: expected 1 slice or more, got 0"):
+        segment(model, [support], query[0], batch=0)
+
+
+@pytest.mark.parametrize("align", ["body", "affine"])
+def test_an_encoder_without_parameters(
+    support: tuple[Volume, Volume], query: tuple[Volume, Volume], align: Any
+) -> None:
+    config = dataclasses.replace(preset("published").model, size=64, min_pixels=0)
+    fixed = LSLPN(config, encoder=torch.nn.AvgPool2d(4))
+    assert not list(fixed.parameters())
+    assert segment(fixed, [support], query[0], align=align).shape == query[0].data.shape
 
 
 def test_a_single_slice_is_segmented(model: LSLPN, support: tuple[Volume, Volume]) -> None:
@@ -481,6 +493,8 @@ def test_bad_supports_are_refused(
     with pytest.raises(InputError, match="at least one labelled scan"):
         segment(model, [], query[0])
     image, labels = support
+    with pytest.raises(TypeError, match="supports: expected pairs"):
+        segment(model, (image, labels), query[0])
     empty = dataclasses.replace(labels, data=np.zeros_like(labels.data))
     with pytest.raises(InputError, match=r"0RAS_l\.nii\.gz: the mask is empty"):
         segment(model, [support, (image, empty)], query[0])

@@ -181,6 +181,17 @@ def test_labels_that_do_not_fit_the_scan_are_refused() -> None:
         view(image, labels, supports=[Support(image, labels[1:], [], "support")])
 
 
+def test_nibabel_images_give_the_same_page_as_their_files(tmp_path: Path) -> None:
+    image, labels = synthetic_ct(0)
+    files = write_nifti(tmp_path / "a.nii", image), write_nifti(tmp_path / "b.nii", labels)
+    sure = {1: np.float32(0.25)}
+    page = view(*files, truth=files[1], confidence=sure).html()
+    images = [nib.load(file) for file in files]
+    assert view(images[0], images[1], truth=images[1], confidence=sure).html() == page
+    with pytest.raises(TypeError, match="expected a Volume or a nibabel NIfTI image, got ndarray"):
+        view(image)  # type: ignore[arg-type]
+
+
 def test_no_path_and_no_address_is_in_a_page(tmp_path: Path) -> None:
     image, labels = synthetic_ct(0)
     folder = tmp_path / "patient of somebody"

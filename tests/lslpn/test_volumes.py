@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import synthetic_ct, write_nifti
@@ -289,6 +290,7 @@ def test_constant_image(tmp_path: Path) -> None:
         (2.00203, "whole numbers (such as 2.00203)"),
         (-1.0, "from -1"),
         (3e9, "2147483647"),
+        (2.0**31, "2147483647"),  # to which float32 rounds 2147483647
     ],
 )
 def test_values_that_are_not_labels(tmp_path: Path, data: float, word: str) -> None:
@@ -302,6 +304,14 @@ def test_empty_mask_is_refused_only_on_request(tmp_path: Path) -> None:
     assert not read_labels(path).data.any()
     with pytest.raises(InputError, match=r"l\.nii\.gz: the mask is empty"):
         read_labels(path, require_foreground=True)
+
+
+def test_a_header_that_places_voxels_at_the_start_of_the_file(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.nii", np.arange(60, dtype=np.float32).reshape(3, 4, 5))
+    raw = bytearray(path.read_bytes())
+    raw[108:112] = bytes(4)  # vox_offset
+    path.write_bytes(raw)
+    _refused(path, "damaged", "inside its header")
 
 
 def test_colour_and_complex_voxels(tmp_path: Path) -> None:
@@ -537,6 +547,9 @@ def test_wrong_ending_shape_and_range(tmp_path: Path, volume: Volume) -> None:
         write_labels(tmp_path / "p.nii.gz", labels[1:], volume)
     with pytest.raises(ValueError, match="0 to 2147483647"):
         write_labels(tmp_path / "p.nii.gz", labels * np.int64(2**31), volume)
+    for number, message in ((0.7, "whole numbers"), (np.nan, "0 to 2147483647")):
+        with pytest.raises(ValueError, match=message):
+            write_labels(tmp_path / "p.nii.gz", labels * number, volume)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.nii.gz"]
 
 
@@ -562,6 +575,28 @@ def test_arrays_and_nibabel_images_are_read_as_their_file(tmp_path: Path, axes: 
             assert np.allclose(again.affine, image.affine)
     with pytest.raises(InputError, match=r"mine: .*NaN"):
         Volume.from_array(np.full((2, 2, 2), np.nan), np.eye(4), name="mine")
+
+
+def test_lists_and_tensors_are_arrays_and_complex_numbers_are_refused() -> None:
+    data = np.arange(24.0).reshape(2, 3, 4)
+    for same in (data.tolist(), torch.from_numpy(data)):
+        assert np.array_equal(Volume.from_array(same, np.eye(4)).to_nibabel().dataobj, data)
+    with pytest.raises(InputError, match="array: voxels have the type complex128"):
+        Volume.from_array(data + 1j, np.eye(4))
+
+
+def test_volumes_may_be_compared_and_be_keys(volume: Volume) -> None:
+    again = read_image(volume.path)
+    assert volume == volume
+    assert volume != again
+    assert len({volume, again, volume}) == 2
+
+
+def test_messages_tell_an_image_from_its_labels() -> None:
+    image = nib.Nifti1Image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.eye(4))
+    labels = Volume.from_nibabel(image.slicer[1:], labels=True)
+    with pytest.raises(InputError, match=r"labels: its shape 1 x 3 x 4 .* of its image image"):
+        check_same_grid(Volume.from_nibabel(image), labels)
 
 
 def test_an_array_of_integers_too_large_for_labels_is_refused() -> None:
