@@ -123,7 +123,7 @@ struct Rows {
   std::int64_t image = -1;            // and its image
 
   Rows(Arena& arena, const Problem<A>& p) {
-    const int slots = p.tables.y.reach + 2;
+    const int slots = p.tables.y.reach + 1;
     const std::int64_t w = p.features.w;
     features = {arena.take<A>(slots * w * p.pitch), slots, w * p.pitch};
     for (Ring<A>* map : {&own, &right, &below, &across}) {

@@ -26,9 +26,9 @@ struct QueryGradient {
   Ring<A> own, right, below, across;
 
   QueryGradient(Arena& arena, const Problem<A>& p) {
-    const int slots = p.tables.y.reach + 2;
+    const int slots = p.tables.y.reach + 1;
     const std::int64_t w = p.features.w;
-    features.ring = {arena.take<A>(slots * w * p.pitch), slots, w * p.pitch};
+    features.ring = {arena.take<A>((slots - 1) * w * p.pitch), slots - 1, w * p.pitch};
     for (Ring<A>* map : {&own, &right, &below, &across}) {
       *map = {arena.take<A>(slots * padded(w)), slots, padded(w)};
     }
@@ -84,8 +84,6 @@ struct QueryGradient {
       }
       A* out = features.row(i) + j * p.pitch;
       for (std::int64_t d = 0; d < p.width; d += kLanes<A>) {
-        for (int y = 0; y < 3; ++y) __builtin_prefetch(in[3 * y + 2] + d + p.pitch);
-        __builtin_prefetch(out + d + p.pitch);
         Vec<A> sum = load(out + d);
         for (int k = 0; k < 9; ++k) sum += factor[k] * load(in[k] + d);
         store(out + d, sum);

@@ -27,6 +27,17 @@ inline T* image_of(const Features& f, std::int64_t b, std::int64_t n) {
   return reinterpret_cast<T*>(f.data) + b * f.stride[0] + n * f.stride[1];
 }
 
+// The number of rows i, i + 1, ... < last that follow each other in an image with D outermost and
+// where they are packed, `row(i)`: together they are one long row.
+template <class Row>
+inline std::int64_t adjacent(const Features& f, Row row, std::int64_t pitch, std::int64_t i,
+                             std::int64_t last) {
+  std::int64_t n = 1;
+  if (f.stride[3] != f.w || !row(i)) return n;
+  while (i + n < last && row(i + n) == row(i) + n * f.w * pitch) ++n;
+  return n;
+}
+
 // Packs rows first <= i < last of image (b, n) into a ring: `row(i)[j * pitch + d]`, zero-padded to
 // `width`.
 //
@@ -54,12 +65,14 @@ inline void pack_as(const Features& f, std::int64_t b, std::int64_t n, std::int6
     packed_channels = f.D / lanes * lanes;
     for (std::int64_t d = 0; d < packed_channels; d += lanes) {
       const std::int64_t ahead = d + lanes < packed_channels ? lanes * sd : 0;
-      for (std::int64_t i = first; i < last; ++i) {
+      for (std::int64_t i = first, rows; i < last; i += rows) {
+        rows = adjacent(f, [&to](std::int64_t k) { return to.row(k); }, pitch, i, last);
+        const std::int64_t length = rows * f.w;
         const T* p = image + i * sh + d * sd;
         A* q = to.row(i) + d;
-        // The last square is moved back to end with the row.
-        for (std::int64_t j = 0; j < f.w; j += lanes) {
-          const std::int64_t at = j + lanes <= f.w ? j : f.w - lanes;
+        // The last square is moved back to end with the rows.
+        for (std::int64_t j = 0; j < length; j += lanes) {
+          const std::int64_t at = j + lanes <= length ? j : length - lanes;
           Vec<A> v[lanes];
           for (int k = 0; k < lanes; ++k) {
             v[k] = load_as(p + k * sd + at, A());
@@ -104,11 +117,13 @@ inline void unpack_as(Row row, std::int64_t pitch, const Features& f, std::int64
     done = f.D / lanes * lanes;
     for (std::int64_t d = 0; d < done; d += lanes) {
       const std::int64_t ahead = d + lanes < done ? lanes * sd : 0;
-      for (std::int64_t i = first; i < last; ++i) {
+      for (std::int64_t i = first, rows; i < last; i += rows) {
+        rows = adjacent(f, row, pitch, i, last);
+        const std::int64_t length = rows * f.w;
         const A* from = row(i);
         T* p = image + i * sh + d * sd;
-        for (std::int64_t j = 0; j < f.w; j += lanes) {
-          const std::int64_t at = j + lanes <= f.w ? j : f.w - lanes;
+        for (std::int64_t j = 0; j < length; j += lanes) {
+          const std::int64_t at = j + lanes <= length ? j : length - lanes;
           Vec<A> v[lanes] = {};
           if (from) {
             for (int k = 0; k < lanes; ++k) v[k] = load(from + (at + k) * pitch + d);
