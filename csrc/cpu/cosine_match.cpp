@@ -25,7 +25,9 @@ struct Image {
   void put(std::int64_t c, int i, int t, Vec<A> score, Index<A> winner) const {
     const std::int64_t at = c * plane + i * pitch + t;
     store(scores + at, score, columns - t);
+    __builtin_prefetch(scores + at + columns, 1);  // the next tile
     if (winners) {
+      __builtin_prefetch(winners + (at + columns) * (bytes ? 1 : 4), 1);
       store_index<A>(winners + at * (bytes ? 1 : 4), bytes, winner, columns - t);
     }
   }
