@@ -99,6 +99,14 @@ bool winner_bytes(const TensorView& winners, const Geometry& geometry) {
   return true;
 }
 
+// The masks reduced to the feature locations of each tile; see Pool.
+TensorView weights_of(py::handle capsule, const Features& f, std::int64_t C,
+                      const Geometry& geometry) {
+  const auto& tables = geometry.tables<float>();
+  return dense("weights", capsule, accumulation(f.dtype),
+               {f.B, f.N, C, tables.y.locations, tables.x.locations});
+}
+
 // Runs `call` with the accumulation type of a dtype, without the GIL.
 template <class F>
 void without_lock(DType dtype, F call) {
@@ -111,7 +119,8 @@ void without_lock(DType dtype, F call) {
 }
 
 void pool(const Geometry& geometry, py::handle features, py::handle masks, std::int64_t C,
-          double min_pixels, py::handle prototypes, py::handle factor, int threads) {
+          double min_pixels, py::handle prototypes, py::handle factor, py::handle weights,
+          int threads) {
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
@@ -119,15 +128,17 @@ void pool(const Geometry& geometry, py::handle features, py::handle masks, std::
   const TensorView out =
       dense("prototypes", prototypes, dtype, {f.B, C, y.windows, x.windows, f.D});
   const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
+  const TensorView kept = weights_of(weights, f, C, geometry);
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     masked_average_pool(Pool<A>{geometry.tables<A>(), f, m, static_cast<A>(min_pixels), out.as<A>(),
-                                scale.as<A>(), thread_count(threads)});
+                                scale.as<A>(), kept.as<A>(), thread_count(threads)});
   });
 }
 
 void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, std::int64_t C,
-                   py::handle factor, py::handle grad_features, int threads) {
+                   py::handle factor, const py::object& weights, py::handle grad_features,
+                   int threads) {
   const TensorView written = cpu_view("grad_features", grad_features, 5);
   const Features f = features_of(written, geometry);
   expect_apart(written);
@@ -136,10 +147,12 @@ void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, 
   const Masks m = masks_of(cpu_view("masks", masks, 5, 4), f.B, f.N, C, y.pixels, x.pixels, dtype);
   const TensorView g = dense("grad", grad, dtype, {f.B, C, y.windows, x.windows, f.D});
   const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
+  const void* kept = weights.is_none() ? nullptr : weights_of(weights, f, C, geometry).data;
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     masked_average_pool(PoolBackward<A>{geometry.tables<A>(), f, m, scale.as<const A>(),
-                                        g.as<const A>(), thread_count(threads)});
+                                        static_cast<const A*>(kept), g.as<const A>(),
+                                        thread_count(threads)});
   });
 }
 
@@ -254,7 +267,14 @@ void register_cpu(py::module_& m) {
       .def(py::init([](const Sizes& y, const Sizes& x) {
              return std::make_unique<Geometry>(axis_of(y), axis_of(x));
            }),
-           py::arg("y"), py::arg("x"));
+           py::arg("y"), py::arg("x"))
+      .def_property_readonly(
+          "locations",
+          [](const Geometry& g) {
+            const auto& tables = g.tables<float>();
+            return std::make_pair(tables.y.locations, tables.x.locations);
+          },
+          "Feature locations of all segments of both axes.");
   m.def("cpu_masked_average_pool", &pool);
   m.def("cpu_masked_average_pool_backward", &pool_backward);
   m.def("cpu_cosine_match", &match);

@@ -42,7 +42,7 @@ void cut(const Axis& axis, int begin, int end, std::vector<Segment>& out) {
     return;
   }
   const Covering windows = axis.covering(begin);
-  out.push_back({begin, end, windows.first, windows.last, first.lower, upper});
+  out.push_back({begin, end, windows.first, windows.last, first.lower, upper, 0});
 }
 
 AxisStorage describe(const Axis& axis) {
@@ -78,7 +78,9 @@ AxisTables<A> tabulate(AxisStorage& s) {
   t.windows = axis.windows;
   t.segments = static_cast<int>(s.segments.size());
   t.segment = s.segments.data();
-  for (const Segment& g : s.segments) {
+  for (Segment& g : s.segments) {
+    g.before = t.locations;
+    t.locations += g.upper - g.lower + 1;
     t.length = std::max(t.length, g.end - g.begin);
     t.reach = std::max(t.reach, g.upper - g.lower + 1);
     t.overlap = std::max(t.overlap, g.last - g.first + 1);

@@ -14,6 +14,7 @@ struct Segment {
   int begin, end;
   int first, last;
   int lower, upper;
+  int before;  // feature locations of the segments before it, counted again where they overlap
 };
 
 // The longest segment, in pixels and in feature locations, so that a tile stays in the L1 cache.
@@ -30,6 +31,7 @@ struct AxisTables {
   int segments;
   const Segment* segment;
   int length, reach, overlap;
+  int locations;     // the sum over all segments
   bool gaps;         // whether there are feature locations between segments that no pixel needs
   const int* lower;  // [pixels] the lower tap
   const A* upper;    // [pixels] the weight of the tap above it
@@ -53,7 +55,8 @@ struct Features {
   std::int64_t stride[5];
 };
 
-// Prototypes [B, C, Gy, Gx, D] and factor [B, K, C, Gy, Gx] in A.
+// Prototypes [B, C, Gy, Gx, D], factor [B, K, C, Gy, Gx] and, for the backward pass, the masks reduced
+// to the feature locations of each tile, [B, K, C, y.locations, x.locations], in A.
 template <class A>
 struct Pool {
   Tables<A> tables;
@@ -62,16 +65,19 @@ struct Pool {
   A min_pixels;
   A* prototypes;
   A* factor;
+  A* weights;
   int threads;
 };
 
 // The same for the backward pass: features.data is the gradient to write; grad [B, C, Gy, Gx, D].
+// Without weights (null), they are computed from the masks again.
 template <class A>
 struct PoolBackward {
   Tables<A> tables;
   Features features;
   Masks masks;
   const A* factor;
+  const A* weights;
   const A* grad;
   int threads;
 };

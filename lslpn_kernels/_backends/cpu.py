@@ -60,14 +60,15 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def masked_average_pool(
     features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
-) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels`. What follows the factor are the masks reduced to feature locations."""
     B, K, D, h, w = features.shape
     H, W = masks.shape[-2:]
     geometry, Gy, Gx = _geometry(grid, H, h, W, w)
     dtype = accumulation_dtype(features.dtype)
     prototypes = _empty((B, C, Gy, Gx, D), dtype)
     factor = _empty((B, K, C, Gy, Gx), dtype)
+    weights = _empty((B, K, C, *geometry.locations), dtype)
     _call(
         "cpu_masked_average_pool",
         geometry,
@@ -77,13 +78,20 @@ def masked_average_pool(
         min_pixels,
         to_dlpack(prototypes),
         to_dlpack(factor),
+        to_dlpack(weights),
         _threads(),
     )
-    return prototypes, factor
+    return prototypes, factor, weights
 
 
 def masked_average_pool_backward(
-    grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
+    grad: Tensor,
+    masks: Tensor,
+    C: int,
+    factor: Tensor,
+    features: Tensor,
+    grid: GridSpec,
+    *kept: Tensor,
 ) -> Tensor:
     """See `Kernels`."""
     h, w = features.shape[3:]
@@ -97,6 +105,7 @@ def masked_average_pool_backward(
         to_dlpack(masks),
         C,
         to_dlpack(factor),
+        to_dlpack(kept[0]) if kept else None,
         to_dlpack(grad_features),
         _threads(),
     )

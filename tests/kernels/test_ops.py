@@ -615,11 +615,12 @@ def test_fuzz_the_backend() -> None:
     from lslpn_kernels._backends import cpu
 
     rng = random.Random(1)
-    pooled, factor = cpu.masked_average_pool(F, M, 2, GRID, 0.0)
+    pooled, factor, weights = cpu.masked_average_pool(F, M, 2, GRID, 0.0)
     scores, winners = cpu.cosine_match(F, pooled, GRID, (9, 9), "max", True)
     calls: list[tuple[Callable[..., Any], list[Any]]] = [
         (cpu.masked_average_pool, [F, M, 2, GRID, 0.0]),
         (cpu.masked_average_pool_backward, [pooled, M, 2, factor, F, GRID]),
+        (cpu.masked_average_pool_backward, [pooled, M, 2, factor, F, GRID, weights]),
         (cpu.cosine_match, [F, pooled, GRID, (9, 9), "max", True]),
         (cpu.cosine_match_backward, [scores, F, pooled, scores, winners, GRID, "max"]),
         (_cpu_loss, [F, pooled, LABELS, torch.ones(2), GRID, "max", (True, True), 255, 1.0]),
@@ -664,7 +665,7 @@ def test_fuzz_the_binding() -> None:
         return value
 
     names = [name for name in dir(module) if name.startswith("cpu_") and "instruction" not in name]
-    arity = {"cpu_masked_average_pool": 8, "cpu_masked_average_pool_backward": 7}
+    arity = {"cpu_masked_average_pool": 9, "cpu_masked_average_pool_backward": 8}
     arity |= {"cpu_cosine_match": 8, "cpu_cosine_match_backward": 11, "cpu_cosine_match_loss": 11}
     assert sorted(names) == sorted(arity)
     built = 0
@@ -738,4 +739,6 @@ def test_capsules_are_read_once_and_fully_checked() -> None:
     tensors = (torch.zeros_like(P), M, torch.zeros(1, 1, 2, *GRID.shape(9, 9)), overlapping)
     capsules = [to_dlpack(t) for t in tensors]
     with pytest.raises(ValueError, match="grad_features must not overlap itself"):
-        module.cpu_masked_average_pool_backward(geometry, *capsules[:2], 2, *capsules[2:], 1)
+        module.cpu_masked_average_pool_backward(
+            geometry, *capsules[:2], 2, capsules[2], None, capsules[3], 1
+        )
