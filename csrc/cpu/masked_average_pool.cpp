@@ -444,14 +444,9 @@ struct BackwardShared {
   BackwardShared() = default;
   BackwardShared(Arena& arena, const Problem<A>& p) {
     const std::int64_t images = p.features.B * p.features.N;
-    part_size = offset(p, p.tables.y.chunks);
+    part_size = part_offset(p.tables.y, p.tables.y.chunks, p.features.w * p.pitch);
     parts = arena.take<A>((images < kImages ? images : kImages) * part_size);
     weights = arena.take<A>(images * p.C * p.locations);
-  }
-  static std::int64_t offset(const Problem<A>& p, int k) {
-    std::int64_t rows = 0;
-    for (int i = 0; i < k; ++i) rows += chunk_of(p.tables.y, i).shared();
-    return rows * p.features.w * p.pitch;
   }
 };
 
@@ -515,7 +510,6 @@ void backward(const PoolBackward<A>& args) {
   const BackwardShared<A>& shared = memory.shared();
   const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
   const std::int64_t K = p.features.N, all = p.features.B * K, h = p.features.h;
-  const std::int64_t row_size = p.features.w * p.pitch;
   using Scratch = BackwardScratch<A>;
   const auto scratch = memory.scratch(p);
 
@@ -530,7 +524,8 @@ void backward(const PoolBackward<A>& args) {
       const std::int64_t slot = unit / y.chunks, b = (first + slot) / K, n = (first + slot) % K;
       const int k = static_cast<int>(unit % y.chunks);
       const Chunk chunk = chunk_of(y, k);
-      A* parts = shared.parts + slot * shared.part_size + shared.offset(p, k);
+      A* parts = shared.parts + slot * shared.part_size +
+                 part_offset(y, k, p.features.w * p.pitch);
       s.features.start(x, chunk, parts);
       for (int sy = chunk.first; sy < chunk.last; ++sy) {
         const int lower = y.segment[sy].lower, upper = y.segment[sy].upper;
@@ -542,25 +537,13 @@ void backward(const PoolBackward<A>& args) {
       const int end = chunk.upper + 1 > chunk.end ? chunk.upper + 1 : chunk.end;
       s.features.write(p.features, p.pitch, b, n, end);
     });
-    // Rows shared by several chunks are the sum of their parts, in order.
     parallel(images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t slot = unit / h, b = (first + slot) / K, n = (first + slot) % K;
       const int i = static_cast<int>(unit % h);
-      A* sum = s.features.ring.data;
-      int found = 0;
-      for (int k = 0; k < y.chunks; ++k) {
-        const Chunk chunk = chunk_of(y, k);
-        if (i < chunk.lower || i > chunk.upper || !chunk.shares(i)) continue;
-        const A* part = shared.parts + slot * shared.part_size + shared.offset(p, k) +
-                        chunk.place(i) * row_size;
-        if (found++ == 0) {
-          std::memcpy(sum, part, sizeof(A) * row_size);
-        } else {
-          for (std::int64_t d = 0; d < row_size; ++d) sum[d] += part[d];
-        }
-      }
-      if (!found) return;
-      unpack<A>([sum](std::int64_t) { return sum; }, p.pitch, p.features, b, n, i, i + 1);
+      const A* row = sum_parts(y, i, p.features.w * p.pitch,
+                               shared.parts + slot * shared.part_size, s.features.ring.data);
+      if (!row) return;
+      unpack<A>([row](std::int64_t) { return row; }, p.pitch, p.features, b, n, i, i + 1);
     });
   }
 }

@@ -135,7 +135,7 @@ struct BackwardShared {
       grad_directions = arena.take<A>(episodes * direction_size);
     }
     if (p.grad_features.data) {
-      part_size = part_offset(p, p.tables.y.chunks);
+      part_size = part_offset(p.tables.y, p.tables.y.chunks, p.features.w * p.pitch);
       parts = arena.take<A>(episodes * images * part_size);
     }
   }
@@ -151,11 +151,6 @@ struct BackwardShared {
       rows += c.last - c.first + 1;
     }
     return rows * p.C * p.tables.x.windows * p.width;
-  }
-  static std::int64_t part_offset(const Problem<A>& p, int k) {
-    std::int64_t rows = 0;
-    for (int i = 0; i < k; ++i) rows += chunk_of(p.tables.y, i).shared();
-    return rows * p.features.w * p.pitch;
   }
 };
 
@@ -375,7 +370,7 @@ void match_chunk_backward(const BackwardProblem<A>& p, const BackwardShared<A>& 
     A* parts = nullptr;
     if (wants_features) {
       parts = shared.parts + (episode * shared.images + image) * shared.part_size +
-              shared.part_offset(p, k);
+              part_offset(y, k, p.features.w * p.pitch);
     }
     s.rows.start(p, b, n, chunk);
     s.gradient.features.start(p.tables.x, chunk, parts);
@@ -398,27 +393,6 @@ void match_chunk_backward(const BackwardProblem<A>& p, const BackwardShared<A>& 
       s.gradient.write(p, s.rows, b, n, end);
     }
   }
-}
-
-// Rows of dF shared by several chunks are the sum of their parts, in order.
-template <class A>
-void add_parts(const BackwardProblem<A>& p, const BackwardShared<A>& shared, A* sum, int i,
-               std::int64_t b, std::int64_t n, std::int64_t slot) {
-  const std::int64_t size = p.features.w * p.pitch;
-  int found = 0;
-  for (int k = 0; k < p.tables.y.chunks; ++k) {
-    const Chunk chunk = chunk_of(p.tables.y, k);
-    if (i < chunk.lower || i > chunk.upper || !chunk.shares(i)) continue;
-    const A* part =
-        shared.parts + slot * shared.part_size + shared.part_offset(p, k) + chunk.place(i) * size;
-    if (found++ == 0) {
-      std::memcpy(sum, part, sizeof(A) * size);
-    } else {
-      for (std::int64_t d = 0; d < size; ++d) sum[d] += part[d];
-    }
-  }
-  if (!found) return;
-  unpack<A>([sum](std::int64_t) { return sum; }, p.pitch, p.grad_features, b, n, i, i + 1);
 }
 
 // dp = (dq - <q, dq> q) / |p|, with dq the sum of the chunks' parts.
@@ -471,8 +445,14 @@ void backward(const BackwardProblem<A>& p, const Shared& shared, int threads, St
       if (!p.grad_features.data) continue;
       parallel(episodes * images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
         const std::int64_t e = unit / (images * h), image = unit / h % images;
-        add_parts(p, shared, s.rows.features.data, static_cast<int>(unit % h), b0 + e, n0 + image,
-                  e * shared.images + image);
+        const int i = static_cast<int>(unit % h);
+        const A* row =
+            sum_parts(p.tables.y, i, p.features.w * p.pitch,
+                      shared.parts + (e * shared.images + image) * shared.part_size,
+                      s.rows.features.data);
+        if (!row) return;
+        unpack<A>([row](std::int64_t) { return row; }, p.pitch, p.grad_features, b0 + e, n0 + image,
+                  i, i + 1);
       });
     }
     if (!p.grad_prototypes) continue;

@@ -217,6 +217,34 @@ inline Chunk chunk_of(const AxisTables<A>& y, int k) {
   return c;
 }
 
+// The numbers of all parts of an image, and where those of chunk k begin; rows have `size` numbers.
+template <class A>
+inline std::int64_t part_offset(const AxisTables<A>& y, int k, std::int64_t size) {
+  std::int64_t rows = 0;
+  for (int i = 0; i < k; ++i) rows += chunk_of(y, i).shared();
+  return rows * size;
+}
+
+// Row i of a gradient, if chunks share it, otherwise null: the sum of their parts, in order, in `sum`
+// or, of a single part, in place.
+template <class A>
+inline const A* sum_parts(const AxisTables<A>& y, int i, std::int64_t size, const A* parts,
+                          A* sum) {
+  const A* found = nullptr;
+  for (int k = 0; k < y.chunks; ++k) {
+    const Chunk chunk = chunk_of(y, k);
+    if (i >= chunk.lower && i <= chunk.upper && chunk.shares(i)) {
+      const A* part = parts + chunk.place(i) * size;
+      for (std::int64_t d = 0; found && d < size; d += kLanes<A>) {
+        store(sum + d, load(found + d) + load(part + d));
+      }
+      found = found ? sum : part;
+    }
+    parts += chunk.shared() * size;
+  }
+  return found;
+}
+
 // The rows of a gradient while they are accumulated over one chunk. Its own rows are in a ring
 // until they are written, shared ones in `parts`, [shared rows, w, pitch].
 template <class A>
