@@ -19,7 +19,7 @@ struct Ring {
   int slots;
   std::int64_t size;  // of a row
 
-  A* row(std::int64_t i) const { return data + i % slots * size; }
+  A* row(std::int64_t i) const { return data + static_cast<int>(i) % slots * size; }
 };
 
 template <class T>
