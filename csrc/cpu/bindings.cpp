@@ -89,6 +89,12 @@ Features gradient_of(const py::object& capsule, const Features& f, DType dtype,
   return features_of(v, geometry);
 }
 
+// The inner products of neighbouring locations [B, Q, 4, h, w], null for None.
+void* gram_of(const py::object& capsule, const Features& f) {
+  if (capsule.is_none()) return nullptr;
+  return dense("gram", capsule, accumulation(f.dtype), {f.B, f.N, 4, f.h, f.w}).data;
+}
+
 bool winner_bytes(const TensorView& winners, const Geometry& geometry) {
   const auto& tables = geometry.tables<float>();
   if (winners.dtype == DType::int32) return false;
@@ -157,7 +163,8 @@ void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, 
 }
 
 void match(const Geometry& geometry, py::handle features, py::handle prototypes, bool mean,
-           py::handle scores, const py::object& winners, double logit_scale, int threads) {
+           py::handle scores, const py::object& winners, const py::object& gram, double logit_scale,
+           int threads) {
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
@@ -173,18 +180,19 @@ void match(const Geometry& geometry, py::handle features, py::handle prototypes,
     expect_contiguous(v);
     winner_data = v.data;
   }
+  void* gram_data = gram_of(gram, f);
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     cosine_match(Match<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C), mean,
                           out.as<A>(), winner_data, bytes, thread_count(threads),
-                          static_cast<A>(logit_scale)});
+                          static_cast<A>(logit_scale), static_cast<A*>(gram_data)});
   });
 }
 
 void match_backward(const Geometry& geometry, py::handle grad, py::handle features,
                     py::handle prototypes, py::handle scores, const py::object& winners, bool mean,
                     const py::object& grad_features, const py::object& grad_prototypes,
-                    double logit_scale, int threads) {
+                    const py::object& gram, double logit_scale, int threads) {
   if (!(std::abs(logit_scale) >= 1e-6)) throw py::value_error("logit_scale must not be 0");
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
@@ -207,12 +215,13 @@ void match_backward(const Geometry& geometry, py::handle grad, py::handle featur
   if (!grad_prototypes.is_none()) {
     dp = dense("grad_prototypes", grad_prototypes, dtype, {f.B, C, y.windows, x.windows, f.D}).data;
   }
+  const void* gram_data = gram_of(gram, f);
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     cosine_match(MatchBackward<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C),
                                   mean, s.as<const A>(), winner_data, bytes, g.as<const A>(), df,
                                   static_cast<A*>(dp), thread_count(threads),
-                                  static_cast<A>(logit_scale)});
+                                  static_cast<A>(logit_scale), static_cast<const A*>(gram_data)});
   });
 }
 

@@ -44,7 +44,8 @@ struct Image {
 
 template <class A>
 void forward(const Match<A>& args) {
-  const Problem<A> p(args);
+  Problem<A> p(args);
+  p.gram = args.gram;
   const int threads = p.threads(args.threads);
   const Memory<Directions<A>, MatchScratch<A>> memory(p, threads);
   const Directions<A>& directions = memory.shared();
@@ -123,7 +124,9 @@ struct SavedPixels {
 
 template <class A>
 void backward(const MatchBackward<A>& args) {
-  const BackwardProblem<A> p(args);
+  BackwardProblem<A> p(args);
+  p.gram = const_cast<A*>(args.gram);
+  p.gram_known = args.gram;
   const int threads = p.threads(args.threads);
   const Memory<BackwardShared<A>, BackwardScratch<A>> memory(p, threads);
   memory.shared().directions.fill(p, threads);

@@ -83,7 +83,8 @@ struct PoolBackward {
 };
 
 // Scores, times `logit_scale`, and winners [B, Q, C, H, W]; winners may be null, otherwise uint8 or
-// int32.
+// int32. Unless null, gram [B, Q, 4, h, w] gets the inner products of neighbouring locations that some
+// tile needs, see core/arithmetic.h: own, right, below, diagonal + other.
 template <class A>
 struct Match {
   Tables<A> tables;
@@ -96,6 +97,7 @@ struct Match {
   bool winners_are_bytes;
   int threads;
   A logit_scale = A(1);
+  A* gram = nullptr;
 };
 
 template <class A>
@@ -112,7 +114,8 @@ struct MatchBackward {
   Features grad_features;  // shapes as features; null data if not needed
   A* grad_prototypes;      // null if not needed
   int threads;
-  A logit_scale = A(1);  // of the scores; not 0
+  A logit_scale = A(1);     // of the scores; not 0
+  const A* gram = nullptr;  // of the forward pass; if null, it is computed again
 };
 
 // The result of a call of the loss.

@@ -44,6 +44,8 @@ struct Problem {
   std::int64_t windows;      // Gy * Gx
   bool mean;                 // over the windows of a pixel, instead of the best
   A logit_scale;             // multiplies the cosines
+  A* gram = nullptr;         // [B, N, 4, h, w], if not null:
+  bool gram_known = false;   // read from there, otherwise written
 
   template <class Args>
   explicit Problem(const Args& args)
@@ -121,6 +123,7 @@ struct Rows {
   A* zero = nullptr;                  // a location of zeros, used beyond the end of a row
   int loaded = -1;                    // the last row that was loaded, -1 for none
   std::int64_t image = -1;            // and its image
+  int before = -1;                    // rows up to this one are written by an earlier chunk
 
   Rows(Arena& arena, const Problem<A>& p) {
     const int slots = p.tables.y.reach + 1;
@@ -137,6 +140,11 @@ struct Rows {
     const std::int64_t next = b * p.features.N + n;
     if (next != image || loaded != chunk.before) loaded = -1;
     image = next;
+    before = chunk.before;
+    if (p.gram_known) {
+      const int h = static_cast<int>(p.features.h);
+      for (Ring<A>* map : {&own, &right, &below, &across}) *map = {gram_row(p, 0, map), h, p.features.w};
+    }
     for (std::int64_t d = 0; d < p.width; ++d) zero[d] = A(0);
   }
 
@@ -146,12 +154,28 @@ struct Rows {
     if (first > upper) return;
     pack(p.features, b, n, first, upper + 1, features, p.width);
     for (int i = first; i <= upper; ++i) {
-      products(p, i, loaded == i - 1 && i > 0);
+      const bool above = loaded == i - 1 && i > 0;
       loaded = i;
+      if (p.gram_known) continue;
+      products(p, i, above);
+      if (!p.gram || i <= before) continue;
+      for (const Ring<A>* map : {&own, &right}) copy(p, i, map);
+      for (const Ring<A>* map : {&below, &across}) {
+        if (above) copy(p, i - 1, map);
+      }
     }
   }
 
  private:
+  // Row i of a map of this image in p.gram.
+  A* gram_row(const Problem<A>& p, int i, const Ring<A>* map) const {
+    const int k = map == &own ? 0 : map == &right ? 1 : map == &below ? 2 : 3;
+    return p.gram + ((image * 4 + k) * p.features.h + i) * p.features.w;
+  }
+  void copy(const Problem<A>& p, int i, const Ring<A>* map) const {
+    std::memcpy(gram_row(p, i, map), map->row(i), sizeof(A) * p.features.w);
+  }
+
   // own and right of row i; below and across of row i - 1 if it is loaded.
   void products(const Problem<A>& p, int i, bool above) {
     constexpr int n = kLanes<A> >= 4 ? kLanes<A> / 4 : 1;  // locations at a time

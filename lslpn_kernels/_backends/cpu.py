@@ -16,6 +16,7 @@ from . import native, winner_dtype
 
 # Told which gradients are wanted; see `Kernels.cosine_match_backward`.
 SELECTIVE = True
+GRAM_MAPS = 4
 
 DEVICE_TYPES = ("cpu",)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -121,7 +122,7 @@ def cosine_match(
     winners: bool,
     *,
     logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
     C = prototypes.shape[1]
@@ -131,6 +132,8 @@ def cosine_match(
     kept = winners and reduce == "max"
     scores = _empty(shape, prototypes.dtype)
     winner = _empty(shape if kept else (0,), winner_dtype(grid))
+    # Products that no pixel needs are not written.
+    gram = _empty((B, Q, GRAM_MAPS, h, w) if winners else (0,), prototypes.dtype).zero_()
     _call(
         "cpu_cosine_match",
         geometry,
@@ -139,10 +142,11 @@ def cosine_match(
         reduce == "mean",
         to_dlpack(scores),
         to_dlpack(winner) if kept else None,
+        to_dlpack(gram) if winners else None,
         logit_scale,
         _threads(),
     )
-    return scores, winner
+    return scores, winner, gram
 
 
 def cosine_match_backward(
@@ -153,7 +157,7 @@ def cosine_match_backward(
     winners: Tensor,
     grid: GridSpec,
     reduce: str,
-    *,
+    *gram: Tensor,
     wanted: tuple[bool, bool] = (True, True),
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -175,6 +179,7 @@ def cosine_match_backward(
         mean,
         to_dlpack(grad_features) if wanted[0] else None,
         to_dlpack(grad_prototypes) if wanted[1] else None,
+        to_dlpack(gram[0]) if gram else None,
         logit_scale,
         _threads(),
     )
