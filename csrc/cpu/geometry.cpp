@@ -62,7 +62,9 @@ AxisStorage describe(const Axis& axis) {
     s.lower.push_back(axis.taps<double>(pixel).lower);
   }
   const int segments = static_cast<int>(s.segments.size());
-  const int chunks = std::min(16, (segments + 1) / 2);
+  // Each chunk costs the rows that it shares. Four are enough for most processors, and images with
+  // many segments have more.
+  const int chunks = std::min(16, std::max(std::min(4, (segments + 1) / 2), (segments + 3) / 4));
   for (int k = 0; k <= chunks; ++k) {
     s.chunk.push_back(static_cast<int>(static_cast<std::int64_t>(segments) * k / chunks));
   }

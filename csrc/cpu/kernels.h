@@ -55,8 +55,8 @@ struct Features {
   std::int64_t stride[5];
 };
 
-// Prototypes [B, C, Gy, Gx, D], factor [B, K, C, Gy, Gx] and, for the backward pass, the masks reduced
-// to the feature locations of each tile, [B, K, C, y.locations, x.locations], in A.
+// Prototypes [B, C, Gy, Gx, D], factor [B, K, C, Gy, Gx] and, for the backward pass, the masks
+// reduced to the feature locations of each tile, [B, K, C, y.locations, x.locations], in A.
 template <class A>
 struct Pool {
   Tables<A> tables;
@@ -83,8 +83,8 @@ struct PoolBackward {
 };
 
 // Scores, times `logit_scale`, and winners [B, Q, C, H, W]; winners may be null, otherwise uint8 or
-// int32. Unless null, gram [B, Q, 4, h, w] gets the inner products of neighbouring locations that some
-// tile needs, see core/arithmetic.h: own, right, below, diagonal + other.
+// int32. Unless null, gram [B, Q, 4, h, w] gets the inner products of neighbouring locations that
+// some tile needs, see core/arithmetic.h: own, right, below, diagonal + other.
 template <class A>
 struct Match {
   Tables<A> tables;

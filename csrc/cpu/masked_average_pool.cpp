@@ -53,8 +53,8 @@ struct Problem {
   }
 };
 
-// The mask of one class of one image, starting at a pixel: stored, or derived from the labels or from
-// the masks of the other classes.
+// The mask of one class of one image, starting at a pixel: stored, or derived from the labels or
+// from the masks of the other classes.
 template <class A>
 class ClassMask {
  public:
@@ -250,9 +250,9 @@ void mask_weights(const Problem<A>& p, int threads, Start scratch, A* weights, d
     const Side<A> rows = side(y, static_cast<int>(unit % y.segments));
     for (int sx = 0; sx < x.segments; ++sx) {
       const Side<A> columns = side(x, sx);
-      const double sum = s.tile.mask_weights(
-          p, rows, columns, image / p.features.N, image % p.features.N, plane % p.C,
-          weights + tile_weights(p, rows, columns, plane));
+      const double sum =
+          s.tile.mask_weights(p, rows, columns, image / p.features.N, image % p.features.N,
+                              plane % p.C, weights + tile_weights(p, rows, columns, plane));
       if (sums) sums[unit * x.segments + sx] = sum;
     }
   });
@@ -524,8 +524,7 @@ void backward(const PoolBackward<A>& args) {
       const std::int64_t slot = unit / y.chunks, b = (first + slot) / K, n = (first + slot) % K;
       const int k = static_cast<int>(unit % y.chunks);
       const Chunk chunk = chunk_of(y, k);
-      A* parts = shared.parts + slot * shared.part_size +
-                 part_offset(y, k, p.features.w * p.pitch);
+      A* parts = shared.parts + slot * shared.part_size + part_offset(y, k, p.features.w * p.pitch);
       s.features.start(x, chunk, parts);
       for (int sy = chunk.first; sy < chunk.last; ++sy) {
         const int lower = y.segment[sy].lower, upper = y.segment[sy].upper;
@@ -540,8 +539,8 @@ void backward(const PoolBackward<A>& args) {
     parallel(images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t slot = unit / h, b = (first + slot) / K, n = (first + slot) % K;
       const int i = static_cast<int>(unit % h);
-      const A* row = sum_parts(y, i, p.features.w * p.pitch,
-                               shared.parts + slot * shared.part_size, s.features.ring.data);
+      const A* row = sum_parts(y, i, p.features.w * p.pitch, shared.parts + slot * shared.part_size,
+                               s.features.ring.data);
       if (!row) return;
       unpack<A>([row](std::int64_t) { return row; }, p.pitch, p.features, b, n, i, i + 1);
     });

@@ -143,7 +143,10 @@ struct Rows {
     before = chunk.before;
     if (p.gram_known) {
       const int h = static_cast<int>(p.features.h);
-      for (Ring<A>* map : {&own, &right, &below, &across}) *map = {gram_row(p, 0, map), h, p.features.w};
+      int k = 0;
+      for (Ring<A>* map : {&own, &right, &below, &across}) {
+        *map = {gram_row(p, 0, k++), h, p.features.w};
+      }
     }
     for (std::int64_t d = 0; d < p.width; ++d) zero[d] = A(0);
   }
@@ -159,21 +162,18 @@ struct Rows {
       if (p.gram_known) continue;
       products(p, i, above);
       if (!p.gram || i <= before) continue;
-      for (const Ring<A>* map : {&own, &right}) copy(p, i, map);
-      for (const Ring<A>* map : {&below, &across}) {
-        if (above) copy(p, i - 1, map);
+      const Ring<A>* const maps[4] = {&own, &right, &below, &across};
+      for (int k = 0; k < (above ? 4 : 2); ++k) {
+        const int at = k < 2 ? i : i - 1;  // the last two are products of row i - 1 with row i
+        std::memcpy(gram_row(p, at, k), maps[k]->row(at), sizeof(A) * p.features.w);
       }
     }
   }
 
  private:
-  // Row i of a map of this image in p.gram.
-  A* gram_row(const Problem<A>& p, int i, const Ring<A>* map) const {
-    const int k = map == &own ? 0 : map == &right ? 1 : map == &below ? 2 : 3;
+  // Row i of map k of this image in p.gram.
+  A* gram_row(const Problem<A>& p, int i, int k) const {
     return p.gram + ((image * 4 + k) * p.features.h + i) * p.features.w;
-  }
-  void copy(const Problem<A>& p, int i, const Ring<A>* map) const {
-    std::memcpy(gram_row(p, i, map), map->row(i), sizeof(A) * p.features.w);
   }
 
   // own and right of row i; below and across of row i - 1 if it is loaded.
@@ -276,7 +276,7 @@ struct Piece {
 // Buffers of a tile, forward and backward.
 template <class A>
 struct TileScratch {
-  A* dots = nullptr;           // [kWindows, locations] a, or da
+  A* dots = nullptr;           // [kWindows, locations] a, or da; sums of length_gradients
   A* mean = nullptr;           // [locations] the mean of a over the windows, or da of each of them
   A* columns = nullptr;        // [kAtOnce, R rows, T] a interpolated to the pixels' columns
   A* row = nullptr;            // [R rows, T] row(i) of |u|^2

@@ -260,9 +260,10 @@ void length_gradients(const BackwardProblem<A>& p, const Tile<A>& tile,
   for (int i = 0; i < rows; ++i) {
     const A *row = s.tile.dots + i * 2 * cells, *between = row + rows * 2 * cells;
     const int at = tile.y.lower + i;
-    A *own = s.gradient.own.row(at) + tile.x.lower, *right = s.gradient.right.row(at) + tile.x.lower;
-    A *below = s.gradient.below.row(at) + tile.x.lower;
-    A *across = s.gradient.across.row(at) + tile.x.lower;
+    A* own = s.gradient.own.row(at) + tile.x.lower;
+    A* right = s.gradient.right.row(at) + tile.x.lower;
+    A* below = s.gradient.below.row(at) + tile.x.lower;
+    A* across = s.gradient.across.row(at) + tile.x.lower;
     for (int j = 0; j < cells; ++j) {
       own[j] += row[j];
       right[j] += A(2) * row[cells + j];
@@ -446,10 +447,9 @@ void backward(const BackwardProblem<A>& p, const Shared& shared, int threads, St
       parallel(episodes * images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
         const std::int64_t e = unit / (images * h), image = unit / h % images;
         const int i = static_cast<int>(unit % h);
-        const A* row =
-            sum_parts(p.tables.y, i, p.features.w * p.pitch,
-                      shared.parts + (e * shared.images + image) * shared.part_size,
-                      s.rows.features.data);
+        const A* row = sum_parts(p.tables.y, i, p.features.w * p.pitch,
+                                 shared.parts + (e * shared.images + image) * shared.part_size,
+                                 s.rows.features.data);
         if (!row) return;
         unpack<A>([row](std::int64_t) { return row; }, p.pitch, p.grad_features, b0 + e, n0 + image,
                   i, i + 1);

@@ -225,8 +225,8 @@ inline std::int64_t part_offset(const AxisTables<A>& y, int k, std::int64_t size
   return rows * size;
 }
 
-// Row i of a gradient, if chunks share it, otherwise null: the sum of their parts, in order, in `sum`
-// or, of a single part, in place.
+// Row i of a gradient, if chunks share it, otherwise null: the sum of their parts, in order, in
+// `sum` or, of a single part, in place.
 template <class A>
 inline const A* sum_parts(const AxisTables<A>& y, int i, std::int64_t size, const A* parts,
                           A* sum) {

@@ -114,8 +114,8 @@ inline Vec<A> inverse_lengths(Vec<A> square) {
 // (counted from the tile's first) whenever they change, `pixel(y, weight of the upper)` for each
 // pixel row, and `leave(lower, upper)` before the next change and at the end.
 template <class A, class Enter, class Pixel, class Leave>
-[[gnu::always_inline]] inline void walk_rows(const AxisTables<A>& axis, const Side<A>& y, Enter enter, Pixel pixel,
-                      Leave leave) {
+[[gnu::always_inline]] inline void walk_rows(const AxisTables<A>& axis, const Side<A>& y,
+                                             Enter enter, Pixel pixel, Leave leave) {
   const int* const rows = axis.lower + y.begin;
   const A* const weight = axis.upper + y.begin;
   for (int i = 0; i < y.pixels;) {

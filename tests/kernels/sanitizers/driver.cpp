@@ -618,8 +618,9 @@ class Runner {
     const auto size = static_cast<std::int64_t>(unmatched_.prototypes.size());
     const Buffer<A> gram(Numbers(case_.B * case_.N * 4 * p_.cells()));
     Buffer<A> scores(scores_size());
-    lslpn::Match<A> forward{tables(),    features_.view, prototypes_.data, classes(), mean_,
-                            scores.data, nullptr,        true,             2};
+    lslpn::Match<A> forward{tables(),  features_.view, prototypes_.data,
+                            classes(), mean_,          scores.data,
+                            nullptr,   true,           2};
     forward.gram = gram.data;
     lslpn::cosine_match(forward);
     for (int threads = 1; threads <= kThreads; ++threads) {
