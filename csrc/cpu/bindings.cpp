@@ -89,6 +89,12 @@ Features gradient_of(const py::object& capsule, const Features& f, DType dtype,
   return features_of(v, geometry);
 }
 
+// The inner products of neighbouring locations [B, Q, 4, h, w], null for None.
+void* gram_of(const py::object& capsule, const Features& f) {
+  if (capsule.is_none()) return nullptr;
+  return dense("gram", capsule, accumulation(f.dtype), {f.B, f.N, 4, f.h, f.w}).data;
+}
+
 bool winner_bytes(const TensorView& winners, const Geometry& geometry) {
   const auto& tables = geometry.tables<float>();
   if (winners.dtype == DType::int32) return false;
@@ -97,6 +103,14 @@ bool winner_bytes(const TensorView& winners, const Geometry& geometry) {
     refuse(winners.name, "must be int32 where so many windows overlap");
   }
   return true;
+}
+
+// The masks reduced to the feature locations of each tile; see Pool.
+TensorView weights_of(py::handle capsule, const Features& f, std::int64_t C,
+                      const Geometry& geometry) {
+  const auto& tables = geometry.tables<float>();
+  return dense("weights", capsule, accumulation(f.dtype),
+               {f.B, f.N, C, tables.y.locations, tables.x.locations});
 }
 
 // Runs `call` with the accumulation type of a dtype, without the GIL.
@@ -111,7 +125,8 @@ void without_lock(DType dtype, F call) {
 }
 
 void pool(const Geometry& geometry, py::handle features, py::handle masks, std::int64_t C,
-          double min_pixels, py::handle prototypes, py::handle factor, int threads) {
+          double min_pixels, py::handle prototypes, py::handle factor, py::handle weights,
+          int threads) {
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
@@ -119,15 +134,17 @@ void pool(const Geometry& geometry, py::handle features, py::handle masks, std::
   const TensorView out =
       dense("prototypes", prototypes, dtype, {f.B, C, y.windows, x.windows, f.D});
   const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
+  const TensorView kept = weights_of(weights, f, C, geometry);
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     masked_average_pool(Pool<A>{geometry.tables<A>(), f, m, static_cast<A>(min_pixels), out.as<A>(),
-                                scale.as<A>(), thread_count(threads)});
+                                scale.as<A>(), kept.as<A>(), thread_count(threads)});
   });
 }
 
 void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, std::int64_t C,
-                   py::handle factor, py::handle grad_features, int threads) {
+                   py::handle factor, const py::object& weights, py::handle grad_features,
+                   int threads) {
   const TensorView written = cpu_view("grad_features", grad_features, 5);
   const Features f = features_of(written, geometry);
   expect_apart(written);
@@ -136,15 +153,18 @@ void pool_backward(const Geometry& geometry, py::handle grad, py::handle masks, 
   const Masks m = masks_of(cpu_view("masks", masks, 5, 4), f.B, f.N, C, y.pixels, x.pixels, dtype);
   const TensorView g = dense("grad", grad, dtype, {f.B, C, y.windows, x.windows, f.D});
   const TensorView scale = dense("factor", factor, dtype, {f.B, f.N, C, y.windows, x.windows});
+  const void* kept = weights.is_none() ? nullptr : weights_of(weights, f, C, geometry).data;
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     masked_average_pool(PoolBackward<A>{geometry.tables<A>(), f, m, scale.as<const A>(),
-                                        g.as<const A>(), thread_count(threads)});
+                                        static_cast<const A*>(kept), g.as<const A>(),
+                                        thread_count(threads)});
   });
 }
 
 void match(const Geometry& geometry, py::handle features, py::handle prototypes, bool mean,
-           py::handle scores, const py::object& winners, double logit_scale, int threads) {
+           py::handle scores, const py::object& winners, const py::object& gram, double logit_scale,
+           int threads) {
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
   const DType dtype = accumulation(f.dtype);
@@ -160,18 +180,19 @@ void match(const Geometry& geometry, py::handle features, py::handle prototypes,
     expect_contiguous(v);
     winner_data = v.data;
   }
+  void* gram_data = gram_of(gram, f);
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     cosine_match(Match<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C), mean,
                           out.as<A>(), winner_data, bytes, thread_count(threads),
-                          static_cast<A>(logit_scale)});
+                          static_cast<A>(logit_scale), static_cast<A*>(gram_data)});
   });
 }
 
 void match_backward(const Geometry& geometry, py::handle grad, py::handle features,
                     py::handle prototypes, py::handle scores, const py::object& winners, bool mean,
                     const py::object& grad_features, const py::object& grad_prototypes,
-                    double logit_scale, int threads) {
+                    const py::object& gram, double logit_scale, int threads) {
   if (!(std::abs(logit_scale) >= 1e-6)) throw py::value_error("logit_scale must not be 0");
   const Features f = features_of(cpu_view("features", features, 5), geometry);
   const Axis &y = geometry.y(), &x = geometry.x();
@@ -194,12 +215,13 @@ void match_backward(const Geometry& geometry, py::handle grad, py::handle featur
   if (!grad_prototypes.is_none()) {
     dp = dense("grad_prototypes", grad_prototypes, dtype, {f.B, C, y.windows, x.windows, f.D}).data;
   }
+  const void* gram_data = gram_of(gram, f);
   without_lock(dtype, [&](auto number) {
     using A = decltype(number);
     cosine_match(MatchBackward<A>{geometry.tables<A>(), f, p.as<const A>(), static_cast<int>(C),
                                   mean, s.as<const A>(), winner_data, bytes, g.as<const A>(), df,
                                   static_cast<A*>(dp), thread_count(threads),
-                                  static_cast<A>(logit_scale)});
+                                  static_cast<A>(logit_scale), static_cast<const A*>(gram_data)});
   });
 }
 
@@ -254,7 +276,14 @@ void register_cpu(py::module_& m) {
       .def(py::init([](const Sizes& y, const Sizes& x) {
              return std::make_unique<Geometry>(axis_of(y), axis_of(x));
            }),
-           py::arg("y"), py::arg("x"));
+           py::arg("y"), py::arg("x"))
+      .def_property_readonly(
+          "locations",
+          [](const Geometry& g) {
+            const auto& tables = g.tables<float>();
+            return std::make_pair(tables.y.locations, tables.x.locations);
+          },
+          "Feature locations of all segments of both axes.");
   m.def("cpu_masked_average_pool", &pool);
   m.def("cpu_masked_average_pool_backward", &pool_backward);
   m.def("cpu_cosine_match", &match);

@@ -25,7 +25,9 @@ struct Image {
   void put(std::int64_t c, int i, int t, Vec<A> score, Index<A> winner) const {
     const std::int64_t at = c * plane + i * pitch + t;
     store(scores + at, score, columns - t);
+    __builtin_prefetch(scores + at + columns, 1);  // the next tile
     if (winners) {
+      __builtin_prefetch(winners + (at + columns) * (bytes ? 1 : 4), 1);
       store_index<A>(winners + at * (bytes ? 1 : 4), bytes, winner, columns - t);
     }
   }
@@ -42,7 +44,8 @@ struct Image {
 
 template <class A>
 void forward(const Match<A>& args) {
-  const Problem<A> p(args);
+  Problem<A> p(args);
+  p.gram = args.gram;
   const int threads = p.threads(args.threads);
   const Memory<Directions<A>, MatchScratch<A>> memory(p, threads);
   const Directions<A>& directions = memory.shared();
@@ -121,7 +124,9 @@ struct SavedPixels {
 
 template <class A>
 void backward(const MatchBackward<A>& args) {
-  const BackwardProblem<A> p(args);
+  BackwardProblem<A> p(args);
+  p.gram = const_cast<A*>(args.gram);
+  p.gram_known = args.gram;
   const int threads = p.threads(args.threads);
   const Memory<BackwardShared<A>, BackwardScratch<A>> memory(p, threads);
   memory.shared().directions.fill(p, threads);

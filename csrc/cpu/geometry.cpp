@@ -42,7 +42,7 @@ void cut(const Axis& axis, int begin, int end, std::vector<Segment>& out) {
     return;
   }
   const Covering windows = axis.covering(begin);
-  out.push_back({begin, end, windows.first, windows.last, first.lower, upper});
+  out.push_back({begin, end, windows.first, windows.last, first.lower, upper, 0});
 }
 
 AxisStorage describe(const Axis& axis) {
@@ -62,7 +62,9 @@ AxisStorage describe(const Axis& axis) {
     s.lower.push_back(axis.taps<double>(pixel).lower);
   }
   const int segments = static_cast<int>(s.segments.size());
-  const int chunks = std::min(16, (segments + 1) / 2);
+  // Each chunk costs the rows that it shares. Four are enough for most processors, and images with
+  // many segments have more.
+  const int chunks = std::min(16, std::max(std::min(4, (segments + 1) / 2), (segments + 3) / 4));
   for (int k = 0; k <= chunks; ++k) {
     s.chunk.push_back(static_cast<int>(static_cast<std::int64_t>(segments) * k / chunks));
   }
@@ -78,7 +80,9 @@ AxisTables<A> tabulate(AxisStorage& s) {
   t.windows = axis.windows;
   t.segments = static_cast<int>(s.segments.size());
   t.segment = s.segments.data();
-  for (const Segment& g : s.segments) {
+  for (Segment& g : s.segments) {
+    g.before = t.locations;
+    t.locations += g.upper - g.lower + 1;
     t.length = std::max(t.length, g.end - g.begin);
     t.reach = std::max(t.reach, g.upper - g.lower + 1);
     t.overlap = std::max(t.overlap, g.last - g.first + 1);

@@ -14,6 +14,7 @@ struct Segment {
   int begin, end;
   int first, last;
   int lower, upper;
+  int before;  // feature locations of the segments before it, counted again where they overlap
 };
 
 // The longest segment, in pixels and in feature locations, so that a tile stays in the L1 cache.
@@ -30,6 +31,7 @@ struct AxisTables {
   int segments;
   const Segment* segment;
   int length, reach, overlap;
+  int locations;     // the sum over all segments
   bool gaps;         // whether there are feature locations between segments that no pixel needs
   const int* lower;  // [pixels] the lower tap
   const A* upper;    // [pixels] the weight of the tap above it
@@ -53,7 +55,8 @@ struct Features {
   std::int64_t stride[5];
 };
 
-// Prototypes [B, C, Gy, Gx, D] and factor [B, K, C, Gy, Gx] in A.
+// Prototypes [B, C, Gy, Gx, D], factor [B, K, C, Gy, Gx] and, for the backward pass, the masks
+// reduced to the feature locations of each tile, [B, K, C, y.locations, x.locations], in A.
 template <class A>
 struct Pool {
   Tables<A> tables;
@@ -62,22 +65,26 @@ struct Pool {
   A min_pixels;
   A* prototypes;
   A* factor;
+  A* weights;
   int threads;
 };
 
 // The same for the backward pass: features.data is the gradient to write; grad [B, C, Gy, Gx, D].
+// Without weights (null), they are computed from the masks again.
 template <class A>
 struct PoolBackward {
   Tables<A> tables;
   Features features;
   Masks masks;
   const A* factor;
+  const A* weights;
   const A* grad;
   int threads;
 };
 
 // Scores, times `logit_scale`, and winners [B, Q, C, H, W]; winners may be null, otherwise uint8 or
-// int32.
+// int32. Unless null, gram [B, Q, 4, h, w] gets the inner products of neighbouring locations that
+// some tile needs, see core/arithmetic.h: own, right, below, diagonal + other.
 template <class A>
 struct Match {
   Tables<A> tables;
@@ -90,6 +97,7 @@ struct Match {
   bool winners_are_bytes;
   int threads;
   A logit_scale = A(1);
+  A* gram = nullptr;
 };
 
 template <class A>
@@ -106,7 +114,8 @@ struct MatchBackward {
   Features grad_features;  // shapes as features; null data if not needed
   A* grad_prototypes;      // null if not needed
   int threads;
-  A logit_scale = A(1);  // of the scores; not 0
+  A logit_scale = A(1);     // of the scores; not 0
+  const A* gram = nullptr;  // of the forward pass; if null, it is computed again
 };
 
 // The result of a call of the loss.

@@ -32,9 +32,9 @@ struct Problem {
   std::int64_t C, D, width;  // width: channels of a packed location, padded
   std::int64_t pitch;        // from one packed location to the next
   std::int64_t windows;      // Gy * Gx
-  bool backward;
+  std::int64_t locations;    // of all tiles
 
-  Problem(const Tables<A>& t, const Features& f, const Masks& m, bool back)
+  Problem(const Tables<A>& t, const Features& f, const Masks& m)
       : tables(t),
         features(f),
         masks(m),
@@ -43,7 +43,7 @@ struct Problem {
         width(padded(f.D)),
         pitch(pitch_of<A>(width)),
         windows(static_cast<std::int64_t>(t.y.windows) * t.x.windows),
-        backward(back) {}
+        locations(static_cast<std::int64_t>(t.y.locations) * t.x.locations) {}
 
   int threads(int wanted) const {
     const double pixels = double(tables.y.pixels) * tables.x.pixels;
@@ -53,8 +53,8 @@ struct Problem {
   }
 };
 
-// The mask of one class of one image, starting at a pixel. A stored mask is read in place; a
-// derived one is first written to a buffer, one row of a tile at a time.
+// The mask of one class of one image, starting at a pixel: stored, or derived from the labels or
+// from the masks of the other classes.
 template <class A>
 class ClassMask {
  public:
@@ -85,45 +85,47 @@ class ClassMask {
           (static_cast<std::int64_t>(y) * W + x) * size_;
   }
 
-  // Whether rows are bytes, otherwise A.
-  bool bytes() const { return read_ != Read::floats && read_ != Read::rest_of_floats; }
-
-  // n pixels of row i from column j on, both relative to the first pixel.
-  const char* row(int i, int j, int n, char* buffer) const {
+  // n <= kLanes pixels of row i from column j on, both relative to the first pixel; the other lanes
+  // are 0.
+  Vec<A> load(int i, int j, int n) const {
     const char* at = at_ + i * pitch_ + j * size_;
+    __builtin_prefetch(at + 64);  // of the next tile
+    Vec<A> M{};
     switch (read_) {
       case Read::bytes:
+        return __builtin_convertvector(load_index<A>(at, true, n), Vec<A>);
       case Read::floats:
-        return at;
-      case Read::labels8:
-        for (int t = 0; t < n; ++t) {
-          buffer[t] = static_cast<unsigned char>(at[t]) == label_;
-        }
-        break;
-      case Read::labels64:
+        return cpu::load(reinterpret_cast<const A*>(at), n);
+      case Read::labels64: {
+        A buffer[kLanes<A>] = {};
         for (int t = 0; t < n; ++t) {
           buffer[t] = reinterpret_cast<const std::int64_t*>(at)[t] == label_;
         }
+        return cpu::load(buffer);
+      }
+      case Read::labels8: {
+        const Index<A> label = Index<A>{} + static_cast<Whole<A>>(label_);
+        M = load_index<A>(at, true, n) == label ? splat(A(1)) : Vec<A>{};
         break;
-      case Read::rest_of_bytes:
-        for (int t = 0; t < n; ++t) buffer[t] = at[t] == 0;
-        for (int k = 1; k < foreground_; ++k) {
-          const char* next = at + k * plane_;
-          for (int t = 0; t < n; ++t) buffer[t] &= next[t] == 0;
-        }
+      }
+      case Read::rest_of_bytes: {
+        Index<A> any{};
+        for (int k = 0; k < foreground_; ++k) any |= load_index<A>(at + k * plane_, true, n);
+        M = any == 0 ? splat(A(1)) : Vec<A>{};
         break;
-      case Read::rest_of_floats:
-        A* const rest = reinterpret_cast<A*>(buffer);
-        for (int t = 0; t < n; ++t) rest[t] = 0;
+      }
+      case Read::rest_of_floats: {
+        Vec<A> sum{};
         for (int k = 0; k < foreground_; ++k) {
-          const A* next = reinterpret_cast<const A*>(at + k * plane_);
-          for (int t = 0; t < n; ++t) rest[t] += next[t];
+          sum += cpu::load(reinterpret_cast<const A*>(at + k * plane_), n);
         }
-        // NaN stays NaN.
-        for (int t = 0; t < n; ++t) rest[t] = rest[t] > A(1) ? A(0) : A(1) - rest[t];
+        M = sum > A(1) ? Vec<A>{} : A(1) - sum;  // NaN stays NaN
         break;
+      }
     }
-    return buffer;
+    Index<A> lane{};
+    for (int t = 0; t < kLanes<A>; ++t) lane[t] = t;
+    return lane < n ? M : Vec<A>{};
   }
 
  private:
@@ -136,41 +138,7 @@ class ClassMask {
   const char* at_;
 };
 
-// Reads n <= kLanes pixels of a mask.
-template <class A>
-inline Vec<A> load_mask(const char* p, bool bytes, int n) {
-  if (!bytes) return load(reinterpret_cast<const A*>(p), n);
-  const Index<A> whole = load_index<A>(p, true, n);
-  return __builtin_convertvector(whole, Vec<A>);
-}
-
 // ---- mask sizes --------------------------------------------------------------------
-
-// Sums of the masks over each tile of one row of segments.
-template <class A>
-void count_tiles(const Problem<A>& p, std::int64_t b, std::int64_t n, std::int64_t c, int sy,
-                 double* counts) {
-  const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
-  const Segment& rows = y.segment[sy];
-  for (int sx = 0; sx < x.segments; ++sx) {
-    const Segment& columns = x.segment[sx];
-    const int width = columns.end - columns.begin;
-    const ClassMask<A> mask(p, b, n, c, rows.begin, columns.begin);
-    double total = 0;
-    for (int i = 0; i < rows.end - rows.begin; ++i) {
-      alignas(64) char buffer[kTilePixels * sizeof(A)];
-      const char* row = mask.row(i, 0, width, buffer);
-      if (mask.bytes()) {
-        int sum = 0;
-        for (int j = 0; j < width; ++j) sum += static_cast<unsigned char>(row[j]);
-        total += sum;
-      } else {
-        for (int j = 0; j < width; ++j) total += reinterpret_cast<const A*>(row)[j];
-      }
-    }
-    counts[sx] = total;
-  }
-}
 
 // factor = 1 / (K n), or 0 for a window with too few pixels, from the sums over tiles.
 template <class A>
@@ -200,6 +168,14 @@ void window_factors(const Problem<A>& p, const double* counts, double* columns, 
 
 // ---- tiles ------------------------------------------------------------------------------------
 
+// Where W of a tile begins, tiles one after the other; `plane` counts images and classes.
+template <class A>
+std::int64_t tile_weights(const Problem<A>& p, const Side<A>& y, const Side<A>& x,
+                          std::int64_t plane) {
+  return plane * p.locations + std::int64_t{y.before} * p.tables.x.locations +
+         std::int64_t{y.cells} * x.before;
+}
+
 template <class A>
 struct TileScratch {
   A* columns = nullptr;  // [R rows, T] a mask reduced to the rows of locations
@@ -213,15 +189,14 @@ struct TileScratch {
     sums = arena.take<A>(kClasses * p.width);
   }
 
-  // W of one class. Returns false, without writing it, if the mask is empty.
-  bool mask_weights(const Problem<A>& p, const Side<A>& y, const Side<A>& x, std::int64_t b,
-                    std::int64_t n, std::int64_t c, A* out) const {
+  // W of one class; returns the sum of its mask.
+  double mask_weights(const Problem<A>& p, const Side<A>& y, const Side<A>& x, std::int64_t b,
+                      std::int64_t n, std::int64_t c, A* out) const {
     const int T = p.tables.x.length;
     const ClassMask<A> mask(p, b, n, c, y.begin, x.begin);
-    const bool bytes = mask.bytes();
-    alignas(64) char buffer[kLanes<A> * sizeof(A)];
     std::memset(columns, 0, sizeof(A) * y.cells * T);
     Index<A> any{};
+    Vec<A> sum{};
     for (int t = 0; t < x.pixels; t += kLanes<A>) {
       const int count = x.pixels - t < kLanes<A> ? x.pixels - t : kLanes<A>;
       int row = 0;
@@ -229,10 +204,9 @@ struct TileScratch {
       walk_rows(
           p.tables.y, y, [&](int, int) { low = high = Vec<A>{}; },
           [&](int, A down) {
-            const char* at = mask.row(row++, t, count, buffer);
-            const Vec<A> M = load_mask<A>(at, bytes, count);
-            __builtin_prefetch(at + 64);  // of the next tile
+            const Vec<A> M = mask.load(row++, t, count);
             any |= M != Vec<A>{};
+            sum += M;
             low += (A(1) - down) * M;
             high += down * M;
           },
@@ -243,11 +217,46 @@ struct TileScratch {
     }
     Whole<A> found = 0;
     for (int i = 0; i < kLanes<A>; ++i) found |= any[i];
-    if (!found) return false;
+    if (!found) {
+      std::memset(out, 0, sizeof(A) * y.cells * x.cells);
+      return 0;
+    }
     reduce_rows(columns, y.cells, x.weight, x.cells, T, out, x.cells);
-    return true;
+    double total = 0;
+    for (int i = 0; i < kLanes<A>; ++i) total += sum[i];
+    return total;
+  }
+
+  // Copies W of class c of a tile; returns false if the mask is empty.
+  bool copy_weights(const Problem<A>& p, const A* weights, const Side<A>& y, const Side<A>& x,
+                    std::int64_t b, std::int64_t n, std::int64_t c, A* out) const {
+    const A* from = weights + tile_weights(p, y, x, (b * p.features.N + n) * p.C + c);
+    bool any = false;
+    for (int l = 0; l < y.cells * x.cells; ++l) {
+      out[l] = from[l];
+      any |= from[l] != A(0);
+    }
+    return any;
   }
 };
+
+// W of all tiles, and their sums [B, K, C, Sy, Sx] unless null.
+template <class A, class Start>
+void mask_weights(const Problem<A>& p, int threads, Start scratch, A* weights, double* sums) {
+  const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
+  const std::int64_t planes = p.features.B * p.features.N * p.C;
+  parallel(planes * y.segments, threads, scratch, [&](std::int64_t unit, auto& s) {
+    const std::int64_t plane = unit / y.segments, image = plane / p.C;
+    const Side<A> rows = side(y, static_cast<int>(unit % y.segments));
+    for (int sx = 0; sx < x.segments; ++sx) {
+      const Side<A> columns = side(x, sx);
+      const double sum =
+          s.tile.mask_weights(p, rows, columns, image / p.features.N, image % p.features.N,
+                              plane % p.C, weights + tile_weights(p, rows, columns, plane));
+      if (sums) sums[unit * x.segments + sx] = sum;
+    }
+  });
+}
 
 // Whether a window over a tile has enough pixels of class c.
 template <class A>
@@ -324,7 +333,7 @@ void pool_tile(const Pool<A>& args, const Problem<A>& p, const ForwardScratch<A>
     for (std::int64_t c = c0; c < p.C && c < c0 + kClasses; ++c) {
       const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
       if (any_window_counts(p, y, x, factor) &&
-          s.tile.mask_weights(p, y, x, b, n, c, s.tile.weights + found * L)) {
+          s.tile.copy_weights(p, args.weights, y, x, b, n, c, s.tile.weights + found * L)) {
         present[found++] = c;
       }
     }
@@ -360,7 +369,7 @@ void pool_tile(const Pool<A>& args, const Problem<A>& p, const ForwardScratch<A>
 
 template <class A>
 void forward(const Pool<A>& args) {
-  const Problem<A> p(args.tables, args.features, args.masks, false);
+  const Problem<A> p(args.tables, args.features, args.masks);
   const int threads = p.threads(args.threads);
   const Memory<ForwardShared<A>, ForwardScratch<A>> memory(p, threads);
   const ForwardShared<A>& shared = memory.shared();
@@ -370,12 +379,7 @@ void forward(const Pool<A>& args) {
 
   using Scratch = ForwardScratch<A>;
   const auto scratch = memory.scratch(p);
-  parallel(B * K * p.C * y.segments, threads, scratch, [&](std::int64_t unit, Scratch&) {
-    const std::int64_t plane = unit / y.segments, c = plane % p.C, image = plane / p.C;
-    const int sy = static_cast<int>(unit % y.segments);
-    count_tiles(p, image / K, image % K, c, sy,
-                shared.counts + plane * tiles + static_cast<std::int64_t>(sy) * x.segments);
-  });
+  mask_weights(p, threads, scratch, args.weights, shared.counts);
   parallel(B * K * p.C, threads, scratch, [&](std::int64_t plane, Scratch& s) {
     window_factors(p, shared.counts + plane * tiles, s.columns, args.min_pixels,
                    args.factor + plane * p.windows);
@@ -433,19 +437,16 @@ void forward(const Pool<A>& args) {
 
 template <class A>
 struct BackwardShared {
-  A* parts = nullptr;  // [images, chunks, shared rows, w, width]
+  A* weights = nullptr;  // W of all tiles
+  A* parts = nullptr;    // [images, chunks, shared rows, w, width]
   std::int64_t part_size = 0;
 
   BackwardShared() = default;
   BackwardShared(Arena& arena, const Problem<A>& p) {
     const std::int64_t images = p.features.B * p.features.N;
-    part_size = offset(p, p.tables.y.chunks);
+    part_size = part_offset(p.tables.y, p.tables.y.chunks, p.features.w * p.pitch);
     parts = arena.take<A>((images < kImages ? images : kImages) * part_size);
-  }
-  static std::int64_t offset(const Problem<A>& p, int k) {
-    std::int64_t rows = 0;
-    for (int i = 0; i < k; ++i) rows += chunk_of(p.tables.y, i).shared();
-    return rows * p.features.w * p.pitch;
+    weights = arena.take<A>(images * p.C * p.locations);
   }
 };
 
@@ -458,7 +459,7 @@ struct BackwardScratch {
 };
 
 template <class A>
-void pool_tile_backward(const PoolBackward<A>& args, const Problem<A>& p,
+void pool_tile_backward(const PoolBackward<A>& args, const Problem<A>& p, const A* weights,
                         const BackwardScratch<A>& s, const Side<A>& y, int sx, std::int64_t b,
                         std::int64_t n) {
   const Side<A> x = side(p.tables.x, sx);
@@ -472,7 +473,7 @@ void pool_tile_backward(const PoolBackward<A>& args, const Problem<A>& p,
     for (std::int64_t c = c0; c < p.C && c < c0 + kClasses; ++c) {
       const A* factor = args.factor + ((b * p.features.N + n) * p.C + c) * p.windows;
       if (!any_window_counts(p, y, x, factor) ||
-          !s.tile.mask_weights(p, y, x, b, n, c, s.tile.weights + found * L)) {
+          !s.tile.copy_weights(p, weights, y, x, b, n, c, s.tile.weights + found * L)) {
         continue;
       }
       A* sum = s.tile.sums + found * p.width;
@@ -503,53 +504,45 @@ void pool_tile_backward(const PoolBackward<A>& args, const Problem<A>& p,
 
 template <class A>
 void backward(const PoolBackward<A>& args) {
-  const Problem<A> p(args.tables, args.features, args.masks, true);
+  const Problem<A> p(args.tables, args.features, args.masks);
   const int threads = p.threads(args.threads);
   const Memory<BackwardShared<A>, BackwardScratch<A>> memory(p, threads);
   const BackwardShared<A>& shared = memory.shared();
   const AxisTables<A>&y = p.tables.y, &x = p.tables.x;
   const std::int64_t K = p.features.N, all = p.features.B * K, h = p.features.h;
-  const std::int64_t row_size = p.features.w * p.pitch;
   using Scratch = BackwardScratch<A>;
   const auto scratch = memory.scratch(p);
 
+  const A* weights = args.weights;
+  if (!weights) {
+    mask_weights<A>(p, threads, scratch, shared.weights, nullptr);
+    weights = shared.weights;
+  }
   for (std::int64_t first = 0; first < all; first += kImages) {
     const std::int64_t images = all - first < kImages ? all - first : kImages;
     parallel(images * y.chunks, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t slot = unit / y.chunks, b = (first + slot) / K, n = (first + slot) % K;
       const int k = static_cast<int>(unit % y.chunks);
       const Chunk chunk = chunk_of(y, k);
-      A* parts = shared.parts + slot * shared.part_size + shared.offset(p, k);
+      A* parts = shared.parts + slot * shared.part_size + part_offset(y, k, p.features.w * p.pitch);
       s.features.start(x, chunk, parts);
       for (int sy = chunk.first; sy < chunk.last; ++sy) {
         const int lower = y.segment[sy].lower, upper = y.segment[sy].upper;
         s.features.write(p.features, p.pitch, b, n, lower);
         s.features.open(lower, upper);
         for (int sx = 0; sx < x.segments; ++sx)
-          pool_tile_backward(args, p, s, side(y, sy), sx, b, n);
+          pool_tile_backward(args, p, weights, s, side(y, sy), sx, b, n);
       }
       const int end = chunk.upper + 1 > chunk.end ? chunk.upper + 1 : chunk.end;
       s.features.write(p.features, p.pitch, b, n, end);
     });
-    // Rows shared by several chunks are the sum of their parts, in order.
     parallel(images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
       const std::int64_t slot = unit / h, b = (first + slot) / K, n = (first + slot) % K;
       const int i = static_cast<int>(unit % h);
-      A* sum = s.features.ring.data;
-      int found = 0;
-      for (int k = 0; k < y.chunks; ++k) {
-        const Chunk chunk = chunk_of(y, k);
-        if (i < chunk.lower || i > chunk.upper || !chunk.shares(i)) continue;
-        const A* part = shared.parts + slot * shared.part_size + shared.offset(p, k) +
-                        chunk.place(i) * row_size;
-        if (found++ == 0) {
-          std::memcpy(sum, part, sizeof(A) * row_size);
-        } else {
-          for (std::int64_t d = 0; d < row_size; ++d) sum[d] += part[d];
-        }
-      }
-      if (!found) return;
-      unpack<A>([sum](std::int64_t) { return sum; }, p.pitch, p.features, b, n, i, i + 1);
+      const A* row = sum_parts(y, i, p.features.w * p.pitch, shared.parts + slot * shared.part_size,
+                               s.features.ring.data);
+      if (!row) return;
+      unpack<A>([row](std::int64_t) { return row; }, p.pitch, p.features, b, n, i, i + 1);
     });
   }
 }

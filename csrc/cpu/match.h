@@ -44,6 +44,8 @@ struct Problem {
   std::int64_t windows;      // Gy * Gx
   bool mean;                 // over the windows of a pixel, instead of the best
   A logit_scale;             // multiplies the cosines
+  A* gram = nullptr;         // [B, N, 4, h, w], if not null:
+  bool gram_known = false;   // read from there, otherwise written
 
   template <class Args>
   explicit Problem(const Args& args)
@@ -121,9 +123,10 @@ struct Rows {
   A* zero = nullptr;                  // a location of zeros, used beyond the end of a row
   int loaded = -1;                    // the last row that was loaded, -1 for none
   std::int64_t image = -1;            // and its image
+  int before = -1;                    // rows up to this one are written by an earlier chunk
 
   Rows(Arena& arena, const Problem<A>& p) {
-    const int slots = p.tables.y.reach + 2;
+    const int slots = p.tables.y.reach + 1;
     const std::int64_t w = p.features.w;
     features = {arena.take<A>(slots * w * p.pitch), slots, w * p.pitch};
     for (Ring<A>* map : {&own, &right, &below, &across}) {
@@ -137,6 +140,14 @@ struct Rows {
     const std::int64_t next = b * p.features.N + n;
     if (next != image || loaded != chunk.before) loaded = -1;
     image = next;
+    before = chunk.before;
+    if (p.gram_known) {
+      const int h = static_cast<int>(p.features.h);
+      int k = 0;
+      for (Ring<A>* map : {&own, &right, &below, &across}) {
+        *map = {gram_row(p, 0, k++), h, p.features.w};
+      }
+    }
     for (std::int64_t d = 0; d < p.width; ++d) zero[d] = A(0);
   }
 
@@ -146,12 +157,25 @@ struct Rows {
     if (first > upper) return;
     pack(p.features, b, n, first, upper + 1, features, p.width);
     for (int i = first; i <= upper; ++i) {
-      products(p, i, loaded == i - 1 && i > 0);
+      const bool above = loaded == i - 1 && i > 0;
       loaded = i;
+      if (p.gram_known) continue;
+      products(p, i, above);
+      if (!p.gram || i <= before) continue;
+      const Ring<A>* const maps[4] = {&own, &right, &below, &across};
+      for (int k = 0; k < (above ? 4 : 2); ++k) {
+        const int at = k < 2 ? i : i - 1;  // the last two are products of row i - 1 with row i
+        std::memcpy(gram_row(p, at, k), maps[k]->row(at), sizeof(A) * p.features.w);
+      }
     }
   }
 
  private:
+  // Row i of map k of this image in p.gram.
+  A* gram_row(const Problem<A>& p, int i, int k) const {
+    return p.gram + ((image * 4 + k) * p.features.h + i) * p.features.w;
+  }
+
   // own and right of row i; below and across of row i - 1 if it is loaded.
   void products(const Problem<A>& p, int i, bool above) {
     constexpr int n = kLanes<A> >= 4 ? kLanes<A> / 4 : 1;  // locations at a time
@@ -252,7 +276,7 @@ struct Piece {
 // Buffers of a tile, forward and backward.
 template <class A>
 struct TileScratch {
-  A* dots = nullptr;           // [kWindows, locations] a, or da
+  A* dots = nullptr;           // [kWindows, locations] a, or da; sums of length_gradients
   A* mean = nullptr;           // [locations] the mean of a over the windows, or da of each of them
   A* columns = nullptr;        // [kAtOnce, R rows, T] a interpolated to the pixels' columns
   A* row = nullptr;            // [R rows, T] row(i) of |u|^2

@@ -26,9 +26,9 @@ struct QueryGradient {
   Ring<A> own, right, below, across;
 
   QueryGradient(Arena& arena, const Problem<A>& p) {
-    const int slots = p.tables.y.reach + 2;
+    const int slots = p.tables.y.reach + 1;
     const std::int64_t w = p.features.w;
-    features.ring = {arena.take<A>(slots * w * p.pitch), slots, w * p.pitch};
+    features.ring = {arena.take<A>((slots - 1) * w * p.pitch), slots - 1, w * p.pitch};
     for (Ring<A>* map : {&own, &right, &below, &across}) {
       *map = {arena.take<A>(slots * padded(w)), slots, padded(w)};
     }
@@ -46,50 +46,71 @@ struct QueryGradient {
   // Writes the rows below `end`, which no later tile touches.
   void write(const BackwardProblem<A>& p, const Rows<A>& rows, std::int64_t b, std::int64_t n,
              int end) {
+    Line lines[kTileCells];
+    int count = 0;
     for (int i = features.written; i < end; ++i) {
-      if (features.is_open(i)) products(p, rows, i);
+      if (features.is_open(i)) lines[count++] = line(rows, i);
+    }
+    // Column by column, so that each location comes from the L2 cache once, not once for each row.
+    for (std::int64_t j = 0; j < p.features.w; ++j) {
+      for (int k = 0; k < count; ++k) products(p, lines[k], rows.zero, j);
     }
     features.write(p.grad_features, p.pitch, b, n, end);
   }
 
  private:
-  // The gradient through the inner products of row i: dF += their gradients times the other factor.
-  void products(const Problem<A>& p, const Rows<A>& rows, int i) const {
+  // A row: its features and those above and below it (null if not open), its gradient, and the
+  // gradients of inner products within it, with the row below, and of the row above with it.
+  struct Line {
+    const A* F[3];
+    A* out;
+    const A *own, *right, *below, *across, *from_above, *across_above;
+  };
+
+  Line line(const Rows<A>& rows, int i) const {
     const bool has_above = i > features.run, has_below = i < features.opened;
+    return {{has_above ? rows.features.row(i - 1) : nullptr, rows.features.row(i),
+             has_below ? rows.features.row(i + 1) : nullptr},
+            features.row(i),
+            own.row(i),
+            right.row(i),
+            below.row(i),
+            across.row(i),
+            has_above ? below.row(i - 1) : nullptr,
+            has_above ? across.row(i - 1) : nullptr};
+  }
+
+  // The gradient through the inner products of location j of a row: dF += their gradients times the
+  // other factor.
+  void products(const Problem<A>& p, const Line& r, const A* zero, std::int64_t j) const {
     const std::int64_t w = p.features.w;
-    const A* const F[3] = {has_above ? rows.features.row(i - 1) : nullptr, rows.features.row(i),
-                           has_below ? rows.features.row(i + 1) : nullptr};
-    for (std::int64_t j = 0; j < w; ++j) {
-      const A* in[9];
-      A factor[9] = {};
-      for (int y = 0; y < 3; ++y) {
-        for (int x = 0; x < 3; ++x) {
-          const bool there = F[y] && j + x >= 1 && j + x <= w;
-          in[3 * y + x] = there ? F[y] + (j + x - 1) * p.pitch : rows.zero;
-        }
+    const bool has_left = j > 0, has_right = j + 1 < w;
+    const A* in[9];
+    A factor[9] = {};
+    for (int y = 0; y < 3; ++y) {
+      for (int x = 0; x < 3; ++x) {
+        const bool there = r.F[y] && j + x >= 1 && j + x <= w;
+        in[3 * y + x] = there ? r.F[y] + (j + x - 1) * p.pitch : zero;
       }
-      const bool has_left = j > 0, has_right = j + 1 < w;
-      factor[4] = A(2) * own.row(i)[j];
-      if (has_left) factor[3] = right.row(i)[j - 1];
-      if (has_right) factor[5] = right.row(i)[j];
-      if (has_below) {
-        factor[7] = below.row(i)[j];
-        if (has_left) factor[6] = across.row(i)[j - 1];
-        if (has_right) factor[8] = across.row(i)[j];
-      }
-      if (has_above) {
-        factor[1] = below.row(i - 1)[j];
-        if (has_left) factor[0] = across.row(i - 1)[j - 1];
-        if (has_right) factor[2] = across.row(i - 1)[j];
-      }
-      A* out = features.row(i) + j * p.pitch;
-      for (std::int64_t d = 0; d < p.width; d += kLanes<A>) {
-        for (int y = 0; y < 3; ++y) __builtin_prefetch(in[3 * y + 2] + d + p.pitch);
-        __builtin_prefetch(out + d + p.pitch);
-        Vec<A> sum = load(out + d);
-        for (int k = 0; k < 9; ++k) sum += factor[k] * load(in[k] + d);
-        store(out + d, sum);
-      }
+    }
+    factor[4] = A(2) * r.own[j];
+    if (has_left) factor[3] = r.right[j - 1];
+    if (has_right) factor[5] = r.right[j];
+    if (r.F[2]) {
+      factor[7] = r.below[j];
+      if (has_left) factor[6] = r.across[j - 1];
+      if (has_right) factor[8] = r.across[j];
+    }
+    if (r.F[0]) {
+      factor[1] = r.from_above[j];
+      if (has_left) factor[0] = r.across_above[j - 1];
+      if (has_right) factor[2] = r.across_above[j];
+    }
+    A* const out = r.out + j * p.pitch;
+    for (std::int64_t d = 0; d < p.width; d += kLanes<A>) {
+      Vec<A> sum = load(out + d);
+      for (int k = 0; k < 9; ++k) sum += factor[k] * load(in[k] + d);
+      store(out + d, sum);
     }
   }
 };
@@ -114,7 +135,7 @@ struct BackwardShared {
       grad_directions = arena.take<A>(episodes * direction_size);
     }
     if (p.grad_features.data) {
-      part_size = part_offset(p, p.tables.y.chunks);
+      part_size = part_offset(p.tables.y, p.tables.y.chunks, p.features.w * p.pitch);
       parts = arena.take<A>(episodes * images * part_size);
     }
   }
@@ -130,11 +151,6 @@ struct BackwardShared {
       rows += c.last - c.first + 1;
     }
     return rows * p.C * p.tables.x.windows * p.width;
-  }
-  static std::int64_t part_offset(const Problem<A>& p, int k) {
-    std::int64_t rows = 0;
-    for (int i = 0; i < k; ++i) rows += chunk_of(p.tables.y, i).shared();
-    return rows * p.features.w * p.pitch;
   }
 };
 
@@ -230,20 +246,29 @@ void length_gradients(const BackwardProblem<A>& p, const Tile<A>& tile,
           store(between + lower * T, load(between + lower * T) + both);
         });
   }
-  const struct {
-    const A* value;
-    const A* table;
-    const Ring<A>& map;
-    A times;
-  } products[] = {{s.tile.row, tile.x.square, s.gradient.own, A(1)},
-                  {s.tile.row, tile.x.cross, s.gradient.right, A(2)},
-                  {s.tile.between, tile.x.square, s.gradient.below, A(1)},
-                  {s.tile.between, tile.x.cross, s.gradient.across, A(1)}};
-  for (const auto& product : products) {
-    reduce_rows(product.value, rows, product.table, cells, T, s.tile.mean, cells);
-    for (int i = 0; i < rows; ++i) {
-      A* to = product.map.row(tile.y.lower + i) + tile.x.lower;
-      for (int j = 0; j < cells; ++j) to[j] += product.times * s.tile.mean[i * cells + j];
+  // All four products of `row` and `between` with the tables, in one.
+  const A *table[2 * kTileCells], *value[2 * kTileCells];
+  for (int r = 0; r < cells; ++r) {
+    table[r] = tile.x.square + r * T;
+    table[cells + r] = tile.x.cross + r * T;
+  }
+  for (int i = 0; i < rows; ++i) {
+    value[i] = s.tile.row + i * T;
+    value[rows + i] = s.tile.between + i * T;
+  }
+  dots<A>(table, 2 * cells, value, 2 * rows, T, s.tile.dots, 2 * cells);
+  for (int i = 0; i < rows; ++i) {
+    const A *row = s.tile.dots + i * 2 * cells, *between = row + rows * 2 * cells;
+    const int at = tile.y.lower + i;
+    A* own = s.gradient.own.row(at) + tile.x.lower;
+    A* right = s.gradient.right.row(at) + tile.x.lower;
+    A* below = s.gradient.below.row(at) + tile.x.lower;
+    A* across = s.gradient.across.row(at) + tile.x.lower;
+    for (int j = 0; j < cells; ++j) {
+      own[j] += row[j];
+      right[j] += A(2) * row[cells + j];
+      below[j] += between[j];
+      across[j] += between[cells + j];
     }
   }
 }
@@ -346,7 +371,7 @@ void match_chunk_backward(const BackwardProblem<A>& p, const BackwardShared<A>& 
     A* parts = nullptr;
     if (wants_features) {
       parts = shared.parts + (episode * shared.images + image) * shared.part_size +
-              shared.part_offset(p, k);
+              part_offset(y, k, p.features.w * p.pitch);
     }
     s.rows.start(p, b, n, chunk);
     s.gradient.features.start(p.tables.x, chunk, parts);
@@ -369,27 +394,6 @@ void match_chunk_backward(const BackwardProblem<A>& p, const BackwardShared<A>& 
       s.gradient.write(p, s.rows, b, n, end);
     }
   }
-}
-
-// Rows of dF shared by several chunks are the sum of their parts, in order.
-template <class A>
-void add_parts(const BackwardProblem<A>& p, const BackwardShared<A>& shared, A* sum, int i,
-               std::int64_t b, std::int64_t n, std::int64_t slot) {
-  const std::int64_t size = p.features.w * p.pitch;
-  int found = 0;
-  for (int k = 0; k < p.tables.y.chunks; ++k) {
-    const Chunk chunk = chunk_of(p.tables.y, k);
-    if (i < chunk.lower || i > chunk.upper || !chunk.shares(i)) continue;
-    const A* part =
-        shared.parts + slot * shared.part_size + shared.part_offset(p, k) + chunk.place(i) * size;
-    if (found++ == 0) {
-      std::memcpy(sum, part, sizeof(A) * size);
-    } else {
-      for (std::int64_t d = 0; d < size; ++d) sum[d] += part[d];
-    }
-  }
-  if (!found) return;
-  unpack<A>([sum](std::int64_t) { return sum; }, p.pitch, p.grad_features, b, n, i, i + 1);
 }
 
 // dp = (dq - <q, dq> q) / |p|, with dq the sum of the chunks' parts.
@@ -442,8 +446,13 @@ void backward(const BackwardProblem<A>& p, const Shared& shared, int threads, St
       if (!p.grad_features.data) continue;
       parallel(episodes * images * h, threads, scratch, [&](std::int64_t unit, Scratch& s) {
         const std::int64_t e = unit / (images * h), image = unit / h % images;
-        add_parts(p, shared, s.rows.features.data, static_cast<int>(unit % h), b0 + e, n0 + image,
-                  e * shared.images + image);
+        const int i = static_cast<int>(unit % h);
+        const A* row = sum_parts(p.tables.y, i, p.features.w * p.pitch,
+                                 shared.parts + (e * shared.images + image) * shared.part_size,
+                                 s.rows.features.data);
+        if (!row) return;
+        unpack<A>([row](std::int64_t) { return row; }, p.pitch, p.grad_features, b0 + e, n0 + image,
+                  i, i + 1);
       });
     }
     if (!p.grad_prototypes) continue;

@@ -72,13 +72,16 @@ void best_of(int n, const Problem<A>& p, const Tile<A>& tile, const TileScratch<
 template <class A>
 bool finite(const Problem<A>& p, const Tile<A>& tile, const Rows<A>& rows,
             const Directions<A>& directions, std::int64_t b) {
-  A sum = A(0);
+  A sums[4] = {};  // of each map, since one sum would wait for every addition
   for (int i = 0; i < tile.y.cells; ++i) {
-    for (const Ring<A>* map : {&rows.own, &rows.right, &rows.below, &rows.across}) {
-      const A* values = map->row(tile.y.lower + i) + tile.x.lower;
-      for (int j = 0; j < tile.x.cells; ++j) sum += values[j] * A(0);
+    const int at = tile.y.lower + i;
+    const A* const maps[4] = {rows.own.row(at), rows.right.row(at), rows.below.row(at),
+                              rows.across.row(at)};
+    for (int j = tile.x.lower; j < tile.x.lower + tile.x.cells; ++j) {
+      for (int k = 0; k < 4; ++k) sums[k] += maps[k][j] * A(0);
     }
   }
+  A sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   for (std::int64_t c = 0; c < p.C; ++c) {
     for (int k = 0; k < tile.windows; ++k) {
       sum += directions.inverse[(b * p.C + c) * p.windows + tile.window(p, k)] * A(0);

@@ -19,12 +19,23 @@ struct Ring {
   int slots;
   std::int64_t size;  // of a row
 
-  A* row(std::int64_t i) const { return data + i % slots * size; }
+  A* row(std::int64_t i) const { return data + static_cast<int>(i) % slots * size; }
 };
 
 template <class T>
 inline T* image_of(const Features& f, std::int64_t b, std::int64_t n) {
   return reinterpret_cast<T*>(f.data) + b * f.stride[0] + n * f.stride[1];
+}
+
+// The number of rows i, i + 1, ... < last that follow each other in an image with D outermost and
+// where they are packed, `row(i)`: together they are one long row.
+template <class Row>
+inline std::int64_t adjacent(const Features& f, Row row, std::int64_t pitch, std::int64_t i,
+                             std::int64_t last) {
+  std::int64_t n = 1;
+  if (f.stride[3] != f.w || !row(i)) return n;
+  while (i + n < last && row(i + n) == row(i) + n * f.w * pitch) ++n;
+  return n;
 }
 
 // Packs rows first <= i < last of image (b, n) into a ring: `row(i)[j * pitch + d]`, zero-padded to
@@ -54,12 +65,14 @@ inline void pack_as(const Features& f, std::int64_t b, std::int64_t n, std::int6
     packed_channels = f.D / lanes * lanes;
     for (std::int64_t d = 0; d < packed_channels; d += lanes) {
       const std::int64_t ahead = d + lanes < packed_channels ? lanes * sd : 0;
-      for (std::int64_t i = first; i < last; ++i) {
+      for (std::int64_t i = first, rows; i < last; i += rows) {
+        rows = adjacent(f, [&to](std::int64_t k) { return to.row(k); }, pitch, i, last);
+        const std::int64_t length = rows * f.w;
         const T* p = image + i * sh + d * sd;
         A* q = to.row(i) + d;
-        // The last square is moved back to end with the row.
-        for (std::int64_t j = 0; j < f.w; j += lanes) {
-          const std::int64_t at = j + lanes <= f.w ? j : f.w - lanes;
+        // The last square is moved back to end with the rows.
+        for (std::int64_t j = 0; j < length; j += lanes) {
+          const std::int64_t at = j + lanes <= length ? j : length - lanes;
           Vec<A> v[lanes];
           for (int k = 0; k < lanes; ++k) {
             v[k] = load_as(p + k * sd + at, A());
@@ -104,11 +117,13 @@ inline void unpack_as(Row row, std::int64_t pitch, const Features& f, std::int64
     done = f.D / lanes * lanes;
     for (std::int64_t d = 0; d < done; d += lanes) {
       const std::int64_t ahead = d + lanes < done ? lanes * sd : 0;
-      for (std::int64_t i = first; i < last; ++i) {
+      for (std::int64_t i = first, rows; i < last; i += rows) {
+        rows = adjacent(f, row, pitch, i, last);
+        const std::int64_t length = rows * f.w;
         const A* from = row(i);
         T* p = image + i * sh + d * sd;
-        for (std::int64_t j = 0; j < f.w; j += lanes) {
-          const std::int64_t at = j + lanes <= f.w ? j : f.w - lanes;
+        for (std::int64_t j = 0; j < length; j += lanes) {
+          const std::int64_t at = j + lanes <= length ? j : length - lanes;
           Vec<A> v[lanes] = {};
           if (from) {
             for (int k = 0; k < lanes; ++k) v[k] = load(from + (at + k) * pitch + d);
@@ -200,6 +215,34 @@ inline Chunk chunk_of(const AxisTables<A>& y, int k) {
   c.begin = c.before + 1;
   c.end = final ? y.cells : (c.after < c.upper + 1 ? c.after : c.upper + 1);
   return c;
+}
+
+// The numbers of all parts of an image, and where those of chunk k begin; rows have `size` numbers.
+template <class A>
+inline std::int64_t part_offset(const AxisTables<A>& y, int k, std::int64_t size) {
+  std::int64_t rows = 0;
+  for (int i = 0; i < k; ++i) rows += chunk_of(y, i).shared();
+  return rows * size;
+}
+
+// Row i of a gradient, if chunks share it, otherwise null: the sum of their parts, in order, in
+// `sum` or, of a single part, in place.
+template <class A>
+inline const A* sum_parts(const AxisTables<A>& y, int i, std::int64_t size, const A* parts,
+                          A* sum) {
+  const A* found = nullptr;
+  for (int k = 0; k < y.chunks; ++k) {
+    const Chunk chunk = chunk_of(y, k);
+    if (i >= chunk.lower && i <= chunk.upper && chunk.shares(i)) {
+      const A* part = parts + chunk.place(i) * size;
+      for (std::int64_t d = 0; found && d < size; d += kLanes<A>) {
+        store(sum + d, load(found + d) + load(part + d));
+      }
+      found = found ? sum : part;
+    }
+    parts += chunk.shared() * size;
+  }
+  return found;
 }
 
 // The rows of a gradient while they are accumulated over one chunk. Its own rows are in a ring

@@ -21,7 +21,7 @@ namespace cpu {
 template <class A>
 struct Side {
   int begin, pixels;
-  int lower, cells;
+  int lower, cells, before;
   int first, windows;
   const A* weight;  // [R, T]
   const A* square;
@@ -36,6 +36,7 @@ inline Side<A> side(const AxisTables<A>& axis, int s) {
           g.end - g.begin,
           g.lower,
           g.upper - g.lower + 1,
+          g.before,
           g.first,
           g.last - g.first + 1,
           axis.weight + offset,
@@ -113,8 +114,8 @@ inline Vec<A> inverse_lengths(Vec<A> square) {
 // (counted from the tile's first) whenever they change, `pixel(y, weight of the upper)` for each
 // pixel row, and `leave(lower, upper)` before the next change and at the end.
 template <class A, class Enter, class Pixel, class Leave>
-inline void walk_rows(const AxisTables<A>& axis, const Side<A>& y, Enter enter, Pixel pixel,
-                      Leave leave) {
+[[gnu::always_inline]] inline void walk_rows(const AxisTables<A>& axis, const Side<A>& y,
+                                             Enter enter, Pixel pixel, Leave leave) {
   const int* const rows = axis.lower + y.begin;
   const A* const weight = axis.upper + y.begin;
   for (int i = 0; i < y.pixels;) {

@@ -16,6 +16,7 @@ from . import native, winner_dtype
 
 # Told which gradients are wanted; see `Kernels.cosine_match_backward`.
 SELECTIVE = True
+GRAM_MAPS = 4
 
 DEVICE_TYPES = ("cpu",)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -60,14 +61,15 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def masked_average_pool(
     features: Tensor, masks: Tensor, C: int, grid: GridSpec, min_pixels: float
-) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels`. What follows the factor are the masks reduced to feature locations."""
     B, K, D, h, w = features.shape
     H, W = masks.shape[-2:]
     geometry, Gy, Gx = _geometry(grid, H, h, W, w)
     dtype = accumulation_dtype(features.dtype)
     prototypes = _empty((B, C, Gy, Gx, D), dtype)
     factor = _empty((B, K, C, Gy, Gx), dtype)
+    weights = _empty((B, K, C, *geometry.locations), dtype)
     _call(
         "cpu_masked_average_pool",
         geometry,
@@ -77,13 +79,20 @@ def masked_average_pool(
         min_pixels,
         to_dlpack(prototypes),
         to_dlpack(factor),
+        to_dlpack(weights),
         _threads(),
     )
-    return prototypes, factor
+    return prototypes, factor, weights
 
 
 def masked_average_pool_backward(
-    grad: Tensor, masks: Tensor, C: int, factor: Tensor, features: Tensor, grid: GridSpec
+    grad: Tensor,
+    masks: Tensor,
+    C: int,
+    factor: Tensor,
+    features: Tensor,
+    grid: GridSpec,
+    *kept: Tensor,
 ) -> Tensor:
     """See `Kernels`."""
     h, w = features.shape[3:]
@@ -97,6 +106,7 @@ def masked_average_pool_backward(
         to_dlpack(masks),
         C,
         to_dlpack(factor),
+        to_dlpack(kept[0]) if kept else None,
         to_dlpack(grad_features),
         _threads(),
     )
@@ -112,7 +122,7 @@ def cosine_match(
     winners: bool,
     *,
     logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels`."""
     B, Q, _, h, w = features.shape
     C = prototypes.shape[1]
@@ -122,6 +132,8 @@ def cosine_match(
     kept = winners and reduce == "max"
     scores = _empty(shape, prototypes.dtype)
     winner = _empty(shape if kept else (0,), winner_dtype(grid))
+    # Products that no pixel needs are not written.
+    gram = _empty((B, Q, GRAM_MAPS, h, w) if winners else (0,), prototypes.dtype).zero_()
     _call(
         "cpu_cosine_match",
         geometry,
@@ -130,10 +142,11 @@ def cosine_match(
         reduce == "mean",
         to_dlpack(scores),
         to_dlpack(winner) if kept else None,
+        to_dlpack(gram) if winners else None,
         logit_scale,
         _threads(),
     )
-    return scores, winner
+    return scores, winner, gram
 
 
 def cosine_match_backward(
@@ -144,7 +157,7 @@ def cosine_match_backward(
     winners: Tensor,
     grid: GridSpec,
     reduce: str,
-    *,
+    *gram: Tensor,
     wanted: tuple[bool, bool] = (True, True),
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -166,6 +179,7 @@ def cosine_match_backward(
         mean,
         to_dlpack(grad_features) if wanted[0] else None,
         to_dlpack(grad_prototypes) if wanted[1] else None,
+        to_dlpack(gram[0]) if gram else None,
         logit_scale,
         _threads(),
     )

@@ -639,13 +639,15 @@ def test_fuzz_the_backend() -> None:
     from lslpn_kernels._backends import cpu
 
     rng = random.Random(1)
-    pooled, factor = cpu.masked_average_pool(F, M, 2, GRID, 0.0)
-    scores, winners = cpu.cosine_match(F, pooled, GRID, (9, 9), "max", True)
+    pooled, factor, weights = cpu.masked_average_pool(F, M, 2, GRID, 0.0)
+    scores, winners, gram = cpu.cosine_match(F, pooled, GRID, (9, 9), "max", True)
     calls: list[tuple[Callable[..., Any], list[Any]]] = [
         (cpu.masked_average_pool, [F, M, 2, GRID, 0.0]),
         (cpu.masked_average_pool_backward, [pooled, M, 2, factor, F, GRID]),
+        (cpu.masked_average_pool_backward, [pooled, M, 2, factor, F, GRID, weights]),
         (cpu.cosine_match, [F, pooled, GRID, (9, 9), "max", True]),
         (cpu.cosine_match_backward, [scores, F, pooled, scores, winners, GRID, "max"]),
+        (cpu.cosine_match_backward, [scores, F, pooled, scores, winners, GRID, "max", gram]),
         (_cpu_loss, [F, pooled, LABELS, torch.ones(2), GRID, "max", (True, True), 255, 1.0]),
     ]
     survived = 0
@@ -688,8 +690,8 @@ def test_fuzz_the_binding() -> None:
         return value
 
     names = [name for name in dir(module) if name.startswith("cpu_") and "instruction" not in name]
-    arity = {"cpu_masked_average_pool": 8, "cpu_masked_average_pool_backward": 7}
-    arity |= {"cpu_cosine_match": 8, "cpu_cosine_match_backward": 11, "cpu_cosine_match_loss": 11}
+    arity = {"cpu_masked_average_pool": 9, "cpu_masked_average_pool_backward": 8}
+    arity |= {"cpu_cosine_match": 9, "cpu_cosine_match_backward": 12, "cpu_cosine_match_loss": 11}
     assert sorted(names) == sorted(arity)
     built = 0
     for _ in range(6000):
@@ -738,7 +740,7 @@ def test_capsules_are_read_once_and_fully_checked() -> None:
     def match(**changed: Tensor) -> None:
         tensors = {"features": F, "prototypes": P, "scores": scores} | changed
         f, p, s = (to_dlpack(t) for t in tensors.values())
-        module.cpu_cosine_match(geometry, f, p, False, s, None, 1.0, 1)
+        module.cpu_cosine_match(geometry, f, p, False, s, None, None, 1.0, 1)
 
     match()
     for bad, text in [
@@ -756,10 +758,12 @@ def test_capsules_are_read_once_and_fully_checked() -> None:
     from_dlpack(used)
     with pytest.raises(TypeError, match="must be a DLPack capsule that was not used before"):
         module.cpu_cosine_match(
-            geometry, used, to_dlpack(P), False, to_dlpack(scores), None, 1.0, 1
+            geometry, used, to_dlpack(P), False, to_dlpack(scores), None, None, 1.0, 1
         )
     overlapping = F[..., :1].expand(-1, -1, -1, -1, 4)
     tensors = (torch.zeros_like(P), M, torch.zeros(1, 1, 2, *GRID.shape(9, 9)), overlapping)
     capsules = [to_dlpack(t) for t in tensors]
     with pytest.raises(ValueError, match="grad_features must not overlap itself"):
-        module.cpu_masked_average_pool_backward(geometry, *capsules[:2], 2, *capsules[2:], 1)
+        module.cpu_masked_average_pool_backward(
+            geometry, *capsules[:2], 2, capsules[2], None, capsules[3], 1
+        )

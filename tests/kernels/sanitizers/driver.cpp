@@ -517,33 +517,39 @@ class Runner {
   }
 
   void pool() const {
-    Buffer<A> first[2];
+    Buffer<A> first[3];
+    const lslpn::AxisTables<A>&y = tables().y, &x = tables().x;
+    const std::int64_t locations = std::int64_t{y.locations} * x.locations;
     for (int threads = 1; threads <= kThreads; ++threads) {
-      Buffer<A> out[2] = {Buffer<A>(static_cast<std::int64_t>(pooled_.size())),
-                          Buffer<A>(static_cast<std::int64_t>(factor_.size()))};
+      Buffer<A> out[3] = {Buffer<A>(static_cast<std::int64_t>(pooled_.size())),
+                          Buffer<A>(static_cast<std::int64_t>(factor_.size())),
+                          Buffer<A>(case_.B * case_.N * case_.C * locations)};
       lslpn::masked_average_pool(lslpn::Pool<A>{tables(), features_.view, masks(),
                                                 static_cast<A>(min_pixels_), out[0].data,
-                                                out[1].data, threads});
+                                                out[1].data, out[2].data, threads});
       if (threads > 1) {
         require(same(out[0], first[0]), "prototypes change with the number of threads");
         require(same(out[1], first[1]), "factors change with the number of threads");
+        require(same(out[2], first[2]), "weights change with the number of threads");
         continue;
       }
       compare("factor", out[1].numbers(), factor_, 0, exact_ ? 1e-13 : 1e-6);
       // Whether a NaN of which a mask leaves nothing is read at all is nobody's business.
       if (!not_finite_) compare("prototypes", out[0].numbers(), pooled_, tolerance(largest_));
-      std::move(out, out + 2, first);
+      pool_backward(out[2].data);
+      std::move(out, out + 3, first);
     }
   }
 
-  void pool_backward() const {
+  // With the weights of the forward pass, or without.
+  void pool_backward(const A* weights = nullptr) const {
     FeatureBuffer first;
     double scale = 0;
     for (const double value : unpooled_) scale = std::max(scale, std::abs(value));
     for (int threads = 1; threads <= kThreads; ++threads) {
       FeatureBuffer out = gradient();
       lslpn::masked_average_pool(lslpn::PoolBackward<A>{
-          tables(), out.view, masks(), factor_in_.data, pool_grad_in_.data, threads});
+          tables(), out.view, masks(), factor_in_.data, weights, pool_grad_in_.data, threads});
       if (threads > 1) {
         require(same(out.bytes, first.bytes), "pooled gradients change with the number of threads");
         continue;
@@ -610,6 +616,13 @@ class Runner {
     FeatureBuffer first;
     Buffer<A> first_prototypes;
     const auto size = static_cast<std::int64_t>(unmatched_.prototypes.size());
+    const Buffer<A> gram(Numbers(case_.B * case_.N * 4 * p_.cells()));
+    Buffer<A> scores(scores_size());
+    lslpn::Match<A> forward{tables(),  features_.view, prototypes_.data,
+                            classes(), mean_,          scores.data,
+                            nullptr,   true,           2};
+    forward.gram = gram.data;
+    lslpn::cosine_match(forward);
     for (int threads = 1; threads <= kThreads; ++threads) {
       FeatureBuffer features = gradient();
       Buffer<A> prototypes(size);
@@ -625,6 +638,7 @@ class Runner {
                                    features.view,
                                    prototypes.data,
                                    threads};
+      if (threads % 2 == 0) args.gram = gram.data;  // with the forward pass's or its own
       // Each gradient alone is the same as with the other.
       const bool no_features = threads == 3, no_prototypes = threads == 4;
       if (no_features) args.grad_features.data = nullptr;
@@ -632,9 +646,9 @@ class Runner {
       lslpn::cosine_match(args);
       if (threads > 1) {
         require(no_features || same(features.bytes, first.bytes),
-                "gradients of features change with the number of threads");
+                "gradients of features change with the number of threads or what is kept");
         require(no_prototypes || same(prototypes, first_prototypes),
-                "gradients of prototypes change with the number of threads");
+                "gradients of prototypes change with the number of threads or what is kept");
         continue;
       }
       if (!not_finite_) {
