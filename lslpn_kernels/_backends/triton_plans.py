@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     second: Launch
     table: Tensor
     shapes: tuple[tuple[int, ...], ...]
+    splits: int = 1  # parts that the gradient of the prototypes, or these, are summed in
 
     def allocate(self, like: Tensor) -> list[Tensor]:
         return [like.new_empty(shape, dtype=torch.float32) for shape in self.shapes]
@@ -62,6 +63,28 @@ def fits(G: Geometry, C: int, features: Layout) -> bool:
     span = sum((n - 1) * s for n, s in zip(shape, features.strides[2:], strict=True))
     D = shape[0]
     return max(span, D * G.cells, C * G.windows * D, C * G.pixels, C * G.runs) < 1 << 31
+
+
+@lru_cache(_MANY)
+def episodes(
+    features: Layout, C: int, grid: GridSpec, size: tuple[int, int], workspace: int
+) -> int:
+    """Episodes that are pooled at once in so many bytes; 0 where the kernels do not take them."""
+    K, _, h, w = features.shape[1:]
+    G = geometry(grid, *size, h, w)
+    return max(1, workspace // (4 * K * C * G.runs)) if fits(G, C, features) else 0
+
+
+@lru_cache(_MANY)
+def images(
+    features: Layout, C: int, grid: GridSpec, size: tuple[int, int], reduce: str, workspace: int
+) -> int:
+    """Images that are matched at once in so many bytes, in either direction; 0 where the kernels do
+    not take them."""
+    h, w = features.shape[3:]
+    G = geometry(grid, *size, h, w)
+    most = max(C * G.near * G.cells, (C * G.places(reduce) + 4) * G.runs)
+    return workspace // (4 * most) if fits(G, C, features) else 0
 
 
 def _power(n: int, least: int, most: int) -> int:
@@ -145,7 +168,7 @@ def pool(
         },
     )
     shape = (splits, B, C, G.y.windows, G.x.windows, D)
-    return Plan(weights, launch, table(grid, *size, features.device), (*shapes, shape))
+    return Plan(weights, launch, table(grid, *size, features.device), (*shapes, shape), splits)
 
 
 @lru_cache(_MANY)
@@ -169,11 +192,6 @@ def pool_backward(features: Layout, masks: Layout, C: int, grid: GridSpec, _: An
     return Plan(weights, launch, table(grid, *size, features.device), shapes)
 
 
-def score_columns(W: int, C: int, loss: bool) -> int:
-    """BX of `scores_kernel`; half where the loss of many classes would spill registers."""
-    return _power(W, 16, 128 if loss and C > 2 else 256)
-
-
 @lru_cache(_MANY)
 def match(
     features: Layout,
@@ -185,7 +203,8 @@ def match(
     ignore_index: int | None,
     _: Any,
 ) -> Plan:
-    """The dots are allocated. `ignore_index`: of the loss, None for scores."""
+    """The dots are allocated, and the sums of a loss. `ignore_index`: of the loss, None for
+    scores."""
     B, Q, D, h, w = features.shape
     G = geometry(grid, *size, h, w)
     loss = ignore_index is not None
@@ -201,17 +220,19 @@ def match(
         },
         warps=1,
     )
-    BX = score_columns(size[1], C, loss)
+    # With more columns, the loss of many classes spills registers.
+    BX = _power(size[1], 16, 128 if loss and C > 2 else 256)
+    programs = B * Q * G.y.strips * -(-size[1] // BX)
     scores = Launch(
         "scores_kernel",
-        B * Q * G.y.strips * -(-size[1] // BX),
+        programs,
         (ignore_index or 0, C),
         {
             **{"G": G, "T": _power(G.y.strip_pixels, 1, STRIP), "BX": BX},
             **{"MEAN": reduce == "mean", "WINNERS": winners, "LOSS": loss, "PAIR": C == 2},
         },
     )
-    shapes = ((B * Q * C * G.near * G.cells,),)
+    shapes = ((B * Q * C * G.near * G.cells,), (2 * programs if loss else 0,))
     return Plan(dots, scores, table(grid, *size, h, w, features.device), shapes)
 
 
@@ -226,7 +247,7 @@ def match_backward(
     loss: bool,
     _: Any,
 ) -> Plan:
-    """Weights, lengths of the prototypes and their gradient are allocated."""
+    """Weights and lengths of the prototypes are allocated."""
     B, Q, D, h, w = features.shape
     G = geometry(grid, *size, h, w)
     P = G.places(reduce)
@@ -258,12 +279,8 @@ def match_backward(
             "DOT": _dot(features.dtype),
         },
     )
-    shapes = (
-        (B * Q * (C * P + 4) * G.runs,),
-        (rows,),
-        (splits, B, C, G.y.windows, G.x.windows, D),
-    )
-    return Plan(weights, back, table(grid, *size, h, w, features.device), shapes)
+    shapes = ((B * Q * (C * P + 4) * G.runs,), (rows,))
+    return Plan(weights, back, table(grid, *size, h, w, features.device), shapes, splits)
 
 
 KEPT = (pool, pool_backward, match, match_backward)  # what may be forgotten
