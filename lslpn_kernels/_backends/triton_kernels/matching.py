@@ -24,14 +24,14 @@ def _store_gram(f, gram, G: tl.constexpr, corner):
     """The Gram maps of a block. Beyond the edges, where no pixel asks for them, a location is its
     own neighbour."""
     BK: tl.constexpr = 8 if f.STRIDES[0] > 1 else 16  # with more channels, registers spill
-    i, j, inside, (row, left) = shared.locations_of(G, corner)
+    i, j, inside, location = shared.locations_of(G, corner)
     below, right = tl.minimum(i + 1, G.y.cells - 1), tl.minimum(j + 1, G.x.cells - 1)
     square = tl.zeros((BK, i.shape[0]), tl.float32)
     along, down, across = square, square, square
     for start in range(0, f.D, BK):
-        own = load_features(f, (row, left), start, BK, True).to(tl.float32)
-        to_right = load_features(f, (row, right), start, BK, True).to(tl.float32)
-        lower = load_features(f, (below, left), start, BK, True).to(tl.float32)
+        own = load_features(f, location, start, BK, True).to(tl.float32)
+        to_right = load_features(f, (location[0], right), start, BK, True).to(tl.float32)
+        lower = load_features(f, (below, location[1]), start, BK, True).to(tl.float32)
         diagonal = load_features(f, (below, right), start, BK, True).to(tl.float32)
         square += own * own
         along += own * to_right
