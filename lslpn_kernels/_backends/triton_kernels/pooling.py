@@ -131,5 +131,5 @@ def pool_backward_kernel(
     scatter(
         Weights(weights + image * C * G.runs, table, G, 1),
         prototypes + image // K * C * G.windows * D, factors + image * C * G.windows, C, corner,
-        None, Features(to, D, STRIDES), BD,
+        Features(None, D, STRIDES), Features(to, D, STRIDES), BD,
     )  # fmt: skip

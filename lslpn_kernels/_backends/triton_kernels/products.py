@@ -171,8 +171,8 @@ def _sum_windows(windows, vectors, start, D: tl.constexpr, BD: tl.constexpr, EXA
 @triton.jit
 def scatter(w, vectors, coefficients, C, corner, f, to, BD: tl.constexpr):
     """The gradient `to` of a block of BI x BJ locations from its `corner` on: sums over the windows
-    near it, of weight times coefficient [C, Gy, Gx] times vector [C, Gy, Gx, D]. Given features f,
-    the Gram maps' part as well."""
+    near it, of weight times coefficient [C, Gy, Gx] times vector [C, Gy, Gx, D]; and the Gram maps'
+    part, unless the features f are at None."""
     if _scatter(w, vectors, coefficients, C, corner, f, to, BD, False):
         tl.debug_barrier()  # other threads write here what was written above
         # A table's 0, so that the compiler does not keep what it knows to be the same as above in
@@ -186,11 +186,11 @@ def scatter(w, vectors, coefficients, C, corner, f, to, BD: tl.constexpr):
 def _scatter(w, vectors, coefficients, C, corner, f, to, BD: tl.constexpr, EXACT: tl.constexpr):
     """Returns whether a sum is spoilt."""
     G: tl.constexpr = w.G
-    BN: tl.constexpr = 16 if f is None else 32  # windows at a time
+    BN: tl.constexpr = 16 if f.at is None else 32  # windows at a time
     i, j, inside, location = locations_of(G, corner)
     near = shared.windows_near(w.table, G, corner)
     first = _windows(w, coefficients, C, near, 0, location, BN)
-    if f is not None:
+    if f.at is not None:
         around, ring = _ring(w, C, corner)
     d = tl.arange(0, BD)[None, :]
     at = to.at + (i * to.STRIDES[1] + j * to.STRIDES[2])
@@ -200,7 +200,7 @@ def _scatter(w, vectors, coefficients, C, corner, f, to, BD: tl.constexpr, EXACT
         for n in range(BN, C * near[2] * near[3], BN):
             others = _windows(w, coefficients, C, near, n, location, BN)
             acc += _sum_windows(others, vectors, start, to.D, BD, EXACT)
-        if f is not None:
+        if f.at is not None:
             value = load_features(f, around, start, BD)
             acc += product(ring, value, (ring != 0)[:, :, None], EXACT)
         here = (at + tl.cast(start, tl.int64) * to.STRIDES[0])[:, None] + d * to.STRIDES[0]
