@@ -22,6 +22,7 @@ from ._operators import (
     kernels_of,
     library,
     may_differentiate,
+    only,
     register,
     register_fake,
     register_vmap,
@@ -240,7 +241,7 @@ def _match_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     if features.numel() == 0:
-        return torch.empty_like(features), torch.zeros_like(prototypes)
+        return only(wanted, (torch.empty_like(features), torch.zeros_like(prototypes)))
     kernels = kernels_of(backend, features.device)
     kept = (gram.contiguous(),) if gram.numel() else ()
     choice = {"wanted": (wanted[0], wanted[1])} if getattr(kernels, "SELECTIVE", False) else {}
@@ -256,8 +257,7 @@ def _match_backward(
         logit_scale=logit_scale,
         **choice,
     )
-    first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
-    return first, second
+    return only(wanted, grads)
 
 
 @register_fake("cosine_match_backward")

@@ -19,6 +19,7 @@ from ._operators import (
     kernels_of,
     library,
     may_differentiate,
+    only,
     register,
     register_fake,
 )
@@ -127,16 +128,13 @@ def _loss_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     if features.numel() == 0:
-        first, second = features.new_empty(0), prototypes.new_empty(0)
-        return (
-            torch.zeros_like(features) if wanted[0] else first,
-            torch.zeros_like(prototypes) if wanted[1] else second,
-        )
-    return _kernels(backend, features.device).cosine_match_loss_backward(
+        return only(wanted, (torch.zeros_like(features), torch.zeros_like(prototypes)))
+    grads = _kernels(backend, features.device).cosine_match_loss_backward(
         *(grad, kept, features, prototypes.contiguous(), grid_of(scale, spacing), (H, W)),
         *(reduce, (wanted[0], wanted[1])),
         logit_scale=logit_scale,
     )
+    return only(wanted, grads)
 
 
 @register(

@@ -5,6 +5,7 @@ Geometry is passed as plain numbers, so that graphs can hold it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +64,12 @@ def register_vmap(name: str) -> None:
         return tuple(map(split, out)), (0,) * len(out)
 
     torch.library.register_vmap(f"lslpn_kernels::{name}", rule, lib=library)
+
+
+def only(wanted: Sequence[bool], grads: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients that are wanted, empty tensors in place of the others."""
+    first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
+    return first, second
 
 
 def may_differentiate() -> bool:

@@ -161,8 +161,8 @@ class LossKernels(Kernels, Protocol):
         *,
         logit_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of `features` and `prototypes`, an empty tensor in place of one that is not
-        wanted. `grad` is a scalar on the device. A tensor of `kept` may be a result itself."""
+        """Gradients of `features` and `prototypes`; in place of one that is not wanted, any tensor.
+        `grad` is a scalar on the device. A tensor of `kept` may be a result itself."""
 
 
 @dataclass(frozen=True)

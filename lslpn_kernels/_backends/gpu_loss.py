@@ -13,11 +13,13 @@ before its end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..geometry import GridSpec
-from . import winner_dtype
+from . import through_torch, torch_, winner_dtype
 
 GRAM_MAPS = 4
 
@@ -49,11 +51,81 @@ def loss_kept(
     return kept(features, prototypes, grid, size, reduce) if any(wanted) else []
 
 
+class Loss:
+    """The functions of `LossKernels`, by a backend's ``match(features, prototypes, slopes, winners,
+    gram, grid, size, reduce, logit_scale, radial, labels, grads)``.
+
+    Forward, `labels` is (labels, weight, ignore_index) and `grads` None; slopes, winners, gram and
+    radial are written, and a list is returned that begins with the sums for `finish`. Backward,
+    `labels` is None and `grads` (of the loss, total, of features, of prototypes), of which the last
+    two are written. None is returned where the kernels do not take the call.
+    """
+
+    def __init__(self, match: Callable[..., list[Tensor] | None]) -> None:
+        self.match = match
+
+    def forward(
+        self,
+        features: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        grid: GridSpec,
+        reduce: str,
+        wanted: tuple[bool, bool],
+        *,
+        ignore_index: int,
+        logit_scale: float,
+    ) -> tuple[Tensor, list[Tensor]]:
+        C, size = prototypes.shape[1], (labels.shape[2], labels.shape[3])
+        tensors = kept(features, prototypes, grid, size, reduce)
+        _, slopes, radial, *maps = tensors
+        given, choice = (labels, weight, ignore_index), (grid, size, reduce)
+        sums = None
+        if C > 1:  # else there are no slopes
+            sums = self.match(
+                *(features, prototypes, slopes, *maps, *choice, logit_scale, radial, given, None)
+            )
+        if sums is not None:
+            loss = finish(sums[0], tensors)
+        else:
+            logits = logit_scale * torch_.cosine_match(features, prototypes, *choice)
+            loss = of_logits(logits, *given, tensors)
+        return loss, tensors if any(wanted) else []
+
+    def backward(
+        self,
+        grad: Tensor,
+        kept: list[Tensor],
+        features: Tensor,
+        prototypes: Tensor,
+        grid: GridSpec,
+        size: tuple[int, int],
+        reduce: str,
+        wanted: tuple[bool, bool],
+        *,
+        logit_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        total, slopes, radial, *maps = kept
+        grads = torch.empty_like(features), torch.empty_like(prototypes)
+        taken = None
+        if slopes.numel():
+            taken = self.match(
+                *(features, prototypes, slopes, *maps, grid, size, reduce, logit_scale, radial),
+                *(None, (grad, total, *grads)),
+            )
+        if taken is None:
+            grads = through_torch.cosine_match_backward(
+                of_scores(grad, kept), features, prototypes, grid, reduce, logit_scale
+            )
+        return grads
+
+
 def finish(partial: Tensor, kept: list[Tensor]) -> Tensor:
-    """The loss, from sums of w l and of w over parts of the pixels, [..., 2]."""
-    loss, total = partial.reshape(-1, 2).sum(0, dtype=torch.float64)
+    """The loss, from sums of w l and of w over parts of the pixels, [..., 2], or their bytes."""
+    loss, total = partial.view(kept[0].dtype).reshape(-1, 2).sum(0, dtype=torch.float64)
     kept[0].copy_(total)
-    return (loss / total).to(partial.dtype)
+    return (loss / total).to(kept[0].dtype)
 
 
 def of_logits(

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..geometry import GridSpec
 from . import current_device, gpu_loss, through_torch, torch_, triton_plans, winner_dtype
-from .triton_geometry import Geometry, geometry
+from .triton_geometry import geometry
 from .triton_plans import INTERPRETED, Layout, aligned
 
 _OLDEST = (3, 5)  # 3.4 has no products of fewer than 16 rows
@@ -67,17 +67,9 @@ def _parts(n: int, most: int) -> list[slice]:
 # Pooling
 
 
-def _geometry(features: Tensor, size: Sequence[int], grid: GridSpec) -> Geometry:
-    h, w = features.shape[3:]
-    return geometry(grid, size[0], size[1], h, w)
-
-
 def _episodes(features: Tensor, masks: Tensor, C: int, grid: GridSpec) -> int:
     """Episodes that are pooled at once; 0 where the kernels do not take them."""
-    G = _geometry(features, masks.shape[-2:], grid)
-    if not triton_plans.fits(G, C, Layout.of(features)):
-        return 0
-    return max(1, WORKSPACE // (4 * features.shape[1] * C * G.runs))
+    return triton_plans.episodes(Layout.of(features), C, grid, masks.shape[-2:], WORKSPACE)
 
 
 def masked_average_pool(
@@ -85,11 +77,11 @@ def masked_average_pool(
 ) -> tuple[Tensor, ...]:
     """See `Kernels`. Kept are the masks' weights at feature locations, where they fit into one
     workspace."""
-    B, K = features.shape[:2]
+    B, K, _, h, w = features.shape
     episodes = _episodes(features, masks, C, grid)
     if not episodes:
         return through_torch.masked_average_pool(features, masks, C, grid, min_pixels)
-    G = _geometry(features, masks.shape[-2:], grid)
+    G = geometry(grid, *masks.shape[-2:], h, w)
     factor = features.new_empty((B, K, C, G.y.windows, G.x.windows), dtype=torch.float32)
     if masks.dtype == torch.bool:
         masks = masks.view(torch.uint8)
@@ -112,14 +104,10 @@ def _pool(
             *(Layout.of(features), Layout.of(masks), C, grid, min_pixels),
             aligned(features, masks, factor),
         )
-        weights, counts, prototypes = plan.allocate(features)
+        weights, counts, parts = plan.allocate(features)
         plan.first(masks, weights, counts, plan.table)
-        plan.second(weights, counts, features, prototypes, factor, plan.table)
-        return _joined(prototypes), weights
-
-
-def _joined(parts: Tensor) -> Tensor:
-    return parts.sum(0) if parts.shape[0] > 1 else parts[0]
+        plan.second(weights, counts, features, parts, factor, plan.table)
+        return parts.sum(0) if plan.splits > 1 else parts[0], weights
 
 
 def masked_average_pool_backward(
@@ -169,36 +157,27 @@ def _pool_backward(
 # Matching
 
 
-class _Loss(NamedTuple):
-    """What matching works on beside, where it ends in a loss; images first, but for `weight`."""
-
-    radial: Tensor
-    labels: Tensor
-    sums: Tensor  # [B, Q, programs, 2]
-    weight: Tensor | None
-    ignore_index: int
-
-    def of(self, b: slice, q: slice) -> _Loss:
-        return self._replace(
-            radial=self.radial[b, q], labels=self.labels[b, q], sums=self.sums[b, q]
-        )
-
-
 def _images(
     features: Tensor, prototypes: Tensor, grid: GridSpec, size: Sequence[int], reduce: str
 ) -> int:
     """Images that are matched at once, in either direction; 0 where the kernels do not take
     them."""
-    G, C = _geometry(features, size, grid), prototypes.shape[1]
-    fits = triton_plans.fits(G, C, Layout.of(features))
-    return G.images(C, reduce, WORKSPACE) if fits else 0
+    C = prototypes.shape[1]
+    return triton_plans.images(Layout.of(features), C, grid, tuple(size), reduce, WORKSPACE)
 
 
-def _image_parts(B: int, Q: int, images: int) -> list[tuple[slice, slice]]:
-    """Parts of B x Q images, of no more than that many: whole episodes, or parts of one."""
+def _image_parts(B: int, Q: int, images: int) -> list[tuple[slice, ...]]:
+    """Parts of B x Q images, of no more than that many: all, whole episodes, or parts of one."""
+    if images >= B * Q:
+        return [()]
     if images >= Q:
         return [(part, slice(0, Q)) for part in _parts(B, images // Q)]
     return [(slice(b, b + 1), part) for b in range(B) for part in _parts(Q, images)]
+
+
+def _of(part: tuple[slice, ...], tensor: Any) -> Any:
+    """A part of the images of a tensor, unless it is empty or None."""
+    return tensor[part] if part and tensor is not None and tensor.numel() else tensor
 
 
 def cosine_match(
@@ -216,69 +195,12 @@ def cosine_match(
     kept = winners and reduce == "max"
     places = features.new_empty(shape if kept else (0,), dtype=winner_dtype(grid))
     gram = features.new_empty((B, Q, GRAM_MAPS, h, w), dtype=torch.float32)
-    images = _images(features, prototypes, grid, size, reduce)
-    if images:
-        scores = features.new_empty(shape, dtype=torch.float32)
-        _match_in_parts(
-            images, features, prototypes, grid, size, reduce, (scores, places, gram), logit_scale
-        )
-    else:
-        scores = logit_scale * torch_.cosine_match(features, prototypes, grid, size, reduce)
+    scores = features.new_empty(shape, dtype=torch.float32)
+    choice = (grid, size, reduce)
+    if _match(features, prototypes, scores, places, gram, *choice, logit_scale) is None:
+        scores = logit_scale * torch_.cosine_match(features, prototypes, *choice)
         places.zero_(), gram.zero_()
     return scores, places, gram if winners else gram.new_empty(0)
-
-
-def _match_in_parts(
-    images: int,
-    features: Tensor,
-    prototypes: Tensor,
-    grid: GridSpec,
-    size: tuple[int, int],
-    reduce: str,
-    results: tuple[Tensor, Tensor, Tensor],
-    logit_scale: float,
-    loss: _Loss | None = None,
-) -> None:
-    """Of so many images at a time; `results` are scores, or slopes of a loss, winners and Gram."""
-    B, Q = features.shape[:2]
-    scores, winners, gram = results
-    if images >= B * Q:
-        _match(features, prototypes, grid, size, reduce, *results, logit_scale, loss)
-        return
-    for b, q in _image_parts(B, Q, images):
-        won = winners[b, q] if winners.numel() else winners
-        _match(
-            *(features[b, q], prototypes[b], grid, size, reduce),
-            *(scores[b, q], won, gram[b, q], logit_scale, loss and loss.of(b, q)),
-        )
-
-
-def _match(
-    features: Tensor,
-    prototypes: Tensor,
-    grid: GridSpec,
-    size: tuple[int, int],
-    reduce: str,
-    scores: Tensor,
-    winners: Tensor,
-    gram: Tensor,
-    logit_scale: float,
-    loss: _Loss | None,
-) -> None:
-    with current_device(features.device):
-        # Where there is no loss, the kernel looks at none of these.
-        radial, labels, sums, weight = loss[:4] if loss else (gram, gram, gram, None)
-        tensors = (features, prototypes, scores, winners, gram, radial, labels, sums, weight)
-        plan = triton_plans.match(
-            *(Layout.of(features), prototypes.shape[1], grid, tuple(size), reduce),
-            *(winners.numel() > 0, loss.ignore_index if loss else None),
-            (labels.dtype, weight is None, *aligned(*tensors)),
-        )
-        (dots,) = plan.allocate(features)
-        plan.first(features, prototypes, dots, gram, plan.table)
-        plan.second(
-            dots, gram, scores, winners, plan.table, logit_scale, radial, labels, weight, sums
-        )
 
 
 def cosine_match_backward(
@@ -293,128 +215,122 @@ def cosine_match_backward(
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
-    images = _images(features, prototypes, grid, scores.shape[3:], reduce)
-    if not images:
-        return through_torch.cosine_match_backward(
+    grads = torch.empty_like(features), torch.empty_like(prototypes)
+    taken = _match(
+        *(features, prototypes, scores, winners, gram[0], grid, scores.shape[3:], reduce),
+        *(logit_scale, None, None, (grad, None, *grads)),
+    )
+    if taken is None:
+        grads = through_torch.cosine_match_backward(
             grad, features, prototypes, grid, reduce, logit_scale
         )
-    kept = (grad, scores, winners, gram[0])
-    return _match_backward_in_parts(images, kept, features, prototypes, grid, reduce, logit_scale)
+    return grads
 
 
-def _match_backward_in_parts(
-    images: int,
-    kept: tuple[Tensor, ...],
+def _match(
     features: Tensor,
     prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    gram: Tensor,
     grid: GridSpec,
+    size: Sequence[int],
     reduce: str,
     logit_scale: float,
-    loss: tuple[Tensor, ...] = (),
-) -> tuple[Tensor, Tensor]:
-    """Of so many images at a time. `kept`: gradients and scores, or slopes and radial parts of a
-    loss, winners and Gram maps. `loss`: its gradient and the sum of its weights, numbers."""
-    B, Q = features.shape[:2]
-    result = torch.empty_like(features)
-    settings = (grid, reduce, logit_scale, loss)
-    if images >= B * Q:
-        return result, _match_backward(kept, features, prototypes, result, *settings)
-    to_prototypes = torch.zeros_like(prototypes)
-    for b, q in _image_parts(B, Q, images):
-        part = tuple(t[b, q] if t.numel() else t for t in kept)
-        to_prototypes[b] += _match_backward(
-            part, features[b, q], prototypes[b], result[b, q], *settings
-        )
-    return result, to_prototypes
-
-
-def _match_backward(
-    kept: tuple[Tensor, ...],
-    features: Tensor,
-    prototypes: Tensor,
-    result: Tensor,
-    grid: GridSpec,
-    reduce: str,
-    logit_scale: float,
-    loss: tuple[Tensor, ...],
-) -> Tensor:
-    """The gradient of the prototypes; that of the features is written to `result`."""
-    grad, scores, winners, gram = kept
+    radial: Tensor | None = None,
+    labels: tuple[Tensor, Tensor | None, int] | None = None,
+    grads: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None,
+) -> list[Tensor] | None:
+    """Both directions, of scores or of a loss; see `gpu_loss.Loss`. Without a loss, `grads` begins
+    with the gradient of the scores, and None."""
+    images = _images(features, prototypes, grid, size, reduce)
+    if not images:
+        return None
+    settings = (grid, (size[0], size[1]), reduce, logit_scale)
+    sums = []
     with current_device(features.device):
-        plan = triton_plans.match_backward(
-            *(Layout.of(features), Layout.of(result), prototypes.shape[1], grid),
-            *(tuple(grad.shape[3:]), reduce, bool(loss)),
-            aligned(*kept, features, prototypes, result, *loss),
-        )
-        weights, lengths, to_prototypes = plan.allocate(features)
-        plan.first(
-            *(grad, scores, winners, gram, prototypes, lengths, weights, plan.table, logit_scale),
-            *(loss or (gram, gram)),
-        )
-        plan.second(weights, features, prototypes, lengths, result, to_prototypes, plan.table)
-        return _joined(to_prototypes)
+        for part in _image_parts(features.shape[0], features.shape[1], images):
+            query, out, won, maps, along = (
+                _of(part, t) for t in (features, scores, winners, gram, radial)
+            )
+            tensors = (query, _of(part[:1], prototypes), out, won, maps, along)
+            if grads is None:
+                truth = labels and (_of(part, labels[0]), *labels[1:])
+                sums.append(_forward(*tensors, truth, *settings))
+                continue
+            grad, total, to_features, to_vectors = grads
+            if total is None:
+                grad = _of(part, grad)
+            more = bool(part) and part[1].start > 0
+            given = (grad, total, _of(part, to_features), _of(part[:1], to_vectors))
+            _backward(*tensors, given, more, *settings)
+    return sums if len(sums) < 2 else [torch.cat(sums)]
 
 
-# The loss
-
-
-def cosine_match_loss(
+def _forward(
     features: Tensor,
     prototypes: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    grid: GridSpec,
-    reduce: str,
-    wanted: tuple[bool, bool],
-    *,
-    ignore_index: int,
-    logit_scale: float,
-) -> tuple[Tensor, list[Tensor]]:
-    """See `Kernels`."""
-    B, Q = features.shape[:2]
-    H, W = labels.shape[2:]
-    kept = gpu_loss.kept(features, prototypes, grid, (H, W), reduce)
-    images = _images(features, prototypes, grid, (H, W), reduce)
-    if images:
-        _, slopes, radial, winners, gram = kept
-        BX = triton_plans.score_columns(W, prototypes.shape[1], True)
-        programs = _geometry(features, (H, W), grid).y.strips * -(-W // BX)
-        sums = slopes.new_empty((B, Q, programs, 2))
-        _match_in_parts(
-            *(images, features, prototypes, grid, (H, W), reduce),
-            *((slopes, winners, gram), logit_scale),
-            _Loss(radial, labels, sums, weight, ignore_index),
-        )
-        loss = gpu_loss.finish(sums, kept)
-    else:
-        logits = logit_scale * torch_.cosine_match(features, prototypes, grid, (H, W), reduce)
-        loss = gpu_loss.of_logits(logits, labels, weight, ignore_index, kept)
-    return loss, kept if any(wanted) else []
-
-
-def cosine_match_loss_backward(
-    grad: Tensor,
-    kept: list[Tensor],
-    features: Tensor,
-    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    gram: Tensor,
+    radial: Tensor | None,
+    labels: tuple[Tensor, Tensor | None, int] | None,
     grid: GridSpec,
     size: tuple[int, int],
     reduce: str,
-    wanted: tuple[bool, bool],
-    *,
     logit_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
-    total, *images_of = kept
-    images = _images(features, prototypes, grid, size, reduce)
-    if images:
-        grads = _match_backward_in_parts(
-            *(images, tuple(images_of), features, prototypes, grid, reduce, logit_scale),
-            (grad, total),
-        )
-    else:
-        grads = through_torch.cosine_match_backward(
-            gpu_loss.of_scores(grad, kept), features, prototypes, grid, reduce, logit_scale
-        )
-    first, second = (g if w else g.new_empty(0) for g, w in zip(grads, wanted, strict=True))
-    return first, second
+) -> Tensor:
+    """Sums of the loss, if it is one."""
+    truth, weight, ignore_index = labels or (None, None, None)
+    tensors = (features, prototypes, scores, winners, gram, radial, truth, weight)
+    plan = triton_plans.match(
+        *(Layout.of(features), prototypes.shape[1], grid, size, reduce),
+        *(winners.numel() > 0, ignore_index),
+        (truth is None or truth.dtype, weight is None, *aligned(*tensors)),
+    )
+    dots, sums = plan.allocate(features)
+    plan.first(features, prototypes, dots, gram, plan.table)
+    plan.second(dots, gram, scores, winners, plan.table, logit_scale, radial, truth, weight, sums)
+    return sums
+
+
+def _backward(
+    features: Tensor,
+    prototypes: Tensor,
+    scores: Tensor,
+    winners: Tensor,
+    gram: Tensor,
+    radial: Tensor | None,
+    grads: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    more: bool,
+    grid: GridSpec,
+    size: tuple[int, int],
+    reduce: str,
+    logit_scale: float,
+) -> None:
+    """`more`: the prototypes have a gradient from other images of their episode, to be added to."""
+    grad, total, to_features, to_prototypes = grads
+    of_loss = (None, None) if total is None else (grad, total)
+    of_pixels = (grad, scores) if total is None else (scores, radial)
+    tensors = (*of_pixels, winners, gram, features, prototypes, *grads[2:], *of_loss)
+    plan = triton_plans.match_backward(
+        *(Layout.of(features), Layout.of(to_features), prototypes.shape[1], grid, size, reduce),
+        *(total is not None, (more, *aligned(*tensors))),
+    )
+    weights, lengths = plan.allocate(features)
+    plan.first(
+        *(*of_pixels, winners, gram, prototypes, lengths, weights, plan.table, logit_scale),
+        *of_loss,
+    )
+    parts = to_prototypes[None]
+    if plan.splits > 1 or more:
+        parts = to_prototypes.new_empty((plan.splits, *to_prototypes.shape))
+    plan.second(weights, features, prototypes, lengths, to_features, parts, plan.table)
+    if more:
+        to_prototypes += parts.sum(0)
+    elif plan.splits > 1:
+        torch.sum(parts, 0, out=to_prototypes)
+
+
+_loss = gpu_loss.Loss(_match)
+cosine_match_loss, cosine_match_loss_backward = _loss.forward, _loss.backward

@@ -261,12 +261,6 @@ class Geometry(str):
         """Places that a window can have over a tile; one where all windows get the same."""
         return self.y.overlap * self.x.overlap if reduce == "max" else 1
 
-    def images(self, C: int, reduce: str, workspace: int) -> int:
-        """Images that a workspace of so many bytes is enough for, in either direction of
-        matching."""
-        most = max(C * self.near * self.cells, (C * self.places(reduce) + 4) * self.runs)
-        return workspace // (4 * most)
-
 
 @cache
 def geometry(grid: GridSpec, H: int, W: int, h: int, w: int) -> Geometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -39,5 +40,5 @@ class Launch:
             return
         from . import triton_kernels
 
-        kernel = getattr(triton_kernels, self.kernel)
+        kernel = attrgetter(self.kernel)(triton_kernels)
         self.compiled = kernel[self.grid](*first, *self.numbers, **self.constants, **self.options)

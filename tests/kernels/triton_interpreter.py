@@ -84,7 +84,8 @@ def test_half_types(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 def test_images_beyond_offsets_of_32_bits(monkeypatch: pytest.MonkeyPatch, reduce: str) -> None:
     """The `torch` backend takes over, in both directions of both operators."""
-    monkeypatch.setattr(triton_plans, "fits", lambda *_: False)
+    monkeypatch.setattr(triton_plans, "episodes", lambda *_: 0)
+    monkeypatch.setattr(triton_plans, "images", lambda *_: 0)
     case = replace(TINY, K=2, Q=2, D=5, reduce=reduce)
     expected = run(case, "reference", rounded=torch.float32)
     for launch in triton_plans.KEPT:
@@ -93,18 +94,22 @@ def test_images_beyond_offsets_of_32_bits(monkeypatch: pytest.MonkeyPatch, reduc
 
 
 def test_which_images_offsets_of_32_bits_reach() -> None:
-    grid = GridSpec(1 / 2)
-    G = triton_plans.geometry(grid, 1 << 10, 1 << 10, 1 << 6, 1 << 6)
+    grid, size, workspace = GridSpec(1 / 2), (1 << 10, 1 << 10), 1 << 40
 
-    def layout(D: int, stride: int) -> triton_plans.Layout:
+    def taken(C: int, D: int, stride: int) -> list[bool]:
         shape, strides = (1, 1, D, 1 << 6, 1 << 6), (0, 0, stride, 1 << 6, 1)
-        return triton_plans.Layout(torch.float32, shape, strides, torch.device("cpu"))
+        layout = triton_plans.Layout(torch.float32, shape, strides, torch.device("cpu"))
+        pooled = triton_plans.episodes(layout, C, grid, size, workspace)
+        matched = [
+            triton_plans.images(layout, C, grid, size, r, workspace) for r in ("max", "mean")
+        ]
+        return [n > 0 for n in (pooled, *matched)]
 
-    assert triton_plans.fits(G, 2, layout(1 << 18, 1 << 12))
-    assert not triton_plans.fits(G, 2, layout(1 << 19, 1 << 12))  # features
-    assert not triton_plans.fits(G, 2, layout(1 << 19, 0))  # their gradient
-    assert not triton_plans.fits(G, 2, layout(2, 1 << 31))  # a view into something larger
-    assert not triton_plans.fits(G, 1 << 11, layout(2, 1 << 12))  # scores
+    assert all(taken(2, 1 << 18, 1 << 12))
+    assert not any(taken(2, 1 << 19, 1 << 12))  # features
+    assert not any(taken(2, 1 << 19, 0))  # their gradient
+    assert not any(taken(2, 2, 1 << 31))  # a view into something larger
+    assert not any(taken(1 << 11, 2, 1 << 12))  # scores
 
 
 @pytest.mark.parametrize("images", [0, 4])

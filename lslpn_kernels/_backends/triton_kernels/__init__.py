@@ -8,22 +8,21 @@
     match_weights_kernel   dS          -> weights              matching, backward
     match_backward_kernel  weights, F  -> dF, dp               (gather and scatter)
 
+What they read and write, beside what lies between two of them:
+
+    features, to               [B, K or Q, D, h, w], any strides; `to` is the gradient
+    masks                      of one of `mask_kind`: uint8, float32 or (labels only) int64
+    prototypes, to_prototypes  [B, C, Gy, Gx, D]; written as a part for each of `splits` of K or Q
+    factors, inverse_lengths   [B, K, C, Gy, Gx]; [B, C, Gy, Gx], 1 / |p|
+    scores, winners, grad      [B, Q, C, H, W]
+    slopes, radial, labels     of the loss, see `gpu_loss`
+
 Every sum is taken by one program in a fixed order; there are no atomics. Letters beyond the usual
 ones: G the geometry (`triton_geometry.Geometry`), M locations of a block, N or BN windows (times
 classes) of a block, P places of a window among those over a pixel, T_Y x T_X pixels of a block.
 Offsets within an image are of 32 bits; `triton_plans.fits` asks for that.
 """
 
-from .matching import dots_kernel, scores_kernel
-from .matching_backward import match_backward_kernel, match_weights_kernel
-from .pooling import mask_weights_kernel, pool_backward_kernel, pool_kernel
+from . import matching, pooling
 
-__all__ = [
-    "dots_kernel",
-    "mask_weights_kernel",
-    "match_backward_kernel",
-    "match_weights_kernel",
-    "pool_backward_kernel",
-    "pool_kernel",
-    "scores_kernel",
-]
+__all__ = ["matching", "pooling"]

@@ -3,117 +3,94 @@
 Nothing is ever interpolated to image resolution but classes. Between the two lie
 
     dots  [image, C, NY, NX, h, w]: <F(i, j), q_{c,m}> for the windows m near a location, those over
-          a pixel that is interpolated from it, from the first of these on.
-    gram  [image, 4, h, w]: |F|^2; products with the right and with the lower neighbour; the sum of
+          a pixel that is interpolated from it. NY x NX of them are near a location at most; the
+          window (my, mx) is at (my % NY, mx % NX).
+    gram  [image, 4, h, w]: |F|^2; products with the right and with the lower neighbour; the mean of
           those of both diagonals of the cell to the lower right.
 """
-
-# mypy: ignore-errors
-# (device code: Triton's own language, in Python's syntax)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .shared import (
-    X,
-    Y,
-    block_of,
-    dot,
-    inverse_length,
-    load_channels,
-    load_features,
-    look,
-    look_weight,
-    span,
-    window_of,
-    windows_near,
-)
+from . import shared
+from .products import Weights, gather, group_of, scatter
+from .shared import Features, X, Y, inverse_length, load_channels, load_features, look, span
 
 
 @triton.jit
-def _store_gram(
-    features, gram, corner, G: tl.constexpr, D: tl.constexpr, STRIDES: tl.constexpr,
-    BK: tl.constexpr,
-):  # fmt: skip
-    """The Gram maps of BI x BJ locations, 2 x 2 at a time: nine are read for four. Beyond the
-    edges, where no pixel asks for them, a location is its own neighbour."""
-    n = tl.arange(0, G.BI * G.BJ // 4)
-    i = corner[0] + n // (G.BJ // 2) * 2
-    j = corner[1] + n % (G.BJ // 2) * 2
-    at = ()
-    for k in tl.static_range(9):
-        row = tl.minimum(i + k // 3, G.y.cells - 1) * STRIDES[1]
-        at += (features + (row + tl.minimum(j + k % 3, G.x.cells - 1) * STRIDES[2]),)
-    sums = ()
-    for _ in tl.static_range(16):
-        sums += (tl.zeros((BK, G.BI * G.BJ // 4), tl.float32),)
-    for start in range(0, D, BK):
-        f = ()
-        for k in tl.static_range(9):
-            f += (load_features(at[k], start, D, STRIDES, BK, True).to(tl.float32),)
-        added = ()
-        for k in tl.static_range(4):
-            own, right, lower = f[k + k // 2], f[k + k // 2 + 1], f[k + k // 2 + 3]
-            added += (
-                sums[4 * k] + own * own,
-                sums[4 * k + 1] + own * right,
-                sums[4 * k + 2] + own * lower,
-                sums[4 * k + 3] + own * f[k + k // 2 + 4] + right * lower,
-            )
-        sums = added
-    for k in tl.static_range(4):
-        own = (i + k // 2) * G.x.cells + j + k % 2
-        inside = (i + k // 2 < G.y.cells) & (j + k % 2 < G.x.cells)
-        for m in tl.static_range(4):
-            tl.store(gram + m * G.cells + own, tl.sum(sums[4 * k + m], 0), mask=inside)
+def _store_gram(f, gram, G: tl.constexpr, corner):
+    """The Gram maps of a block. Beyond the edges, where no pixel asks for them, a location is its
+    own neighbour."""
+    BK: tl.constexpr = 8 if f.STRIDES[0] > 1 else 16  # with more channels, registers spill
+    i, j, inside, location = shared.locations_of(G, corner)
+    below, right = tl.minimum(i + 1, G.y.cells - 1), tl.minimum(j + 1, G.x.cells - 1)
+    square = tl.zeros((BK, i.shape[0]), tl.float32)
+    along, down, across = square, square, square
+    for start in range(0, f.D, BK):
+        own = load_features(f, location, start, BK, True).to(tl.float32)
+        to_right = load_features(f, (location[0], right), start, BK, True).to(tl.float32)
+        lower = load_features(f, (below, location[1]), start, BK, True).to(tl.float32)
+        diagonal = load_features(f, (below, right), start, BK, True).to(tl.float32)
+        square += own * own
+        along += own * to_right
+        down += own * lower
+        across += own * diagonal + to_right * lower
+    to = gram + (i * G.x.cells + j)
+    tl.store(to, tl.sum(square, 0), mask=inside)
+    tl.store(to + G.cells, tl.sum(along, 0), mask=inside)
+    tl.store(to + 2 * G.cells, tl.sum(down, 0), mask=inside)
+    tl.store(to + 3 * G.cells, 0.5 * tl.sum(across, 0), mask=inside)
 
 
 @triton.jit
 def dots_kernel(
-    features,  # [B, Q, D, h, w], any strides
-    prototypes,  # [B, C, Gy, Gx, D]
-    dots, gram, table, Q, C, stride_b, stride_q, G: tl.constexpr, D: tl.constexpr,
-    STRIDES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GRAM_BK: tl.constexpr, DOT: tl.constexpr,
+    features, prototypes, dots, gram, table, Q, C, stride_b, stride_q, G: tl.constexpr,
+    D: tl.constexpr, STRIDES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One program: BI x BJ locations and all windows near them."""
-    image, corner = block_of(tl.program_id(0), G)
+    image, corner = shared.block_of(tl.program_id(0), G)
     features += image // Q * stride_b + image % Q * stride_q
     prototypes += image // Q * C * G.windows * D
     dots += image * C * G.near * G.cells
-    _store_gram(features, gram + image * 4 * G.cells, corner, G, D, STRIDES, GRAM_BK)
+    gram += image * 4 * G.cells
+    _store_gram(Features(features, D, STRIDES), gram, G, corner)
 
-    near = windows_near(table, G, corner)
-    cell = tl.arange(0, G.BI * G.BJ)
-    i = corner[0] + cell // G.BJ
-    j = corner[1] + cell % G.BJ
-    inside = (i < G.y.cells) & (j < G.x.cells)
+    i, j, inside, location = shared.locations_of(G, corner)
+    near = shared.windows_near(table, G, corner)
     y_near, y_last = span(table, G, Y, G.row.NEAR_FIRST, i, inside)
     x_near, x_last = span(table, G, X, G.row.NEAR_FIRST, j, inside)
     y_near, y_last, x_near, x_last = y_near[None], y_last[None], x_near[None], x_last[None]
-    at = features + tl.minimum(i, G.y.cells - 1) * STRIDES[1]
-    at += tl.minimum(j, G.x.cells - 1) * STRIDES[2]
     count = C * near[2] * near[3]
     for first in range(0, count, BN):
         n = first + tl.arange(0, BN)
         used = (n < count)[:, None]
-        c, my, mx = window_of(tl.minimum(n, count - 1), near)  # beyond the end the last one again
+        # Beyond the end the last one again.
+        c, my, mx = shared.window_of(tl.minimum(n, count - 1), near)
         row = prototypes + ((c * G.y.windows + my) * G.x.windows + mx) * D
         acc = tl.zeros((BN, G.BI * G.BJ), tl.float32)
         squares = tl.zeros((BN, BK), tl.float32)
         for start in range(0, D, BK):
-            f = load_features(at, start, D, STRIDES, BK, True)
+            f = load_features(Features(features, D, STRIDES), location, start, BK, True)
             d = tl.arange(0, BK)[None, :]
             p = load_channels((row + start)[:, None] + d, start + d, D, BK)
-            acc += dot(p, f, DOT)
+            acc += shared.dot(p, f)
             squares += p * p
         acc *= inverse_length(tl.sum(squares, 1))[:, None]
         c, my, mx = c[:, None], my[:, None], mx[:, None]
         used &= (my >= y_near) & (my <= y_last) & (mx >= x_near) & (mx <= x_last)
-        slot = ((c * G.y.near + my) * G.x.near + mx) - (y_near * G.x.near + x_near)
+        slot = (c * G.y.near + my % G.y.near) * G.x.near + mx % G.x.near
         tl.store(dots + (slot * G.cells + (i * G.x.cells + j)[None, :]), acc, mask=used)
+
+
+@triton.jit
+def _square_along(at, G: tl.constexpr, wx, mask):
+    """From a map of squares and the next one, of products with the right neighbour."""
+    right = mask & (wx > 0)
+    total = (1 - wx) * (1 - wx) * tl.load(at, mask=mask, other=0.0)
+    total += wx * wx * tl.load(at + 1, mask=right, other=0.0)
+    return total + 2 * (1 - wx) * wx * tl.load(at + G.cells, mask=right, other=0.0)
 
 
 @triton.jit
@@ -123,26 +100,15 @@ def square_norm(gram, G: tl.constexpr, i, j, wx, mask, below):
     ``w^T G w`` with the four taps' weights w and Gram matrix G, from the maps of one image.
     `below` masks the lower row."""
     at = gram + i * G.x.cells + j
-    right = mask & (wx > 0)
-    square, up, product = (1 - wx) * (1 - wx), wx * wx, (1 - wx) * wx
-    row = square * tl.load(at, mask=mask, other=0.0)
-    row += up * tl.load(at + 1, mask=right, other=0.0)
-    row += 2 * product * tl.load(at + G.cells, mask=right, other=0.0)
-    next_row = square * tl.load(at + G.x.cells, mask=below, other=0.0)
-    next_row += up * tl.load(at + G.x.cells + 1, mask=right & below, other=0.0)
-    next_row += 2 * product * tl.load(at + G.cells + G.x.cells, mask=right & below, other=0.0)
-    across = square * tl.load(at + 2 * G.cells, mask=below, other=0.0)
-    across += up * tl.load(at + 2 * G.cells + 1, mask=right & below, other=0.0)
-    across += product * tl.load(at + 3 * G.cells, mask=right & below, other=0.0)
-    return row, next_row, across
+    row = _square_along(at, G, wx, mask)
+    next_row = _square_along(at + G.x.cells, G, wx, below)
+    return row, next_row, _square_along(at + 2 * G.cells, G, wx, below)
 
 
 @triton.jit
 def _cross_entropy(
-    first,  # logits of class 0 and of the last one
-    last,
-    slopes,  # of this image, with the logits of the classes 1 .. C - 1 if there are more than two
-    radial, labels, class_weights, pixel, mask, C, size, ignore_index, PAIR: tl.constexpr,
+    slopes,  # of this image: there are the logits of the classes 1 .. C - 1, less that of class 0
+    radial, labels, class_weights, pixel, mask, C, size, ignore_index,
 ):  # fmt: skip
     """Of a block of pixels: writes what `gpu_loss` says, and returns the sums of the losses and of
     the weights."""
@@ -154,13 +120,11 @@ def _cross_entropy(
     if class_weights is not None:
         weight = tl.load(class_weights + y)
     weight = tl.where(counts, tl.where(known, weight, float("nan")), 0.0)
-    # Logits as seen from that of class 0.
-    most = tl.zeros_like(first)
+    most = tl.zeros(y.shape, tl.float32)
     right = most
     total = most + 1.0
-    for c in range(1, 2 if PAIR else C):
-        z = last if PAIR else tl.load(slopes + (c - 1) * size + pixel, mask=mask, other=0.0)
-        z -= first
+    for c in range(1, C):
+        z = tl.load(slopes + ((c - 1) * size + pixel), mask=mask, other=0.0)
         above = tl.maximum(most, z)
         total = total * tl.exp(most - above) + tl.exp(z - above)
         most = above
@@ -168,11 +132,10 @@ def _cross_entropy(
     # A sum of exponentials is positive, or NaN.
     loss = tl.where(counts, weight * (tl.log(total) + (most - right)), 0.0)
     share = weight / total
-    along = tl.zeros_like(first)
-    for c in range(1, 2 if PAIR else C):
-        at = slopes + (c - 1) * size + pixel
-        z = last if PAIR else tl.load(at, mask=mask, other=0.0)
-        z -= first
+    along = tl.zeros(y.shape, tl.float32)
+    for c in range(1, C):
+        at = slopes + ((c - 1) * size + pixel)
+        z = tl.load(at, mask=mask, other=0.0)
         slope = share * tl.exp(z - most) - tl.where(y == c, weight, 0.0)
         along += slope * z  # the slopes of all classes add up to 0
         tl.store(at, slope, mask=mask)
@@ -182,19 +145,12 @@ def _cross_entropy(
 
 @triton.jit
 def scores_kernel(
-    dots, gram,
-    scores,  # [B, Q, C, H, W]; LOSS: the slopes, [B, Q, C - 1, H, W]
-    winners,  # [B, Q, C, H, W], uint8 or int32
-    table, logit_scale,
-    radial,  # of the loss, see `gpu_loss`: [B, Q, H, W]
-    labels,  # [B, Q, H, W]
-    class_weights,  # [C], or None
-    sums,  # of each program: of the losses and of the weights of its pixels
+    dots, gram, scores, winners, table, logit_scale, radial, labels, class_weights, sums,
     ignore_index, C, G: tl.constexpr, T: tl.constexpr, BX: tl.constexpr, MEAN: tl.constexpr,
-    WINNERS: tl.constexpr, LOSS: tl.constexpr, PAIR: tl.constexpr,
+    WINNERS: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BX columns of a strip of up to T rows, all classes. LOSS: the cross-entropy of
-    the scores in place of these, of which no more than a PAIR are held in registers."""
+    """One program: BX columns of a strip of up to T rows, all classes. LOSS: in place of scores the
+    slopes of their cross-entropy, and of each program the sums of losses and of weights."""
     BLOCKS: tl.constexpr = (G.x.pixels + BX - 1) // BX
     OX: tl.constexpr = G.x.overlap
     pid = tl.program_id(0)
@@ -204,13 +160,13 @@ def scores_kernel(
     x = pid % BLOCKS * BX + tl.arange(0, BX)
     x_in = x < G.x.pixels
     j = look(table, G, X, G.row.LOWER, x, x_in)
-    wx = look_weight(table, G, X, x, x_in)
+    wx = shared.look_weight(table, G, X, x, x_in)
     x_first, x_last = span(table, G, X, G.row.FIRST, x, x_in)
     begin, end = span(table, G, Y, G.row.STRIP_BEGIN, strip)
     i = look(table, G, Y, G.row.LOWER, begin)
     y_first, y_last = span(table, G, Y, G.row.FIRST, begin)
     y = begin + tl.arange(0, T)
-    wy = look_weight(table, G, Y, y, y < end)
+    wy = shared.look_weight(table, G, Y, y, y < end)
     # Weights grow along a strip: where the last is 0, the next row of locations is not near.
     next_row = look(table, G, Y, G.row.WEIGHT, end - 1) != 0
 
@@ -224,36 +180,27 @@ def scores_kernel(
     if MEAN:
         inverse /= ((y_last - y_first + 1) * (x_last - x_first + 1)).to(tl.float32)[None, :]
 
-    # The dots of the first window of class 0, and from there to the next location of either axis:
-    # its windows may begin with another one.
     to_right = x_in & (wx > 0)
-    y_near = look(table, G, Y, G.row.NEAR_FIRST, i)
-    x_near = look(table, G, X, G.row.NEAR_FIRST, j, x_in)
-    at = (y_first - y_near) * G.x.near + x_first - x_near
-    at = dots + image * C * G.near * G.cells + (at * G.cells + i * G.x.cells + j)
-    right = 1 + (x_near - look(table, G, X, G.row.NEAR_FIRST, j + 1, to_right)) * G.cells
-    y_near -= look(table, G, Y, G.row.NEAR_FIRST, i + 1, next_row)
-    below = G.x.cells + y_near * (G.x.near * G.cells)
-
+    at = dots + image * C * G.near * G.cells + (i * G.x.cells + j)
     scores += image * (C - 1 if LOSS else C) * G.pixels
     winners += image * C * G.pixels
     pixel = (y * G.x.pixels)[:, None] + x[None, :]
     mask = (y < end)[:, None] & x_in[None, :]
     first = tl.zeros((T, BX), tl.float32)
-    last = first
     for c in range(C):
         best = tl.full((T, BX), 0.0 if MEAN else float("-inf"), tl.float32)
         place = tl.zeros((T, BX), tl.int32)
         for number in range(y_last - y_first + 1):
-            dot = at + (c * G.y.near + number) * (G.x.near * G.cells)
+            slot = (c * G.y.near + (y_first + number) % G.y.near) * G.x.near
             for step in tl.range(0, OX, loop_unroll_factor=OX if OX <= 4 else 1):
                 near = x_first + step <= x_last
                 both = near & to_right
-                top = tl.load(dot, mask=near, other=0.0)
-                top += wx * (tl.load(dot + right, mask=both, other=0.0) - top)
-                low = tl.load(dot + below, mask=near & next_row, other=0.0)
-                low += wx * (tl.load(dot + below + right, mask=both & next_row, other=0.0) - low)
-                dot += G.cells
+                here = at + (slot + (x_first + step) % G.x.near) * G.cells
+                top = tl.load(here, mask=near, other=0.0)
+                top += wx * (tl.load(here + 1, mask=both, other=0.0) - top)
+                here += G.x.cells
+                low = tl.load(here, mask=near & next_row, other=0.0)
+                low += wx * (tl.load(here + 1, mask=both & next_row, other=0.0) - low)
                 if MEAN:
                     best += top[None, :] + wy[:, None] * (low - top)[None, :]
                 else:
@@ -265,22 +212,217 @@ def scores_kernel(
                     won = (value > best) | (value != value)
                     place = tl.where(won, number * OX + step, place)
                     best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
-        last = best * inverse
-        if not LOSS:
-            tl.store(scores + (c * G.pixels + pixel), last, mask=mask)
+        score = best * inverse
+        if LOSS:
+            first = tl.where(c == 0, score, first)
+            tl.store(scores + ((c - 1) * G.pixels + pixel), score - first, mask=mask & (c > 0))
         else:
-            first = tl.where(c == 0, last, first)
-            if not PAIR:
-                tl.store(scores + ((c - 1) * G.pixels + pixel), last, mask=mask & (c > 0))
+            tl.store(scores + (c * G.pixels + pixel), score, mask=mask)
         if WINNERS:
             won = place.to(winners.dtype.element_ty)
             tl.store(winners + (c * G.pixels + pixel), won, mask=mask)
     if LOSS:
-        if not PAIR:
-            tl.debug_barrier()  # what one thread has written, another may read
+        tl.debug_barrier()  # what one thread has written, another may read
         loss, total = _cross_entropy(
-            first, last, scores, radial + image * G.pixels, labels + image * G.pixels,
-            class_weights, pixel, mask, C, G.pixels, ignore_index, PAIR,
+            scores, radial + image * G.pixels, labels + image * G.pixels, class_weights, pixel,
+            mask, C, G.pixels, ignore_index,
         )  # fmt: skip
         tl.store(sums + 2 * pid, loss)
         tl.store(sums + 2 * pid + 1, total)
+
+
+# Backward
+
+
+@triton.jit
+def _inverse_lengths(prototypes, inverse_lengths, first, rows, D: tl.constexpr):
+    """1 / |p| of 16 prototypes."""
+    row = first + tl.arange(0, 16)
+    at = prototypes + row.to(tl.int64)[:, None] * D
+    total = tl.zeros((16, 64), tl.float32)
+    for start in range(0, D, 64):
+        d = start + tl.arange(0, 64)[None, :]
+        p = load_channels(at + d, d, D, 64, (row < rows)[:, None])
+        total += p * p
+    tl.store(inverse_lengths + row, inverse_length(tl.sum(total, 1)), mask=row < rows)
+
+
+@triton.jit
+def _store_maps(to, sums, pairs, G: tl.constexpr, N: tl.constexpr, more):
+    """Two Gram maps of a run, from sums of pixels in each column. `more`: to be added."""
+    n = tl.arange(0, 2 * N)
+    to += n // N * G.runs + n % N
+    mask = n % N < G.x.piece_cells
+    maps = tl.sum(tl.where(pairs != 0, pairs * sums[:, None], 0.0), 0)
+    maps += tl.load(to, mask=mask & more, other=0.0)
+    tl.store(to, maps, mask=mask)
+
+
+@triton.jit
+def match_weights_kernel(
+    grad,  # LOSS: the slopes
+    scores,  # LOSS: the radial parts
+    winners, gram, prototypes, inverse_lengths, weights, table, logit_scale,
+    grad_loss,  # the loss's, and the sum of its weights: numbers
+    total, C, rows, row_programs, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    T_Y: tl.constexpr, T_X: tl.constexpr, N: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
+    MEAN: tl.constexpr, LOSS: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile, CB classes and PB of their P places at a time; the first `row_programs`
+    take the lengths of 16 prototypes each instead.
+
+    The blocks of the classes hold `logit_scale` times the sums of dS / |Up F| (of MEAN: of all
+    windows alike, divided by their number). S = <Up F, q> / |Up F|, hence those of the Gram maps:
+    d|Up F|^2 = -1/2 sum_c dS S / |Up F|^2, twice, as F is on both sides of their products.
+    """
+    tile = tl.program_id(0) - row_programs
+    if tile < 0:
+        _inverse_lengths(prototypes, inverse_lengths, tl.program_id(0) * 16, rows, D)
+        return
+    image, piece_y, piece_x, runs = shared.tile_of(tile, G)
+    grad += image * (C - 1 if LOSS else C) * G.pixels
+    scores += image * (1 if LOSS else C) * G.pixels
+    winners += image * C * G.pixels
+    gram += image * 4 * G.cells
+    weights += image * (C * P + 4) * G.runs + runs
+    x, x_in, j, column, wx = shared.tile_columns(table, G, piece_x, T_X)
+    first_row, last_row = span(table, G, Y, G.row.PIECE_LOWER, piece_y)
+    share = 1.0
+    if LOSS:
+        share = tl.load(total)
+        share = tl.where(share == 0, 0.0, tl.load(grad_loss) / share)
+    scale = logit_scale * share
+    if MEAN:
+        first_y, last_y = span(table, G, Y, G.row.PIECE_FIRST, piece_y)
+        first_x, last_x = span(table, G, X, G.row.PIECE_FIRST, piece_x)
+        scale /= ((last_y - first_y + 1) * (last_x - first_x + 1)).to(tl.float32)
+    interpolate = shared.interpolation(column, 1 - wx, wx, N)
+    # Of the Gram maps: |F|^2 or the lower neighbour, then the right neighbour or the diagonals.
+    cross = shared.interpolation(column, (1 - wx) * wx, tl.zeros_like(wx), N)
+    pairs = shared.interpolation(column, (1 - wx) * (1 - wx), wx * wx, N)
+    pairs = tl.join(pairs, cross).permute(0, 2, 1).reshape((T_X, 2 * N))
+    PLACES: tl.constexpr = (P + PB - 1) // PB
+    for number in range((C + CB - 1) // CB * PLACES):
+        c = number // PLACES * CB + tl.arange(0, CB)
+        place = number % PLACES * PB + tl.arange(0, PB)
+        carry = tl.zeros((CB, PB, T_X), tl.float32)
+        own_carry = tl.zeros((T_X,), tl.float32)
+        for row in range(last_row - first_row + 1):
+            here, own = carry, own_carry
+            carry = tl.zeros((CB, PB, T_X), tl.float32)
+            own_carry = tl.zeros((T_X,), tl.float32)
+            across = own_carry
+            run_begin, end = span(table, G, Y, G.row.RUN_BEGIN, piece_y * G.y.piece_cells + row)
+            # Weights grow along a run: where the last is 0, the next row of locations is not near.
+            above = x_in & (run_begin < end)
+            below = above & (look(table, G, Y, G.row.WEIGHT, tl.maximum(end - 1, 0)) != 0)
+            norms = square_norm(gram, G, first_row + row, j, wx, above, below)
+            for begin in range(run_begin, end, T_Y):
+                y = begin + tl.arange(0, T_Y)
+                wy = shared.look_weight(table, G, Y, y, y < end)[:, None]
+                square = (1 - wy) * (1 - wy) * norms[0][None, :] + wy * wy * norms[1][None, :]
+                inverse = inverse_length(square + 2 * (1 - wy) * wy * norms[2][None, :])
+                pixel = (y * G.x.pixels)[:, None] + x[None, :]
+                inside = (y < end)[:, None] & x_in[None, :]
+                at = (c * G.pixels)[:, None, None] + pixel[None, :, :]
+                mask = inside[None, :, :] & (c < C)[:, None, None]
+                if LOSS:
+                    # The first class has minus the sum of the others.
+                    zeroth = (c == 0)[:, None, None]
+                    g = tl.load(grad + (at - G.pixels), mask=mask & (zeroth == 0), other=0.0)
+                    others = tl.zeros(pixel.shape, tl.float32)
+                    for k in range(tl.where(number < PLACES, C - 1, 0)):
+                        others += tl.load(grad + (k * G.pixels + pixel), mask=inside, other=0.0)
+                    g = tl.where(zeroth, -others[None, :, :], g)
+                    radial = tl.load(scores + pixel, mask=inside, other=0.0)
+                else:
+                    g = tl.load(grad + at, mask=mask, other=0.0)
+                    radial = tl.sum(g * tl.load(scores + at, mask=mask, other=0.0), 0)
+                radial *= -share * inverse * inverse
+                own += tl.sum(radial * ((1 - wy) * (1 - wy)), 0)
+                g = (g * inverse[None, :, :])[:, None, :, :]
+                if not MEAN:
+                    won = tl.load(winners + at, mask=mask, other=0).to(tl.int32)
+                    won = won[:, None, :, :] == place[None, :, None, None]
+                    g = tl.where(won, g, 0.0)
+                # Where pixels lie on locations the next row has no weight, and 0 times NaN is NaN.
+                if G.y.between:
+                    high = tl.sum(g * wy[None, None, :, :], 2)
+                    here += tl.sum(g, 2) - high
+                    carry += high
+                    own_carry += tl.sum(radial * (wy * wy), 0)
+                    across += tl.sum(radial * ((1 - wy) * wy), 0)
+                else:
+                    here += tl.sum(g, 2)
+            # Products along x.
+            here = here.reshape((CB * PB, T_X))
+            sums = shared.dot(here, interpolate)
+            if shared.spoilt(sums):
+                sums = shared.product(here, interpolate, (interpolate != 0)[None, :, :], True)
+            r, n = tl.arange(0, CB * PB), tl.arange(0, N)
+            to = weights + row * G.x.runs
+            to_r = (number // PLACES * CB + r // PB) * P + number % PLACES * PB + r % PB
+            used = (number // PLACES * CB + r // PB < C) & (number % PLACES * PB + r % PB < P)
+            mask = used[:, None] & (n < G.x.piece_cells)[None, :]
+            tl.store(to + ((to_r * G.runs)[:, None] + n[None, :]), scale * sums, mask=mask)
+            # The radial parts of a loss are those of all classes.
+            if number == 0 if LOSS else number % PLACES == 0:
+                _store_maps(to + C * P * G.runs, own, pairs, G, N, number > 0)
+                _store_maps(to + (C * P + 2) * G.runs, across, pairs, G, N, number > 0)
+        tl.debug_barrier()  # the next classes add to the Gram maps
+
+
+@triton.jit
+def match_backward_kernel(
+    weights, features, prototypes, inverse_lengths, to, to_prototypes, table, B, Q, C, stride_b,
+    stride_q, to_stride_b, to_stride_q, groups, splits, G: tl.constexpr, D: tl.constexpr,
+    P: tl.constexpr, STRIDES: tl.constexpr, TO_STRIDES: tl.constexpr, GROUP: tl.constexpr,
+    GATHER_BD: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Of each episode, first the programs for its prototypes, a group of windows each; then those
+    for its features, BI x BJ locations each. All channels, BD or GATHER_BD at a time."""
+    pid = tl.program_id(0)
+    size = (C * P + 4) * G.runs
+    programs = groups * splits + Q * G.blocks
+    b = (pid // programs).to(tl.int64)
+    pid = pid % programs
+    prototypes += b * C * G.windows * D
+    inverse_lengths += b * C * G.windows
+    features += b * stride_b
+    weights += b * Q * size
+    if pid >= groups * splits:
+        q, corner = shared.block_of(pid - groups * splits, G)
+        scatter(
+            Weights(weights + q * size, table, G, P), prototypes, inverse_lengths, C, corner,
+            Features(features + q * stride_q, D, STRIDES),
+            Features(to + b * to_stride_b + q * to_stride_q, D, TO_STRIDES), BD,
+        )  # fmt: skip
+    else:
+        split = pid // groups
+        group = group_of(table, G, pid % groups, C, GROUP)
+        _c, _window, number, used, _region = group
+        inverse = tl.load(inverse_lengths + number, mask=used, other=0.0)
+        to_prototypes += (split * B + b) * C * G.windows * D
+        along = tl.zeros(number.shape, tl.float32)
+        for start in range(0, D, GATHER_BD):
+            acc = tl.zeros((number.shape[0], GATHER_BD), tl.float32)
+            for n in range(split * Q // splits, (split + 1) * Q // splits):
+                q = tl.cast(n, tl.int64)
+                acc += gather(
+                    Weights(weights + q * size, table, G, P), group,
+                    Features(features + q * stride_q, D, STRIDES), start, GATHER_BD,
+                )  # fmt: skip
+            d = start + tl.arange(0, GATHER_BD)[None, :]
+            at = (number * D)[:, None] + d
+            p = load_channels(prototypes + at, d, D, GATHER_BD, used[:, None])
+            along += tl.sum(acc * (p * inverse[:, None]), 1)
+            tl.store(to_prototypes + at, acc, mask=used[:, None] & (d < D))
+        tl.debug_barrier()
+        # These were dq. dp = (dq - <q, dq> q) / |p| asks for all channels.
+        for start in range(0, D, 64):
+            d = start + tl.arange(0, 64)[None, :]
+            at = (number * D)[:, None] + d
+            p = load_channels(prototypes + at, d, D, 64, used[:, None])
+            dq = load_channels(to_prototypes + at, d, D, 64, used[:, None])
+            dp = (dq - along[:, None] * (p * inverse[:, None])) * inverse[:, None]
+            tl.store(to_prototypes + at, dp, mask=used[:, None] & (d < D))

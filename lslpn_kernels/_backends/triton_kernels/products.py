@@ -7,85 +7,77 @@ a piece; one block for each class and each of the P places that a window can hav
 the tile (P = 1 where all windows get the same); see `pooling` and `matching_backward`.
 """
 
-# mypy: ignore-errors
-# (device code: Triton's own language, in Python's syntax)
-
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .shared import (
-    X,
-    Y,
-    dot,
-    dot_of_parts,
-    load_channels,
-    load_features,
-    look,
-    span,
-    spoilt,
-    window_of,
-    windows_near,
-)
+from . import shared
+from .shared import X, Y, load_channels, load_features, locations_of, look, product, span, spoilt
+
+
+class Weights(NamedTuple):
+    """An image's weights, for P places, and the table by which they are found."""
+
+    at: tl.tensor
+    table: tl.tensor
+    G: tl.constexpr
+    P: tl.constexpr
 
 
 @triton.jit
-def _run_near(table, G: tl.constexpr, axis: tl.constexpr, i, number, PIECES: tl.constexpr):
-    """Of the pieces near locations the one of this number: the location's run, its first and last
-    window (-1 where there is no such piece)."""
+def _run_near(w, axis: tl.constexpr, i, number, PIECES: tl.constexpr, m):
+    """Of the pieces near locations i the one of this number: the location's run, the first window
+    over it, and whether it is in windows m, [windows, locations] (m None: whether there is one)."""
     n = i * PIECES + number
-    first, last = span(table, G, axis, G.row.RUN_FIRST, n)
-    return look(table, G, axis, G.row.RUN, n), first, last
+    first, last = span(w.table, w.G, axis, w.G.row.RUN_FIRST, n)
+    if m is None:
+        inside = (last >= 0)[None, :]
+    else:
+        inside = (m[:, None] >= first[None, :]) & (m[:, None] <= last[None, :])
+    return look(w.table, w.G, axis, w.G.row.RUN, n), first, inside
 
 
 @triton.jit
-def _region_weights(
-    weights, table, G: tl.constexpr, P: tl.constexpr, c, window, cell, SHAPE: tl.constexpr
-):  # fmt: skip
-    """Weights of locations for windows, SHAPE [windows, locations], summed over the tiles that are
-    near the one and in the other. `weights` are of an image, `c` are the windows' classes; `window`
-    (my, mx), -1 where there is none; `cell` (i, j)."""
-    my, mx = window[0], window[1]
+def _weights(w, c, my, mx, location):
+    """Weights of locations for windows (my, mx) of classes c, [windows, locations], summed over the
+    tiles that are near the one and in the other, and whether there are any. my is -1 where there is
+    no window; without my and mx (None), all tiles near a location are summed."""
+    G: tl.constexpr = w.G
+    NEAR_Y: tl.constexpr = G.y.near_pieces
     NEAR_X: tl.constexpr = G.x.near_pieces
-    total = tl.zeros(SHAPE, tl.float32)
-    from_window = weights + (c * P + (my * G.x.overlap + mx if P > 1 else 0)) * G.runs
-    for a in range(G.y.near_pieces):
-        row, first_y, last_y = _run_near(table, G, Y, cell[0], a, G.y.near_pieces)
-        over_y = (my[:, None] >= first_y[None, :]) & (my[:, None] <= last_y[None, :])
+    total = tl.zeros((c.shape[0], location[0].shape[0]), tl.float32)
+    near = tl.zeros(total.shape, tl.int1)
+    block = c * w.P
+    if w.P > 1:
+        block += my * G.x.overlap + mx
+    for a in range(NEAR_Y):
+        row, first_y, in_y = _run_near(w, Y, location[0], a, NEAR_Y, my)
         for b in tl.range(0, NEAR_X, loop_unroll_factor=NEAR_X if NEAR_X <= 2 else 1):
-            column, first_x, last_x = _run_near(table, G, X, cell[1], b, NEAR_X)
-            over_x = (mx[:, None] >= first_x[None, :]) & (mx[:, None] <= last_x[None, :])
+            column, first_x, in_x = _run_near(w, X, location[1], b, NEAR_X, mx)
             at = row * G.x.runs + column
-            if P > 1:
+            if w.P > 1:
                 at -= (first_y * G.x.overlap + first_x) * G.runs
-            at = from_window[:, None] + at[None, :]
-            total += tl.load(at, mask=over_y & over_x, other=0.0)
-    return total
+            at = (w.at + block * G.runs)[:, None] + at[None, :]
+            total += tl.load(at, mask=in_y & in_x, other=0.0)
+            near |= in_y & in_x
+    return total, near
 
 
 @triton.jit
-def _near(table, G: tl.constexpr, window, cell):
-    """Whether windows are near locations, [windows, locations]; each `(rows, columns)`."""
-    my, mx = window[0][:, None], window[1][:, None]
-    first_y, last_y = span(table, G, Y, G.row.NEAR_FIRST, cell[0])
-    first_x, last_x = span(table, G, X, G.row.NEAR_FIRST, cell[1])
-    near = (my >= first_y[None, :]) & (my <= last_y[None, :])
-    return near & (mx >= first_x[None, :]) & (mx <= last_x[None, :])
-
-
-@triton.jit
-def group_of(
-    table, G: tl.constexpr, pid, C, GY: tl.constexpr, GX: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
-    """A group of GY x GX windows and BN / (GY GX) classes: class, window (-1 where there is none),
-    their numbers among all, which are real, and the region of locations near them."""
+def group_of(table, G: tl.constexpr, pid, C, GROUP: tl.constexpr):
+    """A group of so many rows and columns of windows and classes: class, window (-1 where there is
+    none), their numbers among all, which are real, and the region of locations near them."""
+    GY: tl.constexpr = GROUP[0]
+    GX: tl.constexpr = GROUP[1]
     DOWN: tl.constexpr = (G.y.windows + GY - 1) // GY
     ACROSS: tl.constexpr = (G.x.windows + GX - 1) // GX
-    n = tl.arange(0, BN)
+    n = tl.arange(0, GY * GX * GROUP[2])
     top = pid // ACROSS % DOWN * GY
     left = pid % ACROSS * GX
-    c = pid // (ACROSS * DOWN) * (BN // (GY * GX)) + n // (GY * GX)
+    c = pid // (ACROSS * DOWN) * GROUP[2] + n // (GY * GX)
     my = top + n // GX % GY
     mx = left + n % GX
     used = (c < C) & (my < G.y.windows) & (mx < G.x.windows)
@@ -100,218 +92,119 @@ def group_of(
 
 
 @triton.jit
-def gather(
-    weights, table, G: tl.constexpr, P: tl.constexpr, c, window, region, features, start,
-    D: tl.constexpr, STRIDES: tl.constexpr, SHAPE: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """Sums over the locations of a region, of weight times F, for BD channels from `start` on:
-    [BN, BD]. Row by row, M at a time; SHAPE is (BN, M, BD)."""
-    acc = _gather(
-        weights, table, G, P, c, window, region, features, start, D, STRIDES, SHAPE, False, DOT
-    )
+def gather(w, group, f, start, BD: tl.constexpr):
+    """Sums over the locations near a group of windows, of weight times F, for BD channels from
+    `start` on: [windows, BD]."""
+    acc = _gather(w, group, f, start, BD, False)
     if spoilt(acc):
-        acc = _gather(
-            weights, table, G, P, c, window, region, features, start, D, STRIDES,
-            (SHAPE[0], 16, SHAPE[2]), True, DOT,
-        )  # fmt: skip
+        acc = _gather(w, group, f, start, BD, True)
     return acc
 
 
 @triton.jit
-def _gather(
-    weights, table, G: tl.constexpr, P: tl.constexpr, c, window, region, features, start,
-    D: tl.constexpr, STRIDES: tl.constexpr, SHAPE: tl.constexpr, PARTS: tl.constexpr,
-    DOT: tl.constexpr,
-):  # fmt: skip
-    """PARTS: see `spoilt`."""
-    M: tl.constexpr = SHAPE[1]
+def _gather(w, group, f, start, BD: tl.constexpr, EXACT: tl.constexpr):
+    M: tl.constexpr = 1 if EXACT else 32  # locations at a time
+    c, window, _number, _used, region = group
     width = tl.maximum(region[3] - region[2], 1)
     count = (region[1] - region[0]) * width
-    acc = tl.zeros((SHAPE[0], SHAPE[2]), tl.float32)
+    acc = tl.zeros((c.shape[0], BD), tl.float32)
     for first in range(0, count, M):
         n = first + tl.arange(0, M)
         inside = (n < count)[None, :]
         n = tl.minimum(n, count - 1)  # the last one again, without weight
-        cell = (region[0] + n // width, region[2] + n % width)
-        at = features + (cell[0] * STRIDES[1] + cell[1] * STRIDES[2])
-        f = load_features(at, start, D, STRIDES, SHAPE[2])
-        weight = _region_weights(weights, table, G, P, c, window, cell, (SHAPE[0], M))
-        weight = tl.where(inside, weight, 0.0)
-        if PARTS:
-            acc += dot_of_parts(weight, f, inside & _near(table, G, window, cell), DOT)
-        else:
-            acc += dot(weight, f, DOT)
+        location = (region[0] + n // width, region[2] + n % width)
+        weight, near = _weights(w, c, window[0], window[1], location)
+        value = load_features(f, location, start, BD)
+        acc += product(tl.where(inside, weight, 0.0), value, near[:, :, None], EXACT)
     return acc
 
 
 @triton.jit
-def _stencil(
-    weights, table, G: tl.constexpr, first_block, corner, K: tl.constexpr
-):  # fmt: skip
-    """Derivatives by the four Gram maps at the K locations around a block, [4 K]. Those by |F|^2
-    are doubled."""
-    NEAR_Y: tl.constexpr = G.y.near_pieces
-    NEAR_X: tl.constexpr = G.x.near_pieces
-    n = tl.arange(0, 4 * K)
-    i = corner[0] - 1 + n % K // (G.BJ + 2)
-    j = corner[1] - 1 + n % K % (G.BJ + 2)
+def _ring(w, C, corner):
+    """K locations in and around a block, and what they give to those in it by the Gram maps, [BI
+    BJ, K]. Each product of neighbours has two sides, and is kept where its upper left one is."""
+    G: tl.constexpr = w.G
+    K: tl.constexpr = 64
+    tl.static_assert((G.BI + 2) * (G.BJ + 2) <= K)
+    k = tl.arange(0, K)
+    i, j = corner[0] - 1 + k // (G.BJ + 2), corner[1] - 1 + k % (G.BJ + 2)
     inside = (i >= 0) & (i < G.y.cells) & (j >= 0) & (j < G.x.cells)
-    i = tl.where(inside, i, 0)
-    j = tl.where(inside, j, 0)
-    total = tl.zeros((4 * K,), tl.float32)
-    from_map = weights + (first_block + n // K) * G.runs
-    for a in tl.range(0, NEAR_Y, loop_unroll_factor=NEAR_Y if NEAR_Y <= 2 else 1):
-        row, _first, last_y = _run_near(table, G, Y, i, a, NEAR_Y)
-        for b in tl.range(0, NEAR_X, loop_unroll_factor=NEAR_X if NEAR_X <= 2 else 1):
-            column, _first, last_x = _run_near(table, G, X, j, b, NEAR_X)
-            there = inside & (last_y >= 0) & (last_x >= 0)
-            total += tl.load(from_map + row * G.x.runs + column, mask=there, other=0.0)
-    return tl.where(n < K, 2 * total, total)
+    location = (tl.where(inside, i, 0), tl.where(inside, j, 0))
+    start = w.at + C * w.P * G.runs
+    maps, _near = _weights(Weights(start, w.table, G, 1), tl.arange(0, 4), None, None, location)
+    maps = tl.where(inside[None, :], maps, 0.0).reshape((4 * K,))
 
-
-@triton.jit
-def _ring(stencil, G: tl.constexpr, K: tl.constexpr):
-    """What the K locations around a block of BI x BJ give to those of the block, [BI BJ, K]. Each
-    product of neighbours has two sides, and is kept where its upper left one is.
-    """
-    cell = tl.arange(0, G.BI * G.BJ)[:, None]
-    n = tl.arange(0, K)[None, :]
-    own_i, own_j = cell // G.BJ + 1, cell % G.BJ + 1
-    i, j = n // (G.BJ + 2), n % (G.BJ + 2)
-    di, dj = i - own_i, j - own_j
-    near = (di >= -1) & (di <= 1) & (dj >= -1) & (dj <= 1)
-    of = tl.where(di == 0, 0, 2 * K) + tl.where(dj == 0, 0, K)
+    own = tl.arange(0, G.BI * G.BJ)[:, None]
+    own_i, own_j = own // G.BJ + 1, own % G.BJ + 1
+    i, j = k[None, :] // (G.BJ + 2), k[None, :] % (G.BJ + 2)
+    of = tl.where(i == own_i, 0, 2 * K) + tl.where(j == own_j, 0, K)
     of += tl.minimum(i, own_i) * (G.BJ + 2) + tl.minimum(j, own_j)
+    near = (tl.abs(i - own_i) <= 1) & (tl.abs(j - own_j) <= 1)
     of = tl.where(near, of, 0).reshape((G.BI * G.BJ * K,))
-    return tl.where(near, tl.gather(stencil, of, 0).reshape((G.BI * G.BJ, K)), 0.0)
+    return location, tl.where(near, tl.gather(maps, of, 0).reshape((G.BI * G.BJ, K)), 0.0)
 
 
 @triton.jit
-def _windows(
-    weights, table, G: tl.constexpr, P: tl.constexpr, coefficients, C, near, first, cell,
-    SHAPE: tl.constexpr,
-):  # fmt: skip
-    """Of the windows near a block SHAPE[0] from the `first` on: their weights times coefficients,
-    [windows, locations], their numbers among all, and (my, mx), -1 where there is none or its
-    coefficient is 0: a window with too few pixels passes on no gradient, not even NaN."""
-    n = first + tl.arange(0, SHAPE[0])
+def _windows(w, coefficients, C, near, first, location, BN: tl.constexpr):
+    """Of the windows near a block BN from the `first` on: weights times coefficients and which are
+    near, [locations, windows], their numbers among all, and which are real. A coefficient of 0, of
+    a window with too few pixels, passes on no gradient, not even NaN."""
+    n = first + tl.arange(0, BN)
     used = n < C * near[2] * near[3]
-    c, my, mx = window_of(n, near)
-    number = (c * G.y.windows + my) * G.x.windows + mx
+    c, my, mx = shared.window_of(n, near)
+    number = (c * w.G.y.windows + my) * w.G.x.windows + mx
     coefficient = tl.load(coefficients + number, mask=used, other=0.0)
-    my = tl.where(coefficient != 0, my, -1)
-    weight = _region_weights(weights, table, G, P, c, (my, mx), cell, SHAPE)
-    return weight * coefficient[:, None], number, (my, mx)
+    used = coefficient != 0
+    weight, near = _weights(w, c, tl.where(used, my, -1), mx, location)
+    return tl.trans(weight * coefficient[:, None]), tl.trans(near), number, used
 
 
 @triton.jit
-def _from_windows(
-    windows, table, G: tl.constexpr, cell, vectors, start, D: tl.constexpr, BD: tl.constexpr,
-    PARTS: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+def _sum_windows(windows, vectors, start, D: tl.constexpr, BD: tl.constexpr, EXACT: tl.constexpr):
     """Sums over those windows, of weight times vector, for BD channels: [locations, BD]."""
-    weight, number, window = windows[0], windows[1], windows[2]
+    weight, near, number, used = windows[0], windows[1], windows[2], windows[3]
     d = start + tl.arange(0, BD)[None, :]
-    at = (vectors + number * D)[:, None] + d
-    vector = load_channels(at, d, D, BD, (window[0] >= 0)[:, None])
-    if PARTS:
-        near = _near(table, G, window, cell)
-        weight = tl.where(near, weight, 0.0)  # without 0 times a coefficient that is not finite
-        return dot_of_parts(tl.trans(weight), vector, tl.trans(near), DOT)
-    else:
-        return dot(tl.trans(weight), vector, DOT)
+    vector = load_channels((vectors + number * D)[:, None] + d, d, D, BD, used[:, None])
+    return product(weight, vector, near[:, :, None], EXACT)
 
 
 @triton.jit
-def _scatter(
-    first, ring, around, weights, table, G: tl.constexpr, P: tl.constexpr, vectors, coefficients,
-    C, near, cell, start, D: tl.constexpr, STRIDES: tl.constexpr, SHAPE: tl.constexpr,
-    GRAM: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """BD channels of `scatter`; the `first` BN windows have been weighed. PARTS: see `spoilt`."""
-    VECTORS: tl.constexpr = "ieee" if DOT == "ieee" else "tf32"
-    BN: tl.constexpr = SHAPE[0]
-    BD: tl.constexpr = SHAPE[2]
-    acc = _from_windows(first, table, G, cell, vectors, start, D, BD, PARTS, VECTORS)
-    for n in range(BN, C * near[2] * near[3], BN):
-        others = _windows(
-            weights, table, G, P, coefficients, C, near, n, cell, (SHAPE[0], SHAPE[1])
-        )
-        acc += _from_windows(others, table, G, cell, vectors, start, D, BD, PARTS, VECTORS)
-    if GRAM:
-        f = load_features(around, start, D, STRIDES, BD)
-        if PARTS:
-            acc += dot_of_parts(ring, f, ring != 0, DOT)
-        else:
-            acc += dot(ring, f, DOT)
-    return acc
-
-
-@triton.jit
-def scatter(
-    weights, table, G: tl.constexpr, P: tl.constexpr, vectors, coefficients, C, corner, features,
-    to, D: tl.constexpr, STRIDES: tl.constexpr, TO_STRIDES: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, GRAM: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a block of BI x BJ locations: sums over the windows near it, of weight times
-    coefficient times vector; with GRAM, the Gram maps' part as well.
-
-    `corner` is the block's first location, `vectors` are [C, Gy, Gx, D] and `coefficients`
-    [C, Gy, Gx].
-    """
-    M: tl.constexpr = G.BI * G.BJ
-    n = tl.arange(0, M)
-    i = corner[0] + n // G.BJ
-    j = corner[1] + n % G.BJ
-    inside = ((i < G.y.cells) & (j < G.x.cells))[:, None]
-    to += i * TO_STRIDES[1] + j * TO_STRIDES[2]
-    cell = (tl.minimum(i, G.y.cells - 1), tl.minimum(j, G.x.cells - 1))
-    near = windows_near(table, G, corner)
-    if GRAM:
-        K: tl.constexpr = 64
-        tl.static_assert((G.BI + 2) * (G.BJ + 2) <= K)
-        ring = _ring(_stencil(weights, table, G, C * P, corner, K), G, K)
-        # Beyond the image, where there is nothing to weigh, any other location.
-        k = tl.arange(0, K)
-        i = tl.minimum(tl.maximum(corner[0] - 1 + k // (G.BJ + 2), 0), G.y.cells - 1)
-        j = tl.minimum(tl.maximum(corner[1] - 1 + k % (G.BJ + 2), 0), G.x.cells - 1)
-        around = features + (i * STRIDES[1] + j * STRIDES[2])
-    else:
-        ring = 0
-        around = 0
-    first = _windows(weights, table, G, P, coefficients, C, near, 0, cell, (BN, M))
-    mend = False
-    for start in range(0, D, BD):
-        acc = _scatter(
-            first, ring, around, weights, table, G, P, vectors, coefficients, C, near, cell, start,
-            D, STRIDES, (BN, M, BD), GRAM, False, DOT,
-        )  # fmt: skip
-        _store(to, acc, start, inside, D, TO_STRIDES, BD)
-        mend |= spoilt(acc)
-    if mend:
+def scatter(w, vectors, coefficients, C, corner, f, to, BD: tl.constexpr):
+    """The gradient `to` of a block of BI x BJ locations from its `corner` on: sums over the windows
+    near it, of weight times coefficient [C, Gy, Gx] times vector [C, Gy, Gx, D]; and the Gram maps'
+    part, unless the features f are at None."""
+    if _scatter(w, vectors, coefficients, C, corner, f, to, BD, False):
         tl.debug_barrier()  # other threads write here what was written above
-        FEW: tl.constexpr = 8  # channels, so that no register is spilled
-        # The locations and windows are found anew, from a table's 0: what the compiler knows to be
-        # the same as before it would keep in registers all the time.
-        zero = look(table, G, Y, G.row.LOWER, 0)
-        cell = (
-            tl.minimum(corner[0] + zero + n // G.BJ, G.y.cells - 1),
-            tl.minimum(corner[1] + zero + n % G.BJ, G.x.cells - 1),
-        )
-        first = _windows(weights, table, G, P, coefficients, C, near, zero, cell, (BN, M))
-        for start in range(0, D, FEW):
-            acc = _scatter(
-                first, ring, around, weights, table, G, P, vectors, coefficients, C, near, cell,
-                start, D, STRIDES, (BN, M, FEW), GRAM, True, DOT,
-            )  # fmt: skip
-            _store(to, acc, start, inside, D, TO_STRIDES, FEW)
+        # A table's 0, so that the compiler does not keep what it knows to be the same as above in
+        # registers all the time. Few channels, so that none is spilled.
+        zero = look(w.table, w.G, Y, w.G.row.LOWER, 0)
+        corner = (corner[0] + zero, corner[1] + zero)
+        _scatter(w, vectors, coefficients, C, corner, f, to, 2, True)
 
 
 @triton.jit
-def _store(
-    to, value, start, inside, D: tl.constexpr, TO_STRIDES: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
-    d = tl.arange(0, BD)
-    at = to + tl.cast(start, tl.int64) * TO_STRIDES[0]
-    mask = inside if D % BD == 0 else inside & (start + d < D)[None, :]
-    tl.store(at[:, None] + (d * TO_STRIDES[0])[None, :], value.to(to.dtype.element_ty), mask=mask)
+def _scatter(w, vectors, coefficients, C, corner, f, to, BD: tl.constexpr, EXACT: tl.constexpr):
+    """Returns whether a sum is spoilt."""
+    G: tl.constexpr = w.G
+    BN: tl.constexpr = 16 if f.at is None else 32  # windows at a time
+    i, j, inside, location = locations_of(G, corner)
+    near = shared.windows_near(w.table, G, corner)
+    first = _windows(w, coefficients, C, near, 0, location, BN)
+    if f.at is not None:
+        around, ring = _ring(w, C, corner)
+    d = tl.arange(0, BD)[None, :]
+    at = to.at + (i * to.STRIDES[1] + j * to.STRIDES[2])
+    bad = False
+    for start in range(0, to.D, BD):
+        acc = _sum_windows(first, vectors, start, to.D, BD, EXACT)
+        for n in range(BN, C * near[2] * near[3], BN):
+            others = _windows(w, coefficients, C, near, n, location, BN)
+            acc += _sum_windows(others, vectors, start, to.D, BD, EXACT)
+        if f.at is not None:
+            value = load_features(f, around, start, BD)
+            acc += product(ring, value, (ring != 0)[:, :, None], EXACT)
+        here = (at + tl.cast(start, tl.int64) * to.STRIDES[0])[:, None] + d * to.STRIDES[0]
+        mask = inside[:, None] if to.D % BD == 0 else inside[:, None] & (start + d < to.D)
+        tl.store(here, acc.to(to.at.dtype.element_ty), mask=mask)
+        bad |= spoilt(acc)
+    return bad
