@@ -156,9 +156,7 @@ def pool(
         "pooling.pool_kernel",
         splits * programs,
         (float(min_pixels), B, K, C, *features.strides[:2], groups, splits),
-        {
-            **{"G": G, "D": D, "STRIDES": features.strides[2:], "GROUP": group, "BD": BD},
-        },
+        {"G": G, "D": D, "STRIDES": features.strides[2:], "GROUP": group, "BD": BD},
     )
     shape = (splits, B, C, G.y.windows, G.x.windows, D)
     return Plan(weights, launch, table(grid, *size, features.device), (*shapes, shape), splits)
@@ -177,9 +175,7 @@ def pool_backward(features: Layout, masks: Layout, C: int, grid: GridSpec, _: An
         "pooling.pool_backward_kernel",
         B * K * G.blocks,
         (K, C, *features.strides[:2]),
-        {
-            **{"G": G, "D": D, "STRIDES": features.strides[2:], "BD": BD},
-        },
+        {"G": G, "D": D, "STRIDES": features.strides[2:], "BD": BD},
     )
     return Plan(weights, launch, table(grid, *size, features.device), shapes)
 
@@ -205,10 +201,7 @@ def match(
         "matching.dots_kernel",
         B * Q * G.blocks,
         (Q, C, *features.strides[:2]),
-        {
-            **{"G": G, "D": D, "STRIDES": features.strides[2:], "BN": 16},
-            "BK": BK,
-        },
+        {"G": G, "D": D, "STRIDES": features.strides[2:], "BN": 16, "BK": BK},
         warps=1,
     )
     # With more columns, the loss of many classes spills registers.
