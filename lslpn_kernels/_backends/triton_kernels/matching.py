@@ -1,4 +1,5 @@
-"""Cosine matching, forward: `dots_kernel`, then `scores_kernel`.
+"""Cosine matching. Forward: `dots_kernel`, then `scores_kernel`; backward: `match_weights_kernel`,
+then `match_backward_kernel`.
 
 Nothing is ever interpolated to image resolution but classes. Between the two lie
 

@@ -4,7 +4,7 @@ into windows, `scatter` windows into locations.
 Both take `weights` from what the pixels left of each tile, the crossing of a piece of rows and a
 piece of columns: [image, blocks, runs of rows, runs of columns] float32, a run being a location of
 a piece; one block for each class and each of the P places that a window can have among those over
-the tile (P = 1 where all windows get the same); see `pooling` and `matching_backward`.
+the tile (P = 1 where all windows get the same); see `pooling` and `matching`.
 """
 
 from __future__ import annotations
