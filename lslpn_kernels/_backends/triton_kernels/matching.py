@@ -1,7 +1,6 @@
-"""Cosine matching. Forward: `dots_kernel`, then `scores_kernel`; backward: `match_weights_kernel`,
-then `match_backward_kernel`.
+"""Cosine matching: dots and scores; backward, weights and the two products.
 
-Nothing is ever interpolated to image resolution but classes. Between the two lie
+Nothing is ever interpolated to image resolution but classes. Between dots and scores lie
 
     dots  [image, C, NY, NX, h, w]: <F(i, j), q_{c,m}> for the windows m near a location, those over
           a pixel that is interpolated from it. NY x NX of them are near a location at most; the
