@@ -65,9 +65,9 @@ constexpr int kTileSide = 6;        // feature locations of a tile along an axis
 // Floats of a map over a tile's locations: row r, column c at kTileSide r + c.
 constexpr int kMap = kTileSide * kTileSide;
 constexpr int kMaxTiles = 255;  // along an axis, and windows; they are kernel parameters
-// Axes of at most so many pixels and locations have interpolation positions that fit into 32 bits.
+// Pixels and locations of an axis, at most: interpolation positions fit into 32 bits.
 constexpr int kTiledAxis = 1 << 14;
-constexpr int kCells = 1 << 12;  // locations along an axis
+constexpr int kCells = 1 << 12;
 
 // A segment of an axis: its pixels, the feature locations they are interpolated from, the windows
 // over them.
