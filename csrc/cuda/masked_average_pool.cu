@@ -17,9 +17,8 @@ namespace {
 struct Pooling : Exchange {
   const void* masks;
   float min_pixels;
-  float* factors;       // [B, N, C, Gy, Gx]: 1 / (N n), or 0 where n is too small
-  float* prototypes;    // [B, C, Gy, Gx, D], or their gradients
-  float* tile_vectors;  // [B, N, C, tiles, D]
+  float* factors;     // [B, N, C, Gy, Gx]: 1 / (N n), or 0 where n is too small
+  float* prototypes;  // [B, C, Gy, Gx, D], or their gradients
 };
 
 struct MaskMemory {
@@ -164,7 +163,7 @@ sum_windows(LSLPN_PARAMETERS Pooling p) {
         const std::int64_t image = std::int64_t{b * p.N + n} * p.C + c;
         const std::int64_t at = image * p.grid.tiles() + corner;
         const float* count = p.weights + (at * kTileWeights + kMap);
-        auto vector = reinterpret_cast<const Channels*>(p.tile_vectors + (at * p.D + d));
+        auto vector = reinterpret_cast<const Channels*>(p.out + (at * p.D + d));
         float pixels = 0;
         Channels sum;
         LSLPN_NO_UNROLL
@@ -220,7 +219,7 @@ share_windows(LSLPN_PARAMETERS Pooling p) {
           sum.add(factors[k], *reinterpret_cast<const Channels*>(from));
         }
       }
-      *reinterpret_cast<Channels*>(p.tile_vectors + (at * p.D + d)) = sum;
+      *reinterpret_cast<Channels*>(p.out + (at * p.D + d)) = sum;
       for (int k = 0; k < 8; ++k) spreads |= !isfinite(sum.value[k]);
     }
     const bool counts = __any_sync(kAllLanes, passes && spreads);
@@ -285,7 +284,7 @@ std::int64_t run(const Pool& call, std::int64_t workspace, const Allocate& alloc
   const std::optional<Exchange> plan =
       plan_of(f, call.y, call.x, call.masks.C, Operator::pool, workspace);
   if (!plan) return 0;
-  Pooling p{*plan, call.masks.data, call.min_pixels, call.factor, call.prototypes, nullptr};
+  Pooling p{*plan, call.masks.data, call.min_pixels, call.factor, call.prototypes};
   const std::int64_t bytes = 4 * std::int64_t{p.N} * p.pairs() * kTileWeights;  // of an episode
   if (call.kept && call.kept_bytes != bytes) throw std::invalid_argument("kept has another size");
   p.weights = static_cast<float*>(call.kept ? call.kept : allocate(f.B * bytes));
@@ -299,7 +298,6 @@ std::int64_t run(const Pool& call, std::int64_t workspace, const Allocate& alloc
     start(call.masks, all, stream);
   }
   place(p, true, allocate(place(p, true, nullptr)));
-  p.tile_vectors = p.out;
   const auto launch_warps = [&](void (*kernel)(Pooling), std::int64_t warps) {
     launch(kernel, divide_up(warps, kExchangeWarps), kExchangeThreads, 0, stream, p);
   };
