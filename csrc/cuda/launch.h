@@ -39,7 +39,7 @@ struct Pool {
 
 // Cross-entropy of the logits z_c of a pixel with label y and weight w, for two classes or more.
 // The forward pass writes the gradients g_c = w (p_c - [c = y]) of all classes but the first, and
-// sum_c g_c z_c; see gpu_loss.py.
+// sum_c g_c z_c; see gpu_match.py.
 struct Loss {
   const void* labels = nullptr;  // [B, Q, H, W], uint8 or int64; forward alone
   bool wide_labels = false;      // int64

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from ..geometry import Axis, GridSpec
-from . import current_device, gpu_loss, native, through_torch, torch_, winner_dtype
+from . import current_device, gpu_match, native, through_torch
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
-GRAM_MAPS = gpu_loss.GRAM_MAPS
-loss_kept = gpu_loss.loss_kept
+GRAM_MAPS = gpu_match.GRAM_MAPS
+loss_kept = gpu_match.loss_kept
 
 DEVICE_TYPES = ("cuda",)
 CHANNELS = 32  # as csrc/cuda/launch.h has it
@@ -205,56 +205,6 @@ def _pool(
     return weights
 
 
-def cosine_match(
-    features: Tensor,
-    prototypes: Tensor,
-    grid: GridSpec,
-    size: tuple[int, int],
-    reduce: str,
-    winners: bool,
-    logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernels`."""
-    B, Q, _, h, w = features.shape
-    (H, W), C, device = size, prototypes.shape[1], features.device
-    scores = torch.empty((B, Q, C, H, W), dtype=prototypes.dtype, device=device)
-    wanted = winners and reduce == "max"
-    winner = torch.empty(
-        (B, Q, C, H, W) if wanted else (0,), dtype=winner_dtype(grid), device=device
-    )
-    gram = torch.empty(
-        (B, Q, GRAM_MAPS, h, w) if winners else (0,), dtype=prototypes.dtype, device=device
-    )
-    if _match(features, prototypes, scores, winner, gram, grid, size, reduce, logit_scale) is None:
-        scores = logit_scale * torch_.cosine_match(features, prototypes, grid, size, reduce)
-        return scores, winner.zero_(), gram.zero_()
-    return scores, winner, gram
-
-
-def cosine_match_backward(
-    grad: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    scores: Tensor,
-    winners: Tensor,
-    grid: GridSpec,
-    reduce: str,
-    *gram: Tensor,
-    logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
-    grads = torch.empty_like(features), torch.empty_like(prototypes)
-    taken = _match(
-        *(features, prototypes, scores, winners, gram[0], grid, scores.shape[-2:], reduce),
-        *(logit_scale, None, None, (grad, None, *grads)),
-    )
-    if taken is None:
-        grads = through_torch.cosine_match_backward(
-            grad, features, prototypes, grid, reduce, logit_scale
-        )
-    return grads
-
-
 def _match(
     features: Tensor,
     prototypes: Tensor,
@@ -297,5 +247,7 @@ def _match(
     return first
 
 
-_loss = gpu_loss.Loss(_match)
-cosine_match_loss, cosine_match_loss_backward = _loss.forward, _loss.backward
+_matching = gpu_match.Matching(_match, scratch=False)
+cosine_match, cosine_match_backward = _matching.cosine_match, _matching.cosine_match_backward
+cosine_match_loss = _matching.cosine_match_loss
+cosine_match_loss_backward = _matching.cosine_match_loss_backward

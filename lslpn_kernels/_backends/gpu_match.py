@@ -1,6 +1,8 @@
-"""What both GPU backends keep of a loss, and the loss where their kernels do not take a call.
+"""Cosine matching of both GPU backends around their kernels: what is allocated, what is kept of a
+loss, and what is computed where the kernels do not take a call.
 
-Of a pixel with label y, logits z_c, probabilities p_c and weight w (0 where it is ignored):
+Of a loss they keep, for a pixel with label y, logits z_c, probabilities p_c and weight w (0 where
+it is ignored):
 
     total    []                 sum of the weights, by which the sum of the losses is divided
     slopes   [B, Q, C-1, H, W]  g_c = w (p_c - [c = y]) of the classes 1 .. C-1; all add up to 0
@@ -51,20 +53,70 @@ def loss_kept(
     return kept(features, prototypes, grid, size, reduce) if any(wanted) else []
 
 
-class Loss:
-    """The functions of `LossKernels`, by a backend's ``match(features, prototypes, slopes, winners,
-    gram, grid, size, reduce, logit_scale, radial, labels, grads)``.
+class Matching:
+    """The functions of `Kernels` and `LossKernels` for matching, by a backend's ``match(features,
+    prototypes, out, winners, gram, grid, size, reduce, logit_scale, radial, labels, grads)``.
 
-    Forward, `labels` is (labels, weight, ignore_index) and `grads` None; slopes, winners, gram and
-    radial are written, and a list is returned that begins with the sums for `finish`. Backward,
-    `labels` is None and `grads` (of the loss, total, of features, of prototypes), of which the last
-    two are written. None is returned where the kernels do not take the call.
+    Forward, `grads` is None and all from `out` to `gram` are written: scores or, where `labels` is
+    (labels, weight, ignore_index), slopes, with radial, and a list is returned that begins with the
+    sums for `finish`. Backward, `labels` is None and `grads` (of the scores or the loss, None or
+    total, of features, of prototypes), of which the last two are written. None is returned where
+    the kernels do not take the call.
+
+    `scratch`: whether the forward pass writes Gram maps even if nothing is kept of it.
     """
 
-    def __init__(self, match: Callable[..., list[Tensor] | None]) -> None:
+    def __init__(self, match: Callable[..., list[Tensor] | None], scratch: bool) -> None:
         self.match = match
+        self.scratch = scratch
 
-    def forward(
+    def cosine_match(
+        self,
+        features: Tensor,
+        prototypes: Tensor,
+        grid: GridSpec,
+        size: tuple[int, int],
+        reduce: str,
+        winners: bool,
+        logit_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (B, Q, _, h, w), C = features.shape, prototypes.shape[1]
+        shape, choice = (B, Q, C, *size), (grid, size, reduce)
+        scores = prototypes.new_empty(shape)
+        places = prototypes.new_empty(
+            shape if winners and reduce == "max" else (0,), dtype=winner_dtype(grid)
+        )
+        maps = (B, Q, GRAM_MAPS, h, w) if winners or self.scratch else (0,)
+        gram = prototypes.new_empty(maps)
+        if self.match(features, prototypes, scores, places, gram, *choice, logit_scale) is None:
+            scores = logit_scale * torch_.cosine_match(features, prototypes, *choice)
+            places.zero_(), gram.zero_()
+        return scores, places, gram if winners else gram.new_empty(0)
+
+    def cosine_match_backward(
+        self,
+        grad: Tensor,
+        features: Tensor,
+        prototypes: Tensor,
+        scores: Tensor,
+        winners: Tensor,
+        grid: GridSpec,
+        reduce: str,
+        *gram: Tensor,
+        logit_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        grads = torch.empty_like(features), torch.empty_like(prototypes)
+        taken = self.match(
+            *(features, prototypes, scores, winners, gram[0], grid, scores.shape[3:], reduce),
+            *(logit_scale, None, None, (grad, None, *grads)),
+        )
+        if taken is None:
+            grads = through_torch.cosine_match_backward(
+                grad, features, prototypes, grid, reduce, logit_scale
+            )
+        return grads
+
+    def cosine_match_loss(
         self,
         features: Tensor,
         prototypes: Tensor,
@@ -93,7 +145,7 @@ class Loss:
             loss = of_logits(logits, *given, tensors)
         return loss, tensors if any(wanted) else []
 
-    def backward(
+    def cosine_match_loss_backward(
         self,
         grad: Tensor,
         kept: list[Tensor],

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import GridSpec
-from . import current_device, gpu_loss, through_torch, torch_, triton_plans, winner_dtype
+from . import current_device, gpu_match, through_torch, triton_plans
 from .triton_geometry import geometry
 from .triton_plans import INTERPRETED, Layout, aligned
 
@@ -30,8 +30,8 @@ DEVICE_TYPES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Maps that the forward pass of matching keeps for the backward pass; see `Kernels`.
-GRAM_MAPS = gpu_loss.GRAM_MAPS
-loss_kept = gpu_loss.loss_kept
+GRAM_MAPS = gpu_match.GRAM_MAPS
+loss_kept = gpu_match.loss_kept
 
 WORKSPACE = 1 << 31  # bytes of one launch
 
@@ -180,53 +180,6 @@ def _of(part: tuple[slice, ...], tensor: Any) -> Any:
     return tensor[part] if part and tensor is not None and tensor.numel() else tensor
 
 
-def cosine_match(
-    features: Tensor,
-    prototypes: Tensor,
-    grid: GridSpec,
-    size: tuple[int, int],
-    reduce: str,
-    winners: bool,
-    logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernels`."""
-    B, Q, _, h, w = features.shape
-    shape = (B, Q, prototypes.shape[1], *size)
-    kept = winners and reduce == "max"
-    places = features.new_empty(shape if kept else (0,), dtype=winner_dtype(grid))
-    gram = features.new_empty((B, Q, GRAM_MAPS, h, w), dtype=torch.float32)
-    scores = features.new_empty(shape, dtype=torch.float32)
-    choice = (grid, size, reduce)
-    if _match(features, prototypes, scores, places, gram, *choice, logit_scale) is None:
-        scores = logit_scale * torch_.cosine_match(features, prototypes, *choice)
-        places.zero_(), gram.zero_()
-    return scores, places, gram if winners else gram.new_empty(0)
-
-
-def cosine_match_backward(
-    grad: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    scores: Tensor,
-    winners: Tensor,
-    grid: GridSpec,
-    reduce: str,
-    *gram: Tensor,
-    logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
-    grads = torch.empty_like(features), torch.empty_like(prototypes)
-    taken = _match(
-        *(features, prototypes, scores, winners, gram[0], grid, scores.shape[3:], reduce),
-        *(logit_scale, None, None, (grad, None, *grads)),
-    )
-    if taken is None:
-        grads = through_torch.cosine_match_backward(
-            grad, features, prototypes, grid, reduce, logit_scale
-        )
-    return grads
-
-
 def _match(
     features: Tensor,
     prototypes: Tensor,
@@ -241,8 +194,7 @@ def _match(
     labels: tuple[Tensor, Tensor | None, int] | None = None,
     grads: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None,
 ) -> list[Tensor] | None:
-    """Both directions, of scores or of a loss; see `gpu_loss.Loss`. Without a loss, `grads` begins
-    with the gradient of the scores, and None."""
+    """Both directions, of scores or of a loss; see `gpu_match.Matching`."""
     images = _images(features, prototypes, grid, size, reduce)
     if not images:
         return None
@@ -332,5 +284,7 @@ def _backward(
         torch.sum(parts, 0, out=to_prototypes)
 
 
-_loss = gpu_loss.Loss(_match)
-cosine_match_loss, cosine_match_loss_backward = _loss.forward, _loss.backward
+_matching = gpu_match.Matching(_match, scratch=True)
+cosine_match, cosine_match_backward = _matching.cosine_match, _matching.cosine_match_backward
+cosine_match_loss = _matching.cosine_match_loss
+cosine_match_loss_backward = _matching.cosine_match_loss_backward

@@ -19,7 +19,7 @@ from test_loss import close, drawn, expected, results
 from test_ptx import _one_thread  # noqa: F401
 
 from lslpn_kernels import GridSpec, cosine_match_loss
-from lslpn_kernels._backends import gpu_loss, triton_
+from lslpn_kernels._backends import gpu_match, triton_
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py")
 PAPER = Case(D=64, h=9, w=9, H=64, W=64, grid=GridSpec(), kind="positive")
@@ -126,8 +126,8 @@ def test_what_the_kernels_do_not_take(backend: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(triton_, "_images", lambda *_: 0)
         cases = [(THREE, torch.float32)]
     taken = []
-    of_scores = gpu_loss.of_scores
-    monkeypatch.setattr(gpu_loss, "of_scores", lambda *a: (taken.append(1), of_scores(*a))[1])
+    of_scores = gpu_match.of_scores
+    monkeypatch.setattr(gpu_match, "of_scores", lambda *a: (taken.append(1), of_scores(*a))[1])
     for case, dtype in cases:
         inputs = drawn(case, dtype)
         close(results(case, backend, inputs), expected(case, inputs), 2e-6)

@@ -15,7 +15,7 @@ What they read and write, beside what lies between two of them:
     prototypes, to_prototypes  [B, C, Gy, Gx, D]; written as a part for each of `splits` of K or Q
     factors, inverse_lengths   [B, K, C, Gy, Gx]; [B, C, Gy, Gx], 1 / |p|
     scores, winners, grad      [B, Q, C, H, W]
-    slopes, radial, labels     of the loss, see `gpu_loss`
+    slopes, radial, labels     of the loss, see `gpu_match`
 
 Every sum is taken by one program in a fixed order; there are no atomics. Letters beyond the usual
 ones: G the geometry (`triton_geometry.Geometry`), M locations of a block, N or BN windows (times

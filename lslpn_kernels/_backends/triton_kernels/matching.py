@@ -110,7 +110,7 @@ def _cross_entropy(
     slopes,  # of this image: there are the logits of the classes 1 .. C - 1, less that of class 0
     radial, labels, class_weights, pixel, mask, C, size, ignore_index,
 ):  # fmt: skip
-    """Of a block of pixels: writes what `gpu_loss` says, and returns the sums of the losses and of
+    """Of a block of pixels: writes what `gpu_match` says, and returns the sums of the losses and of
     the weights."""
     y = tl.load(labels + pixel, mask=mask, other=0)
     counts = mask & (y != ignore_index)
