@@ -155,7 +155,7 @@ class Survey:
 def files_below(folder: Path) -> list[Path]:
     """All files in a folder and its subfolders, sorted, except hidden ones.
 
-    Links to folders are followed, except those to a folder that the link is in.
+    Links to folders are followed, except those to a folder on the way to the link, or around one.
 
     Raises:
         InputError: a folder cannot be listed.
@@ -168,12 +168,16 @@ def files_below(folder: Path) -> list[Path]:
             "check the permissions of the corpus"
         ) from error
 
+    def circular(link: Path) -> bool:
+        target, above = link.resolve(), link.relative_to(folder).parents
+        return any((folder / way).resolve().is_relative_to(target) for way in above)
+
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = Path(root).resolve()
         folders[:] = sorted(
             f
             for f in folders
-            if f[0] != "." and f != "__MACOSX" and not real.is_relative_to((real / f).resolve())
+            if f[0] != "." and f != "__MACOSX"
+            if not (Path(root, f).is_symlink() and circular(Path(root, f)))
         )
         found.extend(Path(root) / name for name in names if name[0] != ".")
     return sorted(found)

@@ -419,6 +419,15 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> Non
     assert files_below(tmp_path / "corpus") == [inner / "linked" / "scan"]
 
 
+def test_links_of_two_folders_to_each_other_are_followed_once(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scan").touch()
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    found = [str(path.relative_to(tmp_path)) for path in files_below(tmp_path)]
+    assert found == ["a/link/scan", "a/scan", "b/link/scan", "b/scan"]
+
+
 def test_natural_order() -> None:
     names = ["", "b", "10", "2", "a2", "²"]
     assert sorted(names, key=natural) == ["2", "10", "a2", "b", "²", ""]
